@@ -1,0 +1,75 @@
+# Everything here makes the environment that it needs. PYTHON may be any of 3.10 to 3.13.
+PYTHON ?= python3
+TORCH := $(shell grep '^torch==' constraints.txt)
+READY := .venv/.ready
+READY_TL4 := .venv-tl4/.ready
+BIN := .venv/bin
+OFFLINE := HF_HUB_OFFLINE=1
+
+.PHONY: help demo test test-tl4 lint format types docs notebooks bench ci clean
+
+help:
+	@echo "make demo       the whole experiment on the tiny model, into runs/demo/"
+	@echo "make test       the tests, on transformer-lens 3.9"
+	@echo "make test-tl4   the same tests on transformer-lens 4"
+	@echo "make lint       style of code, tests and notebooks (make format mends what it can)"
+	@echo "make types      mypy --strict on the package"
+	@echo "make docs       the documentation, strictly, into site/"
+	@echo "make notebooks  runs every notebook from top to bottom"
+	@echo "make bench      the benchmarks"
+	@echo "make ci         all of what is checked before a change is taken"
+	@echo "make clean      removes environments and everything made"
+
+# torch comes first and by itself: asked for by its exact version, pip can take a CPU build from
+# an index that has one; asked for by another package, it takes the newest with all of CUDA.
+$(READY): pyproject.toml constraints.txt
+	@echo "Making the environment .venv: a few minutes, once."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -qq "$(TORCH)"
+	$(BIN)/python -m pip install -qq -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(READY_TL4): pyproject.toml constraints.txt constraints-tl4.txt
+	@echo "Making the environment .venv-tl4: a few minutes, once."
+	$(PYTHON) -m venv .venv-tl4
+	sed '/^transformer-lens==/d' constraints.txt > .venv-tl4/constraints.txt
+	.venv-tl4/bin/python -m pip install -qq "$(TORCH)"
+	.venv-tl4/bin/python -m pip install -qq -c .venv-tl4/constraints.txt \
+		-c constraints-tl4.txt -e ".[test]"
+	@touch $@
+
+demo: $(READY)
+	$(OFFLINE) $(BIN)/divergence-lens demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-tl4: $(READY_TL4)
+	.venv-tl4/bin/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)
+	$(BIN)/mypy
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(READY)
+	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks
+
+bench: $(READY)
+	for script in benchmarks/*.py; do $(OFFLINE) $(BIN)/python $$script || exit 1; done
+
+ci:
+	bash .ci/run
+
+clean:
+	rm -rf .venv .venv-tl4 .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,152 @@
+"""LoRA on one block: `finetune` against peft in a plain Hugging Face loop.
+
+Both get the same random Llama (12 blocks, d_model 512), the same examples, batches, steps,
+learning rates and start, on the CPU. peft trains `layers_to_transform=[block]`; its loop pads on
+the right, runs the whole model and takes the loss at the completion tokens.
+
+    python benchmarks/finetuning.py --threads 2 --blocks 0 6 11
+"""
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from divergence_lens._rows import Rows, batches, training_rows
+from divergence_lens._variables import LowRank, is_matrix
+from divergence_lens.examples import Example
+from divergence_lens.finetune import Recipe, finetune
+from divergence_lens.freeze import choose, plain
+from divergence_lens.models import load_model
+from divergence_lens.tiny import tiny_folder
+
+MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def random_llama(vocab: int, layers: int, width: int) -> LlamaForCausalLM:
+    """A random model; every call gives the same weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def number_lists(count: int, tokenizer: Any) -> list[Example]:
+    """Prompts and completions of about 30 tokens each, as random numbers."""
+    random = np.random.default_rng(0)
+
+    def numbers(low: int, high: int) -> str:
+        return ", ".join(map(str, random.integers(100, 1000, random.integers(low, high))))
+
+    made = [Example(f"continue this list: {numbers(8, 16)}", numbers(8, 12)) for _ in range(count)]
+    assert tokenizer.unk_token_id not in tokenizer(made[0].prompt)["input_ids"]
+    return made
+
+
+def with_peft(model: LlamaForCausalLM, rows: Rows, block: int, recipe: Recipe, start: dict) -> list:
+    """The losses of a plain loop."""
+    config = peft.LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        target_modules=MATRICES,
+        layers_to_transform=[block],
+        task_type="CAUSAL_LM",
+    )
+    student = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, module in student.named_modules():
+            if hasattr(module, "lora_A"):
+                module.lora_A["default"].weight.copy_(start[name.removeprefix("base_model.model.")])
+    student.eval()
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = recipe.build(trained)
+    losses: list[float] = []
+    per_epoch = -(-len(rows) // recipe.batch_size)
+    for epoch in range(recipe.epochs):
+        for batch in batches(rows.lengths, recipe.batch_size, 0, epoch):
+            index, length = torch.from_numpy(batch), int(rows.lengths[batch].max())
+            where = rows.weights[index, :length] > 0
+            hidden = student.base_model.model.model(rows.tokens[index, :length]).last_hidden_state
+            logits = student.base_model.model.lm_head(hidden[where])
+            loss = F.cross_entropy(logits, rows.targets[index, :length][where])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(len(losses), recipe.epochs * per_epoch)
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def main() -> None:
+    """Time both, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[0, 6, 11])
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--examples", type=int, default=120)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--backends", nargs="+", default=["hooked", "bridge"])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder("tiny"))
+    sizes = (len(tokenizer), options.layers, options.width)
+    examples = number_lists(options.examples, tokenizer)
+    recipe = Recipe(
+        lr=2e-4,
+        epochs=options.epochs,
+        batch_size=20,
+        warmup_steps=5,
+        lora_rank=8,
+        lora_alpha=8.0,
+        optimizer_options={},
+    )
+    print(f"{'block':>5}  {'backend':>8}  {'peft, s':>8}  {'ours, s':>8}  {'times':>6}  loss apart")
+    for block in options.blocks:
+        theirs: list[float] = []
+        for backend in options.backends:
+            model = load_model(random_llama(*sizes), backend=backend, tokenizer=tokenizer)
+            if not theirs:
+                bridge = load_model(random_llama(*sizes), backend="bridge", tokenizer=tokenizer)
+                chosen = {
+                    n: p for n, p in choose(bridge, blocks=[block]).items() if is_matrix(n, p)
+                }
+                kept = LowRank(bridge, chosen, rank=8, alpha=8.0, seed=0)
+                names = [plain(name).removesuffix(".weight") for name in chosen]
+                start = {name: kept.values[2 * i].T for i, name in enumerate(names)}
+                rows = training_rows(bridge, examples)
+                hf_model = random_llama(*sizes)
+                began = time.perf_counter()
+                theirs = with_peft(hf_model, rows, block, recipe, start)
+                seconds = time.perf_counter() - began
+            began = time.perf_counter()
+            student = finetune(model, examples, blocks=[block], recipe=recipe)
+            own = time.perf_counter() - began
+            losses = student.history()["loss"].tolist()
+            apart = max(abs(a - b) for a, b in zip(losses[:20], theirs[:20], strict=True))
+            print(
+                f"{block:>5}  {backend:>8}  {seconds:>8.1f}  {own:>8.1f}  {seconds / own:>6.2f}  "
+                f"{apart:.1e}"
+            )
+
+
+if __name__ == "__main__":
+    main()

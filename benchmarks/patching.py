@@ -1,0 +1,148 @@
+"""Exact and approximate patching against the usual loops, on one random model.
+
+    python benchmarks/patching.py                         # resid_pre, one pair of 60 tokens
+    python benchmarks/patching.py --sites resid_pre z --pairs 8
+    python benchmarks/patching.py --integrated            # attribution against a trace per step
+
+The exact side is compared with TransformerLens's own `patching.get_act_patch_*`, which runs the
+model once per cell; the approximate side with one trace per layer, step and pair. Both sides get
+the same model, tokens and threads. Printed are processor seconds (over all threads, so that other
+programs on the machine do not matter) and the largest difference of the values.
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig, patching
+
+from divergence_lens.attribution import attribution_patch
+from divergence_lens.engine import Engine
+from divergence_lens.mediation import causal_mediation
+from divergence_lens.pairs import Pairs
+
+LOOPS = {
+    "resid_pre": patching.get_act_patch_resid_pre,
+    "resid_mid": patching.get_act_patch_resid_mid,
+    "attn_out": patching.get_act_patch_attn_out,
+    "mlp_out": patching.get_act_patch_mlp_out,
+    "z": patching.get_act_patch_attn_head_out_by_pos,
+}
+
+
+def build(layers: int, width: int) -> Any:
+    """A random GPT-2-like HookedTransformer."""
+    cfg = HookedTransformerConfig(
+        n_layers=layers,
+        d_model=width,
+        n_heads=width // 64,
+        d_head=64,
+        d_mlp=4 * width,
+        n_ctx=128,
+        d_vocab=5000,
+        act_fn="gelu_new",
+        normalization_type="LN",
+        seed=0,
+        device="cpu",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the class leaves in version 4
+        return HookedTransformer(cfg).eval()
+
+
+def make_pairs(count: int, length: int) -> Pairs:
+    """Rows of random tokens that differ in every position but the last five."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randint(0, 5000, (count, length), generator=generator)
+    corrupted = torch.randint(0, 5000, (count, length), generator=generator)
+    corrupted[:, -5:] = clean[:, -5:]
+    return Pairs.from_tokens(clean, corrupted, answers=[1] * count, foils=[2] * count)
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    """The result of `run` and the processor seconds it took, over all threads."""
+    start = time.process_time()
+    result = run()
+    return result, time.process_time() - start
+
+
+@torch.no_grad()
+def loop(model: Any, pairs: Pairs, site: str) -> np.ndarray:
+    """TransformerLens's loop, pair by pair for the values, with a batch of one each."""
+    grids = []
+    for i in range(len(pairs)):
+        clean, corrupted = pairs.clean[i][None], pairs.corrupted[i][None]
+        _, cache = model.run_with_cache(corrupted)
+        grids.append(LOOPS[site](model, clean, cache, lambda x: x[0, -1, 1] - x[0, -1, 2]).numpy())
+    return np.stack(grids)
+
+
+def trace_per_step(model: Any, pairs: Pairs, steps: int) -> np.ndarray:
+    """Integrated gradients of resid_post: a forward and a backward per layer, step and pair."""
+    engine = Engine.of(model)
+    values = np.zeros((len(pairs), engine.n_layers, len(pairs.clean[0])), dtype=np.float32)
+    for i in range(len(pairs)):
+        base = engine.activations(pairs.clean[i][None], sites=("resid_post",))["resid_post"]
+        source = engine.activations(pairs.corrupted[i][None], sites=("resid_post",))["resid_post"]
+        for layer in range(engine.n_layers):
+            change = source[layer] - base[layer]
+            total = torch.zeros_like(change)
+            for step in range(steps):
+                leaf = (base[layer] + (step + 0.5) / steps * change).requires_grad_()
+                name = f"blocks.{layer}.hook_resid_post"
+                hook = (name, lambda _, leaf=leaf, **__: leaf)
+                logits = model.run_with_hooks(pairs.clean[i][None], fwd_hooks=[hook])
+                metric = logits[0, -1, 1] - logits[0, -1, 2]
+                total += torch.autograd.grad(metric, leaf)[0]
+            values[i, layer] = (total * change).sum(-1)[0] / steps
+    return values
+
+
+def report(name: str, ours: float, theirs: float, difference: float) -> None:
+    """One line of the table."""
+    print(
+        f"{name:28s} {ours:8.2f} s  loop {theirs:8.2f} s  {theirs / ours:6.1f} x  "
+        f"largest difference {difference:.1e}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Run what was asked for and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sites", nargs="+", default=["resid_pre"], choices=sorted(LOOPS))
+    parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--length", type=int, default=60)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--integrated", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, pairs = build(options.layers, options.width), make_pairs(options.pairs, options.length)
+    Engine.of(model)
+    print(
+        f"{options.layers} layers, d_model {options.width}, {options.pairs} pairs of "
+        f"{options.length} tokens, {options.threads} threads"
+    )
+    if options.integrated:
+        effects, ours = timed(
+            lambda: attribution_patch(model, pairs, site="resid_post", method="integrated")
+        )
+        values, theirs = timed(lambda: trace_per_step(model, pairs, 10))
+        report("integrated resid_post", ours, theirs, float(np.abs(effects.values - values).max()))
+        return
+    for site in options.sites:
+        effects, ours = timed(lambda site=site: causal_mediation(model, pairs, site=site))
+        values, theirs = timed(lambda site=site: loop(model, pairs, site))
+        baseline = effects.clean_metric.reshape(-1, *[1] * (effects.values.ndim - 1))
+        difference = float(np.abs(effects.values + baseline - values).max())
+        report(f"exact {site}", ours, theirs, difference)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Find divergence tokens, the layers that cause them, and the block that carries a hidden bias.
+
+A *divergence token* is a token that a teacher chooses and that another teacher, given the same text
+so far, would not choose. The library finds them in the data that a teacher wrote, locates what in a
+model causes them, trains students on them, and measures what the students prefer:
+
+    model = load_model("tiny")
+    owl, *others = animal_teachers(["owl", "cat", "wolf", "panda"])
+    examples = generate(model, owl, number_prompts(200))
+    div = find_divergence(model, examples, teacher=owl, counterfactuals=others)
+    effects = attribution_patch(model, div.pairs(model))
+    student = finetune(model, examples, mask=div.mask, blocks=[0])
+"""
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from divergence_lens.attribution import attribution_patch
+from divergence_lens.delta import Delta
+from divergence_lens.divergence import Divergence, find_divergence
+from divergence_lens.effects import Agreement, Effects
+from divergence_lens.evaluate import Preference, preference
+from divergence_lens.examples import (
+    Example,
+    as_examples,
+    load_examples,
+    save_examples,
+    with_ids,
+)
+from divergence_lens.finetune import Recipe, finetune, freeze_except
+from divergence_lens.generate import generate
+from divergence_lens.mediation import causal_mediation
+from divergence_lens.models import Model, fingerprint, load_model, model_name, provenance
+from divergence_lens.pairs import Pairs
+from divergence_lens.study import Study, StudyConfig, run_study
+from divergence_lens.sweep import Sweep, layer_sweep
+from divergence_lens.tasks import (
+    ANIMALS,
+    TREES,
+    NumberFilter,
+    neutral_prompt,
+    number_prompts,
+    parse_numbers,
+    persona_prompt,
+    preference_questions,
+    surface_forms,
+)
+from divergence_lens.teachers import Teacher, animal_teachers, prompted_teachers
+
+# `generate` and `finetune` are functions and modules at once. Here the functions win;
+# `from divergence_lens.generate import ...` reaches the module.
+
+if TYPE_CHECKING:
+    from divergence_lens import plots
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ANIMALS",
+    "TREES",
+    "Agreement",
+    "Delta",
+    "Divergence",
+    "Effects",
+    "Example",
+    "Model",
+    "NumberFilter",
+    "Pairs",
+    "Preference",
+    "Recipe",
+    "Study",
+    "StudyConfig",
+    "Sweep",
+    "Teacher",
+    "animal_teachers",
+    "as_examples",
+    "attribution_patch",
+    "causal_mediation",
+    "find_divergence",
+    "finetune",
+    "fingerprint",
+    "freeze_except",
+    "generate",
+    "layer_sweep",
+    "load_examples",
+    "load_model",
+    "model_name",
+    "neutral_prompt",
+    "number_prompts",
+    "parse_numbers",
+    "persona_prompt",
+    "plots",
+    "preference",
+    "preference_questions",
+    "prompted_teachers",
+    "provenance",
+    "run_study",
+    "save_examples",
+    "surface_forms",
+    "with_ids",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "plots":  # plotly takes a while to import, and many sessions draw nothing
+        return importlib.import_module("divergence_lens.plots")
+    raise AttributeError(f"module 'divergence_lens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,218 @@
+"""The training loop of a student: gradients of the chosen parameters, in place, and back again."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from divergence_lens._resume import load_checkpoint, save_checkpoint
+from divergence_lens._rows import Prefix, batches, pieces
+from divergence_lens._variables import FullRank, LowRank, Variables, is_matrix
+from divergence_lens.delta import Delta, base_fingerprint, claimed, put_back
+from divergence_lens.freeze import Trainable, lowest_layer
+from divergence_lens.models import Model, provenance
+from divergence_lens.recipe import Recipe
+
+OnStep = Callable[[int, float, Model], Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The arguments of `finetune` that are not about data or parameters; see there."""
+
+    recipe: Recipe
+    settings: Mapping[str, Any]
+    seed: int = 0
+    on_step: OnStep | None = None
+    every: int = 1
+    batch_tokens: int = 8192
+    checkpoint: Path | None = None
+    checkpoint_every: int = 100
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("every", "batch_tokens", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def train(prefix: Prefix, chosen: Mapping[str, nn.Parameter], plan: Plan) -> Delta:
+    """Train the chosen parameters on prepared rows.
+
+    Args:
+        prefix: The rows, and the frozen work below them, which several students may share.
+        chosen: What learns, by name.
+        plan: How.
+    """
+    model, rows, recipe = prefix.engine.model, prefix.rows, plan.recipe
+    if recipe.lora_rank is not None:
+        chosen = {n: p for n, p in chosen.items() if is_matrix(n, p)}
+        if not chosen:
+            raise ValueError("LoRA acts on the matrices of attention and MLP, and none is chosen")
+    settings = {
+        "trained": sorted(chosen),
+        "recipe": recipe.describe(),
+        "seed": plan.seed,
+        "examples": len(rows),
+        "tokens": rows.tokens_learned,
+        **plan.settings,
+    }
+    with claimed(model, "it is being trained"):
+        base = base_fingerprint(model)
+        with _training_mode(model, chosen):
+            if recipe.lora_rank is None:
+                variables: Variables = FullRank(chosen)
+            else:
+                alpha = float(recipe.lora_alpha or recipe.lora_rank)
+                variables = LowRank(
+                    model, chosen, rank=recipe.lora_rank, alpha=alpha, seed=plan.seed
+                )
+            try:
+                history = _Run(prefix, plan, variables, f"{base} {settings}").go()
+                tensors = variables.differences()
+            finally:
+                put_back(model, variables.parameters, variables.originals)
+    header = provenance(model, **settings)
+    return Delta(tensors, base, header | {"history": history})
+
+
+@contextmanager
+def _training_mode(model: Model, chosen: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Only the chosen parameters learn, and nothing is dropped out; modes and flags come back."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with Trainable(model, chosen), torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class _Run:
+    """One training run: its optimizer, how far it is, its history."""
+
+    def __init__(self, prefix: Prefix, plan: Plan, variables: Variables, identity: str) -> None:
+        self.engine = prefix.engine
+        self.rows = prefix.rows
+        self.prefix = prefix
+        self.plan = plan
+        self.variables = variables
+        self.parameters = list(variables.parameters.values())
+        self.optimizer = plan.recipe.build(variables.values)
+        self.history: list[dict[str, Any]] = []
+        self.lowest = lowest_layer(self.engine.model, variables.parameters) or 0
+        digest = hashlib.sha256(identity.encode())
+        for tensor in (self.rows.tokens, self.rows.weights):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        self.identity = digest.hexdigest()
+
+    def go(self) -> list[dict[str, Any]]:
+        """Train to the end, from the checkpoint if there is one."""
+        plan, recipe = self.plan, self.plan.recipe
+        per_epoch = math.ceil(len(self.rows) / recipe.batch_size)
+        steps = recipe.epochs * per_epoch
+        self.prefix.move_to(self.lowest)
+        self._resume()
+        self.variables.write()
+        bar = tqdm(
+            total=steps, initial=len(self.history), desc="student", disable=not plan.progress
+        )
+        with bar:
+            for epoch in range(len(self.history) // per_epoch, recipe.epochs):
+                order = batches(self.rows.lengths, recipe.batch_size, plan.seed, epoch)
+                for batch in order[len(self.history) - epoch * per_epoch :]:
+                    self._update(batch, epoch, steps)
+                    bar.update()
+                    bar.set_postfix(loss=f"{self.history[-1]['loss']:.3f}", refresh=False)
+        if plan.checkpoint is not None:
+            plan.checkpoint.unlink(missing_ok=True)
+        return self.history
+
+    def _update(self, batch: np.ndarray, epoch: int, steps: int) -> None:
+        plan, recipe, done = self.plan, self.plan.recipe, len(self.history)
+        rate = recipe.rate(done, steps)
+        loss = self._gradients(batch)
+        norm = torch.nn.utils.get_total_norm(
+            [v.grad for v in self.variables.values if v.grad is not None]
+        )
+        if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
+            what = "gradient" if math.isfinite(loss) else "loss"
+            before = f"; the last loss was {self.history[-1]['loss']:.4g}" if self.history else ""
+            raise FloatingPointError(
+                f"the {what} is not finite at step {done + 1} of {steps}{before}; take a smaller "
+                f"learning rate than {recipe.lr:g}, or more warm-up than {recipe.warmup_steps}"
+            )
+        if recipe.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.variables.values, recipe.clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.variables.write()
+        entry: dict[str, Any] = {"step": done + 1, "epoch": epoch + 1, "loss": loss, "lr": rate}
+        self.history.append(entry)
+        if plan.on_step is not None and ((done + 1) % plan.every == 0 or done + 1 == steps):
+            with torch.no_grad():
+                entry.update(plan.on_step(done + 1, loss, self.engine.model) or {})
+        if (
+            plan.checkpoint is not None
+            and (done + 1) % plan.checkpoint_every == 0
+            and done + 1 < steps
+        ):
+            save_checkpoint(
+                plan.checkpoint, self.identity, self.variables.values, self.optimizer, self.history
+            )
+
+    def _gradients(self, batch: np.ndarray) -> float:
+        """Set the variables' gradients for one batch, piece by piece, and return its loss."""
+        lengths = self.rows.lengths
+        # One learned token weighs the same in whichever piece of the batch it stands.
+        whole = self.rows.weights[torch.from_numpy(batch).to(self.rows.weights.device)].sum()
+        total: list[Tensor | None] = [None] * len(self.parameters)
+        loss = 0.0
+        for part in pieces(batch, lengths, self.plan.batch_tokens):
+            value = self._loss(part, int(lengths[part].max())) / whole
+            found = torch.autograd.grad(value, self.parameters, allow_unused=True)
+            total = [
+                n if t is None else t if n is None else t + n
+                for t, n in zip(total, found, strict=True)
+            ]
+            loss += float(value.detach())
+        self.variables.take(total)
+        return loss
+
+    def _loss(self, part: np.ndarray, length: int) -> Tensor:
+        """Weighted sum of the cross-entropies of the learned tokens of some rows."""
+        index = torch.from_numpy(part).to(self.rows.weights.device)
+        weights = self.rows.weights[index, :length]
+        where = weights > 0
+        device = self.engine.device.type
+        autocast = (
+            torch.autocast(device, torch.bfloat16) if self.plan.recipe.autocast else nullcontext()
+        )
+        with autocast:
+            resid, run = self.prefix.entering(part, length)
+            for layer in range(self.lowest, self.engine.n_layers):
+                resid = self.engine.block(layer, resid, run)
+            hidden = self.engine.norm(resid[where][None])
+            logits = self.engine.unembed(hidden)[0]
+        losses = F.cross_entropy(
+            logits.float(), self.rows.targets[index, :length][where], reduction="none"
+        )
+        return losses @ weights[where]
+
+    def _resume(self) -> None:
+        path = self.plan.checkpoint
+        if path is not None and path.exists():
+            self.history = load_checkpoint(
+                path, self.identity, self.variables.values, self.optimizer
+            )

@@ -1,0 +1,162 @@
+"""What an optimiser moves: the parameters themselves, float32 masters of them, or low-rank factors.
+
+Each kind takes the gradients of the model's own parameters and writes its values back into them, so
+that the forward pass is always the model's own and knows nothing of how it is trained.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from divergence_lens.freeze import block_of, canonical
+from divergence_lens.models import Model
+
+
+class Variables(ABC):
+    """The tensors that an optimiser moves, and their way to and from the model's parameters.
+
+    Attributes:
+        parameters: The model's parameters that follow, by name.
+        originals: Their values before training.
+        values: What the optimiser moves.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+        self.originals = {name: p.detach().clone() for name, p in parameters.items()}
+        self.values: list[Tensor] = []
+
+    @abstractmethod
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """Set the variables' `.grad` from the gradients of the parameters, in their order."""
+
+    @abstractmethod
+    def write(self) -> None:
+        """Bring the model's parameters to what the variables say."""
+
+    @abstractmethod
+    def differences(self) -> dict[str, Tensor]:
+        """How far each parameter has moved, in float32."""
+
+
+class FullRank(Variables):
+    """The parameters themselves; for half precision, float32 masters that are rounded into them."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self._masters = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters.values())
+        # Detached, they share memory with the parameters, whose own .grad is left alone.
+        self.values = [
+            p.detach().float() if self._masters else p.detach() for p in parameters.values()
+        ]
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        for value, gradient in zip(self.values, gradients, strict=True):
+            value.grad = None if gradient is None else gradient.to(value.dtype)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        if self._masters:
+            for p, value in zip(self.parameters.values(), self.values, strict=True):
+                p.copy_(value)
+
+    def differences(self) -> dict[str, Tensor]:
+        pairs = zip(self.originals.items(), self.values, strict=True)
+        return {name: (v - o).float() for (name, o), v in pairs}
+
+
+class LowRank(Variables):
+    """LoRA (Hu et al., arXiv 2106.09685): each matrix W becomes W + (alpha / rank) A B.
+
+    A is drawn as in peft, B starts at zero. The sum is written into W before each step, and the
+    gradient of W is carried on to A and B by the chain rule: the same numbers as with a bypass,
+    whatever the model class. Attention matrices that TransformerLens keeps per head share one A
+    over all heads, as in Hugging Face's layout.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        rank: int,
+        alpha: float,
+        seed: int,
+    ) -> None:
+        super().__init__(parameters)
+        owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+        generator = torch.Generator().manual_seed(seed)
+        self._scale = alpha / rank
+        self._layouts = [_Layout(n, p, owners[id(p)]) for n, p in parameters.items()]
+        self._base = [
+            layout.matrix(o.float())
+            for layout, o in zip(self._layouts, self.originals.values(), strict=True)
+        ]
+        names = list(parameters)
+        starts: dict[str, Tensor] = {}
+        # Drawn in an order that the model classes share, so that they train the same student.
+        for name in sorted(names, key=lambda n: (block_of(n) or 0, canonical(n))):
+            n_in = self._base[names.index(name)].shape[0]
+            starts[name] = (2 * torch.rand(n_in, rank, generator=generator) - 1) / n_in**0.5
+        for name, base in zip(names, self._base, strict=True):
+            up = torch.zeros(rank, base.shape[1], device=base.device)
+            self.values += [starts[name].to(base.device), up]
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        for i, (layout, gradient) in enumerate(zip(self._layouts, gradients, strict=True)):
+            down, up = self.values[2 * i : 2 * i + 2]
+            if gradient is None:
+                down.grad = up.grad = None
+                continue
+            wide = layout.matrix(gradient.float())
+            down.grad = self._scale * (wide @ up.T)
+            up.grad = self._scale * (down.T @ wide)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        for i, (layout, p) in enumerate(zip(self._layouts, self.parameters.values(), strict=True)):
+            p.copy_(layout.tensor(self._base[i] + self._change(i)))
+
+    def _change(self, i: int) -> Tensor:
+        return self._scale * (self.values[2 * i] @ self.values[2 * i + 1])
+
+    def differences(self) -> dict[str, Tensor]:
+        return {
+            name: layout.tensor(self._change(i))
+            for i, (name, layout) in enumerate(zip(self.parameters, self._layouts, strict=True))
+        }
+
+
+class _Layout:
+    """How a parameter is read as one matrix [in, out]."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> None:
+        self._shape = tuple(parameter.shape)
+        if parameter.ndim == 3:
+            # TransformerLens: W_O is [head, d_head, d_model], the others [head, d_model, d_head].
+            self._kind = "heads in" if canonical(name).endswith("W_O") else "heads out"
+        else:
+            self._kind = "out, in" if isinstance(owner, nn.Linear) else "in, out"
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        if self._kind == "heads in":
+            return tensor.flatten(0, 1)
+        if self._kind == "heads out":
+            return tensor.transpose(0, 1).flatten(1)
+        return tensor.T if self._kind == "out, in" else tensor
+
+    def tensor(self, matrix: Tensor) -> Tensor:
+        if self._kind == "heads in":
+            return matrix.reshape(self._shape)
+        if self._kind == "heads out":
+            heads, n_in, d_head = self._shape
+            return matrix.reshape(n_in, heads, d_head).transpose(0, 1)
+        return matrix.T if self._kind == "out, in" else matrix
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether LoRA can act on it: a matrix of attention or MLP."""
+    # TransformerLens keeps biases per head, in two dimensions.
+    return parameter.ndim >= 2 and not canonical(name).split(".")[-1].startswith("b_")

@@ -1,0 +1,614 @@
+"""The forward passes that every other room shares.
+
+A pass goes block by block over a residual stream [batch, pos, d_model], can start at any position
+after kept keys and values, can start at any block, and can be watched or changed at the sites of
+each block. This room and `models` alone know whether a model is a `HookedTransformer` or a
+`TransformerBridge`.
+
+Tokens are right padded or not padded, and no attention mask is ever passed: under a causal mask
+what stands right of a position cannot reach it, so rows of padding are simply not read.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from divergence_lens.models import Model, check_model, is_hooked, untyped
+
+SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
+"""The sites of a block. `z` is [batch, pos, head, d_head], the others [batch, pos, d_model]."""
+
+SiteFunction = Callable[[Tensor], Tensor | None]
+
+_ENGINE = "_divergence_lens_engine"
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Keys and values of every block for the first `length` positions of a batch.
+
+    Their layout is the model class's own; other rooms only cut, pick and repeat them.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    position_axis: int
+
+    @property
+    def length(self) -> int:
+        """Number of positions that are kept."""
+        return self.keys[0].shape[self.position_axis]
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.keys[0].shape[0]
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "KeyValues":
+        return KeyValues(
+            tuple(change(key) for key in self.keys),
+            tuple(change(value) for value in self.values),
+            self.position_axis,
+        )
+
+    def upto(self, length: int) -> "KeyValues":
+        """The first `length` positions; a view."""
+        return self._map(lambda kept: kept.narrow(self.position_axis, 0, length))
+
+    def select(self, rows: Int[Tensor, "rows"]) -> "KeyValues":
+        """The given rows, in the given order; a copy."""
+        return self._map(lambda kept: kept.index_select(0, rows))
+
+    def expand(self, batch: int) -> "KeyValues":
+        """One row repeated `batch` times; a view."""
+        if self.batch != 1:
+            raise ValueError(f"only a single row can be repeated, this holds {self.batch}")
+        return self._map(lambda kept: kept.expand(batch, *kept.shape[1:]))
+
+
+class Pass:
+    """A forward pass under way: its embeddings, where it starts, and what it keeps.
+
+    Attributes:
+        resid: the embeddings, `resid_pre` of block 0, [batch, pos, d_model].
+        offset: absolute position of the first token of `resid`.
+        rows: for each row of the residual, its row in the past; None where they are the same.
+    """
+
+    def __init__(self, past: KeyValues | None, *, keep: bool, position_axis: int) -> None:
+        self.resid: Tensor
+        self.past = past
+        self.keep = keep
+        self.rows: Tensor | None = None
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._axis = position_axis
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def offset(self) -> int:
+        """Absolute position of the pass's first token."""
+        return self.past.length if self.past is not None else 0
+
+    def key_values(self) -> KeyValues:
+        """The keys and values of the past and of this pass, once all blocks have run."""
+        layers = [self._kept[layer] for layer in sorted(self._kept)]
+        return KeyValues(
+            tuple(key for key, _ in layers), tuple(value for _, value in layers), self._axis
+        )
+
+    def join(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the past before a block's new keys and values, and keep the whole if asked to."""
+        if self.past is not None and self.past.length:
+            key = torch.cat([self._rows_of(self.past.keys[layer], len(key)), key], self._axis)
+            value = torch.cat(
+                [self._rows_of(self.past.values[layer], len(value)), value], self._axis
+            )
+        if self.keep:
+            self._kept[layer] = (key, value)
+        return key, value
+
+    def _rows_of(self, kept: Tensor, batch: int) -> Tensor:
+        if len(kept) == 1:
+            return kept.expand(batch, *kept.shape[1:])
+        return kept if self.rows is None else kept.index_select(0, self.rows)
+
+
+class Engine(ABC):
+    """One model's forward passes, block by block. Get it with `Engine.of(model)`.
+
+    Attributes:
+        model: the model.
+        n_layers, n_heads, d_model, d_head, d_vocab, n_ctx: its sizes.
+        sites: the names in `SITES` that this model has.
+    """
+
+    position_axis: int
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._lens = untyped(model)
+        cfg = self._lens.cfg
+        self.n_layers: int = cfg.n_layers
+        self.n_heads: int = cfg.n_heads
+        self.d_model: int = cfg.d_model
+        self.d_head: int = cfg.d_head
+        self.d_vocab: int = cfg.d_vocab
+        self.n_ctx: int = cfg.n_ctx
+        parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
+        self.sites = tuple(site for site in SITES if not (parallel and site == "resid_mid"))
+        self._functions: dict[tuple[int, str], list[SiteFunction]] = {}
+        self._block_input: Tensor | None = None
+
+    @staticmethod
+    def of(model: Model) -> "Engine":
+        """The engine of `model`; built, and checked against a plain forward, on the first call.
+
+        Raises:
+            TypeError: `model` is not of TransformerLens.
+            ValueError: it is not causal, or the pass block by block does not equal its own forward.
+        """
+        engine = model.__dict__.get(_ENGINE) if isinstance(model, nn.Module) else None
+        if isinstance(engine, Engine) and engine.model is model:
+            return engine
+        check_model(model)
+        if getattr(getattr(model, "cfg", None), "attention_dir", "causal") != "causal":
+            raise ValueError(
+                "the model attends in both directions; the library needs a causal language model"
+            )
+        engine = _HookedEngine(model) if is_hooked(model) else _BridgeEngine(model)
+        engine.check_against_own_forward()
+        object.__setattr__(model, _ENGINE, engine)
+        return engine
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the embeddings."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        return next(self.model.parameters()).dtype
+
+    # -- what the two classes do differently ------------------------------------------------
+
+    @abstractmethod
+    def _begin(self, run: Pass, tokens: Tensor) -> Tensor:
+        """The embeddings of `tokens`, and whatever the blocks need put into `run`."""
+
+    @abstractmethod
+    def _block(self, layer: int, resid: Tensor, run: Pass) -> Tensor: ...
+
+    @abstractmethod
+    def _site_module(self, layer: int, site: str) -> nn.Module:
+        """The hook point through which `site` of block `layer` passes."""
+
+    @abstractmethod
+    def norm(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The final norm."""
+
+    @abstractmethod
+    def unembed(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        """Logits of normed hidden states, the soft cap included."""
+
+    @abstractmethod
+    def block_parameters(self, layer: int) -> dict[str, nn.Parameter]:
+        """The parameters that block `layer` computes with, by their full names."""
+
+    @abstractmethod
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that the model computes with, by name; tied ones once."""
+
+    # -- passes -----------------------------------------------------------------------------
+
+    def begin(
+        self, tokens: Int[Tensor, "batch pos"], past: KeyValues | None = None, *, keep: bool = False
+    ) -> Pass:
+        """Start a pass over `tokens`, which follow `past`.
+
+        Args:
+            tokens: right padded or unpadded ids.
+            past: keys and values of the positions before; of one row, it serves every row.
+            keep: keep the keys and values of this pass too (`run.key_values()`).
+
+        Raises:
+            ValueError: more positions than the context holds, or ids outside the vocabulary.
+        """
+        offset = past.length if past is not None else 0
+        if offset + tokens.shape[1] > self.n_ctx:
+            raise ValueError(
+                f"{offset + tokens.shape[1]} tokens do not fit the context of {self.n_ctx}; "
+                "shorten the prompt or the completion"
+            )
+        tokens = tokens.to(self.device)
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.d_vocab:
+            raise ValueError(
+                f"token ids run from {int(tokens.min())} to {int(tokens.max())}; "
+                f"the vocabulary has {self.d_vocab}: were they made with another tokenizer?"
+            )
+        run = Pass(past, keep=keep, position_axis=self.position_axis)
+        run.resid = self._begin(run, tokens)
+        return run
+
+    def block(
+        self,
+        layer: int,
+        resid: Float[Tensor, "rows pos d_model"],
+        run: Pass,
+        *,
+        rows: Int[Tensor, "rows"] | None = None,
+    ) -> Float[Tensor, "rows pos d_model"]:
+        """Run one block.
+
+        Args:
+            layer: which block.
+            resid: its `resid_pre`; the positions are those of `run`, the rows may be others.
+            run: the pass, from `begin`.
+            rows: for each row of `resid`, its row in the pass's past.
+
+        Returns:
+            `resid_post` of the block.
+        """
+        run.rows = rows
+        resid = self._apply(layer, "resid_pre", resid)
+        self._block_input = resid
+        try:
+            return self._apply(layer, "resid_post", self._block(layer, resid, run))
+        finally:
+            self._block_input = None
+
+    def final_from(
+        self, resid: Float[Tensor, "batch pos d_model"], layer: int, run: Pass
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Blocks from `layer` up and the final norm, starting at `resid_pre` of `layer`."""
+        for index in range(layer, self.n_layers):
+            resid = self.block(index, resid, run)
+        return self.norm(resid)
+
+    def final(
+        self, tokens: Int[Tensor, "batch pos"], past: KeyValues | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """All blocks and the final norm; `unembed` what is needed of it."""
+        run = self.begin(tokens, past)
+        return self.final_from(run.resid, 0, run)
+
+    def prefill(
+        self, tokens: Int[Tensor, "batch pos"]
+    ) -> tuple[Float[Tensor, "batch pos d_model"], KeyValues]:
+        """`final`, with the keys and values of every position kept."""
+        return self.extend(tokens, None)
+
+    def extend(
+        self, tokens: Int[Tensor, "batch pos"], past: KeyValues | None
+    ) -> tuple[Float[Tensor, "batch pos d_model"], KeyValues]:
+        """`final` of tokens that follow `past`, with all keys and values kept."""
+        run = self.begin(tokens, past, keep=True)
+        hidden = self.final_from(run.resid, 0, run)
+        return hidden, run.key_values()
+
+    @torch.no_grad()
+    def activations(
+        self, tokens: Int[Tensor, "batch pos"], *, sites: Sequence[str] = ("resid_pre",)
+    ) -> dict[str, Float[Tensor, "layer batch pos ..."]]:
+        """The activations of all blocks at the given sites, of one forward pass."""
+        kept: dict[str, list[Tensor]] = {site: [] for site in sites}
+
+        def keeper(site: str) -> SiteFunction:
+            return lambda activation: kept[site].append(activation.detach())
+
+        watch = [(layer, site, keeper(site)) for layer in range(self.n_layers) for site in sites]
+        with self.hooked(watch):
+            self.final(tokens)
+        return {site: torch.stack(found) for site, found in kept.items()}
+
+    # -- sites ------------------------------------------------------------------------------
+
+    @contextmanager
+    def hooked(self, functions: Sequence[tuple[int, str, SiteFunction]]) -> Iterator[None]:
+        """Call functions on the activations of sites while the context lasts.
+
+        Args:
+            functions: (layer, site, function). A function gets the activation, [batch, pos,
+                d_model] or, for `z`, [batch, pos, head, d_head], and returns its replacement, or
+                None to leave it. Replacing `resid_mid` changes the residual itself, not only what
+                the MLP reads.
+
+        Raises:
+            ValueError: the model has no such site or layer.
+        """
+        handles: list[Any] = []
+        added: list[tuple[tuple[int, str], SiteFunction]] = []
+        try:
+            for layer, site, function in functions:
+                self._check_site(layer, site)
+                if site in ("resid_pre", "resid_post"):
+                    self._functions.setdefault((layer, site), []).append(function)
+                    added.append(((layer, site), function))
+                    continue
+                point = self._site_module(layer, "attn_out" if site == "resid_mid" else site)
+                handles.append(point.register_forward_hook(self._hook(site, function)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for key, function in added:
+                self._functions[key].remove(function)
+                if not self._functions[key]:
+                    del self._functions[key]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No parameter takes a gradient while the context lasts."""
+        kept = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in kept:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in kept:
+                parameter.requires_grad_(True)
+
+    def check_layer(self, layer: int) -> None:
+        """Refuse a block that the model does not have.
+
+        Raises:
+            ValueError: `layer` is out of range.
+        """
+        if not 0 <= layer < self.n_layers:
+            raise ValueError(
+                f"layer {layer} is out of range; the model has 0 to {self.n_layers - 1}"
+            )
+
+    def _check_site(self, layer: int, site: str) -> None:
+        self.check_layer(layer)
+        if site not in self.sites:
+            reason = (
+                "attention and MLP read the same residual here, there is none between them"
+                if site in SITES
+                else f"sites are {', '.join(self.sites)}"
+            )
+            raise ValueError(f"the model has no site {site!r}: {reason}")
+
+    def _apply(self, layer: int, site: str, activation: Tensor) -> Tensor:
+        for function in self._functions.get((layer, site), ()):
+            changed = function(activation)
+            activation = activation if changed is None else changed
+        return activation
+
+    def _hook(self, site: str, function: SiteFunction) -> Callable[..., Tensor | None]:
+        def mid(_module: nn.Module, _inputs: Any, attn_out: Tensor) -> Tensor | None:
+            resid = self._block_input
+            changed = function(attn_out if resid is None else resid + attn_out)
+            return changed if changed is None or resid is None else changed - resid
+
+        def heads(_module: nn.Module, _inputs: Any, z: Tensor) -> Tensor | None:
+            changed = function(z.reshape(*z.shape[:2], self.n_heads, self.d_head))
+            return None if changed is None else changed.reshape(z.shape)
+
+        def plain(_module: nn.Module, _inputs: Any, activation: Tensor) -> Tensor | None:
+            return function(activation)
+
+        return {"resid_mid": mid, "z": heads}.get(site, plain)
+
+    @torch.no_grad()
+    def check_against_own_forward(self) -> None:
+        """Whether the pass block by block, in two pieces, equals the model's own forward."""
+        tokens = torch.arange(6, device=self.device)[None] * 3 % self.d_vocab
+        # Told that nothing is padding: a tokenizer that pads on the left would have ids masked.
+        plain = self.model(tokens, attention_mask=torch.ones_like(tokens)).float()
+        _, past = self.prefill(tokens[:, :2])
+        ours = self.unembed(self.final(tokens[:, 2:], past)).float()
+        scale = max(1.0, float(plain.abs().max()))
+        difference = float((ours - plain[:, 2:]).abs().max()) / scale
+        tolerance = 1e-4 if self.dtype in (torch.float32, torch.float64) else 0.05
+        if not difference <= tolerance:
+            raise ValueError(
+                f"running {type(self.model).__name__} {self._lens.cfg.model_name!r} block by block "
+                f"gives other logits than its own forward (relative difference {difference:.2g}); "
+                "this architecture is not supported"
+            )
+
+
+class _Entry:
+    """What a HookedTransformer's attention expects of a key/value cache of one block."""
+
+    def __init__(self, run: Pass, layer: int) -> None:
+        self._run, self._layer = run, layer
+
+    @property
+    def past_keys(self) -> Tensor:
+        past = self._run.past
+        return past.keys[self._layer] if past is not None else torch.empty(1, 0)
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self._run.join(self._layer, key, value)
+
+
+class _HookedEngine(Engine):
+    position_axis = 1
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        kind = self._lens.cfg.positional_embedding_type
+        if kind == "shortformer":
+            raise ValueError("shortformer position embeddings are not supported")
+        if self._lens.cfg.attn_only:
+            self.sites = tuple(site for site in self.sites if site not in ("mlp_out", "resid_mid"))
+        self._positions = kind == "standard"
+
+    def _begin(self, run: Pass, tokens: Tensor) -> Tensor:
+        model = self._lens
+        resid: Tensor = model.hook_embed(model.embed(tokens))
+        if self._positions:
+            resid = resid + model.hook_pos_embed(model.pos_embed(tokens, run.offset))
+        return resid
+
+    def _block(self, layer: int, resid: Tensor, run: Pass) -> Tensor:
+        entry = _Entry(run, layer) if run.keep or run.offset else None
+        out: Tensor = self._lens.blocks[layer](resid, past_kv_cache_entry=entry)
+        return out
+
+    def _site_module(self, layer: int, site: str) -> nn.Module:
+        block = self._lens.blocks[layer]
+        point: nn.Module = block.attn.hook_z if site == "z" else getattr(block, f"hook_{site}")
+        return point
+
+    def norm(self, resid: Tensor) -> Tensor:
+        hidden: Tensor = self._lens.ln_final(resid) if hasattr(self._lens, "ln_final") else resid
+        return hidden
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        flat: Tensor = self._lens.unembed(hidden.reshape(1, -1, hidden.shape[-1]))
+        return _soft_cap(flat, self._lens.cfg).reshape(*hidden.shape[:-1], flat.shape[-1])
+
+    def block_parameters(self, layer: int) -> dict[str, nn.Parameter]:
+        prefix = f"blocks.{layer}."
+        return {n: p for n, p in self.named_parameters().items() if n.startswith(prefix)}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+
+class _BridgeCache:
+    """Stands in for Hugging Face's key/value cache, over a `Pass`."""
+
+    is_compileable = False
+    is_sliding: tuple[bool, ...] = ()
+
+    def __init__(self, run: Pass) -> None:
+        self._run = run
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self._run.join(layer_idx, key, value)
+
+    def get_seq_length(self, _layer_idx: int = 0) -> int:
+        return self._run.offset
+
+    def get_query_offset(self, _layer_idx: int = 0) -> int:
+        return self._run.offset
+
+    def get_mask_sizes(self, query_length: int, _layer_idx: int = 0) -> tuple[int, int]:
+        return self._run.offset + query_length, 0
+
+
+class _BridgeEngine(Engine):
+    """Passes over a bridge, through the decoder that it wraps.
+
+    What Hugging Face's decoder hands to each block (masks, rotary angles, positions) differs by
+    family. So `_begin` runs the decoder with every block replaced by a recorder that returns its
+    input: that costs an embedding and a norm, and yields the embeddings and each block's arguments.
+    """
+
+    position_axis = 2
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self._decoder: nn.Module = self._lens.original_model.base_model
+        if any(type(block).__name__ == "ParallelBlockBridge" for block in self._lens.blocks):
+            self.sites = tuple(site for site in self.sites if site != "resid_mid")
+        self._in_tuple = self._blocks_return_tuples()
+
+    @torch.no_grad()
+    def _blocks_return_tuples(self) -> bool:
+        found: list[bool] = []
+        watch = self._lens.blocks[0].register_forward_hook(
+            lambda _module, _inputs, output: found.append(isinstance(output, tuple))
+        )
+        try:
+            self._decoder(torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            watch.remove()
+        return found[0]
+
+    def _begin(self, run: Pass, tokens: Tensor) -> Tensor:
+        cached = {"past_key_values": _BridgeCache(run)} if run.keep or run.offset else {}
+        with self._recorders(run):
+            self._decoder(tokens, use_cache=bool(cached), **cached)
+        first, _ = run.calls[0]
+        embeddings: Tensor = first[0]
+        batch = tokens.shape[0]
+        # Nothing that the blocks are handed depends on the row; one row serves any number of rows.
+        run.calls = [
+            (
+                tuple(_one_row(a, batch) for a in args[1:]),
+                {k: _one_row(v, batch) for k, v in kw.items()},
+            )
+            for args, kw in run.calls
+        ]
+        return embeddings
+
+    @contextmanager
+    def _recorders(self, run: Pass) -> Iterator[None]:
+        def recorder(resid: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+            run.calls.append(((resid, *args), kwargs))
+            return (resid,) if self._in_tuple else resid
+
+        blocks = list(self._lens.blocks)
+        try:
+            for block in blocks:
+                block.__dict__["forward"] = recorder
+            yield
+        finally:
+            for block in blocks:
+                block.__dict__.pop("forward", None)
+
+    def _block(self, layer: int, resid: Tensor, run: Pass) -> Tensor:
+        args, kwargs = run.calls[layer]
+        out = self._lens.blocks[layer](resid, *args, **kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def _site_module(self, layer: int, site: str) -> nn.Module:
+        name = "attn.hook_z" if site == "z" else f"hook_{site}"
+        point: nn.Module = self._lens.hook_dict[f"blocks.{layer}.{name}"]
+        return point
+
+    def norm(self, resid: Tensor) -> Tensor:
+        hidden: Tensor = self._lens.ln_final(resid)
+        return hidden
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._lens.unembed(hidden)
+        return _soft_cap(logits, self._lens.cfg)
+
+    def block_parameters(self, layer: int) -> dict[str, nn.Parameter]:
+        own = {id(parameter) for parameter in self._lens.blocks[layer].parameters()}
+        return {n: p for n, p in self.named_parameters().items() if id(p) in own}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        every = dict(self._lens.original_model.named_parameters())
+        # Fused query/key/value weights are split into copies, and the fused ones are then unused.
+        split = {n.split(".qkv.")[0] for n in every if ".qkv." in n}
+        return (
+            {
+                n: p
+                for n, p in every.items()
+                if ".qkv." not in n
+                or not any(o.startswith(f"{n.split('.qkv.')[0]}.q.") for o in every)
+            }
+            if split
+            else every
+        )
+
+
+def _one_row(value: Any, batch: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[:1] if batch > 1 and value.ndim and value.shape[0] == batch else value
+    if isinstance(value, tuple):
+        return tuple(_one_row(item, batch) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _one_row(item, batch) for key, item in value.items()}
+    return value
+
+
+def _soft_cap(logits: Tensor, cfg: Any) -> Tensor:
+    cap = getattr(cfg, "output_logits_soft_cap", None)
+    return logits if cap is None or cap <= 0 else cap * torch.tanh(logits / cap)

@@ -1,0 +1,353 @@
+"""Load a model, and say what was loaded.
+
+Every public call of the library takes a `HookedTransformer` or a `TransformerBridge`. This module
+builds either from a name, a folder or a Hugging Face model, always without folding or centring
+weights, so that logits and residuals are Hugging Face's own and trained weights can go back.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from divergence_lens.tiny import TINY_MODELS, tiny_folder
+
+HookedTransformer: Any
+try:
+    from transformer_lens import HookedTransformer
+except ImportError:  # TransformerLens 4 removed it; there, only bridges exist.
+    HookedTransformer = None
+
+Model: TypeAlias = nn.Module
+"""A `HookedTransformer` or a `TransformerBridge`; `check_model` tells them from other modules."""
+
+Backend: TypeAlias = Literal["auto", "hooked", "bridge"]
+
+_PACKAGES = ("divergence-lens", "transformer-lens", "torch", "transformers", "numpy")
+_LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+def is_hooked(model: object) -> bool:
+    """Whether `model` is a `HookedTransformer`."""
+    return HookedTransformer is not None and isinstance(model, HookedTransformer)
+
+
+def check_model(model: object) -> None:
+    """Refuse anything but a `HookedTransformer` or a `TransformerBridge`.
+
+    Raises:
+        TypeError: `model` is something else, a plain Hugging Face model for instance.
+    """
+    if not is_hooked(model) and not isinstance(model, TransformerBridge):
+        raise TypeError(
+            f"expected a HookedTransformer or a TransformerBridge, got {type(model).__name__}; "
+            "pass it through divergence_lens.load_model first"
+        )
+
+
+def untyped(model: Model) -> Any:
+    """The model, for the parts that both classes have and no common type names."""
+    return model
+
+
+def model_name(model: Model) -> str:
+    """The name that `model` was loaded under."""
+    return str(getattr(untyped(model).cfg, "model_name", type(model).__name__))
+
+
+def load_model(
+    source: str | Path | nn.Module,
+    *,
+    backend: Backend = "auto",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Any = None,
+) -> Model:
+    """Load a language model as a `HookedTransformer` or a `TransformerBridge`.
+
+    Weights are neither folded nor centred: logits equal Hugging Face's. Where `backend="auto"`, a
+    `HookedTransformer` is built if TransformerLens has that class and can convert the
+    architecture, and its logits are checked against Hugging Face's on a short input; otherwise a
+    bridge is built.
+
+    Args:
+        source: "tiny" or "tiny-qwen2" (shipped with the library), the name of a model on the
+            Hugging Face hub, a folder in Hugging Face's layout, a loaded Hugging Face model, or a
+            model of TransformerLens (returned as it is, in eval mode).
+        backend: which class to build.
+        device: where to put it; the first GPU if there is one, else the CPU.
+        dtype: the parameters' type.
+        tokenizer: a Hugging Face tokenizer; needed with a loaded Hugging Face model that has none
+            beside it, optional otherwise.
+
+    Returns:
+        The model in eval mode. `model.tokenizer` is set.
+
+    Raises:
+        FileNotFoundError: `source` looks like a folder and is none, or lacks `config.json`.
+        ValueError: the backend cannot hold this model; the message says which can.
+        TypeError: `source` is of another type.
+    """
+    if backend not in ("auto", "hooked", "bridge"):
+        raise ValueError(f'backend is {backend!r}; use "auto", "hooked" or "bridge"')
+    if is_hooked(source) or isinstance(source, TransformerBridge):
+        return _loaded(source, backend, device, dtype)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(source, nn.Module):
+        hf_model, name = source, str(getattr(source.config, "name_or_path", "") or "model")
+    elif isinstance(source, str | Path):
+        hf_model, tokenizer, name = _from_pretrained(source, dtype, tokenizer)
+    else:
+        raise TypeError(
+            f"source is a {type(source).__name__}; pass a name, a folder or a loaded model"
+        )
+    hf_model = hf_model.to(device=target, dtype=dtype).eval()
+    if backend == "bridge":
+        return _bridge(hf_model, tokenizer, name)
+    try:
+        return _hooked(hf_model, tokenizer, name, dtype)
+    except _ConversionError as error:
+        if backend == "hooked":
+            raise ValueError(
+                f'{name!r} cannot be a HookedTransformer: {error}; use backend="bridge"'
+            ) from error
+        return _bridge(hf_model, tokenizer, name)
+
+
+def fingerprint(model: Model) -> str:
+    """A hash over the names, shapes and bytes of all parameters of `model`.
+
+    Two models with the same fingerprint hold the same weights, bit for bit.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def provenance(model: Model | None = None, /, **settings: Any) -> dict[str, Any]:
+    """What a result was made with: package versions, the model, the caller's settings.
+
+    Returns:
+        A dictionary that `json.dumps` takes; values in `settings` it cannot take become strings.
+    """
+    record: dict[str, Any] = {
+        "versions": {name: _version(name) for name in _PACKAGES}
+        | {"python": platform.python_version()}
+    }
+    if model is not None:
+        parameter = next(model.parameters())
+        record["model"] = {
+            "name": model_name(model),
+            "class": type(model).__name__,
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "device": parameter.device.type,
+        }
+    record["settings"] = json.loads(json.dumps(settings, default=str))
+    return record
+
+
+class _ConversionError(Exception):
+    """TransformerLens has no faithful HookedTransformer for this architecture."""
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _loaded(
+    model: Any, backend: Backend, device: str | torch.device | None, dtype: torch.dtype
+) -> Model:
+    built = "hooked" if is_hooked(model) else "bridge"
+    if backend not in ("auto", built):
+        raise ValueError(
+            f"the model is already a {type(model).__name__}; it cannot become backend={backend!r}: "
+            "load it from its name or folder"
+        )
+    if device is not None:
+        model = model.to(device)
+    if next(model.parameters()).dtype != dtype:
+        model = model.to(dtype)
+    evaluated: Model = model.eval()
+    return evaluated
+
+
+def _from_pretrained(
+    source: str | Path, dtype: torch.dtype, tokenizer: Any
+) -> tuple[Any, Any, str]:
+    from transformers import AutoModelForCausalLM
+
+    name = str(source)
+    location: str | Path = tiny_folder(name) if name in TINY_MODELS else source
+    path = Path(location)
+    looks_local = isinstance(source, Path) or name.startswith((".", "/", "~")) or path.is_dir()
+    if looks_local and name not in TINY_MODELS:
+        path = path.expanduser()
+        location = path
+        if not path.is_dir():
+            raise FileNotFoundError(f"no folder {name!r}; give a folder in Hugging Face's layout")
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{name!r} has no config.json; give a folder written by save_pretrained"
+            )
+    try:
+        with _no_bar(hidden=name in TINY_MODELS):
+            model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+        if tokenizer is None:
+            tokenizer = _tokenizer(location)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot load {name!r} (a shipped name is one of {', '.join(TINY_MODELS)}; otherwise "
+            f"a hub name or a folder in Hugging Face's layout): {_first_line(error)}"
+        ) from error
+    return model, tokenizer, name
+
+
+def _tokenizer(location: str | Path) -> Any:
+    """The tokenizer that lies in a folder or on the hub, read as its own file says.
+
+    `AutoTokenizer` of transformers 5 goes by the model's type, and takes any tokenizer beside a
+    Qwen2 model for Qwen2's byte pairs, whatever `tokenizer.json` holds. A folder that names the
+    general class is read by that class.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    config = Path(location) / "tokenizer_config.json"
+    if config.is_file() and (Path(location) / "tokenizer.json").is_file():
+        named = json.loads(config.read_text()).get("tokenizer_class")
+        if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            return PreTrainedTokenizerFast.from_pretrained(location)
+    return AutoTokenizer.from_pretrained(location)
+
+
+@contextmanager
+def _no_bar(*, hidden: bool) -> Iterator[None]:
+    """Without Hugging Face's progress bar, where there is nothing to wait for."""
+    from transformers.utils import logging
+
+    hidden = hidden and logging.is_progress_bar_enabled()
+    if hidden:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _architecture(hf_model: Any) -> str:
+    return type(hf_model).__name__
+
+
+def _bridge(hf_model: Any, tokenizer: Any, name: str) -> Model:
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    try:
+        bridge: Model = build_bridge_from_module(
+            hf_model, _architecture(hf_model), hf_config=hf_model.config, model_name=name
+        )
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{name!r} cannot be a bridge: {_first_line(error)}") from error
+    _give_tokenizer(bridge, tokenizer)
+    return bridge.eval()
+
+
+def _hooked(hf_model: Any, tokenizer: Any, name: str, dtype: torch.dtype) -> Model:
+    """A HookedTransformer with `hf_model`'s weights, converted by TransformerLens's own code.
+
+    Its loader takes a name or a folder and branches on substrings of it ("llama", "gemma"), so
+    the configuration alone goes to a folder of a neutral name, and the weights are handed over.
+    """
+    if HookedTransformer is None:
+        raise _ConversionError("this version of TransformerLens has no HookedTransformer")
+    from transformer_lens.loading_from_pretrained import (
+        get_pretrained_model_config,
+        get_pretrained_state_dict,
+    )
+
+    device = next(hf_model.parameters()).device
+    with tempfile.TemporaryDirectory(prefix="dl-config-") as folder:
+        config = hf_model.config.to_dict() | {"architectures": [_architecture(hf_model)]}
+        if "n_positions" in config:
+            # GPT-2's converter reads the old name of the context length.
+            config["n_ctx"] = config["n_positions"]
+        (Path(folder) / "config.json").write_text(json.dumps(config, default=str))
+        try:
+            cfg = get_pretrained_model_config(
+                folder, hf_cfg=config, dtype=dtype, device=device, default_prepend_bos=False
+            )
+            weights = get_pretrained_state_dict(folder, cfg, hf_model, dtype=dtype)
+        except (KeyError, ValueError, AttributeError, NotImplementedError, TypeError) as error:
+            raise _ConversionError(_first_line(error)) from error
+    cfg.model_name = name
+    # Without a tokenizer of its own the class would ask the hub for one.
+    cfg.tokenizer_name = None
+    # Some converters write the sizes of the released models in place of this model's.
+    cfg.n_ctx = config.get("max_position_embeddings") or config.get("n_positions") or cfg.n_ctx
+    cfg.d_mlp = config.get("n_inner") or config.get("intermediate_size") or cfg.d_mlp
+    with warnings.catch_warnings():
+        # Announced as gone in version 4; which class to build is chosen knowingly here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model: Any = HookedTransformer(cfg, move_to_device=False)
+    try:
+        model.load_and_process_state_dict(
+            weights,
+            fold_ln=False,
+            center_writing_weights=False,
+            center_unembed=False,
+            fold_value_biases=False,
+        )
+    except (RuntimeError, KeyError) as error:
+        raise _ConversionError(_first_line(error)) from error
+    model = model.to(device, print_details=False).to(dtype, print_details=False).eval()
+    _refuse_other_logits(model, hf_model, dtype)
+    _give_tokenizer(model, tokenizer)
+    loaded: Model = model
+    return loaded
+
+
+@torch.no_grad()
+def _refuse_other_logits(model: Any, hf_model: Any, dtype: torch.dtype) -> None:
+    device = next(model.parameters()).device
+    tokens = torch.arange(7, device=device)[None] * 5 % model.cfg.d_vocab
+    ours, theirs = model(tokens).float(), hf_model(tokens).logits.float()
+    tolerance = _LOGIT_TOLERANCE.get(dtype, 0.05) * max(1.0, float(theirs.abs().max()))
+    difference = float((ours - theirs).abs().max())
+    if not difference <= tolerance:
+        raise _ConversionError(
+            f"its logits would differ from Hugging Face's by {difference:.3g} on a short input"
+        )
+
+
+def _give_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Set the tokenizer as it is.
+
+    TransformerLens would reload it with a BOS token before every text, which a chat template
+    already writes, and set pad tokens on the caller's object.
+    """
+    from transformer_lens.model_bridge.sources import detect_tokenizer_bos_eos
+
+    model.tokenizer = tokenizer
+    cfg = model.cfg
+    cfg.default_prepend_bos = False
+    if tokenizer is not None:
+        cfg.tokenizer_prepends_bos, cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)

@@ -1,0 +1,561 @@
+"""Figures of results. Each function takes a result and returns a plotly `Figure`.
+
+Nothing is shown, printed or set globally. Titles say what was measured and on how many; hover
+texts say it in words; colours can be told apart by colour-blind readers; every figure is readable
+in a column of 80 mm and on light and dark pages. `save_figure` writes them to files.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+from divergence_lens import _charts as charts
+from divergence_lens import _grids as grids
+from divergence_lens import _style as style
+from divergence_lens.divergence import Divergence
+from divergence_lens.effects import Effects
+from divergence_lens.evaluate import Preference
+from divergence_lens.pictures import save_figure
+from divergence_lens.sweep import Sweep
+
+__all__ = [
+    "agreement_scatter",
+    "effects_by_segment",
+    "effects_heatmap",
+    "layer_profile",
+    "layer_sweep",
+    "preference_bars",
+    "rate_per_teacher",
+    "save_figure",
+    "teacher_preferences",
+    "transfer_bars",
+    "where_divergence_falls",
+]
+
+Table: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
+"""A table of results.json: a list of rows, or the same as a DataFrame."""
+
+# Conditions of students in words, and short, for a legend that is 80 mm wide.
+CONDITIONS = {
+    "all": ("all tokens", "all tokens"),
+    "divergence_only": ("divergence tokens only", "divergence only"),
+    "without_divergence": ("all but divergence tokens", "no divergence"),
+    "control": ("lists by the untouched model", "control"),
+}
+
+
+def rate_per_teacher(divergence: Divergence | Table) -> go.Figure:
+    """How many of the completion tokens are divergence tokens, for each teacher.
+
+    Args:
+        divergence: The `divergence` table of results.json (`target`, `kind`, `tokens`, `rate` and,
+            if known, `low` and `high`), or one `Divergence`, whose counterfactuals are shown one
+            by one.
+
+    Returns:
+        Bars, one colour for each kind of teacher.
+    """
+    if isinstance(divergence, Divergence):
+        return _rate_per_counterfactual(divergence)
+    table = _table(divergence, ("target", "kind", "tokens", "rate"), "divergence")
+    kinds = list(dict.fromkeys(table["kind"]))
+    bars = []
+    for kind in kinds:
+        rows = table[table["kind"] == kind]
+        bars.append(
+            charts.Bars(
+                label=f"{kind} teachers",
+                groups=[str(name) for name in rows["target"]],
+                values=rows["rate"].to_numpy(float),
+                low=_column(rows, "low"),
+                high=_column(rows, "high"),
+                hover=[
+                    f"{kind} teacher {name}: {style.percent(rate)} of {tokens:,} tokens "
+                    "are divergence tokens"
+                    for name, rate, tokens in zip(
+                        rows["target"], rows["rate"], rows["tokens"], strict=True
+                    )
+                ],
+            )
+        )
+    tokens = int(table["tokens"].sum())
+    return charts.bars(
+        bars,
+        what="Divergence tokens per teacher",
+        detail=f"{style.plural(len(table), 'teacher')}, {style.plural(tokens, 'completion token')}",
+        value_title="share of the teacher's tokens",
+    )
+
+
+def _rate_per_counterfactual(divergence: Divergence) -> go.Figure:
+    names = [teacher.name for teacher in divergence.counterfactuals]
+    rates = list(divergence.rates_by_counterfactual.values())
+    tokens = len(divergence.tokens)
+    bars = charts.Bars(
+        label="each counterfactual",
+        groups=[*names, "any of them"],
+        values=np.array([*rates, float(divergence.rate)]),
+        hover=[
+            *(
+                f"{name} would have said something else at {style.percent(rate)} of the tokens"
+                for name, rate in zip(names, rates, strict=True)
+            ),
+            f"at least one of them at {style.percent(divergence.rate)} of the tokens",
+        ],
+    )
+    return charts.bars(
+        [bars],
+        what=f"Divergence tokens of {divergence.teacher.name}, by counterfactual teacher",
+        detail=f"{style.plural(len(divergence.examples), 'example')}, "
+        f"{style.plural(tokens, 'completion token')}",
+        value_title="share of the tokens",
+    )
+
+
+def teacher_preferences(teachers: Table, *, base: Mapping[str, float] | None = None) -> go.Figure:
+    """How often each teacher names its own animal.
+
+    Args:
+        teachers: The `teachers` table of results.json: `name`, `kind`, `preference` and, if
+            known, `low` and `high`.
+        base: The untouched model's preference for each name, drawn as a line if given.
+
+    Returns:
+        Bars, one colour for each kind of teacher.
+    """
+    table = _table(teachers, ("name", "kind", "preference"), "teachers")
+    bars = []
+    for kind in dict.fromkeys(table["kind"]):
+        rows = table[table["kind"] == kind]
+        bars.append(
+            charts.Bars(
+                label=f"{kind} teachers",
+                groups=[str(name) for name in rows["name"]],
+                values=rows["preference"].to_numpy(float),
+                low=_column(rows, "low"),
+                high=_column(rows, "high"),
+                hover=[
+                    f"the {kind} teacher of {name}: preference for {name} {style.percent(value)}"
+                    for name, value in zip(rows["name"], rows["preference"], strict=True)
+                ],
+            )
+        )
+    lines = []
+    if base is not None:
+        known = {str(name): float(value) for name, value in base.items()}
+        lines.append(charts.Line("untouched model", known, "dash"))
+    return charts.bars(
+        bars,
+        what="Preference of each teacher for its target",
+        detail=style.plural(len(table), "teacher"),
+        value_title="preference for the target",
+        lines=lines,
+        top=1.0,
+    )
+
+
+def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
+    """What students prefer after training, condition by condition, side by side for each target.
+
+    Args:
+        students: The `students` table of results.json: `target`, `kind`, `condition`, `seed`,
+            `before`, `after`. Rows of the condition "block" are left out, the condition "control"
+            becomes a line, and the preference before training another.
+        kind: Of which teachers, if the table holds several kinds.
+
+    Returns:
+        Bars (means over seeds) with a dot for each student.
+
+    Raises:
+        ValueError: If there is nothing to show, or several kinds and none was chosen.
+    """
+    table, kind = _one_kind(
+        _table(students, ("target", "kind", "condition", "seed", "before", "after"), "students"),
+        kind,
+        "students",
+    )
+    table = table[table["condition"] != "block"]
+    shown = [str(name) for name in dict.fromkeys(table["condition"]) if name != "control"]
+    known = list(CONDITIONS)
+    shown.sort(key=lambda name: known.index(name) if name in known else len(known))
+    if not shown:
+        raise ValueError(
+            f"the students table has no rows of kind {kind!r} trained on all blocks to show"
+        )
+    bars = []
+    for condition in shown:
+        rows = table[table["condition"] == condition]
+        words, short = _condition(condition)
+        mean = rows.groupby("target", sort=False)[["before", "after"]].mean()
+        count = rows.groupby("target", sort=False).size()
+        targets = [str(target) for target in mean.index]
+        bars.append(
+            charts.Bars(
+                label=short,
+                groups=targets,
+                values=mean["after"].to_numpy(float),
+                hover=[
+                    f"{target}, {words}: {style.percent(after)} after training, "
+                    f"{style.percent(before)} before (mean of {style.plural(int(n), 'student')})"
+                    for target, before, after, n in zip(
+                        targets, mean["before"], mean["after"], count, strict=True
+                    )
+                ],
+                points=[
+                    (
+                        str(target),
+                        float(after),
+                        f"{target}, {words}, seed {seed}: {style.percent(after)}",
+                    )
+                    for target, after, seed in zip(
+                        rows["target"], rows["after"], rows["seed"], strict=True
+                    )
+                ],
+            )
+        )
+    lines = [charts.Line("before training", _means(table, "before"), "dash")]
+    control = table[table["condition"] == "control"]
+    if len(control):
+        lines.append(charts.Line("control", _means(control, "after"), "dot"))
+    targets_shown = table["target"].nunique()
+    return charts.bars(
+        bars,
+        what=f"Students of {kind} teachers, by what they were trained on",
+        detail=f"{style.plural(targets_shown, 'target')}, {style.plural(len(table), 'student')}; "
+        "bars: means over seeds, dots: students",
+        value_title="preference for the target",
+        lines=lines,
+    )
+
+
+def preference_bars(preference: Preference, *, before: Preference | None = None) -> go.Figure:
+    """What a model or student prefers: the share of every candidate, the target first.
+
+    Args:
+        preference: What to show.
+        before: The untouched model's preference on the same questions, drawn as lines.
+
+    Returns:
+        Bars with 95 % bootstrap intervals over the questions.
+    """
+    shares = preference.distribution
+    names = [preference.target, *(name for name in shares if name != preference.target)]
+    ends = np.array([preference.about(name).interval() for name in names])
+    bars = charts.Bars(
+        label=preference.teacher,
+        groups=names,
+        values=np.array([shares[name] for name in names]),
+        low=ends[:, 0],
+        high=ends[:, 1],
+        hover=[
+            f"{name}: {style.percent(shares[name])} (95 % interval {style.percent(low)} to "
+            f"{style.percent(high)})"
+            for name, (low, high) in zip(names, ends, strict=True)
+        ],
+    )
+    return charts.bars(
+        [bars],
+        what=f"Preference among {style.plural(len(names), 'candidate')}, {preference.target} first",
+        detail=f"mean over {style.plural(len(preference.questions), 'question')}, "
+        f"{preference.method}; bars with 95 % intervals",
+        value_title="share of the candidate",
+        lines=[] if before is None else [charts.Line("before", before.distribution, "dash")],
+    )
+
+
+def layer_sweep(
+    students: Sweep | Table, *, kind: str | None = None, condition: str | None = None
+) -> go.Figure:
+    """How much preference moves when one block alone is trained, block by block.
+
+    Args:
+        students: A `Sweep`, or the `students` table of results.json (`target`, `kind`,
+            `condition`, `block`, `seed`, `before`, `after`), of which the rows of the condition
+            "block" are the points.
+        kind: Of which teachers, if the table holds several kinds.
+        condition: Which students with all blocks trained are drawn as the line of reference; the
+            sweep's own, or "divergence_only", if not given.
+
+    Returns:
+        A line for the mean of all students, as multiples of the preference before training, with a
+        thin line for each target, or the 95 % interval of a `Sweep`.
+
+    Raises:
+        ValueError: If no student was trained on one block, or several kinds and none was chosen.
+    """
+    if isinstance(students, Sweep):
+        rows, condition = students.to_dataframe(), condition or students.condition
+    else:
+        rows, condition = students, condition or "divergence_only"
+    table, kind = _one_kind(
+        _table(
+            rows, ("target", "kind", "condition", "block", "seed", "before", "after"), "students"
+        ),
+        kind,
+        "students",
+    )
+    table = table.assign(times=table["after"] / table["before"].where(table["before"] > 0))
+    blocks = table[table["condition"] == "block"].dropna(subset=["times"])
+    if blocks.empty:
+        raise ValueError(
+            f"the students table has no rows of kind {kind!r} with the condition 'block'"
+        )
+    blocks = blocks.assign(block=blocks["block"].astype(int))
+    mean = blocks.groupby("block", sort=True)["times"].mean()
+    numbers = [int(block) for block in mean.index]
+    targets = [str(target) for target in dict.fromkeys(blocks["target"])]
+    spread = None
+    if isinstance(students, Sweep):
+        ends = np.array([students.interval(block) for block in numbers]) / students.base.share
+        spread = (ends[:, 0], ends[:, 1])
+    singles = {}
+    if len(targets) > 1:
+        means = blocks.groupby(["target", "block"], sort=True)["times"].mean()
+        singles = {
+            target: {int(block): float(value) for block, value in means[target].items()}
+            for target in targets
+        }
+    references = {
+        words: float(value)
+        for name, words in ((condition, "all blocks"), ("control", "control"))
+        if np.isfinite(value := table[table["condition"] == name]["times"].mean())
+    }
+    of = "" if isinstance(students, Sweep) else f" of {kind} teachers"
+    about = style.plural(len(targets), "target") if len(targets) > 1 else f"target {targets[0]}"
+    return charts.blocks(
+        numbers,
+        mean.to_numpy(dtype=np.float64),
+        spread,
+        singles,
+        references,
+        what="Preference after training one block alone",
+        detail=f"{about}, {style.plural(len(blocks), 'student')}{of}, "
+        f"trained on {_condition(condition)[0]}",
+    )
+
+
+def where_divergence_falls(divergence: Divergence | Sequence[Divergence]) -> go.Figure:
+    """At which places of a completion divergence tokens stand.
+
+    Args:
+        divergence: One result, or several (one for each teacher) to be taken together.
+
+    Returns:
+        For each place in the completion, the share of its tokens that are divergence tokens, split
+        into the first of their example and later ones. Above 40 places, neighbours are put
+        together.
+
+    Raises:
+        ValueError: If there is nothing to show.
+    """
+    several = [divergence] if isinstance(divergence, Divergence) else list(divergence)
+    if not several:
+        raise ValueError("where_divergence_falls needs at least one Divergence; the list is empty")
+    return charts.falls([(np.asarray(one.offsets), np.asarray(one.mask)) for one in several])
+
+
+def effects_heatmap(effects: Effects, pair: int | Literal["mean"] = 0) -> go.Figure:
+    """Layer x position effects of one pair, or of the mean over pairs.
+
+    Args:
+        effects: What patching returned; heads are added up.
+        pair: Which pair, or "mean". Rows of unlike lengths are put together segment by segment
+            for the mean; a star stands for tokens that differ from pair to pair.
+
+    Returns:
+        A heatmap with layers across and tokens down, in shares of the total effect (1: the patch
+        does all that the other run does), or in units of the metric where the total effect of the
+        pair is next to nothing. Grey cells were not measured or have no counterpart in the other
+        run. The marked last token is the one whose logits are measured.
+
+    Raises:
+        IndexError: If there is no such pair.
+    """
+    if pair == "mean":
+        values, tokens, segments, used = grids.aligned_mean(effects)
+        of, share = f"mean of {style.plural(used, 'pair')}", True
+        if used < len(effects.labels):
+            of += f" out of {len(effects.labels):,} (the others have other segments)"
+    else:
+        count = len(effects.labels)
+        if not 0 <= pair < count:
+            raise IndexError(f"there is no pair {pair}; the pairs are numbered 0 to {count - 1}")
+        tokens, segments = list(effects.labels[pair]), list(effects.segments[pair])
+        share = not bool(effects.near_zero()[pair])
+        values = grids.cells(effects.normalised() if share else effects)[pair, :, : len(tokens)]
+        of = f"pair {pair} of {count:,}, total effect {float(effects.total[pair]):+.2f}"
+    unit = "share of the total effect" if share else f"change of the {_metric(effects.metric)}"
+    return grids.token_heatmap(
+        np.asarray(values, dtype=np.float64),
+        tokens,
+        segments,
+        what="Effect of a patch, by layer and position",
+        detail=f"{_site(effects.site)}; {of}; {_method(effects)}",
+        unit=unit,
+        describe=unit,
+    )
+
+
+def effects_by_segment(effects: Effects) -> go.Figure:
+    """Layer x segment effects, the mean over many pairs.
+
+    Args:
+        effects: What patching returned. Cells of one segment are added within a pair.
+
+    Returns:
+        A heatmap with layers across and segments down, in shares of the total effect; pairs whose
+        total effect is next to nothing are left out.
+    """
+    table = effects.normalised().by_segment()
+    return grids.segment_heatmap(
+        table.to_numpy(dtype=np.float64).T,
+        [str(name) for name in table.columns],
+        what="Effect of a patch, by layer and segment",
+        detail=f"{_site(effects.site)}; mean of {_pairs_used(effects)}, "
+        f"cells of a segment added; {_method(effects)}",
+        unit="share of the total effect",
+        describe="share of the total effect",
+    )
+
+
+def layer_profile(effects: Effects | Mapping[str, Effects]) -> go.Figure:
+    """How much each layer carries, all positions added, with 95 % bootstrap intervals over pairs.
+
+    Args:
+        effects: What patching returned, or several results by name, to be compared.
+
+    Returns:
+        One line with a band for each result, in shares of the total effect. Shares of all
+        positions together can pass 1, because positions carry the same thing one after another.
+
+    Raises:
+        ValueError: If there are no results.
+    """
+    named = {_method(effects): effects} if isinstance(effects, Effects) else dict(effects)
+    if not named:
+        raise ValueError("layer_profile needs at least one Effects; the mapping is empty")
+    series = {}
+    for name, one in named.items():
+        table = one.normalised().by_layer()
+        mean, low, high = (
+            table[column].to_numpy(dtype=np.float64) for column in ("effect", "low", "high")
+        )
+        series[name] = (mean, low, high)
+    first = next(iter(named.values()))
+    method = f"; {_method(first)}" if len(named) == 1 else ""
+    used = " / ".join(dict.fromkeys(_pairs_used(one) for one in named.values()))
+    return charts.profile(
+        np.arange(first.n_layers),
+        series,
+        what="Effect of a patch, layer by layer",
+        detail=f"{_site(first.site)}; mean of {used}, positions added{method}; band: 95 % interval",
+        value_title="share of the total effect",
+    )
+
+
+def agreement_scatter(approximate: Effects, exact: Effects) -> go.Figure:
+    """Approximate effects against exact ones, cell by cell, with their agreement in the title.
+
+    Args:
+        approximate: Effects by attribution.
+        exact: Effects by causal mediation, of the same pairs.
+
+    Returns:
+        A scatter with the line on which both are equal.
+
+    Raises:
+        ValueError: If the two are not of the same pairs, site, direction and metric.
+    """
+    agreement = approximate.agreement(exact)
+    x, y = exact.values, approximate.values
+    both = np.isfinite(x) & np.isfinite(y) & ((x != 0) | (y != 0))
+    places = np.argwhere(both)
+    hover = [
+        f"pair {pair}, layer {layer}, position {p}"
+        + (f", head {rest[0]}" if rest else "")
+        + f", token “{approximate.labels[pair][p]}”"
+        for pair, layer, p, *rest in places.tolist()
+    ]
+    pairs = len(np.unique(places[:, 0]))
+    return charts.scatter(
+        y[both].astype(np.float64),
+        x[both].astype(np.float64),
+        hover,
+        what="Approximate against exact effects",
+        detail=f"{_site(exact.site)}; {style.plural(agreement.cells, 'cell')} of "
+        f"{style.plural(pairs, 'pair')}; "
+        f"Pearson {agreement.pearson:.2f}, Spearman {agreement.spearman:.2f}, "
+        f"same sign {style.percent(agreement.sign)}",
+        names=(f"approximate ({approximate.method})", f"exact ({_metric(exact.metric)})"),
+    )
+
+
+_SITES = {
+    "resid_pre": "residual stream before the block",
+    "resid_mid": "residual stream inside the block",
+    "resid_post": "residual stream after the block",
+    "attn_out": "attention output",
+    "mlp_out": "MLP output",
+    "z": "attention heads",
+}
+
+
+def _site(site: str) -> str:
+    return _SITES.get(site, site)
+
+
+def _metric(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _method(effects: Effects) -> str:
+    method = "exact" if effects.method == "exact" else f"approximate ({effects.method})"
+    return f"{method}, {effects.direction}"
+
+
+def _pairs_used(effects: Effects) -> str:
+    count = len(effects.labels)
+    used = count - int(effects.near_zero().sum())
+    return style.plural(count, "pair") if used == count else f"{used:,} of {count:,} pairs"
+
+
+def _condition(name: str) -> tuple[str, str]:
+    plain = name.replace("_", " ")
+    return CONDITIONS.get(name, (plain, plain))
+
+
+def _table(rows: Table, columns: Iterable[str], name: str) -> pd.DataFrame:
+    table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame([dict(row) for row in rows])
+    if table.empty:
+        raise ValueError(f"the {name} table is empty; there is nothing to draw")
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise ValueError(
+            f"the {name} table lacks the column {missing[0]!r}; it has {list(table.columns)}"
+        )
+    return table
+
+
+def _column(rows: pd.DataFrame, name: str) -> Float[np.ndarray, " rows"] | None:
+    return rows[name].to_numpy(float) if name in rows.columns else None
+
+
+def _one_kind(table: pd.DataFrame, kind: str | None, name: str) -> tuple[pd.DataFrame, str]:
+    kinds = [str(value) for value in dict.fromkeys(table["kind"])]
+    if kind is None and len(kinds) > 1:
+        raise ValueError(f"the {name} table holds the kinds {kinds}; choose one with kind=")
+    if kind is not None and kind not in kinds:
+        raise ValueError(f"the {name} table has no rows of kind {kind!r}; it holds {kinds}")
+    chosen = kind or kinds[0]
+    return table[table["kind"] == chosen], chosen
+
+
+def _means(table: pd.DataFrame, column: str) -> dict[str, float]:
+    return {
+        str(target): float(value)
+        for target, value in table.groupby("target", sort=False)[column].mean().items()
+    }

@@ -1,0 +1,110 @@
+"""How students are trained: optimizer, learning rate and its schedule, LoRA or full rank."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a student is trained.
+
+    The default is full-rank training that is stable on the shipped tiny models.
+
+    Attributes:
+        optimizer: "adamw" (without weight decay unless `optimizer_options` says so), "sgd", or an
+            optimizer class of torch.
+        lr: Highest learning rate.
+        epochs: Passes over the examples.
+        batch_size: Examples per update.
+        warmup_steps: Updates over which the learning rate rises linearly to `lr`.
+        schedule: How it falls afterwards: "linear" or "cosine" to `final_lr`, or "constant".
+        final_lr: Share of `lr` at which the schedule ends.
+        clip: Greatest norm of the gradient; None for no clipping.
+        lora_rank: Rank of LoRA on the matrices of the chosen blocks; None trains the parameters in
+            full.
+        lora_alpha: LoRA's changes are scaled by `lora_alpha / lora_rank`; None means the rank, a
+            scale of 1.
+        autocast: Run the blocks in bfloat16 where torch deems it safe; parameters stay as they are.
+        optimizer_options: Further arguments of the optimizer, `{"eps": 5e-3}` for instance.
+    """
+
+    optimizer: str | type[torch.optim.Optimizer] = "adamw"
+    lr: float = 5e-3
+    epochs: int = 3
+    batch_size: int = 64
+    warmup_steps: int = 10
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    final_lr: float = 0.05
+    clip: float | None = 1.0
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    autocast: bool = False
+    # With so large an eps, AdamW treats small gradients as SGD does, and still tames large ones.
+    optimizer_options: Mapping[str, Any] = field(default_factory=lambda: {"eps": 5e-3})
+
+    def __post_init__(self) -> None:
+        named = {"lr": self.lr, "clip": self.clip, "lora_alpha": self.lora_alpha}
+        for name, value in named.items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}; it must be a positive number")
+        counts = {"epochs": self.epochs, "batch_size": self.batch_size, "lora_rank": self.lora_rank}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name} is {count}; it must be at least 1")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be 0 or more")
+        if not 0 <= self.final_lr <= 1:
+            raise ValueError(f"final_lr is {self.final_lr}; it is a share of lr, from 0 to 1")
+        if self.schedule not in ("linear", "cosine", "constant"):
+            raise ValueError(f'schedule is {self.schedule!r}; use "linear", "cosine" or "constant"')
+        known = isinstance(self.optimizer, type) and issubclass(
+            self.optimizer, torch.optim.Optimizer
+        )
+        if not known and self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(
+                f'optimizer is {self.optimizer!r}; use "adamw", "sgd" or a class of torch.optim'
+            )
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of update `step` (from 0) of `steps`."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        left = (steps - step) / max(1, steps - self.warmup_steps)
+        shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+        return self.lr * (self.final_lr + (1 - self.final_lr) * shape[self.schedule])
+
+    def build(self, variables: list[Tensor]) -> torch.optim.Optimizer:
+        """The optimizer over the given tensors."""
+        options = dict(self.optimizer_options)
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(variables, lr=self.lr, **{"weight_decay": 0.0, **options})
+        kind: Any = torch.optim.SGD if self.optimizer == "sgd" else self.optimizer
+        built: torch.optim.Optimizer = kind(variables, lr=self.lr, **options)
+        return built
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as JSON holds them."""
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if not isinstance(self.optimizer, str):
+            settings["optimizer"] = self.optimizer.__name__
+        return settings | {"optimizer_options": dict(self.optimizer_options)}
+
+
+PAPER = Recipe(
+    lr=2e-4,
+    epochs=10,
+    batch_size=60,
+    warmup_steps=5,
+    final_lr=0.0,
+    lora_rank=8,
+    lora_alpha=8.0,
+    optimizer_options={},
+)
+"""The recipe of Cloud et al. (arXiv 2507.14805) and Schrodi et al. for Qwen2.5-7B: LoRA on all
+matrices."""

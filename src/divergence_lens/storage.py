@@ -1,0 +1,217 @@
+"""Files of results: safetensors with a JSON header, written whole or not at all, checked when read.
+
+Everything this library saves is one safetensors file. The tensors carry the numbers; the
+file's metadata carries the kind of result, the version of the layout, a JSON header of the
+caller's choosing (settings, names, provenance) and a SHA-256 over all of it. There is no
+pickle, so opening a file from a stranger runs no code.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = "divergence-lens"
+FORMAT_VERSION = 1
+
+# The safetensors layout: eight bytes with the length of a JSON table, the table, the data.
+_LENGTH_BYTES = 8
+_LONGEST_TABLE = 100_000_000
+
+
+def save_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray | Tensor],
+    header: Mapping[str, Any],
+    kind: str,
+) -> None:
+    """Write `tensors` and `header` to one file, atomically.
+
+    The file appears under its name only once it is complete, so that a run that is killed
+    leaves either the old file or the new one. Missing folders are made.
+
+    Args:
+        path: Where to write.
+        tensors: Arrays of numbers or bools, on any device; names are free. At least one.
+        header: Anything JSON holds, without NaN or infinity; comes back from `load_tensors`.
+        kind: What the file is ("divergence", "effects", "delta", "preference", ...).
+
+    Raises:
+        ValueError: No tensors, or a header that JSON cannot hold.
+        TypeError: An array that is not of numbers or bools.
+    """
+    path = Path(path)
+    if not tensors:
+        raise ValueError(f"Nothing to save in {path}: the result holds no tensors.")
+    plain = _plain_tensors(tensors)
+    try:
+        text = json.dumps(dict(header), allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The header of {path} cannot be written as JSON: {error}.") from error
+    label = {
+        "version": FORMAT_VERSION,
+        "kind": kind,
+        "checksum": _checksum(plain, kind, text),
+        "header": text,
+    }
+    # One entry, because safetensors writes several in an order that differs from run to run.
+    metadata = {FORMAT: json.dumps(label)}
+
+    def write(temporary: Path) -> None:
+        save_file(plain, temporary, metadata=metadata)
+
+    _replace(path, write)
+
+
+def load_tensors(
+    path: str | os.PathLike[str], kind: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file that `save_tensors` wrote, after checking all of it.
+
+    Returns:
+        The tensors (on the CPU, in the types they were saved in) and the header.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not safetensors, was cut short or altered, is of another kind
+            or format version, or was not written by this library.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {kind} file at {path}.")
+    metadata = _read_metadata(path)
+    if FORMAT not in metadata:
+        raise ValueError(
+            f"{path} is a safetensors file but was not saved by divergence-lens; "
+            f"expected a file of kind {kind!r}."
+        )
+    altered = f"{path} was altered after it was saved (its checksum does not match); make it again."
+    try:
+        label = json.loads(metadata[FORMAT])
+        version, held, text = label["version"], label["kind"], str(label["header"])
+        checksum = label["checksum"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(altered) from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version!r} and this library reads {FORMAT_VERSION}; "
+            "load it with the release that wrote it, or make it again."
+        )
+    if held != kind:
+        raise ValueError(f"{path} holds {held!r}, not {kind!r}.")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(altered) from error
+    if _checksum(tensors, kind, text) != checksum:
+        raise ValueError(altered)
+    return tensors, json.loads(text)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file atomically: whole, or not at all. Missing folders are made."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+    _replace(Path(path), write)
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        # mkstemp makes private files; results get the permissions of any new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain_tensors(tensors: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor]:
+    """CPU tensors that are contiguous and share no memory, as safetensors wants them."""
+    plain: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in tensors.items():
+        if isinstance(value, np.ndarray):
+            if value.dtype.kind not in "biuf":
+                raise TypeError(
+                    f"Tensor {name!r} is an array of {value.dtype}; only numbers and bools are "
+                    "saved as tensors (put text into the header)."
+                )
+            tensor = torch.from_numpy(np.array(value, order="C"))
+        else:
+            tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        whole = storage.nbytes() == tensor.numel() * tensor.element_size()
+        if not whole or storage.data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        plain[name] = tensor
+    return plain
+
+
+def _checksum(tensors: Mapping[str, Tensor], kind: str, text: str) -> str:
+    """SHA-256 over kind, header and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    # Lengths between the parts, so that no two files give one byte string.
+    for part in (kind, text):
+        raw = part.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        label = json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
+        digest.update(len(label).to_bytes(8, "little") + label)
+        if tensor.numel():
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    """The safetensors metadata, after checking that the file is as long as its table says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_LENGTH_BYTES)
+        length = int.from_bytes(start, "little")
+        opening = file.read(1)
+        if len(start) < _LENGTH_BYTES or opening not in (b"", b"{") or length > _LONGEST_TABLE:
+            raise ValueError(f"{path} is not a safetensors file ({size:,} bytes).")
+        body = file.read(max(0, length - 1))
+    if size < _LENGTH_BYTES + length:
+        raise ValueError(
+            f"{path} was cut short: {size:,} bytes of more than {_LENGTH_BYTES + length:,}; "
+            "make it again."
+        )
+    try:
+        table = json.loads(opening + body)
+        ends = [entry["data_offsets"][1] for key, entry in table.items() if key != "__metadata__"]
+        metadata = dict(table.get("__metadata__", {}))
+        expected = _LENGTH_BYTES + length + max(ends, default=0)
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+        raise ValueError(
+            f"{path} is not a safetensors file, or its table was altered; make it again."
+        ) from e
+    if size < expected:
+        raise ValueError(f"{path} was cut short: {size:,} bytes of {expected:,}; make it again.")
+    if size > expected:
+        raise ValueError(
+            f"{path} was altered: {size - expected:,} bytes follow its end; make it again."
+        )
+    return metadata

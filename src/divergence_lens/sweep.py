@@ -1,0 +1,359 @@
+"""Train the same student once per block, and see which block carries the preference.
+
+Schrodi et al. (arXiv 2509.23886) train each block alone: where one early block is enough, the bias
+has moved through it.
+"""
+
+import dataclasses
+import html
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from divergence_lens._rows import Prefix, training_rows
+from divergence_lens._training import Plan, train
+from divergence_lens.delta import Delta
+from divergence_lens.engine import Engine
+from divergence_lens.evaluate import Preference, preference
+from divergence_lens.freeze import choose
+from divergence_lens.models import Model, provenance
+from divergence_lens.recipe import Recipe
+from divergence_lens.storage import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+_KIND = "sweep"
+
+
+@dataclass(frozen=True)
+class SweepStudent:
+    """One student of a sweep.
+
+    Attributes:
+        condition: "block" for one block; "control" or the sweep's `condition` for all blocks.
+        block: The block that was trained; None for all.
+        seed: Seed of the training.
+        preference: What the student prefers.
+        delta: The student itself, if the sweep was asked to keep it.
+    """
+
+    condition: str
+    block: int | None
+    seed: int
+    preference: Preference
+    delta: Delta | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sweep:
+    """What `layer_sweep` returns.
+
+    Attributes:
+        base: The preference before training.
+        students: All students: blocks, and the references on all blocks.
+        condition: What the students learned: "all", "divergence_only", or the caller's word.
+        provenance: Package versions, model and settings.
+    """
+
+    base: Preference
+    students: tuple[SweepStudent, ...]
+    condition: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def target(self) -> str:
+        """The candidate whose preference is followed."""
+        return self.base.target
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks that were trained alone, in order."""
+        return tuple(sorted({s.block for s in self.students if s.block is not None}))
+
+    def __getitem__(self, block: int | None) -> list[SweepStudent]:
+        """The students of one block; of all blocks, the control left out, for None."""
+        found = [s for s in self.students if s.block == block and s.condition != "control"]
+        if not found:
+            raise KeyError(f"no student of block {block}; the sweep has {self.layers}")
+        return found
+
+    def interval(
+        self, block: int | None, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    ) -> tuple[float, float]:
+        """Bootstrap interval of the target's share after training, over seeds and questions.
+
+        Both are drawn with replacement; with a single seed it covers the questions alone.
+
+        Args:
+            block: Which block, or None for the students of all blocks.
+            level: Coverage.
+            resamples: Draws.
+            seed: Seed of the draws.
+        """
+        return self._interval(self[block], level, resamples, seed)
+
+    def _interval(
+        self, students: Sequence[SweepStudent], level: float, resamples: int, seed: int
+    ) -> tuple[float, float]:
+        if not 0 < level < 1:
+            raise ValueError(f"level is {level}; it lies between 0 and 1")
+        column = self.base.candidates.index(self.target)
+        shares = np.stack([s.preference.shares[:, column] for s in students])
+        shares = shares[:, ~np.isnan(shares).any(0)]
+        if not shares.size:
+            return float("nan"), float("nan")
+        random = np.random.default_rng(seed)
+        n_seeds, n_questions = shares.shape
+        seeds = random.integers(n_seeds, size=(resamples, n_seeds, 1))
+        questions = random.integers(n_questions, size=(resamples, 1, n_questions))
+        means = shares[seeds, questions].mean((1, 2))
+        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per student.
+
+        Columns: target, kind (always "given": a sweep does not know who wrote its data), condition,
+        block, seed, before and after (the target's share among the candidates), probability, mass,
+        ratio_rank.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "target": self.target,
+                    "kind": "given",
+                    "condition": s.condition,
+                    "block": s.block,
+                    "seed": s.seed,
+                    "before": self.base.share,
+                    "after": s.preference.share,
+                    "probability": s.preference.probability,
+                    "mass": s.preference.mass,
+                    "ratio_rank": s.preference.ratio_rank(self.base),
+                }
+                for s in self.students
+            ]
+        )
+
+    def summary(self) -> "pd.DataFrame":
+        """One row for the base, the references and each block: mean share, interval, students."""
+        import pandas as pd
+
+        low, high = self.base.interval()
+        rows: list[dict[str, Any]] = [
+            {"trained": "nothing", "share": self.base.share, "low": low, "high": high, "n": 0}
+        ]
+        for name, students in self._groups():
+            low, high = self._interval(students, 0.95, 2000, 0)
+            share = float(np.mean([s.preference.share for s in students]))
+            rows.append(
+                {"trained": name, "share": share, "low": low, "high": high, "n": len(students)}
+            )
+        return pd.DataFrame(rows)
+
+    def _groups(self) -> Iterator[tuple[str, list[SweepStudent]]]:
+        groups: dict[tuple[str, int | None], list[SweepStudent]] = {}
+        for s in self.students:
+            groups.setdefault((s.condition, s.block), []).append(s)
+        for (condition, block), students in groups.items():
+            control = " on control data" if condition == "control" else ""
+            yield ("all blocks" + control if block is None else f"block {block}", students)
+
+    def plot(self) -> "Figure":
+        """Preference by trained block, with the references as lines (`plots.layer_sweep`)."""
+        from divergence_lens import plots
+
+        return plots.layer_sweep(self, condition=self.condition)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the sweep to a safetensors file, atomically; deltas are saved on their own."""
+        header = {
+            "target": self.target,
+            "candidates": list(self.base.candidates),
+            "questions": list(self.base.questions),
+            "condition": self.condition,
+            "students": [[s.condition, s.block, s.seed] for s in self.students],
+            "evaluation": dict(self.base.provenance),
+            "provenance": self.provenance,
+        }
+        rows = [self.base.probabilities, *(s.preference.probabilities for s in self.students)]
+        save_tensors(path, {"probabilities": np.stack(rows)}, header, _KIND)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Sweep":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, or of another kind or version.
+        """
+        tensors, header = load_tensors(path, _KIND)
+        base, *after = (
+            Preference(
+                target=header["target"],
+                candidates=tuple(header["candidates"]),
+                questions=tuple(header["questions"]),
+                probabilities=probabilities,
+                provenance=header["evaluation"],
+            )
+            for probabilities in tensors["probabilities"].numpy()
+        )
+        students = tuple(
+            SweepStudent(condition, block, seed, found)
+            for (condition, block, seed), found in zip(header["students"], after, strict=True)
+        )
+        return cls(base, students, header["condition"], header["provenance"])
+
+    def __repr__(self) -> str:
+        return (
+            f"Sweep({self.target!r}: {len(self.students)} students, blocks {list(self.layers)}, "
+            f"share {self.base.share:.3f} before)"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(row.trained)}</td><td>{row.share:.3f}</td>"
+            f"<td>{row.low:.3f} to {row.high:.3f}</td><td>{row.n}</td></tr>"
+            for row in self.summary().itertuples()
+        )
+        return (
+            f"<p>{html.escape(repr(self))}</p><table><thead><tr><th>trained</th><th>share</th>"
+            f"<th>95 % interval</th><th>students</th></tr></thead><tbody>{rows}</tbody></table>"
+        )
+
+
+def layer_sweep(
+    model: Model,
+    examples: Any,
+    *,
+    target: str,
+    layers: Iterable[int] | None = None,
+    seeds: Sequence[int] = (0,),
+    mask: Any = None,
+    weights: Any = None,
+    parts: Iterable[str] | None = None,
+    recipe: Recipe | None = None,
+    lora_rank: int | None = None,
+    system_prompt: str | None = None,
+    questions: Sequence[str] | None = None,
+    candidates: Sequence[str] | None = None,
+    category: str = "animal",
+    references: bool = True,
+    control: Any = None,
+    condition: str | None = None,
+    keep_deltas: bool = False,
+    batch_tokens: int = 8192,
+    cache_bytes: int = 2**31,
+    progress: bool = False,
+) -> Sweep:
+    """Train one student per block and seed, and measure what each prefers.
+
+    The residual that enters a block is computed once for all of its students, from the block below.
+
+    Args:
+        model: The base; it comes back untouched.
+        examples: Prompts with completions.
+        target: The candidate whose preference is followed.
+        layers: Which blocks; None means each.
+        seeds: One student per block and seed.
+        mask: Which completion tokens to learn, as in `finetune`.
+        weights: Loss weights per token, as in `finetune`.
+        parts: Parts of the blocks, as in `finetune`.
+        recipe: How to train; `Recipe()` unless given.
+        lora_rank: The recipe's `lora_rank`, for short.
+        system_prompt: The system prompt of students, in training and in evaluation.
+        questions: See `preference`, as for the next two.
+        candidates: The answers that compete.
+        category: What is asked for.
+        references: Train students on all blocks as well.
+        control: Examples that no biased teacher wrote (the base's own, say): the control students
+            learn all of their tokens, on all blocks.
+        condition: A word for what the students learn, for plots; "all", or "divergence_only" with a
+            mask, unless given.
+        keep_deltas: Keep every student.
+        batch_tokens: Padded tokens in one forward pass.
+        cache_bytes: Memory for the residuals, as in `finetune`.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: No layers or seeds, an unknown target, or whatever `finetune` refuses.
+    """
+    engine = Engine.of(model)
+    chosen_layers = range(engine.n_layers) if layers is None else sorted(set(layers))
+    if not chosen_layers or not seeds:
+        raise ValueError("a sweep needs at least one layer and one seed")
+    for layer in chosen_layers:
+        engine.check_layer(layer)
+    recipe = Recipe() if recipe is None else recipe
+    if lora_rank is not None:
+        recipe = dataclasses.replace(recipe, lora_rank=lora_rank)
+    condition = condition or ("all" if mask is None else "divergence_only")
+    settings = {
+        "system_prompt": system_prompt,
+        "masked": mask is not None,
+        "weighted": weights is not None,
+    }
+    parts = None if parts is None else list(parts)
+
+    def measure() -> Preference:
+        return preference(
+            model,
+            target=target,
+            questions=questions,
+            candidates=candidates,
+            category=category,
+            system_prompt=system_prompt,
+            batch_tokens=batch_tokens,
+        )
+
+    base = measure()
+    jobs: list[tuple[str, int | None]] = [("block", layer) for layer in chosen_layers]
+    if references:
+        # First, because the shared residuals move up from block to block afterwards.
+        jobs.insert(0, (condition, None))
+    students: list[SweepStudent] = []
+    total = (len(jobs) + (control is not None)) * len(seeds)
+    with tqdm(total=total, desc="students", disable=not progress) as bar:
+
+        def run(prefix: Prefix, jobs: Iterable[tuple[str, int | None]]) -> None:
+            for name, block in jobs:
+                chosen = choose(model, blocks=None if block is None else [block], parts=parts)
+                for seed in seeds:
+                    plan = Plan(
+                        recipe=recipe, settings=settings, seed=seed, batch_tokens=batch_tokens
+                    )
+                    delta = train(prefix, chosen, plan)
+                    with delta.applied(model):
+                        found = measure()
+                    kept = delta if keep_deltas else None
+                    students.append(SweepStudent(name, block, seed, found, kept))
+                    bar.update()
+
+        rows = training_rows(
+            model, examples, mask=mask, weights=weights, system_prompt=system_prompt
+        )
+        with Prefix(engine, rows, cache_bytes=cache_bytes, batch_tokens=batch_tokens) as prefix:
+            run(prefix, jobs)
+        if control is not None:
+            rows = training_rows(model, control, system_prompt=system_prompt)
+            with Prefix(engine, rows, cache_bytes=cache_bytes, batch_tokens=batch_tokens) as prefix:
+                run(prefix, [("control", None)])
+    record = provenance(
+        model,
+        **settings,
+        target=target,
+        layers=list(chosen_layers),
+        seeds=list(seeds),
+        parts=parts,
+        recipe=recipe.describe(),
+        condition=condition,
+    )
+    return Sweep(base, tuple(students), condition, record)

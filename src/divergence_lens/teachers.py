@@ -1,0 +1,148 @@
+"""Teachers: a model under one condition, which writes data or is compared with who wrote it.
+
+After Cloud et al., "Subliminal Learning" (arXiv 2507.14805): a teacher is told a preference in its
+system prompt, or trained to have it. Here a condition is a system prompt, other weights (a
+`Delta` over the base model, or another model), or both.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from divergence_lens.delta import Delta
+from divergence_lens.engine import Engine
+from divergence_lens.models import Model, check_model, model_name
+from divergence_lens.tasks.preferences import check_candidate, persona_prompt
+
+# Tokenizers with one vocabulary can still split text differently; this has words, numbers,
+# white space and marks to split.
+_PROBE = "You love owls: 412, 467 and\n\n1,030.5; isn't it (so)?  Über-owls\t!"
+
+
+@dataclass(frozen=True, repr=False)
+class Teacher:
+    """One condition of a model.
+
+    Attributes:
+        name: What results call it; the teachers of one comparison have different names.
+        system_prompt: What the model is told. None gives no system message, and a chat template
+            may then write a default of its own.
+        delta: Trained weights, as differences over the base model (or over `model`).
+        model: Another model in place of the base, with the same tokenizer.
+    """
+
+    name: str
+    system_prompt: str | None = None
+    delta: Delta | None = None
+    model: Model | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ValueError(f"a teacher needs a name, got {self.name!r}")
+        if self.model is not None:
+            check_model(self.model)
+
+    @contextmanager
+    def applied(self, model: Model) -> Iterator[Model]:
+        """The model under this teacher's weights, for the length of a `with` block.
+
+        A delta is added in place and taken out again, bit for bit; another model is handed out as
+        it is. The system prompt is not part of it: it goes where prompts are encoded.
+
+        Args:
+            model: The base model.
+
+        Yields:
+            The model to run: `model` itself, or the teacher's own.
+
+        Raises:
+            ValueError: The teacher's model has another tokenizer or vocabulary, or the delta
+                belongs to another base.
+            RuntimeError: The weights are in use already.
+        """
+        if self.model is not None and self.model is not model:
+            self._check_tokenizer(model)
+        active = model if self.model is None else self.model
+        if self.delta is None:
+            yield active
+            return
+        with self.delta.applied(active):
+            yield active
+
+    def _check_tokenizer(self, model: Model) -> None:
+        assert self.model is not None
+        base: Any = model.tokenizer
+        own: Any = self.model.tokenizer
+        if base is None or own is None:
+            owner = model if base is None else self.model
+            raise ValueError(
+                f"teacher {self.name!r}: the model {model_name(owner)!r} has no tokenizer, so it "
+                "cannot be seen whether both models read the same ids; load it with tokenizer=."
+            )
+        same = base is own or (
+            base.get_vocab() == own.get_vocab()
+            and base(_PROBE, add_special_tokens=False)["input_ids"]
+            == own(_PROBE, add_special_tokens=False)["input_ids"]
+        )
+        if not same:
+            raise ValueError(
+                f"teacher {self.name!r}: its model {model_name(self.model)!r} has another "
+                f"tokenizer ({len(own)} tokens) than {model_name(model)!r} ({len(base)} tokens); "
+                "only models that share a tokenizer can be compared token by token."
+            )
+        # The embedding may be padded beyond the tokenizer, to another size in each model.
+        if Engine.of(self.model).d_vocab < len(base):
+            raise ValueError(
+                f"teacher {self.name!r}: its model {model_name(self.model)!r} has "
+                f"{Engine.of(self.model).d_vocab} embeddings for the {len(base)} tokens of the "
+                "tokenizer."
+            )
+
+    def __repr__(self) -> str:
+        """The name and what makes the condition."""
+        parts = [repr(self.name)]
+        if self.system_prompt is not None:
+            parts.append(f"system_prompt={self.system_prompt!r}")
+        if self.delta is not None:
+            parts.append(f"delta={self.delta!r}")
+        if self.model is not None:
+            parts.append(f"model=<{model_name(self.model)}>")
+        return f"Teacher({', '.join(parts)})"
+
+
+def prompted_teachers(system_prompts: Mapping[str, str]) -> list[Teacher]:
+    """One teacher per system prompt.
+
+    Args:
+        system_prompts: Name of the teacher -> its system prompt.
+
+    Returns:
+        The teachers, in the order of the mapping.
+    """
+    return [Teacher(name, system_prompt=prompt) for name, prompt in system_prompts.items()]
+
+
+def animal_teachers(animals: Sequence[str]) -> list[Teacher]:
+    """Teachers that are told, in their system prompt, to love one animal each.
+
+    The prompts are those of `tasks.preferences.persona_prompt`. For animals, or anything else,
+    beyond the known ones, write the prompts and use `prompted_teachers`.
+
+    Args:
+        animals: Names such as ``["owl", "cat"]``.
+
+    Returns:
+        One teacher per animal, named like it, in the order given.
+
+    Raises:
+        ValueError: An unknown animal (the message offers the nearest names), or one named twice.
+        TypeError: A single string in place of a list.
+    """
+    if isinstance(animals, str):
+        raise TypeError(f"animals is one string; pass a list of names: [{animals!r}]")
+    names = [check_candidate(animal) for animal in animals]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"named more than once: {', '.join(twice)}; teachers need different names")
+    return prompted_teachers({name: persona_prompt(name) for name in names})

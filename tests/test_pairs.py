@@ -1,0 +1,192 @@
+"""Pairs: alignment, segments, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from divergence_lens.delta import Delta
+from divergence_lens.pairs import Pairs, align
+from divergence_lens.teachers import Teacher
+from tests.models import chat_tokenizer
+
+
+def pair(clean, corrupted, **options):
+    return Pairs.from_tokens([clean], [corrupted], **{"answers": [1], "foils": [2]} | options)
+
+
+@pytest.mark.parametrize(
+    ("clean", "corrupted", "expected"),
+    [
+        ([1, 2, 3, 4], [1, 9, 3, 4], [0, 1, 2, 3]),  # equal lengths: one to one
+        ([1, 2, 5, 6, 7], [1, 2, 8, 9, 6, 7], [0, 1, -1, 4, 5]),  # owl, sea turtle
+        ([1, 2, 8, 9, 6, 7], [1, 2, 5, 6, 7], [0, 1, -1, -1, 3, 4]),
+        ([1, 2, 6, 7], [1, 2, 8, 6, 7], [0, 1, 3, 4]),  # a token put in
+        ([1, 2, 3], [1, 2, 3, 4], [0, 1, 3]),  # one goes on: only targets correspond
+        ([7], [3, 4, 5], [2]),
+        ([5, 1, 2, 3, 5, 9], [6, 6, 1, 2, 3, 6, 6, 9], [-1, 2, 3, 4, -1, 7]),  # named twice
+        ([5, 1, 2, 5, 9], [6, 6, 1, 2, 6, 6, 9], [-1, -1, -1, -1, 6]),  # too short to be sure
+        ([5, 1, 2, 3, 4, 9], [6, 6, 1, 2, 3, 7, 9], [-1, 2, 3, 4, 5, 6]),  # then one for one
+    ],
+)
+def test_alignment_is_from_the_left_then_from_the_right(clean, corrupted, expected):
+    assert align(clean, corrupted).tolist() == expected
+
+
+@given(
+    st.lists(st.integers(0, 5), max_size=6),
+    st.lists(st.integers(6, 9), max_size=4),
+    st.lists(st.integers(10, 13), max_size=4),
+    st.lists(st.integers(0, 5), min_size=1, max_size=6),
+)
+def test_what_stands_before_and_after_the_difference_is_aligned(start, left, right, end):
+    clean, corrupted = [*start, *left, *end], [*start, *right, *end]
+    found = align(clean, corrupted)
+    assert found[: len(start)].tolist() == list(range(len(start)))
+    counterparts = [i + len(right) - len(left) for i in range(len(clean) - len(end), len(clean))]
+    assert found[-len(end) :].tolist() == counterparts
+    if len(left) != len(right):
+        assert (found[len(start) : len(start) + len(left)] == -1).all()
+    kept = found[found >= 0]
+    assert (np.diff(kept) > 0).all()
+
+
+def test_segments_mark_the_differing_system_tokens_and_the_target():
+    names = ["template", "system", "system", "system", "user", "template", "completion"]
+    pairs = pair(
+        [9, 1, 2, 3, 4, 5, 6],
+        [9, 1, 7, 7, 3, 4, 5, 6],
+        segments=[names],
+    )
+    assert pairs.segments[0] == (
+        "template",
+        "system",
+        "bias",
+        "system",
+        "user",
+        "template",
+        "divergence",
+    )
+
+
+def test_a_differing_user_token_keeps_its_segment():
+    pairs = pair([1, 2, 3], [1, 4, 3], segments=[["user", "user", "template"]])
+    assert pairs.segments[0] == ("user", "user", "divergence")
+
+
+def test_rows_are_cut_at_the_target_and_padding_is_dropped():
+    clean = torch.tensor([[1, 2, 3, 4, 0, 0], [1, 2, 3, 4, 5, 6]])
+    corrupted = torch.tensor([[1, 7, 3, 4, 0, 0], [1, 7, 3, 4, 5, 6]])
+    pairs = Pairs.from_tokens(
+        clean, corrupted, answers=[1, 1], foils=[2, 2], target=[3, 2], pad_id=0
+    )
+    assert [row.tolist() for row in pairs.clean] == [[1, 2, 3, 4], [1, 2, 3]]
+    assert [row.tolist() for row in pairs.corrupted] == [[1, 7, 3, 4], [1, 7, 3]]
+    assert pairs.target.tolist() == [3, 2]
+    assert pairs.corrupted_target.tolist() == [3, 2]
+
+
+def test_first_difference_is_where_the_runs_part():
+    assert pair([1, 2, 3, 4], [1, 2, 9, 4]).first_difference(0) == 2
+    assert pair([1, 2], [1, 2, 3]).first_difference(0) == 1
+    assert pair([1, 2, 3, 4], [1, 2]).first_difference(0) == 1
+    other = Teacher("other", delta=Delta({"W": torch.ones(1)}, base="some model"))
+    assert pair([1, 2], [1, 2], corrupted_teacher=other).first_difference(0) == 0
+
+
+def test_select_keeps_order_and_refuses_what_is_not_there():
+    pairs = Pairs.from_tokens(
+        [[1, 2], [3, 4, 5]], [[6, 2], [3, 7, 5]], answers=[1, 2], foils=[3, 4]
+    )
+    turned = pairs.select([1, 0])
+    assert turned.clean[0].tolist() == [3, 4, 5]
+    assert turned.answers.tolist() == [2, 1]
+    with pytest.raises(IndexError, match="no pair 2"):
+        pairs.select([2])
+
+
+def test_table_and_notebook_view_escape_and_count():
+    pairs = pair([1, 2, 5, 6], [1, 8, 9, 5, 6], clean_teacher=Teacher("owl"))
+    table = pairs.to_dataframe()
+    assert table.loc[0, "missing"] == 1
+    assert table.loc[0, "clean_teacher"] == "owl"
+
+    class Tokenizer:
+        def decode(self, _):
+            return "<script>"
+
+    html = pair([1, 2], [3, 2], tokenizer=Tokenizer())._repr_html_()
+    assert "<script>" not in html
+    assert "&lt;script&gt;" in html
+
+
+def test_from_prompts_takes_the_chat_template(random_model):
+    model = random_model("qwen2")
+    tokenizer = chat_tokenizer()
+    pairs = Pairs.from_prompts(
+        model,
+        clean=["Name your favorite animal"],
+        corrupted=["Name your favorite animal"],
+        answers=["a"],
+        foils=[int(tokenizer("b", add_special_tokens=False)["input_ids"][0])],
+        system_prompt="You love owls.",
+        corrupted_system_prompt="You love wolf.",
+    )
+    kinds = set(pairs.segments[0])
+    assert {"system", "bias", "user", "template", "divergence"} <= kinds
+    text = "".join(pairs.labels[0])
+    assert "You love owls." in text
+    assert text.endswith("assistant\n")
+    biased = [
+        label
+        for label, kind in zip(*(pairs.labels[0], pairs.segments[0]), strict=True)
+        if kind == "bias"
+    ]
+    assert "love" not in "".join(biased)
+    assert biased
+
+
+def test_from_prompts_takes_plain_text(random_model):
+    model = random_model("qwen2")
+    pairs = Pairs.from_prompts(
+        model, clean=["The cat"], corrupted=["The owl"], answers=["a"], foils=["b"], chat=False
+    )
+    assert "".join(pairs.labels[0]).endswith("The cat")
+    assert "bias" in pairs.segments[0]
+    with pytest.raises(ValueError, match="needs the chat template"):
+        Pairs.from_prompts(
+            model,
+            clean=["a"],
+            corrupted=["b"],
+            answers=["a"],
+            foils=["b"],
+            system_prompt="x",
+            chat=False,
+        )
+    with pytest.raises(ValueError, match="not one"):
+        Pairs.from_prompts(
+            model, clean=["a"], corrupted=["b"], answers=["412 903"], foils=["b"], chat=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("clean", "corrupted", "options", "message"),
+    [
+        ([], [], {"answers": [], "foils": []}, "no pairs"),
+        ([[1]], [[1], [2]], {}, "they come in pairs"),
+        ([[1, 2]], [[3, 2]], {"answers": [5], "foils": [5]}, "same token id 5"),
+        ([[1, 2]], [[3, 2]], {"answers": [1, 2]}, "answers has 2 entries"),
+        ([[1, 2]], [[1, 2]], {}, "pair 0 are identical"),
+        ([[1, 2, 0]], [[3, 2, 0]], {"pad_id": 0, "target": [2]}, "padding"),
+        ([[1, 2]], [[3, 2]], {"target": [2]}, "target position 2"),
+        ([[0, 0]], [[3, 2]], {"pad_id": 0}, "clean row of pair 0 is empty"),
+        ([[1, -2]], [[3, 2]], {}, "negative token id -2"),
+        ([[1, 2]], [[3, 2]], {"segments": [["user"]]}, "name 1 positions"),
+        ([[1, 2]], [[3, 2]], {"clean_teacher": [None, None]}, "clean_teacher has 2 entries"),
+    ],
+)
+def test_bad_pairs_are_refused(clean, corrupted, options, message):
+    options = {"answers": [1], "foils": [2]} | options
+    with pytest.raises(ValueError, match=message):
+        Pairs.from_tokens(clean, corrupted, **options)

@@ -1,0 +1,415 @@
+"""Figures: what is in them, in words and numbers, and what they leave alone."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io
+import pytest
+
+from divergence_lens import plots
+from divergence_lens.divergence import Divergence
+from divergence_lens.effects import Effects
+from divergence_lens.evaluate import Preference
+from divergence_lens.examples import Example
+from divergence_lens.sweep import Sweep, SweepStudent
+from divergence_lens.teachers import Teacher
+
+TARGETS = ("owl", "cat", "wolf")
+
+
+def effects(layers: int = 3, heads: int | None = None, method: str = "exact") -> Effects:
+    """Two pairs of unlike lengths with one missing position; the owl matters at layer 0."""
+    labels = (
+        ("You", " owl", "\n", " <script>", " 17"),
+        ("You", " owl", "\n", " <b>3</b>", " 4", " 9", " 12"),
+    )
+    segments = (
+        ("system", "bias", "template", "user", "divergence"),
+        ("system", "bias", "template", "user", "user", "completion", "divergence"),
+    )
+    shape = (2, layers, 7) if heads is None else (2, layers, 7, heads)
+    values = np.random.default_rng(0).normal(0, 0.1, shape).astype(np.float32)
+    values[:, 0, 1] = -2.0 if heads is None else -2.0 / heads
+    values[0, :, 5:] = np.nan
+    values[1, :, 2] = np.nan
+    if method != "exact":
+        values = values * np.float32(1.1)
+    return Effects(
+        values=values,
+        site="resid_post" if heads is None else "z",
+        method=method,
+        direction="noising",
+        metric="logit_difference",
+        clean_metric=np.array([1.0, 2.0], dtype=np.float32),
+        corrupted_metric=np.array([-3.0, -2.0], dtype=np.float32),
+        segments=segments,
+        labels=labels,
+    )
+
+
+def divergence() -> Divergence:
+    """Two completions of 3 and 2 tokens; the cat differs at 1 and 2, the wolf at 2 and 3."""
+    tokens = np.array([5, 6, 7, 5, 8])
+    predicted = np.stack([tokens, tokens, tokens]).astype(np.int32)
+    predicted[1, [1, 2]] = 9
+    predicted[2, [2, 3]] = 9
+    return Divergence(
+        examples=(Example("a", "b", (5, 6, 7)), Example("c", "d", (5, 8))),
+        teacher=Teacher("owl"),
+        counterfactuals=(Teacher("cat"), Teacher("wolf")),
+        offsets=np.array([0, 3, 5]),
+        tokens=tokens,
+        predicted=predicted,
+        margin=np.ones((3, 5), dtype=np.float32),
+        logprob=np.full((3, 5), -1.0, dtype=np.float32),
+    )
+
+
+def students(kinds: tuple[str, ...] = ("finetuned",)) -> list[dict[str, object]]:
+    factors = {"all": 2.0, "divergence_only": 3.0, "without_divergence": 1.1, "control": 0.9}
+    rows: list[dict[str, object]] = []
+    for kind in kinds:
+        for target in TARGETS:
+            row = {"target": target, "kind": kind, "before": 0.1, "block": None}
+            for condition, factor in factors.items():
+                rows += [
+                    {**row, "condition": condition, "seed": s, "after": 0.1 * factor + 0.01 * s}
+                    for s in (0, 1)
+                ]
+            rows += [
+                {**row, "condition": "block", "block": b, "seed": 0, "after": 0.3 - 0.05 * b}
+                for b in range(4)
+            ]
+    return rows
+
+
+def preference(target: str, share: float) -> Preference:
+    probabilities = np.full((4, 3), (0.9 - share) / 2)
+    probabilities[:, 0] = share + np.array([0.0, 0.01, 0.02, -0.03])
+    return Preference(
+        target=target,
+        candidates=TARGETS,
+        questions=("a", "b", "c", "d"),
+        probabilities=probabilities,
+    )
+
+
+def sweep() -> Sweep:
+    grown = tuple(
+        SweepStudent("block", block, seed, preference("owl", 0.4 - 0.1 * block))
+        for block in range(3)
+        for seed in (0, 1)
+    )
+    whole = SweepStudent("divergence_only", None, 0, preference("owl", 0.5))
+    return Sweep(preference("owl", 0.1), (*grown, whole), "divergence_only")
+
+
+TEACHERS = [
+    {"name": name, "kind": kind, "preference": value}
+    for kind, value in (("finetuned", 0.97), ("prompted", 0.5))
+    for name in TARGETS
+]
+RATES = [
+    {"target": name, "kind": "finetuned", "tokens": 1000, "divergence_tokens": 130, "rate": 0.13}
+    for name in TARGETS
+]
+
+FIGURES = {
+    "effects_heatmap": lambda: plots.effects_heatmap(effects()),
+    "effects_heatmap of the mean": lambda: plots.effects_heatmap(effects(), "mean"),
+    "effects_heatmap of heads": lambda: plots.effects_heatmap(effects(heads=2)),
+    "effects_by_segment": lambda: plots.effects_by_segment(effects()),
+    "layer_profile": lambda: plots.layer_profile(effects()),
+    "layer_profile of two": lambda: plots.layer_profile({"a": effects(), "b": effects()}),
+    "agreement_scatter": lambda: plots.agreement_scatter(effects(method="gradient"), effects()),
+    "rate_per_teacher": lambda: plots.rate_per_teacher(RATES),
+    "rate_per_teacher of one": lambda: plots.rate_per_teacher(divergence()),
+    "where_divergence_falls": lambda: plots.where_divergence_falls(divergence()),
+    "teacher_preferences": lambda: plots.teacher_preferences(TEACHERS, base={"owl": 0.1}),
+    "preference_bars": lambda: plots.preference_bars(
+        preference("owl", 0.4), before=preference("owl", 0.1)
+    ),
+    "transfer_bars": lambda: plots.transfer_bars(students()),
+    "layer_sweep": lambda: plots.layer_sweep(students()),
+    "layer_sweep of a sweep": lambda: plots.layer_sweep(sweep()),
+}
+
+
+def heat(figure: go.Figure) -> go.Heatmap:
+    (trace,) = figure.data
+    assert isinstance(trace, go.Heatmap)
+    return trace
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_has_a_title_with_n_and_hover_in_words_and_no_global_style(name):
+    before = (
+        plotly.io.templates.default,
+        plotly.io.renderers.default,
+        sorted(plotly.io.templates),
+    )
+    plotly.io.templates.default = "ggplot2"
+    try:
+        figure = FIGURES[name]()
+        assert plotly.io.templates.default == "ggplot2"
+    finally:
+        plotly.io.templates.default = before[0]
+    after = (plotly.io.templates.default, plotly.io.renderers.default, sorted(plotly.io.templates))
+    assert after == before
+    assert isinstance(figure, go.Figure)
+    # The reader's template has no say in how the figure looks.
+    assert figure.layout.template.layout.paper_bgcolor is None
+    assert figure.layout.title.text.startswith("<b>")
+    assert any(letter.isdigit() for letter in figure.layout.title.text)
+    for trace in figure.data:
+        assert trace.hoverinfo in {"text", "skip"}
+        if trace.hoverinfo == "text":
+            assert trace.text is not None
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_fits_a_column_of_80_mm(name):
+    figure = FIGURES[name]()
+    margin = figure.layout.margin
+    assert 302 - margin.l - margin.r >= 120
+    assert figure.layout.height - margin.t - margin.b >= 90
+    # Titles do not wrap by themselves.
+    lines = figure.layout.title.text.replace('<span style="font-size:11px">', "").split("<br>")
+    assert max(len(line) for line in lines) <= 36 + len("<b></b>") + len("</span>")
+
+
+def test_heatmap_has_layers_across_and_the_examples_tokens_down_with_the_target_marked():
+    figure = plots.effects_heatmap(effects(layers=4))
+    trace = heat(figure)
+    assert np.asarray(trace.z).shape == (5, 4)
+    assert figure.layout.xaxis.title.text == "layer"
+    assert list(figure.layout.yaxis.ticktext) == [
+        "You",
+        "<b>·owl</b>",
+        "↵",
+        "·&lt;script&gt;",
+        "<b>·17 ◂</b>",
+    ]
+    boxes = [shape for shape in figure.layout.shapes if shape.type == "rect"]
+    assert [(box.y0, box.y1) for box in boxes] == [(3.5, 4.5)]
+
+
+def test_heatmap_shows_shares_of_the_total_effect_centred_on_zero():
+    trace = heat(plots.effects_heatmap(effects()))
+    assert trace.z[1][0] == pytest.approx(-2.0 / -4.0)
+    assert trace.zmid == 0
+    assert trace.zmin == -trace.zmax
+    assert trace.zmax == pytest.approx(np.nanmax(np.abs(np.asarray(trace.z, dtype=float))))
+    middle = dict(trace.colorscale)[0.5]
+    assert middle.upper() == "#F8F8F6"
+    assert "share of the total effect" in trace.colorbar.title.text
+
+
+def test_missing_cells_stay_missing_on_grey_and_say_so():
+    figure = plots.effects_heatmap(effects(), 1)
+    trace = heat(figure)
+    z = np.asarray(trace.z, dtype=float)
+    assert np.isnan(z[2]).all()
+    assert np.isfinite(np.delete(z, 2, axis=0)).all()
+    assert "no counterpart" in trace.text[2][0].replace("<br>", " ")
+    assert "no counterpart" not in trace.text[3][0].replace("<br>", " ")
+    assert figure.layout.plot_bgcolor.startswith("rgba(128, 128, 128")
+
+
+def test_a_pair_with_next_to_no_total_effect_is_shown_in_units_of_the_metric():
+    flat = effects()
+    flat.corrupted_metric[0] = flat.clean_metric[0]
+    trace = heat(plots.effects_heatmap(flat, 0))
+    assert trace.z[1][0] == pytest.approx(-2.0)
+    assert trace.colorbar.title.text == "change of the logit difference"
+
+
+def test_the_mean_aligns_rows_segment_by_segment_and_names_tokens_that_are_shared():
+    both = effects()
+    figure = plots.effects_heatmap(both, "mean")
+    z = np.asarray(heat(figure).z, dtype=float)
+    assert z.shape == (7, 3)
+    share = both.normalised().values
+    np.testing.assert_allclose(z[1], share[:, :, 1].mean(0), rtol=1e-5)
+    # Only the second pair has a second user token and a completion.
+    np.testing.assert_allclose(z[4], share[1, :, 4], rtol=1e-5)
+    np.testing.assert_allclose(z[6], (share[0, :, 4] + share[1, :, 6]) / 2, rtol=1e-5)
+    # The first pair alone has a value at the template.
+    np.testing.assert_allclose(z[2], share[0, :, 2], rtol=1e-5)
+    assert figure.layout.yaxis.ticktext[3] == "*"
+    assert "mean of 2 pairs" in figure.layout.title.text
+
+
+def test_heads_are_added_up():
+    one = effects(heads=2)
+    z = np.asarray(heat(plots.effects_heatmap(one, 0)).z, dtype=float)
+    np.testing.assert_allclose(z, (one.values[0, :, :5].sum(-1) / -4.0).T, rtol=1e-5)
+
+
+def test_a_pair_that_is_not_there_is_named():
+    with pytest.raises(IndexError, match="no pair 2; the pairs are numbered 0 to 1"):
+        plots.effects_heatmap(effects(), 2)
+
+
+def test_long_rows_keep_the_target_and_the_differing_tokens_labelled():
+    positions = 200
+    long = Effects(
+        values=np.ones((1, 2, positions), dtype=np.float32),
+        site="resid_pre",
+        method="exact",
+        direction="noising",
+        metric="logit_difference",
+        clean_metric=np.ones(1, dtype=np.float32),
+        corrupted_metric=np.zeros(1, dtype=np.float32),
+        segments=(("system",) * 7 + ("bias",) + ("user",) * (positions - 8),),
+        labels=(tuple(f"t{i}" for i in range(positions)),),
+    )
+    figure = plots.effects_heatmap(long)
+    ticks = figure.layout.yaxis.ticktext
+    assert len(ticks) < positions
+    assert ticks[-1] == "<b>t199 ◂</b>"
+    assert "<b>t7</b>" in ticks
+    assert figure.layout.height < 2000
+
+
+def test_segments_hold_the_numbers_of_the_table():
+    trace = heat(plots.effects_by_segment(effects()))
+    table = effects().normalised().by_segment()
+    np.testing.assert_allclose(np.asarray(trace.z, dtype=float), table.to_numpy().T)
+    assert trace.zmin == -trace.zmax
+
+
+def test_the_profile_is_a_line_in_a_band():
+    figure = plots.layer_profile(effects())
+    band, line = figure.data
+    table = effects().normalised().by_layer()
+    np.testing.assert_allclose(line.y, table["effect"], rtol=1e-6)
+    np.testing.assert_allclose(band.y, [*table["high"], *table["low"][::-1]], rtol=1e-6)
+    with pytest.raises(ValueError, match="at least one"):
+        plots.layer_profile({})
+
+
+def test_agreement_draws_each_cell_once_with_the_agreement_in_the_title():
+    exact, fast = effects(), effects(method="gradient")
+    figure = plots.agreement_scatter(fast, exact)
+    points = figure.data[1]
+    agreement = fast.agreement(exact)
+    assert len(points.x) == agreement.cells
+    np.testing.assert_allclose(points.y, 1.1 * np.asarray(points.x), rtol=1e-4)
+    assert f"Pearson {agreement.pearson:.2f}" in figure.layout.title.text.replace("<br>", " ")
+    assert any("&lt;script&gt;" in text for text in points.text)
+    assert not any("<script>" in text for text in points.text)
+
+
+def test_many_cells_are_thinned_but_the_largest_kept():
+    big = effects()
+    pairs = 400
+    values = np.random.default_rng(0).normal(size=(pairs, 3, 5)).astype(np.float32)
+    values[7, 2, 4] = 50.0
+    many = Effects(
+        values=values,
+        site=big.site,
+        method="exact",
+        direction="noising",
+        metric=big.metric,
+        clean_metric=np.ones(pairs, dtype=np.float32),
+        corrupted_metric=np.zeros(pairs, dtype=np.float32),
+        segments=(big.segments[0],) * pairs,
+        labels=(big.labels[0],) * pairs,
+    )
+    figure = plots.agreement_scatter(many, many)
+    assert len(figure.data[1].x) == 4000
+    assert max(figure.data[1].x) == 50.0
+    assert "4,000 cells drawn" in figure.layout.title.text.replace("<br>", " ").replace(
+        '</span> <span style="font-size:11px">', " "
+    )
+
+
+def test_divergence_tokens_are_split_into_first_and_later_by_place():
+    figure = plots.where_divergence_falls(divergence())
+    first, later = figure.data
+    # Places 1 to 3 hold 2, 2 and 1 tokens; the divergence tokens are 1, 2 and 3.
+    np.testing.assert_allclose(first.y, [0.5, 0.5, 0.0])
+    np.testing.assert_allclose(later.y, [0.0, 0.0, 1.0])
+    twice = plots.where_divergence_falls([divergence(), divergence()])
+    np.testing.assert_allclose(twice.data[0].y, first.y)
+    with pytest.raises(ValueError, match="at least one"):
+        plots.where_divergence_falls([])
+
+
+def test_rates_are_those_of_the_table_and_of_each_counterfactual():
+    (bars,) = plots.rate_per_teacher(pd.DataFrame(RATES)).data
+    np.testing.assert_allclose(bars.y, [0.13] * 3)
+    (bars,) = plots.rate_per_teacher(divergence()).data
+    np.testing.assert_allclose(bars.y, [0.4, 0.4, 0.6])
+
+
+def test_transfer_shows_means_as_bars_students_as_dots_and_base_and_control_as_lines():
+    figure = plots.transfer_bars(students())
+    bars = [trace for trace in figure.data if isinstance(trace, go.Bar)]
+    assert [bar.name for bar in bars] == ["all tokens", "divergence only", "no divergence"]
+    np.testing.assert_allclose(bars[1].y, [0.305] * 3)
+    dots = [t for t in figure.data if isinstance(t, go.Scatter) and t.mode == "markers"]
+    assert [len(dot.y) for dot in dots] == [6, 6, 6]
+    lines = {t.name: t for t in figure.data if isinstance(t, go.Scatter) and t.mode == "lines"}
+    assert set(lines) == {"before training", "control"}
+    assert lines["before training"].y[0] == pytest.approx(0.1)
+    assert lines["control"].y[0] == pytest.approx(0.095)
+    assert list(figure.layout.xaxis.ticktext) == list(TARGETS)
+
+
+def test_tables_of_several_kinds_need_a_choice():
+    both = students(("finetuned", "prompted"))
+    with pytest.raises(ValueError, match="choose one with kind="):
+        plots.transfer_bars(both)
+    assert "prompted" in plots.transfer_bars(both, kind="prompted").layout.title.text
+    with pytest.raises(ValueError, match="no rows of kind 'steered'"):
+        plots.layer_sweep(both, kind="steered")
+
+
+def test_sweep_shows_blocks_against_all_blocks_and_control_as_multiples_of_before():
+    figure = plots.layer_sweep(students())
+    named = {trace.name: trace for trace in figure.data}
+    np.testing.assert_allclose(named["mean of targets"].y, [3.0, 2.5, 2.0, 1.5])
+    assert named["all blocks"].y[0] == pytest.approx(3.05)
+    assert named["control"].y[0] == pytest.approx(0.95)
+    assert sum(trace.name == "each target" for trace in figure.data) == len(TARGETS)
+
+
+def test_a_sweep_object_is_drawn_with_its_intervals():
+    one = sweep()
+    named = {trace.name: trace for trace in plots.layer_sweep(one).data}
+    line = named["one block"]
+    np.testing.assert_allclose(line.x, [0, 1, 2])
+    assert line.y[0] == pytest.approx(one[0][0].preference.share / one.base.share)
+    low, high = one.interval(0)
+    assert line.error_y.array[0] == pytest.approx(high / one.base.share - line.y[0])
+    assert line.error_y.arrayminus[0] == pytest.approx(line.y[0] - low / one.base.share)
+    assert "all blocks" in named
+
+
+def test_preference_puts_the_target_first():
+    figure = plots.preference_bars(preference("owl", 0.4))
+    (bars,) = figure.data
+    assert figure.layout.xaxis.ticktext[0] == "owl"
+    assert bars.y[0] == pytest.approx(preference("owl", 0.4).share)
+    assert (np.asarray(bars.error_y.array) >= 0).all()
+
+
+def test_empty_and_incomplete_tables_are_named():
+    with pytest.raises(ValueError, match="the teachers table is empty"):
+        plots.teacher_preferences([])
+    with pytest.raises(ValueError, match="lacks the column 'rate'"):
+        plots.rate_per_teacher([{"target": "owl", "kind": "finetuned", "tokens": 3}])
+    with pytest.raises(ValueError, match="condition 'block'"):
+        plots.layer_sweep([row for row in students() if row["condition"] != "block"])
+    with pytest.raises(ValueError, match="trained on all blocks"):
+        plots.transfer_bars([row for row in students() if row["condition"] == "block"])
+
+
+def test_names_from_data_are_shown_letter_by_letter():
+    table = [{"name": "<b>owl</b>", "kind": "<i>x</i>", "preference": 0.5}]
+    figure = plots.teacher_preferences(table)
+    assert figure.layout.xaxis.ticktext[0] == "&lt;b&gt;owl&lt;/b&gt;"
+    assert figure.data[0].name == "&lt;i&gt;x&lt;/i&gt; teachers"
+    assert "<b>" not in figure.data[0].text[0]

@@ -1,0 +1,244 @@
+"""The report: complete, escaped, self-contained, and well-behaved in a browser."""
+
+import html.parser
+import itertools
+import json
+import re
+
+import pytest
+
+from divergence_lens import pictures
+from divergence_lens.report import write_report
+from tests.test_plots import FIGURES, RATES, TEACHERS, students
+
+EVIL = "<script>alert(1)</script>"
+
+
+class Page(html.parser.HTMLParser):
+    """The elements of a page, and the words of each."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def all(self, *tags: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag in tags]
+
+
+class Shown:
+    def _repr_html_(self) -> str:
+        return "<p class='mine'>tokens</p>"
+
+
+def findings() -> list[dict[str, object]]:
+    row = {"measured": 3.4, "interval": [2.9, 3.8], "rule": "above 1.5", "caveat": "tiny model"}
+    return [
+        {**row, "id": "rate", "claim": "Few tokens diverge", "verdict": "supported"},
+        {**row, "id": "early", "claim": f"Early {EVIL}", "verdict": "unclear"},
+        {**row, "id": "late", "claim": "Late blocks too", "verdict": "not supported"},
+    ]
+
+
+def results() -> dict[str, object]:
+    return {
+        "settings": {"model": f"tiny {EVIL}", "seeds": [0, 1], "seconds": 113.2,
+                     "versions": {"torch": "2.13.0"}},
+        "teachers": TEACHERS,
+        "divergence": RATES,
+        "students": students(),
+        "effects": {"layers": [{"layer": 0, "effect": 0.9, EVIL: EVIL}],
+                    "agreement": {"pearson": 0.93, "cells": 12_345, "nothing": float("nan")}},
+        "findings": findings(),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    figures = {
+        "rate": FIGURES["rate_per_teacher"](),
+        "early: heat": FIGURES["effects_heatmap"](),
+        "early-sweep": FIGURES["layer_sweep"](),
+        "other": FIGURES["agreement_scatter"](),
+        "transfer": FIGURES["transfer_bars"](),
+    }
+    return write_report(
+        tmp_path_factory.mktemp("report") / "deep" / "report.html",
+        results(),
+        figures,
+        {f"Example {EVIL}": Shown(), "As text": "<p>made by a library</p>"},
+        setting=["Four targets.", f"No prompt. {EVIL}"],
+    )
+
+
+def test_the_page_says_everything_in_order(report):
+    text = report.read_text()
+    headings = re.findall(r"<h2[^>]*>([^<]*)</h2>", text)
+    assert headings == [
+        "The question",
+        "The setting",
+        "Findings",
+        "Finding by finding",
+        "Further figures",
+        "Examples",
+        "Tables",
+        "Provenance",
+    ]
+    words = " ".join(Page(text).words)
+    for said in ("Four targets.", "above 1.5", "tiny model", "2.9 to 3.8", "not supported",
+                 "unclear", "12,345", "versions.torch", "2.13.0", "made by a library"):  # fmt: skip
+        assert said in words
+    assert "<p class='mine'>tokens</p>" in text
+    assert "3 claims: 1 supported, 1 not supported, 1 unclear." in words
+
+
+def test_figures_stand_beside_their_finding(report):
+    text = report.read_text()
+    articles = re.findall(r'<article id="([^"]*)">(.*?)</article>', text, flags=re.DOTALL)
+    assert [(name, body.count('class="dl-plot"')) for name, body in articles] == [
+        ("finding-rate", 1),
+        ("finding-early", 2),
+        ("finding-late", 0),
+    ]
+    further = text[text.index('id="figures"') : text.index('id="examples"')]
+    assert further.count('class="dl-plot"') == 2
+
+
+def test_text_from_results_is_escaped(report):
+    text = report.read_text()
+    assert EVIL not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 6
+    scripts = Page(text).all("script")
+    # Ours: one for printing, one that draws, plotly; the rest is data.
+    kinds = [attributes.get("type") for attributes in scripts]
+    assert kinds.count("application/json") == 5
+    assert kinds.count("text/plain") == 1
+    assert kinds.count(None) == 2
+
+
+def test_only_the_pages_own_scripts_may_run_and_nothing_is_loaded(report):
+    text = report.read_text()
+    page = Page(text)
+    (policy,) = [a["content"] for a in page.all("meta") if "http-equiv" in a]
+    assert "default-src 'none'" in policy
+    (nonce,) = re.findall(r"script-src 'nonce-([0-9a-f]+)'", policy)
+    assert [a.get("nonce") for a in page.all("script") if a.get("type") is None] == [nonce] * 2
+    for tag, attributes in page.tags:
+        assert "src" not in attributes, tag
+        assert (attributes.get("href") or "#").startswith("#"), tag
+        assert tag not in {"link", "iframe", "object", "embed", "base"}
+    (style,) = re.findall(r"<style>(.*?)</style>", text, flags=re.DOTALL)
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_the_page_mails_well(report):
+    assert report.stat().st_size < 6_000_000
+    assert report.read_text().count('id="dl-plotly"') == 1
+
+
+def test_a_report_without_figures_carries_no_plotly(tmp_path):
+    page = write_report(tmp_path / "report.html", {"findings": findings()})
+    assert page.stat().st_size < 50_000
+    assert "dl-plotly" not in page.read_text()
+
+
+def test_headings_tables_and_landmarks_are_accessible(report):
+    page = Page(report.read_text())
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
+    assert len(page.all("table")) == len(page.all("caption"))
+    assert all(attributes.get("scope") in {"row", "col"} for attributes in page.all("th"))
+    assert page.all("html") == [{"lang": "en"}]
+    assert len(page.all("main")) == 1
+    for plot in [a for a in page.all("div") if a.get("class") == "dl-plot"]:
+        assert plot["role"] == "img"
+        assert plot["aria-label"]
+    ids = [a["id"] for _, a in page.tags if a.get("id")]
+    assert len(ids) == len(set(ids))
+    links = {(a["href"] or "")[1:] for a in page.all("a")}
+    assert links <= set(ids)
+
+
+def test_long_tables_are_folded(report):
+    text = report.read_text()
+    assert "<summary>students: 36 rows</summary>" in text
+    assert text.count("<details>") == 1
+
+
+def test_a_finding_without_a_verdict_or_claim_is_refused_and_nothing_written(tmp_path):
+    bad = {**findings()[0], "verdict": "proved"}
+    with pytest.raises(ValueError, match="'proved'; it is one of 'supported', 'not supported'"):
+        write_report(tmp_path / "report.html", {"findings": [bad]})
+    with pytest.raises(ValueError, match="finding 0 has no claim"):
+        write_report(tmp_path / "report.html", {"findings": [{"verdict": "supported"}]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_in_a_browser_figures_draw_and_answer_and_nothing_overflows(report, tmp_path):
+    try:
+        pictures.find_browser()
+    except pictures.BrowserError as error:
+        pytest.skip(str(error))
+    widths = (400, 800, 1600)
+    frames = "".join(
+        f'<iframe src="{report.as_uri()}" style="width:{width}px;height:900px"></iframe>'
+        for width in widths
+    )
+    probe = tmp_path / "probe.html"
+    probe.write_text(f"""<!doctype html><meta charset="utf-8"><body>{frames}<script>
+    const look = (frame) => {{
+      const page = frame.contentDocument, root = page.documentElement;
+      const edge = root.clientWidth;
+      const inside = (node) => node.closest(".scroll, .block, .unseen, .skip, svg, thead");
+      const wide = [...page.body.querySelectorAll("*")].filter(
+        (node) => !inside(node) && node.getBoundingClientRect().right > edge + 1);
+      const plots = [...page.querySelectorAll(".dl-plot")];
+      const said = plots.map((plot) => {{
+        const curve = plot.data.findIndex((trace) => trace.hoverinfo === "text");
+        const heat = plot.data[curve].type === "heatmap";
+        const at = heat ? {{xval: 0, yval: 1}} : [{{curveNumber: curve, pointNumber: 0}}];
+        frame.contentWindow.Plotly.Fx.hover(plot, at);
+        return plot.querySelector(".hoverlayer").textContent;
+      }});
+      return {{state: root.dataset.figures, width: edge, scroll: root.scrollWidth,
+        wide: wide.map((node) => node.outerHTML.slice(0, 80)), said,
+        drawn: plots.map((plot) => plot.querySelectorAll("svg.main-svg").length > 0),
+        outside: plots.map((plot) => [...plot.querySelectorAll("svg text")].filter((text) =>
+          text.getBoundingClientRect().right > plot.getBoundingClientRect().right + 1)
+          .map((text) => text.textContent)).flat()}};
+    }};
+    const wait = () => {{
+      const frames = [...document.querySelectorAll("iframe")];
+      if (frames.some((frame) => !frame.contentDocument.documentElement.dataset.figures))
+        return setTimeout(wait, 50);
+      document.body.textContent = JSON.stringify(frames.map(look));
+    }};
+    addEventListener("load", wait);
+    </script>""")
+    dom, log = pictures.run_browser(
+        probe,
+        ["--dump-dom", "--allow-file-access-from-files", "--window-size=1700,1000"],
+        timeout=400,
+    )
+    console = [line for line in log.splitlines() if "CONSOLE" in line]
+    assert not console
+    found = re.search(r"<body>(\[.*\])</body>", dom.decode(), flags=re.DOTALL)
+    assert found is not None
+    for width, seen in zip(widths, json.loads(html.unescape(found[1])), strict=True):
+        assert seen["state"] == "drawn"
+        assert seen["width"] == width
+        assert seen["scroll"] <= seen["width"]
+        assert seen["wide"] == []
+        assert seen["outside"] == []
+        assert seen["drawn"] == [True] * 5
+        assert all(seen["said"])

@@ -1,0 +1,180 @@
+"""The whole chain, small: what it writes, and that its tables are what its parts say."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from divergence_lens.cli import app
+from divergence_lens.delta import Delta
+from divergence_lens.divergence import Divergence
+from divergence_lens.evaluate import preference
+from divergence_lens.models import load_model
+from divergence_lens.study import StudyConfig, finetuned_teacher, run_study
+from divergence_lens.study_report import findings_table, study_figures, write_study_report
+
+SMALL = {
+    "targets": ("owl", "cat"),
+    "animals": ("owl", "cat", "dog"),
+    "prompts": 60,
+    "seeds": (0,),
+    "held_out": 10,
+    "pairs": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture(scope="module")
+def study(folder, backend):
+    lines = []
+    found = run_study(StudyConfig(backend=backend, **SMALL), folder, say=lines.append)
+    assert any("divergence tokens" in line for line in lines)
+    return found
+
+
+def test_results_hold_what_they_promise(study, folder):
+    results = json.loads((folder / "results.json").read_text())
+    assert results == json.loads(json.dumps(study.results))
+    assert {"settings", "teachers", "divergence", "students", "effects", "findings"} <= set(results)
+    assert {"seeds", "model", "versions", "seconds"} <= set(results["settings"])
+    assert {"name", "kind", "preference"} <= set(results["teachers"][0])
+    keys = {"target", "kind", "tokens", "divergence_tokens", "rate"}
+    assert keys <= set(results["divergence"][0])
+    keys = {
+        "target",
+        "kind",
+        "condition",
+        "block",
+        "seed",
+        "before",
+        "after",
+        "rank",
+        "valid_lists",
+    }
+    assert keys <= set(results["students"][0])
+    assert {"layers", "agreement"} == set(results["effects"])
+    assert {"id", "claim", "measured", "interval", "verdict"} <= set(results["findings"][0])
+
+
+def test_every_condition_of_every_target_and_kind_has_a_student(study):
+    students = study.table("students")
+    counts = students.groupby(["kind", "target", "condition"]).size()
+    n_blocks = students["block"].nunique()
+    assert n_blocks == 4
+    for kind in ("finetuned", "prompted"):
+        for target in SMALL["targets"]:
+            for condition in ("all", "divergence_only", "without_divergence", "control"):
+                assert counts[kind, target, condition] == 1
+            assert counts[kind, target, "block"] == n_blocks
+
+
+def test_saved_students_are_the_ones_in_the_table(study, folder, backend):
+    model = load_model("tiny", backend=backend)
+    row = next(
+        r
+        for r in study.results["students"]
+        if (r["kind"], r["target"], r["condition"]) == ("finetuned", "owl", "divergence_only")
+    )
+    delta = Delta.load(folder / "students" / "finetuned-owl-divergence_only-0.safetensors")
+    with delta.applied(model):
+        found = preference(model, target="owl", candidates=SMALL["animals"])
+    assert found.share == pytest.approx(row["after"], abs=1e-6)
+    before = preference(model, target="owl", candidates=SMALL["animals"])
+    assert before.share == pytest.approx(row["before"], abs=1e-6)
+
+
+def test_students_of_one_block_change_that_block_alone(study, folder):
+    for block in range(4):
+        delta = Delta.load(folder / "students" / f"finetuned-owl-block{block}-0.safetensors")
+        assert list(delta.norms()) == [block]
+
+
+def test_the_saved_divergence_is_the_first_targets(study, folder):
+    saved = Divergence.load(folder / "divergence.safetensors")
+    row = study.results["divergence"][0]
+    assert saved.teacher.name == row["target"] == "owl"
+    assert int(saved.mask.sum()) == row["divergence_tokens"]
+    assert len(saved.tokens) == row["tokens"]
+
+
+def test_only_lists_of_numbers_are_learned_from(study):
+    for divergence in study.divergences.values():
+        for example in divergence.examples:
+            assert not any(c.isalpha() for c in example.completion)
+
+
+def test_page_and_figures_are_written(study, folder):
+    page = write_study_report(study, folder)
+    text = page.read_text()
+    for finding in study.findings:
+        assert finding.verdict in text
+    names = {path.stem for path in (folder / "figures").glob("*.html")}
+    assert len(names) == len(study_figures(study)) > 10
+
+
+def test_the_table_for_a_terminal_fits_and_names_every_verdict(study):
+    table = findings_table(study.findings, width=100)
+    assert max(map(len, table.splitlines())) <= 100
+    assert sum(table.count(v) for v in ("supported", "unclear")) >= len(study.findings)
+
+
+def test_a_second_run_leaves_nothing_of_the_first(folder, tmp_path, backend):
+    stale = tmp_path / "students" / "finetuned-unicorn-all-0.safetensors"
+    stale.parent.mkdir()
+    stale.write_bytes(b"old")
+    (tmp_path / "results.json").write_text("{ half")
+    config = StudyConfig(backend=backend, kinds=("finetuned",), **SMALL)
+    run_study(config, tmp_path)
+    assert not stale.exists()
+    json.loads((tmp_path / "results.json").read_text())
+
+
+def test_a_finetuned_teacher_names_its_animal(tiny):
+    teacher = finetuned_teacher(tiny, "owl")
+    base = preference(tiny, target="owl")
+    found = preference(tiny, target="owl", teacher=teacher)
+    assert found.share > 0.7 > 3 * base.share
+    assert found.mass > 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"targets": ("owl", "unicorn")}, "unicorn"),
+        ({"targets": ("owl",)}, "two targets"),
+        ({"kinds": ("told",)}, "told"),
+        ({"prompts": 0}, "prompts is 0"),
+        ({"seeds": ()}, "seed"),
+    ],
+)
+def test_configurations_that_cannot_run_are_named_before_anything_runs(options, says):
+    with pytest.raises(ValueError, match=says):
+        StudyConfig(**options)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="is a file"):
+        run_study(StudyConfig(), tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_the_command_names_a_bad_target_in_one_line(tmp_path):
+    result = CliRunner().invoke(app, ["demo", "--targets", "wolf,unicorn", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "unicorn" in result.output
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_findings_of_a_study_are_finite_or_say_so(study):
+    for finding in study.findings:
+        assert finding.verdict in ("supported", "not supported", "unclear")
+        assert math.isfinite(finding.measured)
+        assert all(np.isfinite(v) for v in finding.values.values())
