@@ -21,8 +21,10 @@ SOURCE = ROOT / "src" / "divergence_lens"
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 IMPORT = """
-import json, sys, time
+import gc, json, sys, time
 import transformer_lens, transformer_lens.model_bridge  # TransformerLens 4 imports its parts late
+gc.collect()
+gc.freeze()  # or the collection that TransformerLens's objects are due may fall into our time
 before, started = set(sys.modules), time.process_time()
 import divergence_lens
 seconds = time.process_time() - started
