@@ -9,17 +9,38 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
-FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+FAMILIES = (
+    "gpt2",
+    "gpt_neo",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "olmo2",
+    "mixtral",
+    "qwen2_moe",
+)
+HOOKED_FAMILIES = tuple(f for f in FAMILIES if f not in ("gemma2", "gemma3", "olmo2", "qwen2_moe"))
+"""Those that can also be a HookedTransformer: TransformerLens converts them, with equal logits."""
 
 CHATML = (
     "{% for message in messages %}"
@@ -166,7 +187,29 @@ def random_hf_model(
         }
         classes: dict[str, tuple[type[PretrainedConfig], dict[str, object]]] = {
             "gpt_neox": (GPTNeoXConfig, shared),
+            "gpt_neo": (
+                GPTNeoConfig,
+                shared
+                | {
+                    "num_layers": n_layers,
+                    "window_size": 16,
+                    "attention_types": [[[("global", "local")[i % 2]], 1] for i in range(n_layers)],
+                },
+            ),
             "llama": (LlamaConfig, grouped),
+            "phi3": (Phi3Config, grouped),
+            "olmo2": (Olmo2Config, grouped),
+            "mixtral": (MixtralConfig, grouped | {"num_local_experts": 4}),
+            "qwen2_moe": (
+                Qwen2MoeConfig,
+                grouped
+                | {
+                    "num_experts": 4,
+                    "num_experts_per_tok": 2,
+                    "moe_intermediate_size": d_mlp,
+                    "shared_expert_intermediate_size": d_mlp,
+                },
+            ),
             "mistral": (MistralConfig, grouped | {"head_dim": d_head, "sliding_window": 16}),
             "qwen2": (Qwen2Config, grouped),
             "qwen3": (Qwen3Config, grouped | {"head_dim": d_head}),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from divergence_lens.engine import SITES, Engine
 from divergence_lens.models import load_model
 from tests.conftest import BACKENDS
-from tests.models import FAMILIES, random_hf_model
+from tests.models import FAMILIES, HOOKED_FAMILIES, random_hf_model
 
 N_CTX = 64
 
@@ -18,7 +18,7 @@ N_CTX = 64
 def _pairs():
     for family in FAMILIES:
         for backend in BACKENDS:
-            if not (backend == "hooked" and family.startswith("gemma")):
+            if backend == "bridge" or family in HOOKED_FAMILIES:
                 yield family, backend
 
 

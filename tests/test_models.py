@@ -9,10 +9,7 @@ import torch
 from divergence_lens.engine import Engine
 from divergence_lens.models import check_model, fingerprint, load_model, model_name, provenance
 from tests.conftest import BACKENDS
-from tests.models import FAMILIES, chat_tokenizer, random_hf_model
-
-HOOKED = [f for f in FAMILIES if not f.startswith("gemma")]
-"""The families whose layout TransformerLens's own converter reads from a folder."""
+from tests.models import FAMILIES, HOOKED_FAMILIES, chat_tokenizer, random_hf_model
 
 
 @pytest.fixture
@@ -36,7 +33,7 @@ def test_bridge_logits_are_hugging_faces(family, tokens):
 
 
 @pytest.mark.skipif("hooked" not in BACKENDS, reason="TransformerLens 4 has no HookedTransformer")
-@pytest.mark.parametrize("family", HOOKED)
+@pytest.mark.parametrize("family", HOOKED_FAMILIES)
 def test_hooked_logits_are_hugging_faces(family, tokens):
     hf_model = random_hf_model(family)
     model = load_model(hf_model, backend="hooked")
@@ -51,7 +48,7 @@ def test_auto_takes_the_class_that_can_hold_the_model(family, tokens):
     model = load_model(hf_model)
     torch.testing.assert_close(model(tokens), reference, atol=2e-5, rtol=1e-4)
     expected = (
-        "HookedTransformer" if family in HOOKED and "hooked" in BACKENDS else "TransformerBridge"
+        "HookedTransformer" if family in HOOKED_FAMILIES and "hooked" in BACKENDS else "TransformerBridge"
     )
     assert type(model).__name__ == expected
 

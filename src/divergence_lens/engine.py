@@ -10,7 +10,7 @@ what stands right of a position cannot reach it, so rows of padding are simply n
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -585,18 +585,20 @@ class _BridgeEngine(Engine):
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         every = dict(self._lens.original_model.named_parameters())
-        # Fused query/key/value weights are split into copies, and the fused ones are then unused.
-        split = {n.split(".qkv.")[0] for n in every if ".qkv." in n}
-        return (
-            {
-                n: p
-                for n, p in every.items()
-                if ".qkv." not in n
-                or not any(o.startswith(f"{n.split('.qkv.')[0]}.q.") for o in every)
-            }
-            if split
-            else every
-        )
+        return {name: p for name, p in every.items() if not _split_elsewhere(name, every)}
+
+
+_FUSED = {".qkv.": ".q.", "._original_component.gate_up_proj.": ".gate."}
+"""Weights that a bridge cuts into copies, which it computes with, and a copy that tells of it."""
+
+
+def _split_elsewhere(name: str, names: Iterable[str]) -> bool:
+    """Whether a parameter is a fused one that the bridge keeps and no longer reads."""
+    for fused, part in _FUSED.items():
+        before, found, _ = name.partition(fused)
+        if found and any(other.startswith(before + part) for other in names):
+            return True
+    return False
 
 
 def _one_row(value: Any, batch: int) -> Any:
