@@ -48,7 +48,9 @@ def test_auto_takes_the_class_that_can_hold_the_model(family, tokens):
     model = load_model(hf_model)
     torch.testing.assert_close(model(tokens), reference, atol=2e-5, rtol=1e-4)
     expected = (
-        "HookedTransformer" if family in HOOKED_FAMILIES and "hooked" in BACKENDS else "TransformerBridge"
+        "HookedTransformer"
+        if family in HOOKED_FAMILIES and "hooked" in BACKENDS
+        else "TransformerBridge"
     )
     assert type(model).__name__ == expected
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from divergence_lens.models import Model, check_model, is_hooked, untyped
+from divergence_lens.models import Model, check_model, is_hooked, model_name, untyped
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
 """The sites of a block. `z` is [batch, pos, head, d_head], the others [batch, pos, d_model]."""
@@ -151,7 +151,8 @@ class Engine(ABC):
 
         Raises:
             TypeError: `model` is not of TransformerLens.
-            ValueError: it is not causal, or the pass block by block does not equal its own forward.
+            ValueError: it is not causal, cannot run in its precision, or its pass block by block
+                does not equal its own forward.
         """
         engine = model.__dict__.get(_ENGINE) if isinstance(model, nn.Module) else None
         if isinstance(engine, Engine) and engine.model is model:
@@ -161,8 +162,14 @@ class Engine(ABC):
             raise ValueError(
                 "the model attends in both directions; the library needs a causal language model"
             )
-        engine = _HookedEngine(model) if is_hooked(model) else _BridgeEngine(model)
-        engine.check_against_own_forward()
+        try:
+            engine = _HookedEngine(model) if is_hooked(model) else _BridgeEngine(model)
+            engine.check_against_own_forward()
+        except RuntimeError as error:  # OLMo 2 in bfloat16, whose bridge mixes types, for instance
+            raise ValueError(
+                f"{model_name(model)!r} cannot run in {next(model.parameters()).dtype}: {error}; "
+                "try load_model(..., dtype=torch.float32)"
+            ) from error
         object.__setattr__(model, _ENGINE, engine)
         return engine
 
