@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from divergence_lens import stages
+
 app = typer.Typer(
     help="Find divergence tokens, the layers that cause them, and the block that carries a bias.",
     no_args_is_help=True,
@@ -14,9 +16,16 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _commands() -> None:
-    """Keep `demo` a command of its own, whatever the number of commands."""
+for stage in (
+    stages.generate,
+    stages.find,
+    stages.patch,
+    stages.finetune,
+    stages.sweep,
+    stages.evaluate,
+    stages.doctor,
+):
+    app.command()(stage)
 
 
 @app.command()

@@ -144,7 +144,7 @@ def provenance(model: Model | None = None, /, **settings: Any) -> dict[str, Any]
         A dictionary that `json.dumps` takes; values in `settings` it cannot take become strings.
     """
     record: dict[str, Any] = {
-        "versions": {name: _version(name) for name in _PACKAGES}
+        "versions": {name: version_of(name) for name in _PACKAGES}
         | {"python": platform.python_version()}
     }
     if model is not None:
@@ -163,7 +163,8 @@ class _ConversionError(Exception):
     """TransformerLens has no faithful HookedTransformer for this architecture."""
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package, in words."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
