@@ -5,6 +5,8 @@ READY := .venv/.ready
 READY_TL4 := .venv-tl4/.ready
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1
+# A file of tests stays in one process, since its models are built once.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help demo test test-tl4 lint format types docs notebooks bench ci clean
 
@@ -42,10 +44,10 @@ demo: $(READY)
 	$(OFFLINE) $(BIN)/divergence-lens demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-tl4: $(READY_TL4)
-	.venv-tl4/bin/python -m pytest
+	.venv-tl4/bin/python -m pytest $(PARALLEL)
 
 lint: $(READY)
 	$(BIN)/ruff check .
