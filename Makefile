@@ -61,7 +61,8 @@ types: $(READY)
 	$(BIN)/mypy
 
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	rm -rf docs/notebooks && cp -R notebooks docs/notebooks
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 notebooks: $(READY)
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks
@@ -73,5 +74,6 @@ ci:
 	bash .ci/run
 
 clean:
-	rm -rf .venv .venv-tl4 .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site runs
+	rm -rf .venv .venv-tl4 .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site runs \
+		docs/notebooks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

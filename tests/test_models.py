@@ -183,3 +183,20 @@ def test_a_loaded_model_does_not_change_class():
     model = load_model(random_hf_model("llama"), backend="bridge")
     with pytest.raises(ValueError, match="already a TransformerBridge"):
         load_model(model, backend="hooked")
+
+
+@pytest.mark.parametrize("kind", ["Hugging Face's", "TransformerLens's"])
+def test_a_loaded_model_keeps_its_precision_unless_told(backend, kind):
+    model = random_hf_model("llama").to(torch.bfloat16)
+    if kind == "TransformerLens's":
+        model = load_model(model, backend=backend)
+    assert next(load_model(model, backend=backend).parameters()).dtype is torch.bfloat16
+    told = load_model(model, backend=backend, dtype=torch.float32)
+    assert next(told.parameters()).dtype is torch.float32
+
+
+def test_loading_draws_no_random_numbers(backend):
+    hf_model = random_hf_model("gpt2")
+    state = torch.random.get_rng_state()
+    load_model(hf_model, backend=backend)
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -1,5 +1,7 @@
 """Pairs: alignment, segments, and what is refused."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -190,3 +192,16 @@ def test_bad_pairs_are_refused(clean, corrupted, options, message):
     options = {"answers": [1], "foils": [2]} | options
     with pytest.raises(ValueError, match=message):
         Pairs.from_tokens(clean, corrupted, **options)
+
+
+def test_a_notebook_underlines_what_differs_and_the_target(tiny):
+    pairs = Pairs.from_prompts(
+        tiny,
+        clean=["which animal do you love ?"],
+        corrupted=["which color do you love ?"],
+        answers=["owl"],
+        foils=["red"],
+    )
+    marked = re.findall(r"text-decoration:underline[^>]*>([^<]*)<", pairs._repr_html_())
+    assert marked == ["animal", pairs.labels[0][-1]]
+    assert repr(pairs) == f"Pairs(1 pairs of up to {len(pairs.clean[0])} tokens)"

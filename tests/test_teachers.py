@@ -139,5 +139,5 @@ def test_unknown_repeated_or_unlisted_animals_are_refused():
         animal_teachers(["owl", "wolv"])
     with pytest.raises(ValueError, match="named more than once: owl"):
         animal_teachers(["owl", "cat", "OWL"])
-    with pytest.raises(TypeError, match=r"pass a list of names: \['owl'\]"):
+    with pytest.raises(TypeError, match=r"pass a list: \['owl'\]"):
         animal_teachers("owl")

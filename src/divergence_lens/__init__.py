@@ -8,7 +8,7 @@ model causes them, trains students on them, and measures what the students prefe
     owl, *others = animal_teachers(["owl", "cat", "wolf", "panda"])
     examples = generate(model, owl, number_prompts(200))
     div = find_divergence(model, examples, teacher=owl, counterfactuals=others)
-    effects = attribution_patch(model, div.pairs(model))
+    effects = attribution_patch(model, div.pairs())
     student = finetune(model, examples, mask=div.mask, blocks=[0])
 """
 

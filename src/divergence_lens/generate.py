@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from divergence_lens._checks import refuse_one_string
 from divergence_lens.chat import check_length, decode, encode_prompts, stop_ids
 from divergence_lens.engine import Engine, KeyValues
 from divergence_lens.examples import Example
@@ -68,8 +69,7 @@ def generate(
             prompt for a tokenizer without a chat template; logits that are not numbers.
     """
     _check_settings(max_new_tokens, temperature, top_p, batch_tokens)
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts is one string; pass a list: [{prompts[:60]!r}]")
+    refuse_one_string(prompts, "prompts")
     with teacher.applied(model) if teacher is not None else nullcontext(model) as active:
         engine = Engine.of(active)
         system_prompt = teacher.system_prompt if teacher is not None else None

@@ -71,7 +71,7 @@ def load_model(
     *,
     backend: Backend = "auto",
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     tokenizer: Any = None,
 ) -> Model:
     """Load a language model as a `HookedTransformer` or a `TransformerBridge`.
@@ -86,33 +86,48 @@ def load_model(
             Hugging Face hub, a folder in Hugging Face's layout, a loaded Hugging Face model, or a
             model of TransformerLens (returned as it is, in eval mode).
         backend: which class to build.
-        device: where to put it; the first GPU if there is one, else the CPU.
-        dtype: the parameters' type.
+        device: where to put it. None leaves a loaded model where it is, and puts any other on the
+            first GPU if there is one, else on the CPU.
+        dtype: the parameters' type. None leaves a loaded model's as it is, and means float32 for
+            any other; large models are better loaded in bfloat16.
         tokenizer: a Hugging Face tokenizer; needed with a loaded Hugging Face model that has none
             beside it, optional otherwise.
 
     Returns:
-        The model in eval mode. `model.tokenizer` is set.
+        The model in eval mode. `model.tokenizer` is set. A bridge is built around a loaded Hugging
+        Face model and shares its weights, so that object is in eval mode, too.
 
     Raises:
         FileNotFoundError: `source` looks like a folder and is none, or lacks `config.json`.
         ValueError: the backend cannot hold this model; the message says which can.
         TypeError: `source` is of another type.
     """
+    with torch.random.fork_rng(devices=[]):  # TransformerLens draws weights before it has them
+        return _load(source, backend, device, dtype, tokenizer)
+
+
+def _load(
+    source: Any,
+    backend: Backend,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    tokenizer: Any,
+) -> Model:
     if backend not in ("auto", "hooked", "bridge"):
         raise ValueError(f'backend is {backend!r}; use "auto", "hooked" or "bridge"')
     if is_hooked(source) or isinstance(source, TransformerBridge):
         return _loaded(source, backend, device, dtype)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(source, nn.Module):
         hf_model, name = source, str(getattr(source.config, "name_or_path", "") or "model")
     elif isinstance(source, str | Path):
-        hf_model, tokenizer, name = _from_pretrained(source, dtype, tokenizer)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        hf_model, tokenizer, name = _from_pretrained(source, dtype or torch.float32, tokenizer)
     else:
         raise TypeError(
             f"source is a {type(source).__name__}; pass a name, a folder or a loaded model"
         )
-    hf_model = hf_model.to(device=target, dtype=dtype).eval()
+    hf_model = hf_model.to(device=device, dtype=dtype).eval()
+    dtype = next(hf_model.parameters()).dtype
     if backend == "bridge":
         return _bridge(hf_model, tokenizer, name)
     try:
@@ -172,7 +187,7 @@ def version_of(package: str) -> str:
 
 
 def _loaded(
-    model: Any, backend: Backend, device: str | torch.device | None, dtype: torch.dtype
+    model: Any, backend: Backend, device: str | torch.device | None, dtype: torch.dtype | None
 ) -> Model:
     built = "hooked" if is_hooked(model) else "bridge"
     if backend not in ("auto", built):
@@ -182,7 +197,7 @@ def _loaded(
         )
     if device is not None:
         model = model.to(device)
-    if next(model.parameters()).dtype != dtype:
+    if dtype is not None and next(model.parameters()).dtype != dtype:
         model = model.to(dtype)
     evaluated: Model = model.eval()
     return evaluated

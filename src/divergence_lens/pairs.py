@@ -8,7 +8,7 @@ missing and never guessed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from divergence_lens._checks import refuse_one_string
 from divergence_lens.chat import encode_prompt
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher
@@ -38,7 +39,7 @@ _ANCHOR = 3
 Rows = Int64[Tensor, "rows pos"] | Sequence[Int64[Tensor, " _"]] | Sequence[Sequence[int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pairs:
     """Clean and corrupted rows with what is measured at their end.
 
@@ -70,7 +71,7 @@ class Pairs:
     alignment: tuple[Int64[np.ndarray, " _"], ...]
     clean_teacher: tuple[Teacher | None, ...]
     corrupted_teacher: tuple[Teacher | None, ...]
-    labels: tuple[tuple[str, ...], ...] = field(repr=False)
+    labels: tuple[tuple[str, ...], ...]
 
     def __post_init__(self) -> None:
         n = len(self.clean)
@@ -237,7 +238,7 @@ class Pairs:
             The pairs, in the order given.
 
         Raises:
-            ValueError: If counts differ, an answer is not one token, a system prompt is given
+            ValueError: If counts differ, an answer is not one known token, a system prompt is given
                 without a chat template, or the pairs are not valid.
         """
         tokenizer: Any = model.tokenizer
@@ -245,6 +246,9 @@ class Pairs:
             raise ValueError(
                 "a system prompt needs the chat template; leave chat=True or drop the prompt"
             )
+        given = {"clean": clean, "corrupted": corrupted, "answers": answers, "foils": foils}
+        for name, texts in given.items():
+            refuse_one_string(texts, name)
         if len(clean) != len(corrupted):
             raise ValueError(f"clean has {len(clean)} prompts and corrupted has {len(corrupted)}")
         if corrupted_system_prompt is None:
@@ -339,24 +343,36 @@ class Pairs:
             }
         )
 
+    def __repr__(self) -> str:
+        """The number of pairs, their longest row and who is compared."""
+        names = {t.name for t in (*self.clean_teacher, *self.corrupted_teacher) if t is not None}
+        among = f", teachers {', '.join(sorted(names))}" if names else ""
+        longest = max(len(row) for row in self.clean)
+        return f"Pairs({len(self)} pairs of up to {longest} tokens{among})"
+
+    def _marked(self, i: int) -> list[bool]:
+        """Whether each position of clean row `i` differs from its counterpart, or is the target."""
+        differs = _differing(self.clean[i], self.corrupted[i], self.alignment[i])
+        return [*differs[:-1], True]
+
     def _repr_html_(self) -> str:
         shown = min(len(self), 5)
         rows = []
         for i in range(shown):
             cells = "".join(
-                f'<span title="{escape(segment)}" style="white-space:pre;'
+                f'<span title="{escape(segment)}" style="white-space:pre;margin-right:.2em;'
                 f'{"text-decoration:underline;font-weight:bold" if marked else ""}">'
                 f"{escape(label)}</span>"
                 for label, segment, marked in zip(
                     self.labels[i],
                     self.segments[i],
-                    (name in (BIAS, DIVERGENCE) for name in self.segments[i]),
+                    self._marked(i),
                     strict=True,
                 )
             )
             rows.append(f"<tr><td>{i}</td><td style='text-align:left'>{cells}</td></tr>")
         return (
-            f"<p>{len(self)} pairs; the differing span and the target position are underlined"
+            f"<p>{len(self)} pairs; what differs and the target position are underlined"
             f"{f' (first {shown} shown)' if shown < len(self) else ''}</p>"
             f"<table><tr><th>pair</th><th>clean row</th></tr>{''.join(rows)}</table>"
         )
@@ -447,6 +463,16 @@ def _cut(
     return tuple(row[: int(target[i]) + 1] for i, row in enumerate(rows))
 
 
+def _differing(
+    clean: Int64[Tensor, " _"], corrupted: Int64[Tensor, " _"], alignment: Int64[np.ndarray, " _"]
+) -> list[bool]:
+    """Which clean tokens have no counterpart, or another token for one."""
+    return [
+        counterpart < 0 or bool(clean[position] != corrupted[int(counterpart)])
+        for position, counterpart in enumerate(alignment)
+    ]
+
+
 def _segments(
     i: int,
     names: Sequence[str],
@@ -459,8 +485,7 @@ def _segments(
             f"segments of pair {i} name {len(names)} positions, but its row has {len(clean)}"
         )
     result = list(names[: len(clean)])
-    for position, counterpart in enumerate(alignment):
-        differs = counterpart < 0 or clean[position] != corrupted[int(counterpart)]
+    for position, differs in enumerate(_differing(clean, corrupted, alignment)):
         if differs and result[position] in ("system", TEXT):
             result[position] = BIAS
     result[-1] = DIVERGENCE
@@ -491,6 +516,8 @@ def _one_token(tokenizer: Any, token: str | int, name: str) -> int:
             f"the {name} {token!r} is {len(ids)} tokens ({[tokenizer.decode([i]) for i in ids]}), "
             "not one; give the id of its first token, or a text that is one token"
         )
+    if ids[0] == tokenizer.unk_token_id:
+        raise ValueError(f"the {name} {token!r} is not in the tokenizer's vocabulary")
     return int(ids[0])
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from divergence_lens._checks import refuse_one_string
 from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine
 from divergence_lens.models import Model, check_model, model_name
@@ -139,8 +140,7 @@ def animal_teachers(animals: Sequence[str]) -> list[Teacher]:
         ValueError: An unknown animal (the message offers the nearest names), or one named twice.
         TypeError: A single string in place of a list.
     """
-    if isinstance(animals, str):
-        raise TypeError(f"animals is one string; pass a list of names: [{animals!r}]")
+    refuse_one_string(animals, "animals")
     names = [check_candidate(animal) for animal in animals]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
