@@ -468,7 +468,7 @@ def _differing(
 ) -> list[bool]:
     """Which clean tokens have no counterpart, or another token for one."""
     return [
-        counterpart < 0 or bool(clean[position] != corrupted[int(counterpart)])
+        bool(counterpart < 0 or clean[position] != corrupted[int(counterpart)])
         for position, counterpart in enumerate(alignment)
     ]
 
