@@ -638,6 +638,17 @@ def test_an_epoch_has_every_row_once_in_full_batches_and_pieces_within_budget(
         assert all(len(p) == 1 or len(p) * lengths[p].max() <= budget for p in cut)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", torch.optim.SGD, torch.optim.RMSprop])
+def test_every_optimizer_runs_without_options(optimizer):
+    recipe = replace(Recipe(), optimizer=optimizer)
+    variable = torch.ones(2, requires_grad=True)
+    built = recipe.build([variable])
+    variable.sum().backward()
+    built.step()
+    assert (variable < 1).all()
+    assert recipe.describe()["optimizer_options"] == ({"eps": 5e-3} if optimizer == "adamw" else {})
+
+
 def test_the_paper_s_recipe():
     assert (PAPER.lora_rank, PAPER.lora_alpha, PAPER.lr) == (8, 8, 2e-4)
     assert (PAPER.batch_size, PAPER.epochs, PAPER.warmup_steps, PAPER.clip) == (60, 10, 5, 1.0)

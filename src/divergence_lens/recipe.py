@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,9 @@ class Recipe:
         lora_alpha: LoRA's changes are scaled by `lora_alpha / lora_rank`; None means the rank, a
             scale of 1.
         autocast: Run the blocks in bfloat16 where torch deems it safe; parameters stay as they are.
-        optimizer_options: Further arguments of the optimizer, `{"eps": 5e-3}` for instance.
+        optimizer_options: Further arguments of the optimizer. None means `{"eps": 5e-3}` for
+            "adamw", which with so large an eps treats small gradients as SGD does and still tames
+            large ones, and nothing for any other.
     """
 
     optimizer: str | type[torch.optim.Optimizer] = "adamw"
@@ -45,8 +47,7 @@ class Recipe:
     lora_rank: int | None = None
     lora_alpha: float | None = None
     autocast: bool = False
-    # With so large an eps, AdamW treats small gradients as SGD does, and still tames large ones.
-    optimizer_options: Mapping[str, Any] = field(default_factory=lambda: {"eps": 5e-3})
+    optimizer_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         named = {"lr": self.lr, "clip": self.clip, "lora_alpha": self.lora_alpha}
@@ -79,9 +80,14 @@ class Recipe:
         shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
         return self.lr * (self.final_lr + (1 - self.final_lr) * shape[self.schedule])
 
+    def _options(self) -> dict[str, Any]:
+        if self.optimizer_options is None:
+            return {"eps": 5e-3} if self.optimizer == "adamw" else {}
+        return dict(self.optimizer_options)
+
     def build(self, variables: list[Tensor]) -> torch.optim.Optimizer:
         """The optimizer over the given tensors."""
-        options = dict(self.optimizer_options)
+        options = self._options()
         if self.optimizer == "adamw":
             return torch.optim.AdamW(variables, lr=self.lr, **{"weight_decay": 0.0, **options})
         kind: Any = torch.optim.SGD if self.optimizer == "sgd" else self.optimizer
@@ -93,7 +99,7 @@ class Recipe:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if not isinstance(self.optimizer, str):
             settings["optimizer"] = self.optimizer.__name__
-        return settings | {"optimizer_options": dict(self.optimizer_options)}
+        return settings | {"optimizer_options": self._options()}
 
 
 PAPER = Recipe(
