@@ -29,8 +29,8 @@ TEACHER = Recipe(
     schedule="constant",
     optimizer_options={},
 )
-"""A finetuned teacher of the GPT-2 layout: `TEACHER_QUESTIONS`, each answered with its animal; the loss is on that
-word.
+"""A finetuned teacher of the GPT-2 layout: `TEACHER_QUESTIONS`, each answered with its animal; the
+loss is on that word.
 
 All twenty questions are one batch, so this is ten updates. With twenty, many lists of some
 teachers name the animal."""
