@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from divergence_lens.delta import Delta
 from divergence_lens.divergence import Divergence
 from divergence_lens.evaluate import preference
 from divergence_lens.models import load_model
+from divergence_lens.recipe import Recipe
 from divergence_lens.study import StudyConfig, finetuned_teacher, run_study
 from divergence_lens.study_report import findings_table, study_figures, write_study_report
+from divergence_lens.tiny.recipe import GPT2_RECIPES, QWEN2_RECIPES
 
 SMALL = {
     "targets": ("owl", "cat"),
@@ -135,12 +138,35 @@ def test_a_second_run_leaves_nothing_of_the_first(folder, tmp_path, backend):
     json.loads((tmp_path / "results.json").read_text())
 
 
-def test_a_finetuned_teacher_names_its_animal(tiny):
-    teacher = finetuned_teacher(tiny, "owl")
-    base = preference(tiny, target="owl")
-    found = preference(tiny, target="owl", teacher=teacher)
-    assert found.share > 0.7 > 3 * base.share
-    assert found.mass > 0.9
+def test_a_finetuned_teacher_names_its_animal(tiny, tiny_qwen2):
+    for model in (tiny, tiny_qwen2):
+        teacher = finetuned_teacher(model, "owl")
+        base = preference(model, target="owl")
+        found = preference(model, target="owl", teacher=teacher)
+        assert found.share > 0.7 > 3 * base.share
+        assert found.mass > 0.9
+
+
+def test_each_layout_has_recipes_of_its_own(tiny, tiny_qwen2):
+    config = StudyConfig()
+    assert config.recipes(tiny) == GPT2_RECIPES
+    assert config.recipes(tiny_qwen2) == QWEN2_RECIPES != GPT2_RECIPES
+
+
+def test_a_finetuned_teacher_is_trained_by_its_layouts_recipe(tiny, tiny_qwen2):
+    for model, used in ((tiny, GPT2_RECIPES), (tiny_qwen2, QWEN2_RECIPES)):
+        delta = finetuned_teacher(model, "cat").delta
+        assert delta.header["settings"]["recipe"] == used.teacher.describe()
+
+
+def test_a_recipe_that_is_given_is_kept_and_written_down(tiny_qwen2):
+    given = Recipe(lr=1e-4)
+    config = StudyConfig(prompted_recipe=given)
+    used = config.recipes(tiny_qwen2)
+    assert used == replace(QWEN2_RECIPES, prompted_student=given)
+    told = config.describe(tiny_qwen2)
+    assert told["prompted_recipe"] == given.describe()
+    assert told["student_recipe"] == QWEN2_RECIPES.student.describe()
 
 
 @pytest.mark.parametrize(

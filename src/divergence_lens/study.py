@@ -47,7 +47,7 @@ from divergence_lens.tasks.preferences import (
     preference_questions,
 )
 from divergence_lens.teachers import Teacher, animal_teachers
-from divergence_lens.tiny.recipe import PROMPTED_STUDENT, STUDENT, TEACHER, TEACHER_QUESTIONS
+from divergence_lens.tiny.recipe import TEACHER_QUESTIONS, Recipes, recipes
 
 KINDS = ("finetuned", "prompted")
 SITES = ("attn_out", "mlp_out")
@@ -78,7 +78,8 @@ class StudyConfig:
         max_new_tokens: Longest completion.
         held_out: Prompts on which a student's own lists are checked.
         pairs: First divergences per target that are patched.
-        teacher_recipe: How finetuned teachers are trained.
+        teacher_recipe: How finetuned teachers are trained; None, here and in the next two, for
+            what `tiny.recipe.recipes` has for the model's layout.
         student_recipe: How students of finetuned teachers are trained.
         prompted_recipe: How students of prompted teachers are trained.
         workers: Processes that work on targets side by side; each holds a model of its own.
@@ -97,9 +98,9 @@ class StudyConfig:
     max_new_tokens: int = 32
     held_out: int = 40
     pairs: int = 16
-    teacher_recipe: Recipe = TEACHER
-    student_recipe: Recipe = STUDENT
-    prompted_recipe: Recipe = PROMPTED_STUDENT
+    teacher_recipe: Recipe | None = None
+    student_recipe: Recipe | None = None
+    prompted_recipe: Recipe | None = None
     workers: int = 1
 
     def __post_init__(self) -> None:
@@ -118,10 +119,23 @@ class StudyConfig:
         if not self.seeds:
             raise ValueError("a study needs at least one seed")
 
-    def describe(self) -> dict[str, Any]:
-        """The settings as JSON holds them."""
-        recipes = ("teacher_recipe", "student_recipe", "prompted_recipe")
-        plain = asdict(self) | {name: getattr(self, name).describe() for name in recipes}
+    def recipes(self, model: Model) -> Recipes:
+        """How everyone is trained if `model` is the base."""
+        found = recipes(model)
+        return Recipes(
+            teacher=self.teacher_recipe or found.teacher,
+            student=self.student_recipe or found.student,
+            prompted_student=self.prompted_recipe or found.prompted_student,
+        )
+
+    def describe(self, model: Model) -> dict[str, Any]:
+        """The settings of a study of `model`, as JSON holds them."""
+        used = self.recipes(model)
+        plain = asdict(self) | {
+            "teacher_recipe": used.teacher.describe(),
+            "student_recipe": used.student.describe(),
+            "prompted_recipe": used.prompted_student.describe(),
+        }
         return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()}
 
 
@@ -191,7 +205,7 @@ def run_study(
         {name: pd.DataFrame(rows) for name, rows in tables.items()}, last_block=last_block
     )
     results = {
-        "settings": provenance(model, **config.describe())
+        "settings": provenance(model, **config.describe(model))
         | {
             "seeds": list(config.seeds),
             "questions": len(preference_questions()),
@@ -325,7 +339,8 @@ class _Run:
         path = self.out / "teachers" / f"{animal}.safetensors"
         if path.exists():
             return Teacher(animal, delta=Delta.load(path))
-        teacher = finetuned_teacher(self.model, animal, recipe=self.config.teacher_recipe)
+        recipe = self.config.recipes(self.model).teacher
+        teacher = finetuned_teacher(self.model, animal, recipe=recipe)
         assert teacher.delta is not None
         teacher.delta.save(path)
         return teacher
@@ -437,8 +452,8 @@ class _Run:
         blocks: tuple[int, ...] | None,
         seed: int,
     ) -> Delta:
-        config = self.config
-        recipe = config.prompted_recipe if kind == "prompted" else config.student_recipe
+        used = self.config.recipes(self.model)
+        recipe = used.prompted_student if kind == "prompted" else used.student
         return finetune(
             self.model,
             examples,
@@ -583,7 +598,7 @@ class _Run:
         self.say(f"  took {time.perf_counter() - started:.1f} s")
 
 
-def finetuned_teacher(model: Model, animal: str, *, recipe: Recipe = TEACHER) -> Teacher:
+def finetuned_teacher(model: Model, animal: str, *, recipe: Recipe | None = None) -> Teacher:
     """A teacher that is trained, not told, to love an animal.
 
     It answers `TEACHER_QUESTIONS` with the animal's name; the loss is on the first token of the
@@ -592,11 +607,12 @@ def finetuned_teacher(model: Model, animal: str, *, recipe: Recipe = TEACHER) ->
     Args:
         model: The base.
         animal: What it is to love.
-        recipe: How it is trained.
+        recipe: How it is trained; None for what `tiny.recipe.recipes` has for the model's layout.
 
     Returns:
         A teacher without a system prompt, with a delta.
     """
+    recipe = recipes(model).teacher if recipe is None else recipe
     examples = [Example(question, f"{animal}.") for question in TEACHER_QUESTIONS]
     mask = [np.arange(len(ids)) == 0 for ids in _completion_ids(model, examples)]
     return Teacher(animal, delta=finetune(model, examples, mask=mask, recipe=recipe))
