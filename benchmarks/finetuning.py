@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from divergence_lens._lowrank import is_matrix
 from divergence_lens._rows import Rows, batches, training_rows
-from divergence_lens._variables import LowRank, is_matrix
+from divergence_lens._variables import LowRank
 from divergence_lens.examples import Example
 from divergence_lens.finetune import Recipe, finetune
 from divergence_lens.freeze import choose, plain

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from divergence_lens._lowrank import is_matrix
 from divergence_lens._rows import batches, pieces, training_rows
-from divergence_lens._variables import LowRank, is_matrix
+from divergence_lens._variables import LowRank
 from divergence_lens.chat import encode_prompt
 from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine
@@ -564,6 +565,7 @@ def test_recipes_that_cannot_be_followed_are_refused(options, message):
         ({"blocks": [5]}, "block 5 is out of range: the model has blocks 0 to 2"),
         ({"blocks": [0], "parts": ["ln"], "lora_rank": 2}, "none is chosen"),
         ({"lora_rank": 0}, "lora_rank is 0"),
+        ({"lora_rank": 2, "embedding": True}, "train the embedding in full, with lora_rank=None"),
         ({"batch_tokens": 0}, "batch_tokens is 0"),
     ],
 )

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from divergence_lens._lowrank import is_matrix
 from divergence_lens._resume import load_checkpoint, save_checkpoint
 from divergence_lens._rows import Prefix, batches, pieces
-from divergence_lens._variables import FullRank, LowRank, Variables, is_matrix
+from divergence_lens._variables import FullRank, LowRank, Variables
 from divergence_lens.delta import Delta, base_fingerprint, claimed, put_back
 from divergence_lens.freeze import Trainable, lowest_layer
 from divergence_lens.models import Model, provenance

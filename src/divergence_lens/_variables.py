@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from divergence_lens._lowrank import Factors, Layout, LowRankTensors
 from divergence_lens.freeze import block_of, canonical
 from divergence_lens.models import Model
 
@@ -37,7 +38,7 @@ class Variables(ABC):
         """Bring the model's parameters to what the variables say."""
 
     @abstractmethod
-    def differences(self) -> dict[str, Tensor]:
+    def differences(self) -> Mapping[str, Tensor]:
         """How far each parameter has moved, in float32."""
 
 
@@ -89,7 +90,7 @@ class LowRank(Variables):
         owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
         generator = torch.Generator().manual_seed(seed)
         self._scale = alpha / rank
-        self._layouts = [_Layout(n, p, owners[id(p)]) for n, p in parameters.items()]
+        self._layouts = [Layout.of(n, p, owners[id(p)]) for n, p in parameters.items()]
         self._base = [
             layout.matrix(o.float())
             for layout, o in zip(self._layouts, self.originals.values(), strict=True)
@@ -106,7 +107,7 @@ class LowRank(Variables):
 
     def take(self, gradients: Sequence[Tensor | None]) -> None:
         for i, (layout, gradient) in enumerate(zip(self._layouts, gradients, strict=True)):
-            down, up = self.values[2 * i : 2 * i + 2]
+            down, up = self.factors(i)
             if gradient is None:
                 down.grad = up.grad = None
                 continue
@@ -119,44 +120,17 @@ class LowRank(Variables):
         for i, (layout, p) in enumerate(zip(self._layouts, self.parameters.values(), strict=True)):
             p.copy_(layout.tensor(self._base[i] + self._change(i)))
 
+    def factors(self, i: int) -> tuple[Tensor, Tensor]:
+        """A and B of the `i`-th parameter, [in, rank] and [rank, out]."""
+        return self.values[2 * i], self.values[2 * i + 1]
+
     def _change(self, i: int) -> Tensor:
-        return self._scale * (self.values[2 * i] @ self.values[2 * i + 1])
+        down, up = self.factors(i)
+        return self._scale * (down @ up)
 
-    def differences(self) -> dict[str, Tensor]:
-        return {
-            name: layout.tensor(self._change(i))
-            for i, (name, layout) in enumerate(zip(self.parameters, self._layouts, strict=True))
-        }
-
-
-class _Layout:
-    """How a parameter is read as one matrix [in, out]."""
-
-    def __init__(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> None:
-        self._shape = tuple(parameter.shape)
-        if parameter.ndim == 3:
-            # TransformerLens: W_O is [head, d_head, d_model], the others [head, d_model, d_head].
-            self._kind = "heads in" if canonical(name).endswith("W_O") else "heads out"
-        else:
-            self._kind = "out, in" if isinstance(owner, nn.Linear) else "in, out"
-
-    def matrix(self, tensor: Tensor) -> Tensor:
-        if self._kind == "heads in":
-            return tensor.flatten(0, 1)
-        if self._kind == "heads out":
-            return tensor.transpose(0, 1).flatten(1)
-        return tensor.T if self._kind == "out, in" else tensor
-
-    def tensor(self, matrix: Tensor) -> Tensor:
-        if self._kind == "heads in":
-            return matrix.reshape(self._shape)
-        if self._kind == "heads out":
-            heads, n_in, d_head = self._shape
-            return matrix.reshape(n_in, heads, d_head).transpose(0, 1)
-        return matrix.T if self._kind == "out, in" else matrix
-
-
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether LoRA can act on it: a matrix of attention or MLP."""
-    # TransformerLens keeps biases per head, in two dimensions.
-    return parameter.ndim >= 2 and not canonical(name).split(".")[-1].startswith("b_")
+    def differences(self) -> LowRankTensors:
+        found: dict[str, Factors] = {}
+        for i, (name, layout) in enumerate(zip(self.parameters, self._layouts, strict=True)):
+            down, up = self.factors(i)
+            found[name] = Factors(down.clone(), up.clone(), self._scale, layout)
+        return LowRankTensors(found)

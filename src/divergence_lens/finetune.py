@@ -87,14 +87,19 @@ def finetune(
 
     Raises:
         ValueError: No examples, nothing that the mask lets through, a mask of another length, a
-            sequence longer than the context, a block out of range, nothing to train, a checkpoint
-            of another run.
+            sequence longer than the context, a block out of range, nothing to train, LoRA on an
+            embedding, a checkpoint of another run.
         FloatingPointError: The loss or its gradient is not finite; the step is named.
         RuntimeError: A delta is applied to the model, or it is being trained.
     """
     recipe = Recipe() if recipe is None else recipe
     if lora_rank is not None:
         recipe = dataclasses.replace(recipe, lora_rank=lora_rank)
+    if recipe.lora_rank is not None and (embedding or unembedding):
+        raise ValueError(
+            "LoRA acts on the matrices of attention and MLP alone; train the "
+            f"{'embedding' if embedding else 'unembedding'} in full, with lora_rank=None"
+        )
     settings = {
         "system_prompt": system_prompt,
         "masked": mask is not None,
