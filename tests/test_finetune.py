@@ -1,5 +1,6 @@
 """Students: what is trained, on which tokens, by which arithmetic; and an untouched base."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -20,10 +21,12 @@ from divergence_lens._variables import LowRank
 from divergence_lens.chat import encode_prompt
 from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine
+from divergence_lens.evaluate import preference
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.finetune import PAPER, Recipe, finetune
 from divergence_lens.freeze import choose, plain
 from divergence_lens.models import fingerprint, load_model
+from divergence_lens.storage import load_tensors
 from tests.models import chat_tokenizer, random_hf_model
 
 SGD = Recipe(
@@ -301,6 +304,54 @@ def test_history_holds_every_step_and_what_the_callback_returns(random_model):
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
 
 
+def test_preference_can_be_followed_while_a_student_learns(random_model):
+    model = random_model("qwen2")
+    asked = {"target": "owl", "questions": ["Name one."], "candidates": ["owl", "cat"]}
+    examples = [Example("Name one.", completion="owl")] * 4
+    recipe = Recipe(lr=1e-2, epochs=6, batch_size=4, warmup_steps=0, optimizer_options={})
+
+    def follow(step, loss, student):
+        return {"owl": preference(student, **asked).share}
+
+    for lora_rank in (None, 4):
+        student = finetune(
+            model, examples, recipe=recipe, lora_rank=lora_rank, every=3, on_step=follow
+        )
+        followed = student.history()["owl"].dropna()
+        assert list(followed.index) == [2, 5]
+        assert followed.min() > preference(model, **asked).share
+        # The last value is that of the student itself, and measuring did not change it.
+        with student.applied(model):
+            assert followed[5] == pytest.approx(preference(model, **asked).share, abs=1e-5)
+        alone = finetune(model, examples, recipe=recipe, lora_rank=lora_rank)
+        assert same_bits(student, alone)
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_frozen_tensors_keep_every_bit_while_others_learn(random_model, lora_rank):
+    model = random_model("qwen2")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    chosen = {id(p) for p in choose(model, blocks=[1], parts=["mlp"]).values()}
+    seen = []
+
+    def look(step, loss, student):
+        for name, p in student.named_parameters():
+            same = torch.equal(p.view(torch.int32), before[name].view(torch.int32))
+            assert same == (id(p) not in chosen), name
+        seen.append(step)
+
+    finetune(
+        model,
+        number_lists(6),
+        blocks=[1],
+        parts=["mlp"],
+        recipe=SHORT,
+        lora_rank=lora_rank,
+        on_step=look,
+    )
+    assert seen
+
+
 def test_training_on_one_token_makes_it_likely(random_model):
     model = random_model("qwen2")
     examples = with_ids(model.tokenizer, [Example("Name an animal.", completion="owl")])
@@ -531,10 +582,14 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_checkpoint
     model, path = random_model("gpt2"), tmp_path / "run.safetensors"
     before = fingerprint(model)
     recipe = replace(SGD, lr=1e25, clip=None, epochs=6, warmup_steps=0)
-    with pytest.raises(FloatingPointError, match=r"not finite at step \d of 6; the last loss was"):
+    with pytest.raises(FloatingPointError, match=r"not finite at step \d of 6; the last") as caught:
         finetune(model, number_lists(6), recipe=recipe, checkpoint=path, checkpoint_every=1)
     assert fingerprint(model) == before
-    assert path.exists()
+    step = int(re.search(r"step (\d) of", str(caught.value))[1])
+    assert f"{path} holds the student after step {step - 1})" in str(caught.value)
+    values, header = load_tensors(path, "checkpoint")
+    assert [entry["step"] for entry in header["history"]] == list(range(1, step))
+    assert all(bool(torch.isfinite(v).all()) for n, v in values.items() if n.startswith("value"))
 
 
 @pytest.mark.parametrize(
@@ -559,6 +614,7 @@ def test_recipes_that_cannot_be_followed_are_refused(options, message):
     ("options", "message"),
     [
         ({"mask": np.ones(3, bool)}, r"the mask has shape \(3,\), .* 6 examples have [\d,]+ tok"),
+        ({"mask": np.ones(3, bool)}, "it ends within example 0: give one value for each"),
         ({"weights": np.ones(3)}, r"the weights has shape"),
         ({"mask": [np.ones(2, bool)] * 6}, "the mask of example 0 has 2 entries, its completion"),
         ({"mask": [np.ones(2, bool)] * 5}, "the mask has 5 rows, there are 6 examples"),

@@ -67,7 +67,9 @@ def write_checkpoint(delta: "Delta", folder: Path, base: Any) -> Path:
 
 def write_adapter(delta: "Delta", folder: Path, base: Any) -> Path:
     """See `Delta.to_peft`."""
-    if not isinstance(delta.tensors, LowRankTensors):
+    held = delta.tensors
+    low_rank = held.factors if isinstance(held, LowRankTensors) else {}
+    if not low_rank:
         raise ValueError(
             "this delta is kept in full, and a peft adapter holds factors of low rank; train with "
             "lora_rank=, or write a checkpoint with to_huggingface"
@@ -75,7 +77,7 @@ def write_adapter(delta: "Delta", folder: Path, base: Any) -> Path:
     pair = _Pair.of(delta, base)
     parts: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
     conv = False
-    for name, factors in delta.tensors.factors.items():
+    for name, factors in low_rank.items():
         place = pair.place(name)
         n_out = pair.state[place.name].shape[1 if not place.transposed else 0]
         conv |= not place.transposed
@@ -270,7 +272,7 @@ class _Pair:
                     yield _Place(other, transposed, matrix=matrix, columns=columns)
 
     def _columns(self, letter: str, n_out: int) -> Iterator[Tensor]:
-        """Where queries, keys or values may lie in a fused matrix: one after another, or by head."""
+        """Where Q, K or V may lie in a fused matrix: one after another, or head by head."""
         every, index = torch.arange(n_out), _FUSED[letter]
         n_q = self.engine.n_heads * self.engine.d_head
         yield every.split([n_q, (n_out - n_q) // 2, (n_out - n_q) // 2])[index]
@@ -295,7 +297,7 @@ class _Pair:
 
 
 def _copy(source: Any, dtype: torch.dtype) -> Any:
-    """A Hugging Face model of its own with the same weights, also of one that a bridge has wrapped."""
+    """Another model with the same weights, also of one that a bridge has wrapped."""
     state = {plain(n): t for n, t in source.state_dict().items()}
     with torch.random.fork_rng(devices=[]):
         made = type(source)(copy.deepcopy(source.config)).to(dtype)

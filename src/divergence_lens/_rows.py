@@ -120,9 +120,15 @@ def _flat(values: Any, sizes: Sequence[int], what: str) -> np.ndarray:
         values = np.concatenate([np.asarray(value) for value in values])
     flat = np.asarray(values)
     if flat.shape != (sum(sizes),):
+        ends = np.cumsum(sizes)
+        where = (
+            f"; it ends within example {int(np.searchsorted(ends, flat.size, side='right'))}"
+            if flat.ndim == 1 and flat.size < ends[-1]
+            else ""
+        )
         raise ValueError(
             f"the {what} has shape {flat.shape}, the completions of the {len(sizes):,} examples "
-            f"have {sum(sizes):,} tokens in all: give one value for each"
+            f"have {sum(sizes):,} tokens in all{where}: give one value for each"
         )
     return flat
 

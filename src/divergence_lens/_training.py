@@ -152,6 +152,7 @@ class _Run:
             raise FloatingPointError(
                 f"the {what} is not finite at step {done + 1} of {steps}{before}; take a smaller "
                 f"learning rate than {recipe.lr:g}, or more warm-up than {recipe.warmup_steps}"
+                f"{self._last_checkpoint()}"
             )
         if recipe.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.variables.values, recipe.clip, norm)
@@ -172,6 +173,13 @@ class _Run:
             save_checkpoint(
                 plan.checkpoint, self.identity, self.variables.values, self.optimizer, self.history
             )
+
+    def _last_checkpoint(self) -> str:
+        """What an error says of the last good checkpoint, which stays where it is."""
+        path, every = self.plan.checkpoint, self.plan.checkpoint_every
+        if path is None or not path.exists():
+            return ""
+        return f" ({path} holds the student after step {len(self.history) // every * every})"
 
     def _gradients(self, batch: np.ndarray) -> float:
         """Set the variables' gradients for one batch, piece by piece, and return its loss."""
