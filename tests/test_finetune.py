@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from divergence_lens import _rows, _variables
 from divergence_lens._lowrank import is_matrix
 from divergence_lens._rows import batches, pieces, training_rows
 from divergence_lens._variables import LowRank
@@ -27,7 +28,7 @@ from divergence_lens.finetune import PAPER, Recipe, finetune
 from divergence_lens.freeze import choose, plain
 from divergence_lens.models import fingerprint, load_model
 from divergence_lens.storage import load_tensors
-from tests.models import chat_tokenizer, random_hf_model
+from tests.models import FAMILIES, chat_tokenizer, random_hf_model
 
 SGD = Recipe(
     optimizer="sgd",
@@ -196,7 +197,9 @@ def test_spilled_residuals_lie_in_a_file_that_is_gone_afterwards(
     model = random_model("gpt2")
     finetune(model, number_lists(6), blocks=[2], recipe=SHORT, cache_bytes=1, on_step=look)
     rows = training_rows(model, number_lists(6))
-    assert seen[0] == [int(rows.lengths.sum()) * 32 * 4]
+    # The tokens that all rows begin with are held once, in memory.
+    assert rows.shared > 4
+    assert seen[0] == [int((rows.lengths - rows.shared).sum()) * 32 * 4]
     assert not list(tmp_path.iterdir())
 
 
@@ -205,7 +208,63 @@ def test_frozen_blocks_run_once_and_not_in_every_epoch(random_model):
     recipe = replace(SHORT, epochs=5, batch_size=10)
     with Engine.of(model).hooked([(1, "resid_pre", lambda x: calls.append(len(x)))]):
         finetune(model, number_lists(10), blocks=[2], recipe=recipe)
-    assert sum(calls) == 10
+    # The shared start of all rows, and the ten rows behind it.
+    assert calls == [1, 10]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_work_that_is_left_out_changes_nothing(random_model, family, lora_rank, monkeypatch):
+    """The shared start, the last block where nobody reads it, and LoRA's short way back."""
+    try:
+        model = random_model(family)
+    except ValueError:
+        pytest.skip(f"{family} has no such class")
+    examples = number_lists(6)
+    mask = random_mask(model, examples)
+    options = {"mask": mask, "blocks": [1, 2], "recipe": SHORT, "lora_rank": lora_rank}
+    short = finetune(model, examples, **options)
+    monkeypatch.setattr(_rows, "_SHORTEST_START", 10**6)
+    monkeypatch.setattr(_variables, "has_low_rank_gradients", lambda module: False)
+    monkeypatch.setattr(type(Engine.of(model)), "by_position", lambda self, layer: [])
+    whole = finetune(model, examples, **options)
+    assert largest_difference(short, whole) < 2e-6
+    losses = short.history()["loss"].tolist()
+    assert losses == pytest.approx(whole.history()["loss"].tolist(), abs=1e-5)
+
+
+def test_rows_that_share_no_start_learn_as_well(backend):
+    tokenizer = chat_tokenizer(None)
+    model = load_model(
+        random_hf_model("llama", vocab=len(tokenizer)), backend=backend, tokenizer=tokenizer
+    )
+    examples = [Example(f"{i} and", completion=" 12, 34") for i in range(5)]
+    rows = training_rows(model, examples)
+    assert rows.shared == 0
+    mask = np.ones(int(rows.tokens_learned), bool)
+    student = finetune(model, examples, blocks=[2], recipe=replace(SGD, epochs=1))
+    engine = Engine.of(model)
+    with torch.no_grad():
+        expected = reference_loss(
+            lambda ids: engine.unembed(engine.final(ids)), tokenizer, examples, mask
+        )
+    assert student.history()["loss"][0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_the_last_block_runs_its_mlp_where_it_is_read(random_model, monkeypatch):
+    model, examples = random_model("qwen2"), number_lists(6)
+    mask = random_mask(model, examples)
+    rows, calls, mlp = training_rows(model, examples, mask=mask), [], model.blocks[2].mlp
+    forward = mlp.forward
+
+    def counted(x):
+        calls.append(x.shape[:2].numel())
+        return forward(x)
+
+    monkeypatch.setitem(vars(mlp), "forward", counted)
+    finetune(model, examples, mask=mask, blocks=[2], recipe=replace(SGD, epochs=1))
+    # The shared start has one row of its own.
+    assert calls == [rows.shared, rows.tokens_learned]
 
 
 def test_accumulated_pieces_equal_one_large_batch(random_model):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from divergence_lens._lowrank import is_matrix
 from divergence_lens._resume import load_checkpoint, save_checkpoint
 from divergence_lens._rows import Prefix, batches, pieces
+from divergence_lens._shortcuts import only_at
 from divergence_lens._variables import FullRank, LowRank, Variables
 from divergence_lens.delta import Delta, base_fingerprint, claimed, put_back
 from divergence_lens.freeze import Trainable, lowest_layer
@@ -75,7 +76,13 @@ def train(prefix: Prefix, chosen: Mapping[str, nn.Parameter], plan: Plan) -> Del
             else:
                 alpha = float(recipe.lora_alpha or recipe.lora_rank)
                 variables = LowRank(
-                    model, chosen, rank=recipe.lora_rank, alpha=alpha, seed=plan.seed
+                    model,
+                    chosen,
+                    rank=recipe.lora_rank,
+                    alpha=alpha,
+                    seed=plan.seed,
+                    # Mixed types are left to autograd.
+                    direct=not recipe.autocast,
                 )
             try:
                 history = _Run(prefix, plan, variables, f"{base} {settings}").go()
@@ -108,7 +115,6 @@ class _Run:
         self.prefix = prefix
         self.plan = plan
         self.variables = variables
-        self.parameters = list(variables.parameters.values())
         self.optimizer = plan.recipe.build(variables.values)
         self.history: list[dict[str, Any]] = []
         self.lowest = lowest_layer(self.engine.model, variables.parameters) or 0
@@ -183,14 +189,15 @@ class _Run:
 
     def _gradients(self, batch: np.ndarray) -> float:
         """Set the variables' gradients for one batch, piece by piece, and return its loss."""
-        lengths = self.rows.lengths
+        lengths = self.prefix.lengths
         # One learned token weighs the same in whichever piece of the batch it stands.
         whole = self.rows.weights[torch.from_numpy(batch).to(self.rows.weights.device)].sum()
-        total: list[Tensor | None] = [None] * len(self.parameters)
+        total: list[Tensor | None] = [None] * len(self.variables.leaves)
         loss = 0.0
         for part in pieces(batch, lengths, self.plan.batch_tokens):
-            value = self._loss(part, int(lengths[part].max())) / whole
-            found = torch.autograd.grad(value, self.parameters, allow_unused=True)
+            with self.variables.attached():
+                value = self._loss(part, int(lengths[part].max())) / whole
+            found = torch.autograd.grad(value, self.variables.leaves, allow_unused=True)
             total = [
                 n if t is None else t if n is None else t + n
                 for t, n in zip(total, found, strict=True)
@@ -202,20 +209,24 @@ class _Run:
     def _loss(self, part: np.ndarray, length: int) -> Tensor:
         """Weighted sum of the cross-entropies of the learned tokens of some rows."""
         index = torch.from_numpy(part).to(self.rows.weights.device)
-        weights = self.rows.weights[index, :length]
+        columns = slice(self.prefix.shared, self.prefix.shared + length)
+        weights = self.rows.weights[index, columns]
         where = weights > 0
         device = self.engine.device.type
         autocast = (
             torch.autocast(device, torch.bfloat16) if self.plan.recipe.autocast else nullcontext()
         )
+        free = nullcontext()
         with autocast:
             resid, run = self.prefix.entering(part, length)
-            for layer in range(self.lowest, self.engine.n_layers):
-                resid = self.engine.block(layer, resid, run)
+            last = self.engine.n_layers - 1
+            for layer in range(self.lowest, last + 1):
+                with only_at(self.engine.by_position(layer), where) if layer == last else free:
+                    resid = self.engine.block(layer, resid, run)
             hidden = self.engine.norm(resid[where][None])
             logits = self.engine.unembed(hidden)[0]
         losses = F.cross_entropy(
-            logits.float(), self.rows.targets[index, :length][where], reduction="none"
+            logits.float(), self.rows.targets[index, columns][where], reduction="none"
         )
         return losses @ weights[where]
 

@@ -6,11 +6,13 @@ that the forward pass is always the model's own and knows nothing of how it is t
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from divergence_lens._lowrank import Factors, Layout, LowRankTensors
+from divergence_lens._shortcuts import has_low_rank_gradients, low_rank_gradients
 from divergence_lens.freeze import block_of, canonical
 from divergence_lens.models import Model
 
@@ -22,16 +24,22 @@ class Variables(ABC):
         parameters: The model's parameters that follow, by name.
         originals: Their values before training.
         values: What the optimiser moves.
+        leaves: What the loss is differentiated by.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
         self.originals = {name: p.detach().clone() for name, p in parameters.items()}
         self.values: list[Tensor] = []
+        self.leaves: list[Tensor] = list(self.parameters.values())
+
+    def attached(self) -> AbstractContextManager[object]:
+        """While the loss is computed: whatever brings the gradients to the leaves."""
+        return nullcontext()
 
     @abstractmethod
     def take(self, gradients: Sequence[Tensor | None]) -> None:
-        """Set the variables' `.grad` from the gradients of the parameters, in their order."""
+        """Set the variables' `.grad` from the gradients of the leaves, in their order."""
 
     @abstractmethod
     def write(self) -> None:
@@ -71,9 +79,10 @@ class FullRank(Variables):
 class LowRank(Variables):
     """LoRA (Hu et al., arXiv 2106.09685): each matrix W becomes W + (alpha / rank) A B.
 
-    A is drawn as in peft, B starts at zero. The sum is written into W before each step, and the
-    gradient of W is carried on to A and B by the chain rule: the same numbers as with a bypass,
-    whatever the model class. Attention matrices that TransformerLens keeps per head share one A
+    A is drawn as in peft, B starts at zero. The sum is written into W before each step: the same
+    numbers as with a bypass, whatever the model class. Where W is the weight of a linear layer, its
+    backward pass goes to A and B directly; elsewhere the gradient of W is formed and carried on to
+    them by the chain rule. Attention matrices that TransformerLens keeps per head share one A
     over all heads, as in Hugging Face's layout.
     """
 
@@ -85,6 +94,7 @@ class LowRank(Variables):
         rank: int,
         alpha: float,
         seed: int,
+        direct: bool = True,
     ) -> None:
         super().__init__(parameters)
         owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
@@ -104,14 +114,36 @@ class LowRank(Variables):
         for name, base in zip(names, self._base, strict=True):
             up = torch.zeros(rank, base.shape[1], device=base.device)
             self.values += [starts[name].to(base.device), up]
+        self._linear = [
+            owner if direct and has_low_rank_gradients(owner) else None
+            for owner in (owners[id(p)] for p in parameters.values())
+        ]
+        self.leaves = []
+        for i, (linear, p) in enumerate(zip(self._linear, parameters.values(), strict=True)):
+            self.leaves += [p] if linear is None else self.factors(i)
+        for leaf in self.leaves:
+            leaf.requires_grad_(True)
 
+    def attached(self) -> AbstractContextManager[object]:
+        stack = ExitStack()
+        for i, linear in enumerate(self._linear):
+            if linear is not None:
+                stack.enter_context(low_rank_gradients(linear, *self.factors(i), self._scale))
+        return stack
+
+    @torch.no_grad()
     def take(self, gradients: Sequence[Tensor | None]) -> None:
-        for i, (layout, gradient) in enumerate(zip(self._layouts, gradients, strict=True)):
+        given = iter(gradients)
+        for i, (layout, linear) in enumerate(zip(self._layouts, self._linear, strict=True)):
             down, up = self.factors(i)
-            if gradient is None:
+            first = next(given)
+            if linear is not None:
+                down.grad, up.grad = first, next(given)
+                continue
+            if first is None:
                 down.grad = up.grad = None
                 continue
-            wide = layout.matrix(gradient.float())
+            wide = layout.matrix(first.float())
             down.grad = self._scale * (wide @ up.T)
             up.grad = self._scale * (down.T @ wide)
 
@@ -121,7 +153,7 @@ class LowRank(Variables):
             p.copy_(layout.tensor(self._base[i] + self._change(i)))
 
     def factors(self, i: int) -> tuple[Tensor, Tensor]:
-        """A and B of the `i`-th parameter, [in, rank] and [rank, out]."""
+        """A and B of the `i`-th parameter, [in, rank] and [rank, out]; these very tensors learn."""
         return self.values[2 * i], self.values[2 * i + 1]
 
     def _change(self, i: int) -> Tensor:
@@ -132,5 +164,7 @@ class LowRank(Variables):
         found: dict[str, Factors] = {}
         for i, (name, layout) in enumerate(zip(self.parameters, self._layouts, strict=True)):
             down, up = self.factors(i)
-            found[name] = Factors(down.clone(), up.clone(), self._scale, layout)
+            found[name] = Factors(
+                down.detach().clone(), up.detach().clone(), self._scale, layout
+            )
         return LowRankTensors(found)
