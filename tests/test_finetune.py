@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divergence_lens import _rows, _variables
+from divergence_lens import _prefix, _variables
 from divergence_lens._lowrank import is_matrix
 from divergence_lens._rows import batches, pieces, training_rows
 from divergence_lens._variables import LowRank
@@ -224,9 +224,9 @@ def test_work_that_is_left_out_changes_nothing(random_model, family, lora_rank, 
     mask = random_mask(model, examples)
     options = {"mask": mask, "blocks": [1, 2], "recipe": SHORT, "lora_rank": lora_rank}
     short = finetune(model, examples, **options)
-    monkeypatch.setattr(_rows, "_SHORTEST_START", 10**6)
-    monkeypatch.setattr(_variables, "has_low_rank_gradients", lambda module: False)
-    monkeypatch.setattr(type(Engine.of(model)), "by_position", lambda self, layer: [])
+    monkeypatch.setattr(_prefix, "_SHORTEST_START", 10**6)
+    monkeypatch.setattr(_variables, "has_low_rank_gradients", lambda _module: False)
+    monkeypatch.setattr(type(Engine.of(model)), "by_position", lambda _self, _layer: [])
     whole = finetune(model, examples, **options)
     assert largest_difference(short, whole) < 2e-6
     losses = short.history()["loss"].tolist()

@@ -61,8 +61,8 @@ def low_rank_gradients(
     stored = weight if isinstance(linear, nn.Linear) else weight.T
 
     def run(x: Tensor) -> Tensor:
-        out: Tensor = _LowRank.apply(x, down, up, stored, bias, scale)
-        return out
+        apply: Callable[..., Tensor] = _LowRank.apply
+        return apply(x, down, up, stored, bias, scale)
 
     with _forward(linear, run):
         yield

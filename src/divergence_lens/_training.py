@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from divergence_lens._lowrank import is_matrix
+from divergence_lens._prefix import Prefix
 from divergence_lens._resume import load_checkpoint, save_checkpoint
-from divergence_lens._rows import Prefix, batches, pieces
+from divergence_lens._rows import batches, pieces
 from divergence_lens._shortcuts import only_at
 from divergence_lens._variables import FullRank, LowRank, Variables
 from divergence_lens.delta import Delta, base_fingerprint, claimed, put_back

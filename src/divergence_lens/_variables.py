@@ -164,7 +164,5 @@ class LowRank(Variables):
         found: dict[str, Factors] = {}
         for i, (name, layout) in enumerate(zip(self.parameters, self._layouts, strict=True)):
             down, up = self.factors(i)
-            found[name] = Factors(
-                down.detach().clone(), up.detach().clone(), self._scale, layout
-            )
+            found[name] = Factors(down.detach().clone(), up.detach().clone(), self._scale, layout)
         return LowRankTensors(found)

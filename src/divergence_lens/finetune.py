@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from divergence_lens._rows import Prefix, training_rows
+from divergence_lens._prefix import Prefix
+from divergence_lens._rows import training_rows
 from divergence_lens._training import OnStep, Plan, train
 from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine

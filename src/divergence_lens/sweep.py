@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from divergence_lens._rows import Prefix, training_rows
+from divergence_lens._prefix import Prefix
+from divergence_lens._rows import training_rows
 from divergence_lens._training import Plan, train
 from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine
