@@ -18,6 +18,10 @@ _KEPT_PASSES = 64
 # A shared start shorter than this saves less than its own pass costs.
 _SHORTEST_START = 4
 
+# Residual values in one piece on a CPU: 1 MiB, so that a block's activations stay near the caches.
+_CPU_ELEMENTS = 1 << 18
+_FEWEST_TOKENS = 256
+
 
 class Prefix:
     """The residual stream that enters one block, for every row, computed once.
@@ -28,14 +32,22 @@ class Prefix:
     template, a system prompt) are held and run once, and the rows follow their keys and values.
 
     A context manager; leaving it deletes the file.
+
+    Attributes:
+        shared: Tokens that all rows begin with, run once.
+        piece_tokens: Padded tokens that one forward pass should hold at most: `batch_tokens`, or
+            fewer on a CPU.
     """
 
     def __init__(self, engine: Engine, rows: Rows, *, cache_bytes: int, batch_tokens: int) -> None:
         self.engine = engine
         self.rows = rows
         self.shared = rows.shared if rows.shared >= _SHORTEST_START else 0
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
         self._budget = cache_bytes
-        self._batch_tokens = batch_tokens
+        near = max(_FEWEST_TOKENS, _CPU_ELEMENTS // engine.d_model)
+        self.piece_tokens = min(batch_tokens, near) if engine.device.type == "cpu" else batch_tokens
         self._passes: dict[int, Pass] = {}
         self._held: Tensor | None = None
         self._start: Tensor | None = None
@@ -65,7 +77,7 @@ class Prefix:
         every = np.arange(len(self.rows))
         fresh = self._layer == 0
         self._start, past = self._after_start(self._layer, layer)
-        for part in pieces(every, self.lengths, self._batch_tokens):
+        for part in pieces(every, self.lengths, self.piece_tokens):
             length = int(self.lengths[part].max())
             if fresh:
                 run = self._begin(part, length, past)

@@ -37,13 +37,12 @@ class Plan:
     seed: int = 0
     on_step: OnStep | None = None
     every: int = 1
-    batch_tokens: int = 8192
     checkpoint: Path | None = None
     checkpoint_every: int = 100
     progress: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("every", "batch_tokens", "checkpoint_every"):
+        for name in ("every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
@@ -195,7 +194,7 @@ class _Run:
         whole = self.rows.weights[torch.from_numpy(batch).to(self.rows.weights.device)].sum()
         total: list[Tensor | None] = [None] * len(self.variables.leaves)
         loss = 0.0
-        for part in pieces(batch, lengths, self.plan.batch_tokens):
+        for part in pieces(batch, lengths, self.prefix.piece_tokens):
             with self.variables.attached():
                 value = self._loss(part, int(lengths[part].max())) / whole
             found = torch.autograd.grad(value, self.variables.leaves, allow_unused=True)

@@ -73,8 +73,8 @@ def finetune(
         on_step: Called as `on_step(step, loss, model)` after every `every`-th update (and the
             last), with the model as it then is. What it returns is put into the history.
         every: See `on_step`.
-        batch_tokens: Padded tokens in one forward pass; larger batches are accumulated, to the same
-            result.
+        batch_tokens: Most padded tokens in one forward pass; larger batches are accumulated, to the
+            same result. On a CPU wide models take smaller passes, which are faster there.
         cache_bytes: Memory for the residuals that enter the lowest trained block. What does not fit
             goes to a temporary file mapped into memory. 0 computes them anew in each epoch.
         checkpoint: A file in which the state is kept, atomically, every `checkpoint_every` updates.
@@ -112,7 +112,6 @@ def finetune(
         seed=seed,
         on_step=on_step,
         every=every,
-        batch_tokens=batch_tokens,
         checkpoint=None if checkpoint is None else Path(checkpoint),
         checkpoint_every=checkpoint_every,
         progress=progress,

@@ -367,9 +367,7 @@ def layer_sweep(
             for name, block in jobs:
                 chosen = choose(model, blocks=None if block is None else [block], parts=parts)
                 for seed in seeds:
-                    plan = Plan(
-                        recipe=recipe, settings=settings, seed=seed, batch_tokens=batch_tokens
-                    )
+                    plan = Plan(recipe=recipe, settings=settings, seed=seed)
                     delta = train(prefix, chosen, plan)
                     with delta.applied(model):
                         found, quality = measure()
