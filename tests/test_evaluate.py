@@ -14,7 +14,14 @@ from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine
 from divergence_lens.evaluate import Preference, preference
 from divergence_lens.models import fingerprint, load_model
-from divergence_lens.tasks.preferences import ANIMALS, QUESTIONS, TREES, read_answer, surface_forms
+from divergence_lens.tasks.preferences import (
+    ANIMALS,
+    QUESTIONS,
+    TREES,
+    preference_questions,
+    read_answer,
+    surface_forms,
+)
 from divergence_lens.teachers import Teacher
 from tests.models import CHATML, chat_tokenizer, random_hf_model
 
@@ -192,6 +199,31 @@ def test_sampling_agrees_with_the_exact_probability(letter_model):
     np.testing.assert_array_equal(again.probabilities, sampled.probabilities)
     assert sampled.method == "sampled"
     assert sampled.provenance["settings"]["samples"] == 250
+
+
+@pytest.mark.parametrize(("category", "names"), [("animal", ANIMALS), ("tree", TREES)])
+def test_both_methods_agree_on_the_shipped_model(category, names, tiny):
+    """All candidates at once, on questions that the model understands."""
+    asked = {"target": names[0], "category": category}
+    asked["questions"] = preference_questions(category)[:6]
+    exact = preference(tiny, **asked)
+    sampled = preference(tiny, **asked, method="sampled", samples=100, seed=3)
+    assert exact.mass > 0.5
+    n = 100 * 6
+    for name in names:
+        p = exact.about(name).probability
+        error = np.sqrt(p * (1 - p) / n)
+        assert abs(sampled.about(name).probability - p) < 4 * error + 1 / n
+    assert abs(sampled.mass - exact.mass) < 4 * np.sqrt(exact.mass * (1 - exact.mass) / n) + 1 / n
+
+
+@pytest.mark.parametrize("category", ["animal", "tree"])
+def test_there_are_fifty_different_questions_that_name_no_candidate(category):
+    questions = preference_questions(category)
+    assert len(set(questions)) == 50
+    assert all(category in question for question in questions)
+    words = {word for q in questions for word in q.lower().replace(",", " ").split()}
+    assert not words & {*ANIMALS, *TREES}
 
 
 def test_a_teacher_brings_its_prompt_and_its_weights(model):

@@ -1,5 +1,6 @@
 """Students: what is trained, on which tokens, by which arithmetic; and an untouched base."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -14,16 +15,20 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from divergence_lens import _prefix, _variables
+from divergence_lens._lowrank import is_matrix
 from divergence_lens._rows import batches, pieces, training_rows
-from divergence_lens._variables import LowRank, is_matrix
+from divergence_lens._variables import LowRank
 from divergence_lens.chat import encode_prompt
 from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine
+from divergence_lens.evaluate import preference
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.finetune import PAPER, Recipe, finetune
 from divergence_lens.freeze import choose, plain
 from divergence_lens.models import fingerprint, load_model
-from tests.models import chat_tokenizer, random_hf_model
+from divergence_lens.storage import load_tensors
+from tests.models import FAMILIES, chat_tokenizer, random_hf_model
 
 SGD = Recipe(
     optimizer="sgd",
@@ -192,7 +197,9 @@ def test_spilled_residuals_lie_in_a_file_that_is_gone_afterwards(
     model = random_model("gpt2")
     finetune(model, number_lists(6), blocks=[2], recipe=SHORT, cache_bytes=1, on_step=look)
     rows = training_rows(model, number_lists(6))
-    assert seen[0] == [int(rows.lengths.sum()) * 32 * 4]
+    # The tokens that all rows begin with are held once, in memory.
+    assert rows.shared > 4
+    assert seen[0] == [int((rows.lengths - rows.shared).sum()) * 32 * 4]
     assert not list(tmp_path.iterdir())
 
 
@@ -201,7 +208,63 @@ def test_frozen_blocks_run_once_and_not_in_every_epoch(random_model):
     recipe = replace(SHORT, epochs=5, batch_size=10)
     with Engine.of(model).hooked([(1, "resid_pre", lambda x: calls.append(len(x)))]):
         finetune(model, number_lists(10), blocks=[2], recipe=recipe)
-    assert sum(calls) == 10
+    # The shared start of all rows, and the ten rows behind it.
+    assert calls == [1, 10]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_work_that_is_left_out_changes_nothing(random_model, family, lora_rank, monkeypatch):
+    """The shared start, the last block where nobody reads it, and LoRA's short way back."""
+    try:
+        model = random_model(family)
+    except ValueError:
+        pytest.skip(f"{family} has no such class")
+    examples = number_lists(6)
+    mask = random_mask(model, examples)
+    options = {"mask": mask, "blocks": [1, 2], "recipe": SHORT, "lora_rank": lora_rank}
+    short = finetune(model, examples, **options)
+    monkeypatch.setattr(_prefix, "_SHORTEST_START", 10**6)
+    monkeypatch.setattr(_variables, "has_low_rank_gradients", lambda _module: False)
+    monkeypatch.setattr(type(Engine.of(model)), "by_position", lambda _self, _layer: [])
+    whole = finetune(model, examples, **options)
+    assert largest_difference(short, whole) < 2e-6
+    losses = short.history()["loss"].tolist()
+    assert losses == pytest.approx(whole.history()["loss"].tolist(), abs=1e-5)
+
+
+def test_rows_that_share_no_start_learn_as_well(backend):
+    tokenizer = chat_tokenizer(None)
+    model = load_model(
+        random_hf_model("llama", vocab=len(tokenizer)), backend=backend, tokenizer=tokenizer
+    )
+    examples = [Example(f"{i} and", completion=" 12, 34") for i in range(5)]
+    rows = training_rows(model, examples)
+    assert rows.shared == 0
+    mask = np.ones(int(rows.tokens_learned), bool)
+    student = finetune(model, examples, blocks=[2], recipe=replace(SGD, epochs=1))
+    engine = Engine.of(model)
+    with torch.no_grad():
+        expected = reference_loss(
+            lambda ids: engine.unembed(engine.final(ids)), tokenizer, examples, mask
+        )
+    assert student.history()["loss"][0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_the_last_block_runs_its_mlp_where_it_is_read(random_model, monkeypatch):
+    model, examples = random_model("qwen2"), number_lists(6)
+    mask = random_mask(model, examples)
+    rows, calls, mlp = training_rows(model, examples, mask=mask), [], model.blocks[2].mlp
+    forward = mlp.forward
+
+    def counted(x):
+        calls.append(x.shape[:2].numel())
+        return forward(x)
+
+    monkeypatch.setitem(vars(mlp), "forward", counted)
+    finetune(model, examples, mask=mask, blocks=[2], recipe=replace(SGD, epochs=1))
+    # The shared start has one row of its own.
+    assert calls == [rows.shared, rows.tokens_learned]
 
 
 def test_accumulated_pieces_equal_one_large_batch(random_model):
@@ -298,6 +361,54 @@ def test_history_holds_every_step_and_what_the_callback_returns(random_model):
     watched = history.dropna()
     assert watched["twice"].tolist() == pytest.approx((2 * watched["loss"]).tolist())
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+
+
+def test_preference_can_be_followed_while_a_student_learns(random_model):
+    model = random_model("qwen2")
+    asked = {"target": "owl", "questions": ["Name one."], "candidates": ["owl", "cat"]}
+    examples = [Example("Name one.", completion="owl")] * 4
+    recipe = Recipe(lr=1e-2, epochs=6, batch_size=4, warmup_steps=0, optimizer_options={})
+
+    def follow(step, loss, student):
+        return {"owl": preference(student, **asked).share}
+
+    for lora_rank in (None, 4):
+        student = finetune(
+            model, examples, recipe=recipe, lora_rank=lora_rank, every=3, on_step=follow
+        )
+        followed = student.history()["owl"].dropna()
+        assert list(followed.index) == [2, 5]
+        assert followed.min() > preference(model, **asked).share
+        # The last value is that of the student itself, and measuring did not change it.
+        with student.applied(model):
+            assert followed[5] == pytest.approx(preference(model, **asked).share, abs=1e-5)
+        alone = finetune(model, examples, recipe=recipe, lora_rank=lora_rank)
+        assert same_bits(student, alone)
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_frozen_tensors_keep_every_bit_while_others_learn(random_model, lora_rank):
+    model = random_model("qwen2")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    chosen = {id(p) for p in choose(model, blocks=[1], parts=["mlp"]).values()}
+    seen = []
+
+    def look(step, loss, student):
+        for name, p in student.named_parameters():
+            same = torch.equal(p.view(torch.int32), before[name].view(torch.int32))
+            assert same == (id(p) not in chosen), name
+        seen.append(step)
+
+    finetune(
+        model,
+        number_lists(6),
+        blocks=[1],
+        parts=["mlp"],
+        recipe=SHORT,
+        lora_rank=lora_rank,
+        on_step=look,
+    )
+    assert seen
 
 
 def test_training_on_one_token_makes_it_likely(random_model):
@@ -530,10 +641,14 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_checkpoint
     model, path = random_model("gpt2"), tmp_path / "run.safetensors"
     before = fingerprint(model)
     recipe = replace(SGD, lr=1e25, clip=None, epochs=6, warmup_steps=0)
-    with pytest.raises(FloatingPointError, match=r"not finite at step \d of 6; the last loss was"):
+    with pytest.raises(FloatingPointError, match=r"not finite at step \d of 6; the last") as caught:
         finetune(model, number_lists(6), recipe=recipe, checkpoint=path, checkpoint_every=1)
     assert fingerprint(model) == before
-    assert path.exists()
+    step = int(re.search(r"step (\d) of", str(caught.value))[1])
+    assert f"{path} holds the student after step {step - 1})" in str(caught.value)
+    values, header = load_tensors(path, "checkpoint")
+    assert [entry["step"] for entry in header["history"]] == list(range(1, step))
+    assert all(bool(torch.isfinite(v).all()) for n, v in values.items() if n.startswith("value"))
 
 
 @pytest.mark.parametrize(
@@ -558,12 +673,14 @@ def test_recipes_that_cannot_be_followed_are_refused(options, message):
     ("options", "message"),
     [
         ({"mask": np.ones(3, bool)}, r"the mask has shape \(3,\), .* 6 examples have [\d,]+ tok"),
+        ({"mask": np.ones(3, bool)}, "it ends within example 0: give one value for each"),
         ({"weights": np.ones(3)}, r"the weights has shape"),
         ({"mask": [np.ones(2, bool)] * 6}, "the mask of example 0 has 2 entries, its completion"),
         ({"mask": [np.ones(2, bool)] * 5}, "the mask has 5 rows, there are 6 examples"),
         ({"blocks": [5]}, "block 5 is out of range: the model has blocks 0 to 2"),
         ({"blocks": [0], "parts": ["ln"], "lora_rank": 2}, "none is chosen"),
         ({"lora_rank": 0}, "lora_rank is 0"),
+        ({"lora_rank": 2, "embedding": True}, "train the embedding in full, with lora_rank=None"),
         ({"batch_tokens": 0}, "batch_tokens is 0"),
     ],
 )

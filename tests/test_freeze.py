@@ -78,6 +78,20 @@ def test_embedding_and_unembedding(random_model):
         assert trainable.n_parameters == vocab * d_model + d_model
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_tied_embeddings_are_one_tensor_or_two_and_say_so(random_model, backend, family):
+    """A bridge shares the matrix, as Hugging Face does; a HookedTransformer has a copy of it."""
+    model = random_model(family, tie_word_embeddings=True)
+    vocab, d_model, positions = model.cfg.d_vocab, 32, 256 * 32 if family == "gpt2" else 0
+    with freeze_except(model, embedding=True) as trainable:
+        assert trainable.n_parameters == vocab * d_model + positions
+        assert learning(model) == {id(p) for p in trainable.values()}
+    with freeze_except(model, unembedding=True) as trainable:
+        copy = vocab * d_model if backend == "hooked" else 0
+        norm = 2 * d_model if family == "gpt2" else d_model
+        assert trainable.n_parameters == copy + norm
+
+
 def test_a_pattern_chooses_by_name(random_model):
     model = random_model("gpt2")
     name = next(iter(Engine.of(model).block_parameters(2)))

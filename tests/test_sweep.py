@@ -8,6 +8,7 @@ from divergence_lens.evaluate import preference
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.finetune import Recipe, Sweep, finetune, layer_sweep
 from divergence_lens.models import fingerprint
+from divergence_lens.quality import task_quality
 
 QUESTIONS = ("Name your favorite animal.", "Which animal do you love?", "Say an animal.")
 ANIMALS = ("owl", "cat", "wolf")
@@ -75,9 +76,10 @@ def test_blocks_below_run_once_for_all_students(random_model):
         sweep(model, layers=[2], references=False, seeds=(0,))
         one = len(calls)
         sweep(model, layers=[2], references=False, seeds=(0, 1, 2))
-    # What is left are the evaluations: of the base, and of each student.
+    # What is left are the evaluations: of the base, and of each student. The rows are two passes:
+    # one of the start that they share, and one of all that follows it.
     per_evaluation = (len(calls) - one - one) / 2
-    assert one == 2 * per_evaluation + 1
+    assert one == 2 * per_evaluation + 2
 
 
 def test_tables_intervals_and_references(random_model):
@@ -130,3 +132,22 @@ def test_the_plot_is_a_figure(random_model):
 def test_bad_sweeps_are_refused(random_model, options, message):
     with pytest.raises(ValueError, match=message):
         sweep(random_model("gpt2"), **options)
+
+
+def test_task_quality_stands_beside_preference(random_model, tmp_path):
+    model = random_model("gpt2")
+    held_out = [Example("Go on.", completion="123, 456"), Example("Now.", completion="7")]
+    found = sweep(model, layers=[1], seeds=(0, 1), held_out=held_out, keep_deltas=True)
+    first = found[1][0]
+    with first.delta.applied(model):
+        assert task_quality(model, held_out) == first.quality
+    assert found.base_quality == task_quality(model, held_out)
+    table = found.to_dataframe()
+    assert table["held_out_loss"].tolist() == [s.quality.loss for s in found.students]
+    summary = found.summary().set_index("trained")
+    own = [s.quality.loss for s in found[1]]
+    assert summary.loc["block 1", "held_out_loss"] == pytest.approx(np.mean(own))
+    assert summary.loc["nothing", "valid_lists"] == found.base_quality.valid_rate
+    found.save(tmp_path / "sweep.safetensors")
+    assert Sweep.load(tmp_path / "sweep.safetensors").summary().equals(found.summary())
+    assert "held_out_loss" not in sweep(model, layers=[1]).to_dataframe()

@@ -28,11 +28,12 @@ from divergence_lens.examples import (
     save_examples,
     with_ids,
 )
-from divergence_lens.finetune import Recipe, finetune, freeze_except
+from divergence_lens.finetune import PAPER, Recipe, finetune, freeze_except
 from divergence_lens.generate import generate
 from divergence_lens.mediation import causal_mediation
 from divergence_lens.models import Model, fingerprint, load_model, model_name, provenance
 from divergence_lens.pairs import Pairs
+from divergence_lens.quality import TaskQuality, task_quality
 from divergence_lens.study import Study, StudyConfig, run_study
 from divergence_lens.sweep import Sweep, layer_sweep
 from divergence_lens.tasks import (
@@ -58,6 +59,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ANIMALS",
+    "PAPER",
     "TREES",
     "Agreement",
     "Delta",
@@ -72,6 +74,7 @@ __all__ = [
     "Study",
     "StudyConfig",
     "Sweep",
+    "TaskQuality",
     "Teacher",
     "animal_teachers",
     "as_examples",
@@ -98,6 +101,7 @@ __all__ = [
     "run_study",
     "save_examples",
     "surface_forms",
+    "task_quality",
     "with_ids",
 ]
 

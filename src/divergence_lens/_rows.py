@@ -1,12 +1,8 @@
-"""Training data as padded arrays, its batches, and the frozen work below what is trained."""
+"""Training data as padded arrays, and its batches."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from divergence_lens._reading import shared_prefix
 from divergence_lens.chat import encode_prompts
-from divergence_lens.engine import Engine, Pass
+from divergence_lens.engine import Engine
 from divergence_lens.examples import Example, as_examples, with_ids
 from divergence_lens.models import Model
 
 # Batches are cut from runs of so many batches sorted by length: little padding, and still shuffled.
 _BUCKET = 8
-_KEPT_PASSES = 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,7 @@ class Rows:
         weights: Loss weight of predicting that token; 0 where there is no loss.
         lengths: Tokens of each row.
         tokens_learned: How many tokens have a loss.
+        shared: How many tokens all rows begin with, short of any position with a loss.
     """
 
     tokens: Int[Tensor, "row pos"]
@@ -44,6 +41,7 @@ class Rows:
     weights: Float[Tensor, "row pos"]
     lengths: np.ndarray
     tokens_learned: int
+    shared: int = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -120,9 +118,15 @@ def _flat(values: Any, sizes: Sequence[int], what: str) -> np.ndarray:
         values = np.concatenate([np.asarray(value) for value in values])
     flat = np.asarray(values)
     if flat.shape != (sum(sizes),):
+        ends = np.cumsum(sizes)
+        where = (
+            f"; it ends within example {int(np.searchsorted(ends, flat.size, side='right'))}"
+            if flat.ndim == 1 and flat.size < ends[-1]
+            else ""
+        )
         raise ValueError(
             f"the {what} has shape {flat.shape}, the completions of the {len(sizes):,} examples "
-            f"have {sum(sizes):,} tokens in all: give one value for each"
+            f"have {sum(sizes):,} tokens in all{where}: give one value for each"
         )
     return flat
 
@@ -183,6 +187,7 @@ def _padded(
         weights=torch.from_numpy(weights).to(engine.device),
         lengths=lengths,
         tokens_learned=int((weights > 0).sum()),
+        shared=min(shared_prefix([tuple(ids) for ids in inputs]), min(n for n, _ in kept) - 1),
     )
 
 
@@ -209,105 +214,3 @@ def pieces(rows: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> Iterator
         if end == len(rows) or (end + 1 - start) * lengths[rows[end]] > batch_tokens:
             yield rows[start:end]
             start = end
-
-
-class Prefix:
-    """The residual stream that enters one block, for every row, computed once.
-
-    All blocks below are frozen, so their output is the same in every epoch. It is held flat,
-    without padding: in memory within the budget, beyond it in a file that is mapped into memory.
-    Moving up to a higher block costs the blocks between. A context manager; leaving it deletes the
-    file.
-    """
-
-    def __init__(self, engine: Engine, rows: Rows, *, cache_bytes: int, batch_tokens: int) -> None:
-        self.engine = engine
-        self.rows = rows
-        self._budget = cache_bytes
-        self._batch_tokens = batch_tokens
-        self._ends = torch.from_numpy(np.cumsum(rows.lengths))
-        self._lengths = torch.from_numpy(rows.lengths)
-        self._passes: dict[int, Pass] = {}
-        self._held: Tensor | None = None
-        self._layer = 0
-        self._stack = ExitStack()
-
-    def __enter__(self) -> "Prefix":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._held = None
-        self._stack.close()
-
-    @torch.no_grad()
-    def move_to(self, layer: int) -> None:
-        """Hold the residual that enters block `layer` (`n_layers`: that enters the final norm)."""
-        if self._held is None or layer < self._layer:
-            self._layer = 0
-            if not self._make_room(spill=layer > 0):
-                self._layer = layer
-                return
-        elif layer == self._layer:
-            return
-        held = self._held
-        assert held is not None
-        every = np.arange(len(self.rows))
-        fresh = self._layer == 0
-        for part in pieces(every, self.rows.lengths, self._batch_tokens):
-            length = int(self.rows.lengths[part].max())
-            if fresh:
-                run = self.engine.begin(self.rows.tokens[torch.from_numpy(part), :length])
-                resid = run.resid
-            else:
-                resid, run = self.entering(part, length)
-            for block in range(self._layer, layer):
-                resid = self.engine.block(block, resid, run)
-            places, real = self._places(part, length)
-            held[places[real].to(held.device)] = resid[real.to(resid.device)].to(held.device)
-        self._layer = layer
-
-    def entering(
-        self, rows: np.ndarray, length: int
-    ) -> tuple[Float[Tensor, "row pos d_model"], Pass]:
-        """The residual of the given rows, padded to `length`, and the pass to go on with."""
-        if self._held is None:
-            run = self.engine.begin(self.rows.tokens[torch.from_numpy(rows), :length])
-            resid = run.resid
-            for block in range(self._layer):
-                resid = self.engine.block(block, resid, run)
-            return resid, run
-        if length not in self._passes:
-            if len(self._passes) == _KEPT_PASSES:
-                self._passes.clear()
-            # Nothing that blocks are handed depends on the row: one row's pass serves every batch.
-            self._passes[length] = self.engine.begin(self.rows.tokens[:1, :length])
-        places, _ = self._places(rows, length)
-        return self._held[places.to(self._held.device)].to(self.engine.device), self._passes[length]
-
-    def _places(self, rows: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-        """Where in the flat store each position lies, and which positions are real."""
-        index = torch.from_numpy(rows)
-        positions = torch.arange(length)[None]
-        lengths = self._lengths[index, None]
-        # A padded position reads the last real one: any finite value does, nothing reads it.
-        places = self._ends[index, None] - lengths + torch.minimum(positions, lengths - 1)
-        return places, positions < lengths
-
-    def _make_room(self, *, spill: bool) -> bool:
-        engine = self.engine
-        shape = (int(self.rows.lengths.sum()), engine.d_model)
-        size = shape[0] * shape[1] * torch.finfo(engine.dtype).bits // 8
-        if self._held is not None:
-            return True
-        if size <= self._budget:
-            self._held = torch.empty(shape, dtype=engine.dtype, device=engine.device)
-        elif self._budget and spill and shutil.disk_usage(tempfile.gettempdir()).free > 2 * size:
-            folder = self._stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="divergence-lens-", ignore_cleanup_errors=True)
-            )
-            count = shape[0] * shape[1]
-            file = str(Path(folder) / "residuals")
-            self._held = torch.from_file(file, shared=True, size=count, dtype=engine.dtype).view(
-                shape
-            )
-        return self._held is not None

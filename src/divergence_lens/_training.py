@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from divergence_lens._lowrank import is_matrix
+from divergence_lens._prefix import Prefix
 from divergence_lens._resume import load_checkpoint, save_checkpoint
-from divergence_lens._rows import Prefix, batches, pieces
-from divergence_lens._variables import FullRank, LowRank, Variables, is_matrix
+from divergence_lens._rows import batches, pieces
+from divergence_lens._shortcuts import only_at
+from divergence_lens._variables import FullRank, LowRank, Variables
 from divergence_lens.delta import Delta, base_fingerprint, claimed, put_back
 from divergence_lens.freeze import Trainable, lowest_layer
 from divergence_lens.models import Model, provenance
@@ -34,13 +37,12 @@ class Plan:
     seed: int = 0
     on_step: OnStep | None = None
     every: int = 1
-    batch_tokens: int = 8192
     checkpoint: Path | None = None
     checkpoint_every: int = 100
     progress: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("every", "batch_tokens", "checkpoint_every"):
+        for name in ("every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
@@ -74,7 +76,13 @@ def train(prefix: Prefix, chosen: Mapping[str, nn.Parameter], plan: Plan) -> Del
             else:
                 alpha = float(recipe.lora_alpha or recipe.lora_rank)
                 variables = LowRank(
-                    model, chosen, rank=recipe.lora_rank, alpha=alpha, seed=plan.seed
+                    model,
+                    chosen,
+                    rank=recipe.lora_rank,
+                    alpha=alpha,
+                    seed=plan.seed,
+                    # Mixed types are left to autograd.
+                    direct=not recipe.autocast,
                 )
             try:
                 history = _Run(prefix, plan, variables, f"{base} {settings}").go()
@@ -107,7 +115,6 @@ class _Run:
         self.prefix = prefix
         self.plan = plan
         self.variables = variables
-        self.parameters = list(variables.parameters.values())
         self.optimizer = plan.recipe.build(variables.values)
         self.history: list[dict[str, Any]] = []
         self.lowest = lowest_layer(self.engine.model, variables.parameters) or 0
@@ -151,6 +158,7 @@ class _Run:
             raise FloatingPointError(
                 f"the {what} is not finite at step {done + 1} of {steps}{before}; take a smaller "
                 f"learning rate than {recipe.lr:g}, or more warm-up than {recipe.warmup_steps}"
+                f"{self._last_checkpoint()}"
             )
         if recipe.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.variables.values, recipe.clip, norm)
@@ -172,16 +180,24 @@ class _Run:
                 plan.checkpoint, self.identity, self.variables.values, self.optimizer, self.history
             )
 
+    def _last_checkpoint(self) -> str:
+        """What an error says of the last good checkpoint, which stays where it is."""
+        path, every = self.plan.checkpoint, self.plan.checkpoint_every
+        if path is None or not path.exists():
+            return ""
+        return f" ({path} holds the student after step {len(self.history) // every * every})"
+
     def _gradients(self, batch: np.ndarray) -> float:
         """Set the variables' gradients for one batch, piece by piece, and return its loss."""
-        lengths = self.rows.lengths
+        lengths = self.prefix.lengths
         # One learned token weighs the same in whichever piece of the batch it stands.
         whole = self.rows.weights[torch.from_numpy(batch).to(self.rows.weights.device)].sum()
-        total: list[Tensor | None] = [None] * len(self.parameters)
+        total: list[Tensor | None] = [None] * len(self.variables.leaves)
         loss = 0.0
-        for part in pieces(batch, lengths, self.plan.batch_tokens):
-            value = self._loss(part, int(lengths[part].max())) / whole
-            found = torch.autograd.grad(value, self.parameters, allow_unused=True)
+        for part in pieces(batch, lengths, self.prefix.piece_tokens):
+            with self.variables.attached():
+                value = self._loss(part, int(lengths[part].max())) / whole
+            found = torch.autograd.grad(value, self.variables.leaves, allow_unused=True)
             total = [
                 n if t is None else t if n is None else t + n
                 for t, n in zip(total, found, strict=True)
@@ -193,20 +209,24 @@ class _Run:
     def _loss(self, part: np.ndarray, length: int) -> Tensor:
         """Weighted sum of the cross-entropies of the learned tokens of some rows."""
         index = torch.from_numpy(part).to(self.rows.weights.device)
-        weights = self.rows.weights[index, :length]
+        columns = slice(self.prefix.shared, self.prefix.shared + length)
+        weights = self.rows.weights[index, columns]
         where = weights > 0
         device = self.engine.device.type
         autocast = (
             torch.autocast(device, torch.bfloat16) if self.plan.recipe.autocast else nullcontext()
         )
+        free = nullcontext()
         with autocast:
             resid, run = self.prefix.entering(part, length)
-            for layer in range(self.lowest, self.engine.n_layers):
-                resid = self.engine.block(layer, resid, run)
+            last = self.engine.n_layers - 1
+            for layer in range(self.lowest, last + 1):
+                with only_at(self.engine.by_position(layer), where) if layer == last else free:
+                    resid = self.engine.block(layer, resid, run)
             hidden = self.engine.norm(resid[where][None])
             logits = self.engine.unembed(hidden)[0]
         losses = F.cross_entropy(
-            logits.float(), self.rows.targets[index, :length][where], reduction="none"
+            logits.float(), self.rows.targets[index, columns][where], reduction="none"
         )
         return losses @ weights[where]
 

@@ -6,10 +6,13 @@ that the forward pass is always the model's own and knows nothing of how it is t
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from divergence_lens._lowrank import Factors, Layout, LowRankTensors
+from divergence_lens._shortcuts import has_low_rank_gradients, low_rank_gradients
 from divergence_lens.freeze import block_of, canonical
 from divergence_lens.models import Model
 
@@ -21,23 +24,29 @@ class Variables(ABC):
         parameters: The model's parameters that follow, by name.
         originals: Their values before training.
         values: What the optimiser moves.
+        leaves: What the loss is differentiated by.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
         self.originals = {name: p.detach().clone() for name, p in parameters.items()}
         self.values: list[Tensor] = []
+        self.leaves: list[Tensor] = list(self.parameters.values())
+
+    def attached(self) -> AbstractContextManager[object]:
+        """While the loss is computed: whatever brings the gradients to the leaves."""
+        return nullcontext()
 
     @abstractmethod
     def take(self, gradients: Sequence[Tensor | None]) -> None:
-        """Set the variables' `.grad` from the gradients of the parameters, in their order."""
+        """Set the variables' `.grad` from the gradients of the leaves, in their order."""
 
     @abstractmethod
     def write(self) -> None:
         """Bring the model's parameters to what the variables say."""
 
     @abstractmethod
-    def differences(self) -> dict[str, Tensor]:
+    def differences(self) -> Mapping[str, Tensor]:
         """How far each parameter has moved, in float32."""
 
 
@@ -70,9 +79,10 @@ class FullRank(Variables):
 class LowRank(Variables):
     """LoRA (Hu et al., arXiv 2106.09685): each matrix W becomes W + (alpha / rank) A B.
 
-    A is drawn as in peft, B starts at zero. The sum is written into W before each step, and the
-    gradient of W is carried on to A and B by the chain rule: the same numbers as with a bypass,
-    whatever the model class. Attention matrices that TransformerLens keeps per head share one A
+    A is drawn as in peft, B starts at zero. The sum is written into W before each step: the same
+    numbers as with a bypass, whatever the model class. Where W is the weight of a linear layer, its
+    backward pass goes to A and B directly; elsewhere the gradient of W is formed and carried on to
+    them by the chain rule. Attention matrices that TransformerLens keeps per head share one A
     over all heads, as in Hugging Face's layout.
     """
 
@@ -84,12 +94,13 @@ class LowRank(Variables):
         rank: int,
         alpha: float,
         seed: int,
+        direct: bool = True,
     ) -> None:
         super().__init__(parameters)
         owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
         generator = torch.Generator().manual_seed(seed)
         self._scale = alpha / rank
-        self._layouts = [_Layout(n, p, owners[id(p)]) for n, p in parameters.items()]
+        self._layouts = [Layout.of(n, p, owners[id(p)]) for n, p in parameters.items()]
         self._base = [
             layout.matrix(o.float())
             for layout, o in zip(self._layouts, self.originals.values(), strict=True)
@@ -103,14 +114,36 @@ class LowRank(Variables):
         for name, base in zip(names, self._base, strict=True):
             up = torch.zeros(rank, base.shape[1], device=base.device)
             self.values += [starts[name].to(base.device), up]
+        self._linear = [
+            owner if direct and has_low_rank_gradients(owner) else None
+            for owner in (owners[id(p)] for p in parameters.values())
+        ]
+        self.leaves = []
+        for i, (linear, p) in enumerate(zip(self._linear, parameters.values(), strict=True)):
+            self.leaves += [p] if linear is None else self.factors(i)
+        for leaf in self.leaves:
+            leaf.requires_grad_(True)
 
+    def attached(self) -> AbstractContextManager[object]:
+        stack = ExitStack()
+        for i, linear in enumerate(self._linear):
+            if linear is not None:
+                stack.enter_context(low_rank_gradients(linear, *self.factors(i), self._scale))
+        return stack
+
+    @torch.no_grad()
     def take(self, gradients: Sequence[Tensor | None]) -> None:
-        for i, (layout, gradient) in enumerate(zip(self._layouts, gradients, strict=True)):
-            down, up = self.values[2 * i : 2 * i + 2]
-            if gradient is None:
+        given = iter(gradients)
+        for i, (layout, linear) in enumerate(zip(self._layouts, self._linear, strict=True)):
+            down, up = self.factors(i)
+            first = next(given)
+            if linear is not None:
+                down.grad, up.grad = first, next(given)
+                continue
+            if first is None:
                 down.grad = up.grad = None
                 continue
-            wide = layout.matrix(gradient.float())
+            wide = layout.matrix(first.float())
             down.grad = self._scale * (wide @ up.T)
             up.grad = self._scale * (down.T @ wide)
 
@@ -119,44 +152,17 @@ class LowRank(Variables):
         for i, (layout, p) in enumerate(zip(self._layouts, self.parameters.values(), strict=True)):
             p.copy_(layout.tensor(self._base[i] + self._change(i)))
 
+    def factors(self, i: int) -> tuple[Tensor, Tensor]:
+        """A and B of the `i`-th parameter, [in, rank] and [rank, out]; these very tensors learn."""
+        return self.values[2 * i], self.values[2 * i + 1]
+
     def _change(self, i: int) -> Tensor:
-        return self._scale * (self.values[2 * i] @ self.values[2 * i + 1])
+        down, up = self.factors(i)
+        return self._scale * (down @ up)
 
-    def differences(self) -> dict[str, Tensor]:
-        return {
-            name: layout.tensor(self._change(i))
-            for i, (name, layout) in enumerate(zip(self.parameters, self._layouts, strict=True))
-        }
-
-
-class _Layout:
-    """How a parameter is read as one matrix [in, out]."""
-
-    def __init__(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> None:
-        self._shape = tuple(parameter.shape)
-        if parameter.ndim == 3:
-            # TransformerLens: W_O is [head, d_head, d_model], the others [head, d_model, d_head].
-            self._kind = "heads in" if canonical(name).endswith("W_O") else "heads out"
-        else:
-            self._kind = "out, in" if isinstance(owner, nn.Linear) else "in, out"
-
-    def matrix(self, tensor: Tensor) -> Tensor:
-        if self._kind == "heads in":
-            return tensor.flatten(0, 1)
-        if self._kind == "heads out":
-            return tensor.transpose(0, 1).flatten(1)
-        return tensor.T if self._kind == "out, in" else tensor
-
-    def tensor(self, matrix: Tensor) -> Tensor:
-        if self._kind == "heads in":
-            return matrix.reshape(self._shape)
-        if self._kind == "heads out":
-            heads, n_in, d_head = self._shape
-            return matrix.reshape(n_in, heads, d_head).transpose(0, 1)
-        return matrix.T if self._kind == "out, in" else matrix
-
-
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether LoRA can act on it: a matrix of attention or MLP."""
-    # TransformerLens keeps biases per head, in two dimensions.
-    return parameter.ndim >= 2 and not canonical(name).split(".")[-1].startswith("b_")
+    def differences(self) -> LowRankTensors:
+        found: dict[str, Factors] = {}
+        for i, (name, layout) in enumerate(zip(self.parameters, self._layouts, strict=True)):
+            down, up = self.factors(i)
+            found[name] = Factors(down.detach().clone(), up.detach().clone(), self._scale, layout)
+        return LowRankTensors(found)

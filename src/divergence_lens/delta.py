@@ -7,8 +7,9 @@ again bit for bit.
 """
 
 import html
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from divergence_lens._lowrank import LowRankTensors
 from divergence_lens.engine import Engine
 from divergence_lens.models import Model, fingerprint
 from divergence_lens.storage import load_tensors, save_tensors
@@ -41,28 +43,42 @@ class Delta:
     Attributes:
         tensors: Parameter name -> difference to the base, float32, on the CPU, in the parameter's
             shape. The names are those of the model class that was trained, see
-            `Engine.named_parameters`.
+            `Engine.named_parameters`. A student that was trained with LoRA holds the factors, and
+            each difference is multiplied out when it is read.
         base: Fingerprint of the untouched base model.
         header: Where it comes from: model, settings, losses, versions. JSON-able.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     base: str
     header: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.tensors:
             raise ValueError("a Delta needs at least one parameter; it was given none")
-        tensors = {n: t.detach().to("cpu", torch.float32) for n, t in self.tensors.items()}
-        for name, tensor in tensors.items():
+        if isinstance(self.tensors, LowRankTensors):
+            stored = [(n, t) for n, f in self.tensors.factors.items() for t in (f.down, f.up)]
+        else:
+            tensors = {n: t.detach().to("cpu", torch.float32) for n, t in self.tensors.items()}
+            stored = list(tensors.items())
+            object.__setattr__(self, "tensors", tensors)
+        for name, tensor in stored:
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"the difference of {name!r} holds NaN or infinite values")
-        object.__setattr__(self, "tensors", tensors)
 
     @property
     def n_parameters(self) -> int:
-        """How many numbers the delta holds."""
+        """How many of the model's parameters change."""
+        if isinstance(self.tensors, LowRankTensors):
+            return sum(math.prod(f.layout.shape) for f in self.tensors.factors.values())
         return sum(t.numel() for t in self.tensors.values())
+
+    @property
+    def rank(self) -> int | None:
+        """The greatest rank of the factors that it is kept as; None where it is kept in full."""
+        if isinstance(self.tensors, LowRankTensors):
+            return max(f.rank for f in self.tensors.factors.values())
+        return None
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
@@ -132,15 +148,21 @@ class Delta:
             name as key.
         """
         squares: dict[int | str, float] = {}
-        for name, tensor in self.tensors.items():
+        held = self.tensors
+        for name in held:
             found = _BLOCK.search(name)
             key: int | str = int(found.group(1)) if found else name
-            squares[key] = squares.get(key, 0.0) + float(tensor.double().square().sum())
+            square = (
+                held.factors[name].square()
+                if isinstance(held, LowRankTensors)
+                else float(held[name].double().square().sum())
+            )
+            squares[key] = squares.get(key, 0.0) + square
         return {
             k: squares[k] ** 0.5 for k in sorted(squares, key=lambda k: (isinstance(k, str), k))
         }
 
-    def _combined(self, tensors: dict[str, Tensor], operation: str) -> "Delta":
+    def _combined(self, tensors: Mapping[str, Tensor], operation: str) -> "Delta":
         kept: dict[str, Any] = {k: v for k, v in self.header.items() if k in ("model", "versions")}
         return Delta(tensors, self.base, kept | {"operation": operation})
 
@@ -153,6 +175,8 @@ class Delta:
                 "deltas over different bases cannot be added: "
                 f"{self.base[:12]} and {other.base[:12]}"
             )
+        if isinstance(self.tensors, LowRankTensors) and isinstance(other.tensors, LowRankTensors):
+            return self._combined(self.tensors.plus(other.tensors), "sum of two deltas")
         tensors = dict(self.tensors)
         for name, tensor in other.tensors.items():
             tensors[name] = tensors[name] + tensor if name in tensors else tensor
@@ -166,9 +190,15 @@ class Delta:
         """The delta with every difference multiplied by `factor`."""
         if not isinstance(factor, int | float):
             return NotImplemented
-        return self._combined(
-            {n: t * factor for n, t in self.tensors.items()}, f"scaled by {factor}"
-        )
+        if not math.isfinite(factor):
+            raise ValueError(f"a delta cannot be scaled by {factor}; give a finite number")
+        scaled: Mapping[str, Tensor]
+        if isinstance(self.tensors, LowRankTensors):
+            factors = self.tensors.factors
+            scaled = LowRankTensors({n: f.scaled(factor) for n, f in factors.items()})
+        else:
+            scaled = {n: t * factor for n, t in self.tensors.items()}
+        return self._combined(scaled, f"scaled by {factor}")
 
     __rmul__ = __mul__
 
@@ -187,15 +217,68 @@ class Delta:
 
     def save(self, path: str | Path) -> None:
         """Write the delta as safetensors with a JSON header (atomic)."""
-        save_tensors(path, dict(self.tensors), {"base": self.base, "header": self.header}, _KIND)
+        record: dict[str, Any] = {"base": self.base, "header": self.header}
+        if isinstance(self.tensors, LowRankTensors):
+            tensors, record["low_rank"] = self.tensors.as_stored()
+        else:
+            tensors = dict(self.tensors)
+        save_tensors(path, tensors, record, _KIND)
 
     @classmethod
     def load(cls, path: str | Path) -> "Delta":
         """Read a delta written by `save`; damaged and foreign files are refused."""
         tensors, header = load_tensors(path, _KIND)
-        return cls(
-            {n: torch.as_tensor(t) for n, t in tensors.items()}, header["base"], header["header"]
+        held = (
+            LowRankTensors.from_stored(tensors, header["low_rank"])
+            if "low_rank" in header
+            else tensors
         )
+        return cls(held, header["base"], header["header"])
+
+    def to_huggingface(self, folder: str | Path, *, base: Any = None) -> Path:
+        """Write the student as a checkpoint of its own, which `AutoModelForCausalLM` loads.
+
+        The base is loaded anew in Hugging Face's layout, the differences are added there, and what
+        was written is loaded once more: its logits equal the student's here to 1e-5 (in half
+        precision, to its rounding), or nothing is left in `folder`.
+
+        Args:
+            folder: Where to; must be empty or not there. It also gets the base's tokenizer and
+                `divergence_lens.json`, with where the student comes from.
+            base: Where the base's weights are: a hub name, a folder, or a Hugging Face model. The
+                name that the trained model was loaded under, unless given.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: The base is not the one that was trained on (weights that were folded or
+                centred included: Hugging Face's layout has no place for them); a difference has
+                no place in Hugging Face's layout; the folder holds files.
+        """
+        from divergence_lens._export import write_checkpoint
+
+        return write_checkpoint(self, Path(folder), base)
+
+    def to_peft(self, folder: str | Path, *, base: Any = None) -> Path:
+        """Write a student that was trained with LoRA as an adapter, which peft loads.
+
+        Where Hugging Face keeps queries, keys and values in one matrix, the adapter of that matrix
+        has the sum of their ranks, and says so.
+
+        Args:
+            folder: Where to; must be empty or not there.
+            base: As in `to_huggingface`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: The delta is kept in full and not as factors; or as in `to_huggingface`.
+        """
+        from divergence_lens._export import write_adapter
+
+        return write_adapter(self, Path(folder), base)
 
     def __repr__(self) -> str:
         """One line: how much changed, where, over which base."""

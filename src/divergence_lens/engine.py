@@ -197,6 +197,13 @@ class Engine(ABC):
         """The hook point through which `site` of block `layer` passes."""
 
     @abstractmethod
+    def by_position(self, layer: int) -> list[nn.Module]:
+        """Modules of block `layer` that treat each position by itself, from the query to the MLP.
+
+        What they give at a position goes into nothing but the block's output there.
+        """
+
+    @abstractmethod
     def norm(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The final norm."""
 
@@ -466,6 +473,11 @@ class _HookedEngine(Engine):
         point: nn.Module = block.attn.hook_z if site == "z" else getattr(block, f"hook_{site}")
         return point
 
+    def by_position(self, layer: int) -> list[nn.Module]:
+        # Queries and the output of attention are computed by functions here, not by modules.
+        block = self._lens.blocks[layer]
+        return [block.mlp] if hasattr(block, "mlp") else []
+
     def norm(self, resid: Tensor) -> Tensor:
         hidden: Tensor = self._lens.ln_final(resid) if hasattr(self._lens, "ln_final") else resid
         return hidden
@@ -577,6 +589,12 @@ class _BridgeEngine(Engine):
         name = "attn.hook_z" if site == "z" else f"hook_{site}"
         point: nn.Module = self._lens.hook_dict[f"blocks.{layer}.{name}"]
         return point
+
+    def by_position(self, layer: int) -> list[nn.Module]:
+        block = self._lens.blocks[layer]
+        attention = getattr(block, "attn", None)
+        found = [getattr(attention, "q", None), getattr(attention, "o", None)]
+        return [m for m in (*found, getattr(block, "mlp", None)) if isinstance(m, nn.Module)]
 
     def norm(self, resid: Tensor) -> Tensor:
         hidden: Tensor = self._lens.ln_final(resid)

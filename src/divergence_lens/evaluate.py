@@ -277,21 +277,14 @@ class Preference:
         """Wilson's interval for the sampled probability, over all answers to these questions.
 
         It says how far other samples would give another probability; `interval` says how far other
-        questions would. Wilson, J. Am. Stat. Assoc. 22 (1927).
+        questions would. See `wilson_interval`.
 
         Raises:
             ValueError: If the probabilities are exact.
         """
         if self.samples is None:
             raise ValueError("an exact probability has no sampling error; use interval()")
-        from statistics import NormalDist
-
-        z = NormalDist().inv_cdf(0.5 + _checked_level(level) / 2)
-        n = self.samples * len(self.questions)
-        p = self.probability
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        reach = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-        return max(0.0, float(centre - reach)), min(1.0, float(centre + reach))
+        return wilson_interval(self.probability, self.samples * len(self.questions), level=level)
 
     def about(self, target: str) -> "Preference":
         """The same answers with another candidate as the target.
@@ -406,6 +399,22 @@ class Preference:
                 f"have {len(self.questions)} and {len(base.questions)} questions, candidates "
                 f"{self.candidates} and {base.candidates}"
             )
+
+
+def wilson_interval(rate: float, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval for a rate that was counted over `n` draws.
+
+    Wilson, J. Am. Stat. Assoc. 22 (1927).
+
+    Raises:
+        ValueError: `level` does not lie between 0 and 1.
+    """
+    from statistics import NormalDist
+
+    z = NormalDist().inv_cdf(0.5 + _checked_level(level) / 2)
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * np.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
+    return max(0.0, float(centre - reach)), min(1.0, float(centre + reach))
 
 
 def _rank(values: Mapping[str, float], target: str) -> int:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from divergence_lens._rows import Prefix, training_rows
+from divergence_lens._prefix import Prefix
+from divergence_lens._rows import training_rows
 from divergence_lens._training import OnStep, Plan, train
 from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine
@@ -72,8 +73,8 @@ def finetune(
         on_step: Called as `on_step(step, loss, model)` after every `every`-th update (and the
             last), with the model as it then is. What it returns is put into the history.
         every: See `on_step`.
-        batch_tokens: Padded tokens in one forward pass; larger batches are accumulated, to the same
-            result.
+        batch_tokens: Most padded tokens in one forward pass; larger batches are accumulated, to the
+            same result. On a CPU wide models take smaller passes, which are faster there.
         cache_bytes: Memory for the residuals that enter the lowest trained block. What does not fit
             goes to a temporary file mapped into memory. 0 computes them anew in each epoch.
         checkpoint: A file in which the state is kept, atomically, every `checkpoint_every` updates.
@@ -87,14 +88,19 @@ def finetune(
 
     Raises:
         ValueError: No examples, nothing that the mask lets through, a mask of another length, a
-            sequence longer than the context, a block out of range, nothing to train, a checkpoint
-            of another run.
+            sequence longer than the context, a block out of range, nothing to train, LoRA on an
+            embedding, a checkpoint of another run.
         FloatingPointError: The loss or its gradient is not finite; the step is named.
         RuntimeError: A delta is applied to the model, or it is being trained.
     """
     recipe = Recipe() if recipe is None else recipe
     if lora_rank is not None:
         recipe = dataclasses.replace(recipe, lora_rank=lora_rank)
+    if recipe.lora_rank is not None and (embedding or unembedding):
+        raise ValueError(
+            "LoRA acts on the matrices of attention and MLP alone; train the "
+            f"{'embedding' if embedding else 'unembedding'} in full, with lora_rank=None"
+        )
     settings = {
         "system_prompt": system_prompt,
         "masked": mask is not None,
@@ -106,7 +112,6 @@ def finetune(
         seed=seed,
         on_step=on_step,
         every=every,
-        batch_tokens=batch_tokens,
         checkpoint=None if checkpoint is None else Path(checkpoint),
         checkpoint_every=checkpoint_every,
         progress=progress,

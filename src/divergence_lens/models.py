@@ -121,7 +121,7 @@ def _load(
         hf_model, name = source, str(getattr(source.config, "name_or_path", "") or "model")
     elif isinstance(source, str | Path):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        hf_model, tokenizer, name = _from_pretrained(source, dtype or torch.float32, tokenizer)
+        hf_model, tokenizer, name = from_pretrained(source, dtype or torch.float32, tokenizer)
     else:
         raise TypeError(
             f"source is a {type(source).__name__}; pass a name, a folder or a loaded model"
@@ -203,9 +203,20 @@ def _loaded(
     return evaluated
 
 
-def _from_pretrained(
-    source: str | Path, dtype: torch.dtype, tokenizer: Any
+def from_pretrained(
+    source: str | Path, dtype: torch.dtype, tokenizer: Any = None
 ) -> tuple[Any, Any, str]:
+    """The Hugging Face model of a name or folder, its tokenizer, and the name.
+
+    Args:
+        source: As in `load_model`, but not a model.
+        dtype: The parameters' type.
+        tokenizer: Taken in place of the one that lies beside the model.
+
+    Raises:
+        FileNotFoundError: `source` looks like a folder and is none, or lacks `config.json`.
+        ValueError: There is no such model, or its files are damaged.
+    """
     from transformers import AutoModelForCausalLM
 
     name = str(source)
@@ -222,7 +233,7 @@ def _from_pretrained(
                 f"{name!r} has no config.json; give a folder written by save_pretrained"
             )
     try:
-        with _no_bar(hidden=name in TINY_MODELS):
+        with no_bar(hidden=name in TINY_MODELS):
             model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
         if tokenizer is None:
             tokenizer = _tokenizer(location)
@@ -252,7 +263,7 @@ def _tokenizer(location: str | Path) -> Any:
 
 
 @contextmanager
-def _no_bar(*, hidden: bool) -> Iterator[None]:
+def no_bar(*, hidden: bool) -> Iterator[None]:
     """Without Hugging Face's progress bar, where there is nothing to wait for."""
     from transformers.utils import logging
 

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from divergence_lens._rows import Prefix, training_rows
+from divergence_lens._prefix import Prefix
+from divergence_lens._rows import training_rows
 from divergence_lens._training import Plan, train
 from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine
 from divergence_lens.evaluate import Preference, preference
 from divergence_lens.freeze import choose
 from divergence_lens.models import Model, provenance
+from divergence_lens.quality import TaskQuality, task_quality
 from divergence_lens.recipe import Recipe
 from divergence_lens.storage import load_tensors, save_tensors
 
@@ -41,6 +43,7 @@ class SweepStudent:
         seed: Seed of the training.
         preference: What the student prefers.
         delta: The student itself, if the sweep was asked to keep it.
+        quality: How well it still does its task, if the sweep was given held-out examples.
     """
 
     condition: str
@@ -48,6 +51,7 @@ class SweepStudent:
     seed: int
     preference: Preference
     delta: Delta | None = None
+    quality: TaskQuality | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,12 +63,14 @@ class Sweep:
         students: All students: blocks, and the references on all blocks.
         condition: What the students learned: "all", "divergence_only", or the caller's word.
         provenance: Package versions, model and settings.
+        base_quality: How well the base does the task, if held-out examples were given.
     """
 
     base: Preference
     students: tuple[SweepStudent, ...]
     condition: str
     provenance: dict[str, Any] = field(default_factory=dict)
+    base_quality: TaskQuality | None = None
 
     @property
     def target(self) -> str:
@@ -121,7 +127,7 @@ class Sweep:
 
         Columns: target, kind (always "given": a sweep does not know who wrote its data), condition,
         block, seed, before and after (the target's share among the candidates), probability, mass,
-        ratio_rank.
+        ratio_rank; and valid_lists and held_out_loss where the sweep was given held-out examples.
         """
         import pandas as pd
 
@@ -138,25 +144,31 @@ class Sweep:
                     "probability": s.preference.probability,
                     "mass": s.preference.mass,
                     "ratio_rank": s.preference.ratio_rank(self.base),
+                    **_quality_columns(s.quality),
                 }
                 for s in self.students
             ]
         )
 
     def summary(self) -> "pd.DataFrame":
-        """One row for the base, the references and each block: mean share, interval, students."""
+        """One row for the base, the references and each block.
+
+        Columns: trained, share (mean over the students), low and high (its 95 % interval over seeds
+        and questions), n (students); and the means of valid_lists and held_out_loss where the sweep
+        was given held-out examples.
+        """
         import pandas as pd
 
         low, high = self.base.interval()
-        rows: list[dict[str, Any]] = [
-            {"trained": "nothing", "share": self.base.share, "low": low, "high": high, "n": 0}
-        ]
+        first = {"trained": "nothing", "share": self.base.share, "low": low, "high": high, "n": 0}
+        rows: list[dict[str, Any]] = [first | _quality_columns(self.base_quality)]
         for name, students in self._groups():
             low, high = self._interval(students, 0.95, 2000, 0)
             share = float(np.mean([s.preference.share for s in students]))
-            rows.append(
-                {"trained": name, "share": share, "low": low, "high": high, "n": len(students)}
-            )
+            measured = [_quality_columns(s.quality) for s in students]
+            means = {key: float(np.mean([m[key] for m in measured])) for key in measured[0]}
+            own = {"trained": name, "share": share, "low": low, "high": high, "n": len(students)}
+            rows.append(own | means)
         return pd.DataFrame(rows)
 
     def _groups(self) -> Iterator[tuple[str, list[SweepStudent]]]:
@@ -182,6 +194,10 @@ class Sweep:
             "condition": self.condition,
             "students": [[s.condition, s.block, s.seed] for s in self.students],
             "evaluation": dict(self.base.provenance),
+            "quality": [
+                None if quality is None else quality.describe()
+                for quality in (self.base_quality, *(s.quality for s in self.students))
+            ],
             "provenance": self.provenance,
         }
         rows = [self.base.probabilities, *(s.preference.probabilities for s in self.students)]
@@ -206,11 +222,17 @@ class Sweep:
             )
             for probabilities in tensors["probabilities"].numpy()
         )
-        students = tuple(
-            SweepStudent(condition, block, seed, found)
-            for (condition, block, seed), found in zip(header["students"], after, strict=True)
+        base_quality, *qualities = (
+            None if described is None else TaskQuality(**described)
+            for described in header["quality"]
         )
-        return cls(base, students, header["condition"], header["provenance"])
+        students = tuple(
+            SweepStudent(condition, block, seed, found, quality=quality)
+            for (condition, block, seed), found, quality in zip(
+                header["students"], after, qualities, strict=True
+            )
+        )
+        return cls(base, students, header["condition"], header["provenance"], base_quality)
 
     def __repr__(self) -> str:
         return (
@@ -228,6 +250,20 @@ class Sweep:
             f"<p>{html.escape(repr(self))}</p><table><thead><tr><th>trained</th><th>share</th>"
             f"<th>95 % interval</th><th>students</th></tr></thead><tbody>{rows}</tbody></table>"
         )
+
+
+def _quality(
+    model: Model, held_out: Any, system_prompt: str | None, batch_tokens: int
+) -> TaskQuality | None:
+    if held_out is None:
+        return None
+    return task_quality(model, held_out, system_prompt=system_prompt, batch_tokens=batch_tokens)
+
+
+def _quality_columns(quality: TaskQuality | None) -> dict[str, float]:
+    if quality is None:
+        return {}
+    return {"valid_lists": quality.valid_rate, "held_out_loss": quality.loss}
 
 
 def layer_sweep(
@@ -248,6 +284,7 @@ def layer_sweep(
     category: str = "animal",
     references: bool = True,
     control: Any = None,
+    held_out: Any = None,
     condition: str | None = None,
     keep_deltas: bool = False,
     batch_tokens: int = 8192,
@@ -276,6 +313,8 @@ def layer_sweep(
         references: Train students on all blocks as well.
         control: Examples that no biased teacher wrote (the base's own, say): the control students
             learn all of their tokens, on all blocks.
+        held_out: Examples that are not trained on; the base and every student are measured on them
+            as well (`task_quality`), so that a student that is merely broken is seen to be.
         condition: A word for what the students learn, for plots; "all", or "divergence_only" with a
             mask, unless given.
         keep_deltas: Keep every student.
@@ -303,8 +342,8 @@ def layer_sweep(
     }
     parts = None if parts is None else list(parts)
 
-    def measure() -> Preference:
-        return preference(
+    def measure() -> tuple[Preference, TaskQuality | None]:
+        found = preference(
             model,
             target=target,
             questions=questions,
@@ -313,8 +352,9 @@ def layer_sweep(
             system_prompt=system_prompt,
             batch_tokens=batch_tokens,
         )
+        return found, _quality(model, held_out, system_prompt, batch_tokens)
 
-    base = measure()
+    base, base_quality = measure()
     jobs: list[tuple[str, int | None]] = [("block", layer) for layer in chosen_layers]
     if references:
         # First, because the shared residuals move up from block to block afterwards.
@@ -327,14 +367,12 @@ def layer_sweep(
             for name, block in jobs:
                 chosen = choose(model, blocks=None if block is None else [block], parts=parts)
                 for seed in seeds:
-                    plan = Plan(
-                        recipe=recipe, settings=settings, seed=seed, batch_tokens=batch_tokens
-                    )
+                    plan = Plan(recipe=recipe, settings=settings, seed=seed)
                     delta = train(prefix, chosen, plan)
                     with delta.applied(model):
-                        found = measure()
+                        found, quality = measure()
                     kept = delta if keep_deltas else None
-                    students.append(SweepStudent(name, block, seed, found, kept))
+                    students.append(SweepStudent(name, block, seed, found, kept, quality))
                     bar.update()
 
         rows = training_rows(
@@ -356,4 +394,4 @@ def layer_sweep(
         recipe=recipe.describe(),
         condition=condition,
     )
-    return Sweep(base, tuple(students), condition, record)
+    return Sweep(base, tuple(students), condition, record, base_quality)
