@@ -12,38 +12,26 @@ more passes. How far to trust it is a question of measurement: see `verify` and
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from divergence_lens._patching import (
-    Chunk,
-    Metric,
-    MetricFunction,
-    Trace,
-    baselines,
-    bind,
-    check,
-    chunks,
-    empty_values,
-    metric_name,
-    store,
-    target_logits,
-    trace,
-    weights,
-)
+from divergence_lens._linearised import QueryKey, relevance_rules
+from divergence_lens._metrics import Metric
+from divergence_lens._patching import Case, Question, Span, answer, check, target_logits
+from divergence_lens.corruption import Corruption
 from divergence_lens.effects import Agreement, Direction, Effects, agreement_of_cells
-from divergence_lens.engine import Engine, Pass
+from divergence_lens.engine import Pass, SiteFunction
 from divergence_lens.mediation import causal_mediation
-from divergence_lens.models import Model, provenance
+from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs, weights_key
 
-Method = Literal["gradient", "integrated", "integrated-inputs"]
-_METHODS = ("gradient", "integrated", "integrated-inputs")
+Method = Literal["gradient", "integrated", "integrated-inputs", "qk", "graddrop", "atp*", "relp"]
+
+_ON_A_PATH = ("integrated", "integrated-inputs")
 
 
 def attribution_patch(
@@ -55,6 +43,8 @@ def attribution_patch(
     steps: int = 10,
     direction: Direction = "noising",
     metric: Metric = "logit_difference",
+    corruption: Corruption = "counterfactual",
+    span: Span = "position",
     verify: int = 0,
     seed: int = 0,
     batch_rows: int = 32,
@@ -80,17 +70,33 @@ def attribution_patch(
     layers' gradients along that one path are averaged. `steps` forward and backward passes serve
     all layers.
 
+    `qk`: for sites `q` and `k`, the correction of AtP* (Kramar et al. 2024, arXiv 2403.00745). The
+    attention is computed anew with the query or key in place, and only what follows is linear.
+
+    `graddrop`: GradDrop of AtP*. One backward pass for each layer, with the gradient through that
+    block's contribution dropped, so that a direct and an indirect effect of opposite sign cannot
+    hide each other. The value is the mean magnitude over the passes that leave the site in place,
+    with the sign of their sum. It ranks cells; it is no estimate of the effect's size.
+
+    `atp*`: `graddrop` with the QK correction where the site is `q` or `k`.
+
+    `relp`: the gradient is replaced by the propagation rules of RelP (Jafari et al. 2025, arXiv
+    2508.21258): norms keep their scale, attention keeps its pattern, activation functions are
+    replaced by their secant through zero, and of a gated product each branch gets half.
+
     Parameters never take a gradient; the model's flags, hooks and gradients are as before
     afterwards, also if an error is raised.
 
     Args:
         model: The model; teachers with deltas are applied to it.
         pairs: What to patch.
-        site: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, or `z` per head.
-        method: `gradient`, `integrated` or `integrated-inputs`.
-        steps: Midpoints on the path; the plain gradient has no path and ignores it.
+        site: One of `engine.SITES`, as in `causal_mediation`.
+        method: One of the above.
+        steps: Midpoints on the path; methods without a path ignore it.
         direction: `noising` or `denoising`, as in `causal_mediation`.
         metric: As in `causal_mediation`; it must be differentiable in the logits.
+        corruption: As in `causal_mediation`.
+        span: As in `causal_mediation`; the estimate of a span is the sum of its positions'.
         verify: If positive, so many of the strongest cells and as many others, drawn at random,
             are computed exactly, and their agreement is attached as `Effects.verified`.
         seed: Of the random cells of `verify`.
@@ -101,109 +107,100 @@ def attribution_patch(
         Effects of the given method.
 
     Raises:
-        ValueError: As in `causal_mediation`; and if the method is unknown, `steps` or `verify` is
-            out of range, the metric detaches its result from the logits, or the inputs are to be
-            integrated where the teachers differ in weights (their embeddings do not make a path
-            between the two runs).
+        ValueError: As in `causal_mediation`; and if the method is unknown or does not serve the
+            site or the model, `steps` or `verify` is out of range, the metric detaches its result
+            from the logits, or the inputs are to be integrated where no path over the embeddings
+            leads from one run to the other (other weights, or an ablation).
     """
-    if method not in _METHODS:
-        raise ValueError(f"method is {method!r}; it is one of {', '.join(_METHODS)}")
+    if method not in get_args(Method):
+        raise ValueError(f"method is {method!r}; it is one of {', '.join(get_args(Method))}")
     if steps < 1:
         raise ValueError(f"steps is {steps}; at least 1 is needed")
     if verify < 0:
         raise ValueError(f"verify is {verify}; it is a number of cells, or 0 for none")
-    engine = check(
-        model, pairs, site=site, direction=direction, metric=metric, batch_rows=batch_rows
+    question = Question(
+        pairs=pairs, site=site, direction=direction, metric=metric, corruption=corruption, span=span
     )
+    check(model, question, batch_rows=batch_rows)
     if method == "integrated-inputs":
-        _same_weights(pairs)
-    values = empty_values(pairs, engine, site)
-    base_metric = np.zeros(len(pairs), dtype=np.float32)
-    source_metric = np.zeros(len(pairs), dtype=np.float32)
-    nodes = 1 if method == "gradient" else steps
-    size = max(1, batch_rows // nodes)
-    bar = tqdm(total=len(pairs), desc=f"{method} {site}", unit="pair", disable=not progress)
-    with bar:
-        for chunk, base_teacher, source_teacher in chunks(pairs, direction, size, engine.device):
-            with weights(source_teacher, model) as source_model:
-                source = trace(Engine.of(source_model), chunk.source, chunk.source_target, site)
-            with weights(base_teacher, model) as base_model:
-                base_engine = Engine.of(base_model)
-                base = trace(base_engine, chunk.base, chunk.base_target, site, keep=True)
-                clean_logits = base.logits if chunk.noising else source.logits
-                measure = bind(metric, pairs, chunk.indices, clean_logits)
-                of_base, of_source = baselines(measure, chunk, base.logits, source.logits)
-                chosen = chunk.indices.cpu().numpy()
-                base_metric[chosen], source_metric[chosen] = of_base.cpu(), of_source.cpu()
-                path = _Path(
-                    base_engine,
-                    chunk,
-                    base,
-                    source,
-                    site=site,
-                    measure=measure,
-                    batch_rows=batch_rows,
-                )
-                with base_engine.frozen(), torch.enable_grad():
-                    if method == "integrated":
-                        found = path.per_layer(steps)
-                    else:
-                        found = path.from_inputs(0 if method == "gradient" else steps)
-            store(values, chunk, path.finished(found))
-            bar.update(len(chosen))
-    noising = direction == "noising"
-    effects = Effects(
-        values=values,
-        site=site,
-        method=method if method == "gradient" else f"{method} ({steps} steps)",
-        direction=direction,
-        metric=metric_name(metric),
-        clean_metric=base_metric if noising else source_metric,
-        corrupted_metric=source_metric if noising else base_metric,
-        segments=pairs.segments,
-        labels=pairs.labels,
-        header=provenance(
-            model, site=site, direction=direction, metric=metric_name(metric), steps=nodes
-        ),
+        _check_inputs(question)
+    if method == "qk" and site not in ("q", "k"):
+        raise ValueError(f'method="qk" corrects sites q and k; for {site!r} use "gradient"')
+
+    def work(case: Case) -> Tensor:
+        path = _Path(case, batch_rows)
+        with case.engine.frozen(), torch.enable_grad():
+            return path.values(method, steps)
+
+    nodes = steps if method in _ON_A_PATH else 1
+    effects = answer(
+        model,
+        question,
+        work,
+        size=max(1, batch_rows // nodes),
+        method=f"{method} ({steps} steps)" if method in _ON_A_PATH else method,
+        progress=progress,
+        steps=nodes,
     )
     if not verify:
         return effects
-    return replace(effects, verified=_verify(model, pairs, effects, metric, k=verify, seed=seed))
+    return replace(effects, verified=_verify(model, question, effects, k=verify, seed=seed))
 
 
 class _Path:
     """Gradients along the way from the base to the source state, for one chunk."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        chunk: Chunk,
-        base: Trace,
-        source: Trace,
-        *,
-        site: str,
-        measure: MetricFunction,
-        batch_rows: int,
-    ) -> None:
-        self.engine, self.chunk, self.base, self.source = engine, chunk, base, source
-        self.site, self.measure, self.batch_rows = site, measure, batch_rows
+    def __init__(self, case: Case, batch_rows: int) -> None:
+        self.case, self.engine, self.chunk, self.base = case, case.engine, case.chunk, case.base
+        self.site, self.batch_rows = case.site, batch_rows
         # What stands before the first difference is the same in both runs: kept, never rerun.
-        self.first = int(chunk.start.min())
-        self.past = base.past.upto(self.first) if base.past is not None and self.first else None
-        self.rows = torch.arange(len(chunk.indices), device=chunk.base.device)
-        self.differs = chunk.differs[:, self.first :]
+        self.first = int(case.chunk.start.min())
+        past = case.base.past
+        self.past = past.upto(self.first) if past is not None and self.first else None
+        self.rows = torch.arange(len(case.chunk.indices), device=case.chunk.base.device)
+        self.differs = case.chunk.differs[:, self.first :]
+
+    def values(self, method: Method, steps: int) -> Float[Tensor, "layer batch col ..."]:
+        """The values of every cell by one of the methods."""
+        if method == "integrated":
+            return self.finished(self.per_layer(steps))
+        if method == "integrated-inputs":
+            return self.finished(self.from_inputs(steps))
+        if method == "relp":
+            with relevance_rules(self.engine):
+                return self.finished(self.from_inputs(0))
+        corrected = method in ("qk", "atp*") and self.site in ("q", "k")
+        if method in ("graddrop", "atp*"):
+            return self.finished(self.with_drops(corrected=corrected))
+        state = self.base.resid[0][:, self.first :].detach()
+        return self.finished(self._along(state, self.rows, corrected=corrected)[0])
+
+    def with_drops(self, *, corrected: bool) -> Float[Tensor, "layer batch pos ..."]:
+        """GradDrop: one backward pass for each layer whose contribution is dropped."""
+        layers = self.engine.n_layers
+        state = self.base.resid[0][:, self.first :].detach()
+        found = self._along(state, self.rows, corrected=corrected, drops=range(layers))
+        # A site inside the dropped block is cut off with it, and says nothing in that pass.
+        inside = self.site not in ("resid_pre", "resid_post")
+        passes = max(1, layers - 1) if inside else layers
+        magnitude = torch.zeros_like(found[0])
+        signed = torch.zeros_like(found[0])
+        for one in found:
+            magnitude += one.abs()
+            signed += one
+        return torch.sign(signed) * magnitude / passes
 
     def from_inputs(self, steps: int) -> Float[Tensor, "layer batch pos ..."]:
         """All layers from one path over the embeddings, or with 0 steps from the base run alone."""
         embeddings = self.base.resid[0][:, self.first :].detach()
         if not steps:
-            return self._along(embeddings, self.rows)
-        other = self._embeddings_of_source()
+            return self._along(embeddings, self.rows)[0]
+        other = self.chunk.aligned(self.case.source.resid[0])[:, self.first :]
         change = self._masked(other.float() - embeddings.float())
         found: Tensor | None = None
         for alphas in _midpoints(steps, self.batch_rows // len(self.rows), embeddings.device):
             state = _between(embeddings, change, alphas)
-            part = self._along(state, self.rows.repeat(len(alphas)))
+            part = self._along(state, self.rows.repeat(len(alphas)))[0]
             part = part.unflatten(1, (len(alphas), len(self.rows))).sum(1)
             found = part if found is None else found + part
         assert found is not None
@@ -215,47 +212,64 @@ class _Path:
 
     def finished(
         self, found: Float[Tensor, "layer batch rerun_pos ..."]
-    ) -> Float[Tensor, "layer batch pos ..."]:
-        """Values of all positions: zero before the runs part, NaN where there is no counterpart."""
+    ) -> Float[Tensor, "layer batch col ..."]:
+        """Values of all cells: zero before the runs part, NaN where there is no counterpart."""
+        if not bool(torch.isfinite(found).all()):
+            pair = int(self.chunk.indices[(~torch.isfinite(found)).nonzero()[0, 1]])
+            raise ValueError(
+                f"the gradient of the metric of pair {pair} holds NaN or infinity; the model or "
+                "the metric is not differentiable there"
+            )
         layers, batch, _, *heads = found.shape
         result = found.new_zeros(layers, batch, self.chunk.base.shape[1], *heads)
         result[:, :, self.first :] = found
         missing = self.chunk.counterpart < 0
-        return result.masked_fill(missing.view(1, *missing.shape, *[1] * len(heads)), torch.nan)
+        result = result.masked_fill(missing.view(1, *missing.shape, *[1] * len(heads)), torch.nan)
+        return self.chunk.sum_of(result)
 
     def _along(
-        self, state: Float[Tensor, "rows pos d_model"], rows: Tensor
-    ) -> Float[Tensor, "layer rows pos ..."]:
-        """Run all blocks from the embeddings `state`; contract each site's gradient on the spot."""
+        self,
+        state: Float[Tensor, "rows pos d_model"],
+        rows: Tensor,
+        *,
+        corrected: bool = False,
+        drops: range | None = None,
+    ) -> list[Float[Tensor, "layer rows pos ..."]]:
+        """Run all blocks from the embeddings `state`; contract each site's gradient on the spot.
+
+        One entry for each layer of `drops`, whose contribution passes no gradient on; without
+        them one entry.
+        """
         found: list[Tensor | None] = [None] * self.engine.n_layers
-        hooks = [
-            (layer, self.site, self._contractor(layer, rows, found))
-            for layer in range(self.engine.n_layers)
-        ]
+        dropped: list[int] = []
+        site = "z" if corrected else self.site
+        hooks: list[tuple[int, str, SiteFunction]] = []
+        for layer in range(self.engine.n_layers):
+            contract = self._contraction(layer, rows, corrected=corrected)
+            hooks.append((layer, site, _watcher(layer, contract, found)))
+            if drops is not None:
+                hooks.append((layer, "block_out", _dropper(layer, dropped)))
         leaf = state.requires_grad_()
         run = self._begin()
         with self.engine.hooked(hooks):
             x = leaf.clone()  # so that the first site is no leaf, and its hook is called
             for layer in range(self.engine.n_layers):
                 x = self.engine.block(layer, x, run, rows=rows)
-        self._gradient(x, rows, leaf)
-        return torch.stack([part for part in found if part is not None])
+        metric = self._metric(x, rows)
+        results = []
+        for drop in [-1] if drops is None else drops:
+            dropped[:] = [drop]
+            torch.autograd.grad(metric, leaf, retain_graph=drops is not None)
+            results.append(torch.stack([part for part in found if part is not None]))
+        return results
 
-    def _contractor(
-        self, layer: int, rows: Tensor, found: list[Tensor | None]
+    def _contraction(
+        self, layer: int, rows: Tensor, *, corrected: bool
     ) -> Callable[[Tensor], Tensor]:
+        if corrected:
+            return QueryKey(self.case, self._begin, self.first).contraction(layer)
         change = self._change(layer)
-
-        def contract(gradient: Tensor) -> None:
-            found[layer] = (gradient.float() * change[rows]).sum(-1)
-
-        def watch(activation: Tensor) -> Tensor:
-            # Returned, so that the gradient also passes where a hook point reshapes what it shows.
-            activation = activation.view_as(activation)
-            activation.register_hook(contract)
-            return activation
-
-        return watch
+        return lambda gradient: (gradient.float() * change[rows]).sum(-1)
 
     def _of_layer(self, layer: int, steps: int) -> Float[Tensor, "batch pos ..."]:
         start = self.base.sites[layer][:, self.first :]
@@ -264,7 +278,8 @@ class _Path:
         for alphas in _midpoints(steps, self.batch_rows // len(self.rows), start.device):
             rows = self.rows.repeat(len(alphas))
             state = _between(start, change, alphas).requires_grad_()
-            gradient = self._gradient(self._from_state(layer, state, rows), rows, state)
+            metric = self._metric(self._from_state(layer, state, rows), rows)
+            (gradient,) = torch.autograd.grad(metric, state)
             part = gradient.float().unflatten(0, (len(alphas), len(self.rows))).sum(0)
             found = part if found is None else found + part
         assert found is not None
@@ -291,30 +306,47 @@ class _Path:
         # Only the number of positions matters to a pass, so that one row of tokens will do.
         return self.engine.begin(self.chunk.base[:1, self.first :], self.past)
 
-    def _gradient(self, resid: Tensor, rows: Tensor, leaf: Tensor) -> Tensor:
-        """The gradient of the metric, which is each row's own, with respect to `leaf`."""
+    def _metric(self, resid: Tensor, rows: Tensor) -> Float[Tensor, ""]:
+        """The sum of the metrics, each of which depends on its own row alone."""
         logits = target_logits(self.engine, resid, self.chunk.base_target[rows] - self.first)
-        metric = self.measure(logits, rows)
+        metric = self.case.measure(logits, rows)
         if not metric.requires_grad:
             raise ValueError(
                 "the metric gave a result without a gradient; compute it from the logits with "
                 "torch alone, without detach, item, numpy or argmax"
             )
-        return torch.autograd.grad(metric.sum(), leaf)[0]
+        return metric.sum()
 
     def _change(self, layer: int) -> Float[Tensor, "batch pos ..."]:
         """Source minus base activation in float32; zero where alike or without counterpart."""
-        other = self.chunk.aligned(self.source.sites[layer])[:, self.first :]
+        other = self.case.new(layer)[:, self.first :]
         return self._masked(other.float() - self.base.sites[layer][:, self.first :].float())
 
     def _masked(self, change: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
         differs = self.differs.view(*self.differs.shape, *[1] * (change.ndim - 2))
         return torch.where(differs, change, 0.0)
 
-    @torch.no_grad()
-    def _embeddings_of_source(self) -> Float[Tensor, "batch pos d_model"]:
-        embeddings = self.engine.begin(self.chunk.source).resid
-        return self.chunk.aligned(embeddings)[:, self.first :]
+
+def _watcher(
+    layer: int, contract: Callable[[Tensor], Tensor], found: list[Tensor | None]
+) -> SiteFunction:
+    def keep(gradient: Tensor) -> None:
+        found[layer] = contract(gradient)
+
+    def watch(activation: Tensor) -> Tensor:
+        # Returned, so that the gradient also passes where a hook point reshapes what it shows.
+        activation = activation.view_as(activation)
+        activation.register_hook(keep)
+        return activation
+
+    return watch
+
+
+def _dropper(layer: int, dropped: list[int]) -> SiteFunction:
+    def watch(contribution: Tensor) -> None:
+        contribution.register_hook(lambda g: torch.zeros_like(g) if layer in dropped else g)
+
+    return watch
 
 
 def _between(
@@ -333,9 +365,15 @@ def _midpoints(steps: int, at_once: int, device: torch.device) -> tuple[Tensor, 
     return torch.split(nodes, max(1, at_once))
 
 
-def _same_weights(pairs: Pairs) -> None:
-    for i in range(len(pairs)):
-        if weights_key(pairs.clean_teacher[i]) != weights_key(pairs.corrupted_teacher[i]):
+def _check_inputs(question: Question) -> None:
+    if question.corruption in ("mean", "zero"):
+        raise ValueError(
+            f'corruption="{question.corruption}" has no run of its own whose embeddings could be '
+            'the end of a path; use method="integrated"'
+        )
+    for i in range(len(question.pairs)):
+        clean, corrupted = question.teachers(i)
+        if weights_key(clean) != weights_key(corrupted):
             raise ValueError(
                 f"the teachers of pair {i} differ in weights, so that no path over the embeddings "
                 'leads from one run to the other; use method="integrated"'
@@ -343,11 +381,16 @@ def _same_weights(pairs: Pairs) -> None:
 
 
 def _verify(
-    model: Model, pairs: Pairs, effects: Effects, metric: Metric, *, k: int, seed: int
-) -> Agreement:
-    """Agreement with exact values of the `k` strongest cells and `k` others."""
+    model: Model, question: Question, effects: Effects, *, k: int, seed: int
+) -> Agreement | None:
+    """Agreement with exact values of the `k` strongest cells and `k` others.
+
+    None if there are not two cells to compare, as when the runs do not differ.
+    """
     flat = effects.values.ravel()
     present = np.flatnonzero(np.isfinite(flat) & (flat != 0))
+    if len(present) < 2:
+        return None
     order = present[np.argsort(-np.abs(flat[present]), kind="stable")]
     strongest, others = order[:k], order[k:]
     drawn = np.random.default_rng(seed).permutation(others)[:k]
@@ -355,10 +398,12 @@ def _verify(
     cells[strongest] = cells[drawn] = True
     exact = causal_mediation(
         model,
-        pairs,
-        site=effects.site,
-        direction=effects.direction,
-        metric=metric,
+        question.pairs,
+        site=question.site,
+        direction=question.direction,
+        metric=question.metric,
+        corruption=question.corruption,
+        span=question.span,
         cells=cells.reshape(effects.values.shape),
     )
     return agreement_of_cells(flat[cells], exact.values.ravel()[cells], k)
