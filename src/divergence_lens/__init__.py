@@ -17,6 +17,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from divergence_lens.attribution import attribution_patch
+from divergence_lens.corruption import EmbeddingNoise
+from divergence_lens.cross import CrossPatch, cross_patch, first_disagreements
 from divergence_lens.delta import Delta
 from divergence_lens.divergence import Divergence, find_divergence
 from divergence_lens.effects import Agreement, Effects
@@ -60,9 +62,11 @@ __all__ = [
     "ANIMALS",
     "TREES",
     "Agreement",
+    "CrossPatch",
     "Delta",
     "Divergence",
     "Effects",
+    "EmbeddingNoise",
     "Example",
     "Model",
     "NumberFilter",
@@ -77,9 +81,11 @@ __all__ = [
     "as_examples",
     "attribution_patch",
     "causal_mediation",
+    "cross_patch",
     "find_divergence",
     "finetune",
     "fingerprint",
+    "first_disagreements",
     "freeze_except",
     "generate",
     "layer_sweep",

@@ -373,7 +373,7 @@ def _check_models(engine: Engine, pairs: Pairs) -> None:
     models = [engine.model, *(t.model for t in _teachers(pairs) if t.model is not None)]
     if any(m.training for m in models):
         raise ValueError("the model is in training mode; call model.eval() first")
-    for other in map(Engine.of, models):
+    for other in (Engine.of(model, causal=False) for model in models):
         mine = (engine.n_layers, engine.n_heads, engine.d_model, engine.d_vocab)
         theirs = (other.n_layers, other.n_heads, other.d_model, other.d_vocab)
         if mine != theirs:

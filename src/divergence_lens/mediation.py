@@ -264,7 +264,7 @@ class _Patched:
             positions = torch.arange(self.chunk.base.shape[1], device=differing.device)
             differing = differing.clone()
             differing[:, -1] &= positions == self.chunk.base_target[:, None]
-        changed = self.chunk.any_of(differing)
+        changed = self.chunk.any_of(differing).clone()
         for further in range(1, self.window):
             changed[:, :-further] |= self.chunk.any_of(differing[:, further:])
         return changed
