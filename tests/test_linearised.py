@@ -208,6 +208,8 @@ def test_refuses_what_a_method_does_not_serve(model_of, unchecked):  # noqa: F81
     pairs = random_pairs(model.cfg.d_vocab)
     with pytest.raises(ValueError, match="corrects sites q and k"):
         attribution_patch(model, pairs, site="z", method="qk")
+    with pytest.raises(ValueError, match="patterns as constants"):
+        attribution_patch(model, pairs, site="k", method="relp")
     with pytest.raises(ValueError, match="holds NaN or infinity"):
         attribution_patch(
             model,

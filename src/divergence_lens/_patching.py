@@ -237,8 +237,14 @@ def target_logits(
     target: Int64[Tensor, " batch"],
 ) -> Float[Tensor, "batch d_vocab"]:
     """Logits of each row at its own target position; nothing else is normed or unembedded."""
-    at_target = resid[torch.arange(len(resid), device=resid.device), target]
-    logits: Tensor = engine.unembed(engine.norm(at_target[:, None])[:, 0]).float()
+    return logits_at(engine, resid[torch.arange(len(resid), device=resid.device), target])
+
+
+def logits_at(
+    engine: Engine, resid: Float[Tensor, "rows d_model"]
+) -> Float[Tensor, "rows d_vocab"]:
+    """Logits of single positions of the last residual, in float32."""
+    logits: Tensor = engine.unembed(engine.norm(resid[:, None])[:, 0]).float()
     return logits
 
 

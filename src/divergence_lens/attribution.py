@@ -21,7 +21,7 @@ from torch import Tensor
 
 from divergence_lens._linearised import QueryKey, relevance_rules
 from divergence_lens._metrics import Metric
-from divergence_lens._patching import Case, Question, Span, answer, check, target_logits
+from divergence_lens._patching import Case, Question, Span, answer, check, logits_at
 from divergence_lens.corruption import Corruption
 from divergence_lens.effects import Agreement, Direction, Effects, agreement_of_cells
 from divergence_lens.engine import Pass, SiteFunction
@@ -126,6 +126,11 @@ def attribution_patch(
         _check_inputs(question)
     if method == "qk" and site not in ("q", "k"):
         raise ValueError(f'method="qk" corrects sites q and k; for {site!r} use "gradient"')
+    if method == "relp" and site in ("q", "k"):
+        raise ValueError(
+            f'method="relp" takes attention patterns as constants, so that {site!r} has no part in '
+            'the result; use "qk"'
+        )
 
     def work(case: Case) -> Tensor:
         path = _Path(case, batch_rows)
@@ -255,7 +260,8 @@ class _Path:
             x = leaf.clone()  # so that the first site is no leaf, and its hook is called
             for layer in range(self.engine.n_layers):
                 x = self.engine.block(layer, x, run, rows=rows)
-        metric = self._metric(x, rows)
+        at = self.chunk.base_target[rows] - self.first
+        metric = self._metric(x[torch.arange(len(x), device=x.device), at], rows)
         results = []
         for drop in [-1] if drops is None else drops:
             dropped[:] = [drop]
@@ -287,8 +293,8 @@ class _Path:
 
     def _from_state(
         self, layer: int, state: Float[Tensor, "rows pos ..."], rows: Tensor
-    ) -> Float[Tensor, "rows pos d_model"]:
-        """The last residual when the site of `layer` holds `state`."""
+    ) -> Float[Tensor, "rows d_model"]:
+        """The last residual at the targets when the site of `layer` holds `state`."""
         run = self._begin()
         if self.site == "resid_pre":
             x, above = state, layer
@@ -298,18 +304,20 @@ class _Path:
             below = self.base.resid[layer][:, self.first :][rows]
             with self.engine.hooked([(layer, self.site, lambda _: state)]):
                 x, above = self.engine.block(layer, below, run, rows=rows), layer + 1
-        for upper in range(above, self.engine.n_layers):
+        at = self.chunk.base_target[rows] - self.first
+        if above == self.engine.n_layers:
+            return x[torch.arange(len(x), device=x.device), at]
+        for upper in range(above, self.engine.n_layers - 1):
             x = self.engine.block(upper, x, run, rows=rows)
-        return x
+        return self.engine.last_block(x, run, at, rows=rows)
 
     def _begin(self) -> Pass:
         # Only the number of positions matters to a pass, so that one row of tokens will do.
         return self.engine.begin(self.chunk.base[:1, self.first :], self.past)
 
-    def _metric(self, resid: Tensor, rows: Tensor) -> Float[Tensor, ""]:
+    def _metric(self, resid: Float[Tensor, "rows d_model"], rows: Tensor) -> Float[Tensor, ""]:
         """The sum of the metrics, each of which depends on its own row alone."""
-        logits = target_logits(self.engine, resid, self.chunk.base_target[rows] - self.first)
-        metric = self.case.measure(logits, rows)
+        metric = self.case.measure(logits_at(self.engine, resid), rows)
         if not metric.requires_grad:
             raise ValueError(
                 "the metric gave a result without a gradient; compute it from the logits with "

@@ -282,6 +282,9 @@ class Engine(ABC):
             `resid_post` of the block.
         """
         run.rows = rows
+        return self._with_sites(layer, resid, run)
+
+    def _with_sites(self, layer: int, resid: Tensor, run: Pass) -> Tensor:
         resid = self._apply(layer, "resid_pre", resid)
         self._block_input = resid
         try:
@@ -291,6 +294,22 @@ class Engine(ABC):
         if (layer, "block_out") in self._functions:
             out = resid + self._apply(layer, "block_out", out - resid)
         return self._apply(layer, "resid_post", out)
+
+    def last_block(
+        self,
+        resid: Float[Tensor, "rows pos d_model"],
+        run: Pass,
+        target: Int[Tensor, "rows"],
+        *,
+        rows: Int[Tensor, "rows"] | None = None,
+    ) -> Float[Tensor, "rows d_model"]:
+        """`block` of the last block, at one position of each row, its number in `resid`.
+
+        What follows the attention is computed at that position alone where that can be done. No
+        site of the block may be hooked, other than those of its attention.
+        """
+        out = self.block(self.n_layers - 1, resid, run, rows=rows)
+        return out[torch.arange(len(out), device=out.device), target]
 
     def site_heads(self, site: str) -> int:
         """How many heads `site` has; 0 if it has no axis of heads."""
@@ -539,6 +558,29 @@ class _HookedEngine(Engine):
         entry = _Entry(run, layer) if run.keep or run.offset else None
         out: Tensor = self._lens.blocks[layer](resid, past_kv_cache_entry=entry)
         return out
+
+    def last_block(
+        self,
+        resid: Float[Tensor, "rows pos d_model"],
+        run: Pass,
+        target: Int[Tensor, "rows"],
+        *,
+        rows: Int[Tensor, "rows"] | None = None,
+    ) -> Float[Tensor, "rows d_model"]:
+        if "resid_mid" not in self.sites:  # parallel, or without an MLP
+            return super().last_block(resid, run, target, rows=rows)
+
+        def at_target(_module: nn.Module, _inputs: Any, resid_mid: Tensor) -> Tensor:
+            each = torch.arange(len(resid_mid), device=resid_mid.device)
+            return resid_mid[each, target][:, None]
+
+        point = self._lens.blocks[self.n_layers - 1].hook_resid_mid
+        handle = point.register_forward_hook(at_target)
+        try:
+            run.rows = rows
+            return self._with_sites(self.n_layers - 1, resid, run)[:, 0]
+        finally:
+            handle.remove()
 
     def _site_module(self, layer: int, site: str) -> nn.Module:
         block = self._lens.blocks[layer]

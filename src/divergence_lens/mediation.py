@@ -42,7 +42,7 @@ from divergence_lens._patching import (
     Span,
     answer,
     check,
-    target_logits,
+    logits_at,
 )
 from divergence_lens.corruption import Corruption
 from divergence_lens.effects import Direction, Effects
@@ -324,6 +324,7 @@ class _Patched:
         patched = self._members(rows, first, stop)
         entries = (rows.layer + self.shift).tolist()
         running = 0
+        done: list[Tensor] = []
         x = base.resid[0].new_empty(0, stop - first, engine.d_model)
         for layer in range(entries[0], engine.n_layers + 1):
             joined = running
@@ -338,12 +339,20 @@ class _Patched:
                     fresh[row, position] = state[new.slot[row], new.batch[row], position + first]
                 x = torch.cat([x, fresh])
                 running = joined
-            if layer < engine.n_layers:
-                under_way = rows.part(slice(running))
-                with engine.hooked(self._on_the_way(layer, under_way, patched, first, head)):
-                    x = engine.block(layer, x, run, rows=rows.batch[:running])
-        logits = target_logits(engine, x, targets - first)
-        metric = self.case.measure(logits, rows.batch)
+            if layer == engine.n_layers:
+                break
+            under_way = rows.part(slice(running))
+            hooks = self._on_the_way(layer, under_way, patched, first, head)
+            if layer == engine.n_layers - 1 and not hooks:
+                at = (targets - first)[:running]
+                done = [engine.last_block(x, run, at, rows=under_way.batch)]
+                x = x[:0]
+            else:
+                with engine.hooked(hooks):
+                    x = engine.block(layer, x, run, rows=under_way.batch)
+        late = torch.arange(len(x), device=x.device)
+        done.append(x[late, (targets - first)[len(rows) - len(x) :]])
+        metric = self.case.measure(logits_at(engine, torch.cat(done)), rows.batch)
         return finite(metric, chunk.indices[rows.batch], "a patched run")
 
     def _on_the_way(
