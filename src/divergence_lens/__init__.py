@@ -16,7 +16,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from divergence_lens.attribution import attribution_patch
+from divergence_lens.attribution import attribution_patch, attribution_patch_sites
 from divergence_lens.corruption import EmbeddingNoise
 from divergence_lens.cross import CrossPatch, cross_patch, first_disagreements
 from divergence_lens.delta import Delta
@@ -80,6 +80,7 @@ __all__ = [
     "animal_teachers",
     "as_examples",
     "attribution_patch",
+    "attribution_patch_sites",
     "causal_mediation",
     "cross_patch",
     "find_divergence",

@@ -89,8 +89,8 @@ class QueryKey:
     as linear: the effect is the gradient of `z` times the exact change of `z`.
     """
 
-    def __init__(self, case: Case, start: Callable[[], Pass], first: int) -> None:
-        self._case, self._start, self._first = case, start, first
+    def __init__(self, case: Case, site: str, start: Callable[[], Pass], first: int) -> None:
+        self._case, self._site, self._start, self._first = case, site, start, first
 
     @torch.no_grad()
     def contraction(
@@ -98,7 +98,7 @@ class QueryKey:
     ) -> Callable[[Float[Tensor, "batch pos head d_head"]], Float[Tensor, "batch pos heads"]]:
         """From the gradient of `z` of one layer to the values of its queries or keys."""
         base, patched = self._attention(layer, patched=False), self._attention(layer, patched=True)
-        if self._case.site == "q":  # the query of one position reaches the z of that position only
+        if self._site == "q":  # the query of one position reaches the z of that position only
             change = patched["z"] - base["z"]
             return lambda gradient: (gradient.float() * change).sum(-1)
         weight = self._moved(base, patched)
@@ -145,11 +145,14 @@ class QueryKey:
 
             return keep
 
-        names = ("z",) if case.site == "q" else ("z", "v", "attn_scores", "pattern")
+        names = ("z",) if self._site == "q" else ("z", "v", "attn_scores", "pattern")
         functions: list[tuple[int, str, SiteFunction]] = [(layer, n, keeper(n)) for n in names]
         if patched:
-            new, differs = case.new(layer)[:, first:], case.chunk.differs[:, first:, None, None]
-            functions.append((layer, case.site, lambda old: torch.where(differs, new, old)))
+            new, differs = (
+                case.new(self._site, layer)[:, first:],
+                case.chunk.differs[:, first:, None, None],
+            )
+            functions.append((layer, self._site, lambda old: torch.where(differs, new, old)))
         with case.engine.hooked(functions):
             resid = case.base.resid[layer][:, first:]
             rows = torch.arange(len(resid), device=resid.device)

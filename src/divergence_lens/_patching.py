@@ -26,7 +26,7 @@ from divergence_lens._metrics import (
 )
 from divergence_lens.corruption import Corruption, EmbeddingNoise
 from divergence_lens.effects import Direction, Effects
-from divergence_lens.engine import Engine, KeyValues
+from divergence_lens.engine import Engine, KeyValues, SiteFunction
 from divergence_lens.models import Model, provenance
 from divergence_lens.pairs import PAIR_SEGMENTS, Pairs, weights_key
 from divergence_lens.teachers import Teacher
@@ -44,7 +44,7 @@ class Question:
     """What is to be measured, as the two public functions take it."""
 
     pairs: Pairs
-    site: str
+    sites: tuple[str, ...]
     direction: Direction
     metric: Metric
     corruption: Corruption
@@ -164,13 +164,13 @@ class Trace:
     """What one forward pass left behind.
 
     Attributes:
-        sites: The chosen site's activation per layer, `[batch, pos, ...]`.
+        sites: Of each chosen site its activation per layer, `[batch, pos, ...]`.
         resid: `resid_pre` of layer 0, and if kept of every layer, then the last `resid_post`.
         past: Keys and values of all positions; None unless kept.
         logits: `[batch, d_vocab]` at the targets, float32.
     """
 
-    sites: list[Tensor]
+    sites: dict[str, list[Tensor]]
     resid: list[Tensor]
     past: KeyValues | None
     logits: Float[Tensor, "batch d_vocab"]
@@ -182,7 +182,6 @@ class Case:
 
     Attributes:
         engine: Of the model that the base run is patched in.
-        site: The site.
         base: The run that is patched.
         source: The run whose states are put in; its sites may be made up by an ablation.
         measure: The metric.
@@ -191,15 +190,14 @@ class Case:
 
     engine: Engine
     chunk: Chunk
-    site: str
     base: Trace
     source: Trace
     measure: MetricFunction
     base_metric: Float[Tensor, " batch"]
 
-    def new(self, layer: int) -> Tensor:
-        """What replaces the site of `layer`, by base position; arbitrary without counterpart."""
-        return self.chunk.aligned(self.source.sites[layer])
+    def new(self, site: str, layer: int) -> Tensor:
+        """What replaces a site of `layer`, by base position; arbitrary without counterpart."""
+        return self.chunk.aligned(self.source.sites[site][layer])
 
 
 @torch.no_grad()
@@ -207,19 +205,20 @@ def trace(
     engine: Engine,
     tokens: Int64[Tensor, "batch pos"],
     target: Int64[Tensor, " batch"],
-    site: str,
+    sites: Sequence[str],
     *,
     noise: Float[Tensor, "batch pos d_model"] | None = None,
     keep: bool = False,
 ) -> Trace:
-    """Run `tokens` and keep one site of every layer, and with `keep` residuals, keys and values."""
-    sites: list[Tensor] = []
+    """Run `tokens` and keep sites of every layer, and with `keep` residuals, keys and values."""
+    kept: dict[str, list[Tensor]] = {site: [] for site in sites}
     resid: list[Tensor] = []
 
-    def watch(activation: Tensor) -> None:
-        sites.append(activation.detach())
+    def watch(site: str) -> SiteFunction:
+        return lambda activation: kept[site].append(activation.detach())
 
-    with engine.hooked([(layer, site, watch) for layer in range(engine.n_layers)]):
+    layers = range(engine.n_layers)
+    with engine.hooked([(layer, site, watch(site)) for layer in layers for site in kept]):
         run = engine.begin(tokens, keep=keep)
         x = run.resid if noise is None else run.resid + noise.to(run.resid.dtype)
         for layer in range(engine.n_layers):
@@ -228,7 +227,7 @@ def trace(
             x = engine.block(layer, x, run)
     if keep:
         resid.append(x)
-    return Trace(sites, resid, run.key_values() if keep else None, target_logits(engine, x, target))
+    return Trace(kept, resid, run.key_values() if keep else None, target_logits(engine, x, target))
 
 
 def target_logits(
@@ -272,15 +271,16 @@ def check(model: Model, question: Question, *, batch_rows: int) -> Engine:
     if batch_rows < 1:
         raise ValueError(f"batch_rows is {batch_rows}; at least 1 row is needed")
     engine = Engine.of(model, causal=False)
-    if question.site not in engine.sites:
-        reason = (
-            "its blocks are parallel: attention and MLP read the same residual"
-            if question.site == "resid_mid" and "mlp_out" in engine.sites
-            else "unknown name or not in this architecture"
-        )
-        raise ValueError(
-            f"this model has no site {question.site!r} ({reason}); it has {', '.join(engine.sites)}"
-        )
+    for site in question.sites:
+        if site not in engine.sites:
+            reason = (
+                "its blocks are parallel: attention and MLP read the same residual"
+                if site == "resid_mid" and "mlp_out" in engine.sites
+                else "unknown name or not in this architecture"
+            )
+            raise ValueError(
+                f"this model has no site {site!r} ({reason}); it has {', '.join(engine.sites)}"
+            )
     _check_models(engine, question.pairs)
     for i in range(len(question.pairs)):
         _check_rows(engine, question.pairs, i)
@@ -292,39 +292,37 @@ def check(model: Model, question: Question, *, batch_rows: int) -> Engine:
 def answer(
     model: Model,
     question: Question,
-    work: Callable[[Case], Float[Tensor, "layer batch col ..."]],
+    work: Callable[[Case], dict[str, Float[Tensor, "layer batch col ..."]]],
     *,
     size: int,
     method: str,
     progress: bool,
     **settings: Any,
-) -> Effects:
+) -> dict[str, Effects]:
     """Run both sides of every pair, chunk by chunk, and let `work` find the values.
 
     Args:
         model: The model, already checked.
         question: What is measured.
-        work: Gives the values of one chunk; it is called under the base run's weights.
+        work: Gives the values of one chunk by site; it is called under the base run's weights.
         size: At most so many pairs in a chunk.
         method: What the effects call it.
         progress: Whether to show a progress bar.
         **settings: Further entries of the header.
+
+    Returns:
+        The effects of each site.
     """
-    pairs, site, engine = question.pairs, question.site, Engine.of(model, causal=False)
-    heads = engine.site_heads(site)
-    values = np.full(
-        (
-            len(pairs),
-            engine.n_layers,
-            max(len(row) for row in question.columns),
-            *([heads] if heads else []),
-        ),
-        np.nan,
-        dtype=np.float32,
-    )
+    pairs, sites, engine = question.pairs, question.sites, Engine.of(model, causal=False)
+    shape = (len(pairs), engine.n_layers, max(len(row) for row in question.columns))
+    values = {}
+    for site in sites:
+        heads = engine.site_heads(site)
+        values[site] = np.full((*shape, heads) if heads else shape, np.nan, dtype=np.float32)
     metrics = np.zeros((2, len(pairs)), dtype=np.float32)  # base, source
     ablation = _ablation(model, question, size)
-    with tqdm(total=len(pairs), desc=f"{method} {site}", unit="pair", disable=not progress) as bar:
+    name = f"{method} {', '.join(sites)}"
+    with tqdm(total=len(pairs), desc=name, unit="pair", disable=not progress) as bar:
         for chunk, base_teacher, source_teacher in chunks(question, engine, size):
             noise = (None, chunk.noise) if chunk.noising else (chunk.noise, None)
             with weights(source_teacher, model) as source_model:
@@ -332,13 +330,13 @@ def answer(
                     Engine.of(source_model, causal=False),
                     chunk.source,
                     chunk.source_target,
-                    site,
+                    sites,
                     noise=noise[1],
                 )
             with weights(base_teacher, model) as base_model:
                 base_engine = Engine.of(base_model, causal=False)
                 base = trace(
-                    base_engine, chunk.base, chunk.base_target, site, noise=noise[0], keep=True
+                    base_engine, chunk.base, chunk.base_target, sites, noise=noise[0], keep=True
                 )
                 clean_logits = base.logits if chunk.noising else source.logits
                 measure = bind(question.metric, pairs, chunk.indices, clean_logits)
@@ -349,30 +347,33 @@ def answer(
                     (chunk, source) if ablation is None else ablation(chunk, base, source)
                 )
                 seen = _with_members(seen, question)
-                found = work(Case(base_engine, seen, site, base, states, measure, of_base))
-            _store(values, seen, found)
+                found = work(Case(base_engine, seen, base, states, measure, of_base))
+            for site in sites:
+                _store(values[site], seen, found[site])
             bar.update(len(chosen))
     noising = question.direction == "noising"
     named = {
-        "site": site,
         "direction": question.direction,
         "metric": metric_name(question.metric),
         "corruption": str(question.corruption),
         "span": question.span,
         **settings,
     }
-    return Effects(
-        values=values,
-        site=site,
-        method=method,
-        direction=question.direction,
-        metric=metric_name(question.metric),
-        clean_metric=metrics[0 if noising else 1],
-        corrupted_metric=metrics[1 if noising else 0],
-        segments=question.columns,
-        labels=question.labels,
-        header=provenance(model, **named),
-    )
+    return {
+        site: Effects(
+            values=values[site],
+            site=site,
+            method=method,
+            direction=question.direction,
+            metric=metric_name(question.metric),
+            clean_metric=metrics[0 if noising else 1],
+            corrupted_metric=metrics[1 if noising else 0],
+            segments=question.columns,
+            labels=question.labels,
+            header=provenance(model, site=site, **named),
+        )
+        for site in sites
+    }
 
 
 def _check_models(engine: Engine, pairs: Pairs) -> None:
@@ -472,7 +473,10 @@ def _ablation(
         here = torch.where(positions <= chunk.base_target[:, None], positions, -1)
         chunk = replace(chunk, counterpart=here, clean=here, start=torch.zeros_like(chunk.start))
         if means is None:
-            sites = [torch.zeros_like(activation) for activation in base.sites]
+            sites = {
+                site: [torch.zeros_like(activation) for activation in kept]
+                for site, kept in base.sites.items()
+            }
         else:
             sites = means.states(chunk, base)
         return chunk, replace(source, sites=sites)
@@ -481,7 +485,7 @@ def _ablation(
 
 
 class _Means:
-    """The mean of a site over the clean runs of all pairs, place by place.
+    """The means of sites over the clean runs of all pairs, place by place.
 
     Two positions are in the same place if they have the same number within the same segment.
     """
@@ -497,7 +501,7 @@ class _Means:
                 mine.append(places.setdefault((name, seen[name]), len(places)))
             self._places.append(torch.tensor(mine))
         engine = Engine.of(model, causal=False)
-        self._sums: list[Tensor] = []
+        sums: dict[tuple[str, int], Tensor] = {}
         counts = torch.zeros(len(places), device=engine.device)
         for chunk, teacher, _ in chunks(question, engine, size):
             with weights(teacher, model) as clean_model:
@@ -505,17 +509,20 @@ class _Means:
                     Engine.of(clean_model, causal=False),
                     chunk.base,
                     chunk.base_target,
-                    question.site,
+                    question.sites,
                 )
             rows, where = self._of(chunk)
             places_there = where[rows]
             counts.index_add_(0, places_there, torch.ones_like(places_there, dtype=counts.dtype))
-            for layer, activation in enumerate(run.sites):
-                if layer == len(self._sums):
-                    empty = activation.new_zeros(len(places), *activation.shape[2:]).float()
-                    self._sums.append(empty)
-                self._sums[layer].index_add_(0, places_there, activation[rows].float())
-        self._sums = [total / counts.view(-1, *[1] * (total.ndim - 1)) for total in self._sums]
+            for site, kept in run.sites.items():
+                for layer, activation in enumerate(kept):
+                    if (site, layer) not in sums:
+                        empty = activation.new_zeros(len(places), *activation.shape[2:]).float()
+                        sums[site, layer] = empty
+                    sums[site, layer].index_add_(0, places_there, activation[rows].float())
+        self._means = {
+            where: total / counts.view(-1, *[1] * (total.ndim - 1)) for where, total in sums.items()
+        }
 
     def _of(self, chunk: Chunk) -> tuple[Bool[Tensor, "batch pos"], Int64[Tensor, "batch pos"]]:
         """Which positions of the chunk are no padding, and the place of each."""
@@ -524,13 +531,16 @@ class _Means:
         positions = torch.arange(where.shape[1], device=where.device)
         return positions <= chunk.base_target[:, None], where
 
-    def states(self, chunk: Chunk, base: Trace) -> list[Tensor]:
-        """The means by layer, at each position of the chunk."""
+    def states(self, chunk: Chunk, base: Trace) -> dict[str, list[Tensor]]:
+        """The means by site and layer, at each position of the chunk."""
         where = self._of(chunk)[1]
-        return [
-            means[where].to(activation.dtype)
-            for means, activation in zip(self._sums, base.sites, strict=True)
-        ]
+        return {
+            site: [
+                self._means[site, layer][where].to(activation.dtype)
+                for layer, activation in enumerate(kept)
+            ]
+            for site, kept in base.sites.items()
+        }
 
 
 def _with_members(chunk: Chunk, question: Question) -> Chunk:

@@ -10,7 +10,7 @@ more passes. How far to trust it is a question of measurement: see `verify` and
 `Effects.agreement`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -31,6 +31,7 @@ from divergence_lens.pairs import Pairs, weights_key
 
 Method = Literal["gradient", "integrated", "integrated-inputs", "qk", "graddrop", "atp*", "relp"]
 
+_QUERY_KEY = ("q", "k")
 _ON_A_PATH = ("integrated", "integrated-inputs")
 
 
@@ -112,33 +113,85 @@ def attribution_patch(
             from the logits, or the inputs are to be integrated where no path over the embeddings
             leads from one run to the other (other weights, or an ablation).
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method is {method!r}; it is one of {', '.join(get_args(Method))}")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; at least 1 is needed")
-    if verify < 0:
-        raise ValueError(f"verify is {verify}; it is a number of cells, or 0 for none")
+    return attribution_patch_sites(
+        model,
+        pairs,
+        sites=(site,),
+        method=method,
+        steps=steps,
+        direction=direction,
+        metric=metric,
+        corruption=corruption,
+        span=span,
+        verify=verify,
+        seed=seed,
+        batch_rows=batch_rows,
+        progress=progress,
+    )[site]
+
+
+def attribution_patch_sites(
+    model: Model,
+    pairs: Pairs,
+    *,
+    sites: Sequence[str],
+    method: Method = "gradient",
+    steps: int = 10,
+    direction: Direction = "noising",
+    metric: Metric = "logit_difference",
+    corruption: Corruption = "counterfactual",
+    span: Span = "position",
+    verify: int = 0,
+    seed: int = 0,
+    batch_rows: int = 32,
+    progress: bool = False,
+) -> dict[str, Effects]:
+    """`attribution_patch` of several sites from the same passes.
+
+    All layers, positions and sites come from two forward passes and one backward (times the number
+    of steps or layers where the method says so). `integrated` alone has a path for each site.
+
+    Args:
+        model: As in `attribution_patch`, like all that follow.
+        pairs: What to patch.
+        sites: Which sites.
+        method: How.
+        steps: Midpoints on the path.
+        direction: Which run is patched.
+        metric: What is measured.
+        corruption: What makes the state that is put in.
+        span: What one cell covers.
+        verify: How many cells to check, for each site.
+        seed: Of the cells to check.
+        batch_rows: At most so many rows at once.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Effects by site.
+
+    Raises:
+        ValueError: As in `attribution_patch`; and if there are no sites, or one is named twice.
+    """
+    _check_options(sites, method, steps, verify)
     question = Question(
-        pairs=pairs, site=site, direction=direction, metric=metric, corruption=corruption, span=span
+        pairs=pairs,
+        sites=tuple(sites),
+        direction=direction,
+        metric=metric,
+        corruption=corruption,
+        span=span,
     )
     check(model, question, batch_rows=batch_rows)
     if method == "integrated-inputs":
         _check_inputs(question)
-    if method == "qk" and site not in ("q", "k"):
-        raise ValueError(f'method="qk" corrects sites q and k; for {site!r} use "gradient"')
-    if method == "relp" and site in ("q", "k"):
-        raise ValueError(
-            f'method="relp" takes attention patterns as constants, so that {site!r} has no part in '
-            'the result; use "qk"'
-        )
 
-    def work(case: Case) -> Tensor:
-        path = _Path(case, batch_rows)
+    def work(case: Case) -> dict[str, Tensor]:
+        path = _Path(case, sites, batch_rows)
         with case.engine.frozen(), torch.enable_grad():
-            return path.values(method, steps)
+            return {site: path.finished(part) for site, part in path.values(method, steps).items()}
 
     nodes = steps if method in _ON_A_PATH else 1
-    effects = answer(
+    found = answer(
         model,
         question,
         work,
@@ -148,16 +201,22 @@ def attribution_patch(
         steps=nodes,
     )
     if not verify:
-        return effects
-    return replace(effects, verified=_verify(model, question, effects, k=verify, seed=seed))
+        return found
+    return {
+        site: replace(effects, verified=_verify(model, question, effects, k=verify, seed=seed))
+        for site, effects in found.items()
+    }
+
+
+_Found = dict[str, Float[Tensor, "layer rows pos ..."]]
 
 
 class _Path:
     """Gradients along the way from the base to the source state, for one chunk."""
 
-    def __init__(self, case: Case, batch_rows: int) -> None:
+    def __init__(self, case: Case, sites: Sequence[str], batch_rows: int) -> None:
         self.case, self.engine, self.chunk, self.base = case, case.engine, case.chunk, case.base
-        self.site, self.batch_rows = case.site, batch_rows
+        self.sites, self.batch_rows = sites, batch_rows
         # What stands before the first difference is the same in both runs: kept, never rerun.
         self.first = int(case.chunk.start.min())
         past = case.base.past
@@ -165,55 +224,51 @@ class _Path:
         self.rows = torch.arange(len(case.chunk.indices), device=case.chunk.base.device)
         self.differs = case.chunk.differs[:, self.first :]
 
-    def values(self, method: Method, steps: int) -> Float[Tensor, "layer batch col ..."]:
-        """The values of every cell by one of the methods."""
+    def values(self, method: Method, steps: int) -> _Found:
+        """The values of the positions that are run again, by one of the methods."""
         if method == "integrated":
-            return self.finished(self.per_layer(steps))
+            layers = range(self.engine.n_layers)
+            return {
+                site: torch.stack([self._of_layer(site, layer, steps) for layer in layers])
+                for site in self.sites
+            }
+        state = self.base.resid[0][:, self.first :].detach()
         if method == "integrated-inputs":
-            return self.finished(self.from_inputs(steps))
+            return self.from_inputs(steps)
         if method == "relp":
             with relevance_rules(self.engine):
-                return self.finished(self.from_inputs(0))
-        corrected = method in ("qk", "atp*") and self.site in ("q", "k")
+                return self._along(state, self.rows)[0]
         if method in ("graddrop", "atp*"):
-            return self.finished(self.with_drops(corrected=corrected))
-        state = self.base.resid[0][:, self.first :].detach()
-        return self.finished(self._along(state, self.rows, corrected=corrected)[0])
+            return self.with_drops(corrected=method == "atp*")
+        return self._along(state, self.rows, corrected=method == "qk")[0]
 
-    def with_drops(self, *, corrected: bool) -> Float[Tensor, "layer batch pos ..."]:
+    def with_drops(self, *, corrected: bool) -> _Found:
         """GradDrop: one backward pass for each layer whose contribution is dropped."""
         layers = self.engine.n_layers
         state = self.base.resid[0][:, self.first :].detach()
         found = self._along(state, self.rows, corrected=corrected, drops=range(layers))
-        # A site inside the dropped block is cut off with it, and says nothing in that pass.
-        inside = self.site not in ("resid_pre", "resid_post")
-        passes = max(1, layers - 1) if inside else layers
-        magnitude = torch.zeros_like(found[0])
-        signed = torch.zeros_like(found[0])
-        for one in found:
-            magnitude += one.abs()
-            signed += one
-        return torch.sign(signed) * magnitude / passes
+        result = {}
+        for site in self.sites:
+            # A site inside the dropped block is cut off with it, and says nothing in that pass.
+            inside = site not in ("resid_pre", "resid_post")
+            passes = max(1, layers - 1) if inside else layers
+            every = torch.stack([one[site] for one in found])
+            result[site] = torch.sign(every.sum(0)) * every.abs().sum(0) / passes
+        return result
 
-    def from_inputs(self, steps: int) -> Float[Tensor, "layer batch pos ..."]:
-        """All layers from one path over the embeddings, or with 0 steps from the base run alone."""
+    def from_inputs(self, steps: int) -> _Found:
+        """All layers from one path over the embeddings."""
         embeddings = self.base.resid[0][:, self.first :].detach()
-        if not steps:
-            return self._along(embeddings, self.rows)[0]
         other = self.chunk.aligned(self.case.source.resid[0])[:, self.first :]
         change = self._masked(other.float() - embeddings.float())
-        found: Tensor | None = None
+        result: _Found = {}
         for alphas in _midpoints(steps, self.batch_rows // len(self.rows), embeddings.device):
             state = _between(embeddings, change, alphas)
-            part = self._along(state, self.rows.repeat(len(alphas)))[0]
-            part = part.unflatten(1, (len(alphas), len(self.rows))).sum(1)
-            found = part if found is None else found + part
-        assert found is not None
-        return found / steps
-
-    def per_layer(self, steps: int) -> Float[Tensor, "layer batch pos ..."]:
-        """Each layer from a path over its own state."""
-        return torch.stack([self._of_layer(layer, steps) for layer in range(self.engine.n_layers)])
+            found = self._along(state, self.rows.repeat(len(alphas)))[0]
+            for site, part in found.items():
+                mean = part.unflatten(1, (len(alphas), len(self.rows))).sum(1) / steps
+                result[site] = result[site] + mean if site in result else mean
+        return result
 
     def finished(
         self, found: Float[Tensor, "layer batch rerun_pos ..."]
@@ -239,26 +294,28 @@ class _Path:
         *,
         corrected: bool = False,
         drops: range | None = None,
-    ) -> list[Float[Tensor, "layer rows pos ..."]]:
+    ) -> list[_Found]:
         """Run all blocks from the embeddings `state`; contract each site's gradient on the spot.
 
         One entry for each layer of `drops`, whose contribution passes no gradient on; without
         them one entry.
         """
-        found: list[Tensor | None] = [None] * self.engine.n_layers
+        layers = range(self.engine.n_layers)
+        found: dict[tuple[str, int], Tensor] = {}
         dropped: list[int] = []
-        site = "z" if corrected else self.site
         hooks: list[tuple[int, str, SiteFunction]] = []
-        for layer in range(self.engine.n_layers):
-            contract = self._contraction(layer, rows, corrected=corrected)
-            hooks.append((layer, site, _watcher(layer, contract, found)))
-            if drops is not None:
-                hooks.append((layer, "block_out", _dropper(layer, dropped)))
+        for site in self.sites:
+            through = "z" if corrected and site in _QUERY_KEY else site
+            for layer in layers:
+                contract = self._contraction(site, layer, rows, corrected=through != site)
+                hooks.append((layer, through, _watcher((site, layer), contract, found)))
+        if drops is not None:
+            hooks += [(layer, "block_out", _dropper(layer, dropped)) for layer in layers]
         leaf = state.requires_grad_()
         run = self._begin()
         with self.engine.hooked(hooks):
             x = leaf.clone()  # so that the first site is no leaf, and its hook is called
-            for layer in range(self.engine.n_layers):
+            for layer in layers:
                 x = self.engine.block(layer, x, run, rows=rows)
         at = self.chunk.base_target[rows] - self.first
         metric = self._metric(x[torch.arange(len(x), device=x.device), at], rows)
@@ -266,25 +323,28 @@ class _Path:
         for drop in [-1] if drops is None else drops:
             dropped[:] = [drop]
             torch.autograd.grad(metric, leaf, retain_graph=drops is not None)
-            results.append(torch.stack([part for part in found if part is not None]))
+            results.append(
+                {site: torch.stack([found[site, layer] for layer in layers]) for site in self.sites}
+            )
         return results
 
     def _contraction(
-        self, layer: int, rows: Tensor, *, corrected: bool
+        self, site: str, layer: int, rows: Tensor, *, corrected: bool
     ) -> Callable[[Tensor], Tensor]:
         if corrected:
-            return QueryKey(self.case, self._begin, self.first).contraction(layer)
-        change = self._change(layer)
+            return QueryKey(self.case, site, self._begin, self.first).contraction(layer)
+        change = self._change(site, layer)
         return lambda gradient: (gradient.float() * change[rows]).sum(-1)
 
-    def _of_layer(self, layer: int, steps: int) -> Float[Tensor, "batch pos ..."]:
-        start = self.base.sites[layer][:, self.first :]
-        change = self._change(layer)
+    def _of_layer(self, site: str, layer: int, steps: int) -> Float[Tensor, "batch pos ..."]:
+        """One layer from a path over its own state."""
+        start = self.base.sites[site][layer][:, self.first :]
+        change = self._change(site, layer)
         found: Tensor | None = None
         for alphas in _midpoints(steps, self.batch_rows // len(self.rows), start.device):
             rows = self.rows.repeat(len(alphas))
             state = _between(start, change, alphas).requires_grad_()
-            metric = self._metric(self._from_state(layer, state, rows), rows)
+            metric = self._metric(self._from_state(site, layer, state, rows), rows)
             (gradient,) = torch.autograd.grad(metric, state)
             part = gradient.float().unflatten(0, (len(alphas), len(self.rows))).sum(0)
             found = part if found is None else found + part
@@ -292,17 +352,17 @@ class _Path:
         return (found * change).sum(-1) / steps
 
     def _from_state(
-        self, layer: int, state: Float[Tensor, "rows pos ..."], rows: Tensor
+        self, site: str, layer: int, state: Float[Tensor, "rows pos ..."], rows: Tensor
     ) -> Float[Tensor, "rows d_model"]:
         """The last residual at the targets when the site of `layer` holds `state`."""
         run = self._begin()
-        if self.site == "resid_pre":
+        if site == "resid_pre":
             x, above = state, layer
-        elif self.site == "resid_post":
+        elif site == "resid_post":
             x, above = state, layer + 1
         else:
             below = self.base.resid[layer][:, self.first :][rows]
-            with self.engine.hooked([(layer, self.site, lambda _: state)]):
+            with self.engine.hooked([(layer, site, lambda _: state)]):
                 x, above = self.engine.block(layer, below, run, rows=rows), layer + 1
         at = self.chunk.base_target[rows] - self.first
         if above == self.engine.n_layers:
@@ -325,10 +385,10 @@ class _Path:
             )
         return metric.sum()
 
-    def _change(self, layer: int) -> Float[Tensor, "batch pos ..."]:
+    def _change(self, site: str, layer: int) -> Float[Tensor, "batch pos ..."]:
         """Source minus base activation in float32; zero where alike or without counterpart."""
-        other = self.case.new(layer)[:, self.first :]
-        return self._masked(other.float() - self.base.sites[layer][:, self.first :].float())
+        other = self.case.new(site, layer)[:, self.first :]
+        return self._masked(other.float() - self.base.sites[site][layer][:, self.first :].float())
 
     def _masked(self, change: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
         differs = self.differs.view(*self.differs.shape, *[1] * (change.ndim - 2))
@@ -336,10 +396,12 @@ class _Path:
 
 
 def _watcher(
-    layer: int, contract: Callable[[Tensor], Tensor], found: list[Tensor | None]
+    where: tuple[str, int],
+    contract: Callable[[Tensor], Tensor],
+    found: dict[tuple[str, int], Tensor],
 ) -> SiteFunction:
     def keep(gradient: Tensor) -> None:
-        found[layer] = contract(gradient)
+        found[where] = contract(gradient)
 
     def watch(activation: Tensor) -> Tensor:
         # Returned, so that the gradient also passes where a hook point reshapes what it shows.
@@ -371,6 +433,25 @@ def _midpoints(steps: int, at_once: int, device: torch.device) -> tuple[Tensor, 
     """The middles of `steps` equal intervals of [0, 1], in portions of `at_once`."""
     nodes = (torch.arange(steps, device=device) + 0.5) / steps
     return torch.split(nodes, max(1, at_once))
+
+
+def _check_options(sites: Sequence[str], method: Method, steps: int, verify: int) -> None:
+    if not sites or len(set(sites)) < len(sites):
+        raise ValueError(f"sites is {list(sites)}; name at least one, and each once")
+    if method not in get_args(Method):
+        raise ValueError(f"method is {method!r}; it is one of {', '.join(get_args(Method))}")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; at least 1 is needed")
+    if verify < 0:
+        raise ValueError(f"verify is {verify}; it is a number of cells, or 0 for none")
+    for site in sites:
+        if method == "qk" and site not in _QUERY_KEY:
+            raise ValueError(f'method="qk" corrects sites q and k; for {site!r} use "gradient"')
+        if method == "relp" and site in _QUERY_KEY:
+            raise ValueError(
+                f'method="relp" takes attention patterns as constants, so that {site!r} has no '
+                'part in the result; use "qk"'
+            )
 
 
 def _check_inputs(question: Question) -> None:
@@ -407,7 +488,7 @@ def _verify(
     exact = causal_mediation(
         model,
         question.pairs,
-        site=question.site,
+        site=effects.site,
         direction=question.direction,
         metric=question.metric,
         corruption=question.corruption,

@@ -117,7 +117,12 @@ def causal_mediation(
             another shape or gives NaN, or `cells` does not fit.
     """
     question = Question(
-        pairs=pairs, site=site, direction=direction, metric=metric, corruption=corruption, span=span
+        pairs=pairs,
+        sites=(site,),
+        direction=direction,
+        metric=metric,
+        corruption=corruption,
+        span=span,
     )
     engine = check(model, question, batch_rows=batch_rows)
     if not 1 <= window <= engine.n_layers:
@@ -128,8 +133,9 @@ def causal_mediation(
     shape = (len(pairs), engine.n_layers, max(map(len, question.columns)))
     wanted = None if cells is None else _cell_mask(cells, (*shape, heads) if heads else shape)
 
-    def work(case: Case) -> Tensor:
-        return _Patched(case, window, batch_rows).effects(_wanted(wanted, case.chunk))
+    def work(case: Case) -> dict[str, Tensor]:
+        patched = _Patched(case, site, window, batch_rows)
+        return {site: patched.effects(_wanted(wanted, case.chunk))}
 
     return answer(
         model,
@@ -139,7 +145,7 @@ def causal_mediation(
         method="exact",
         progress=progress,
         window=window,
-    )
+    )[site]
 
 
 @dataclass(frozen=True)
@@ -176,9 +182,9 @@ class _Rows:
 class _Patched:
     """The staggered passes of one chunk."""
 
-    def __init__(self, case: Case, window: int, batch_rows: int) -> None:
-        self.case, self.window, self.batch_rows = case, window, batch_rows
-        self.engine, self.chunk, self.site = case.engine, case.chunk, case.site
+    def __init__(self, case: Case, site: str, window: int, batch_rows: int) -> None:
+        self.case, self.site, self.window, self.batch_rows = case, site, window, batch_rows
+        self.engine, self.chunk = case.engine, case.chunk
         self.heads = self.engine.site_heads(self.site)
         self.reaching = self.site in _REACHING
         # A row joins at the input of its layer, or of the next one if the patch is known by then.
@@ -187,7 +193,7 @@ class _Patched:
     @cached_property
     def new(self) -> list[Tensor]:
         """Per layer, what replaces the site, by base position."""
-        return [self.case.new(layer) for layer in range(self.engine.n_layers)]
+        return [self.case.new(self.site, layer) for layer in range(self.engine.n_layers)]
 
     def effects(
         self, wanted: Bool[Tensor, "layer batch col ..."] | None
@@ -250,9 +256,8 @@ class _Patched:
 
     def _differing(self) -> Bool[Tensor, "head layer batch pos"]:
         """Where the two runs have other states of the site, and a patch can matter."""
-        found = torch.stack(
-            [(new != old).any(-1) for new, old in zip(self.new, self.case.base.sites, strict=True)]
-        )
+        old = self.case.base.sites[self.site]
+        found = torch.stack([(new != own).any(-1) for new, own in zip(self.new, old, strict=True)])
         found = found.movedim(-1, 0) if self.heads else found[None]
         return found & self.chunk.differs
 
