@@ -86,6 +86,8 @@ class Question:
 
     def start(self, i: int) -> int:
         """The first position at which the two runs of pair `i` can differ in a causal model."""
+        if self.corruption in ("mean", "zero"):
+            return 0
         if self.noise:
             return int(self.noise.where(self.pairs.segments[i]).argmax())
         return self.pairs.first_difference(i)
@@ -297,6 +299,7 @@ def answer(
     size: int,
     method: str,
     progress: bool,
+    base_run: Callable[[Engine, Chunk, Tensor | None], Trace] | None = None,
     **settings: Any,
 ) -> dict[str, Effects]:
     """Run both sides of every pair, chunk by chunk, and let `work` find the values.
@@ -308,6 +311,7 @@ def answer(
         size: At most so many pairs in a chunk.
         method: What the effects call it.
         progress: Whether to show a progress bar.
+        base_run: What runs the base side in place of `trace`, given the noise on its embeddings.
         **settings: Further entries of the header.
 
     Returns:
@@ -335,9 +339,12 @@ def answer(
                 )
             with weights(base_teacher, model) as base_model:
                 base_engine = Engine.of(base_model, causal=False)
-                base = trace(
-                    base_engine, chunk.base, chunk.base_target, sites, noise=noise[0], keep=True
-                )
+                if base_run is None:
+                    base = trace(
+                        base_engine, chunk.base, chunk.base_target, sites, noise=noise[0], keep=True
+                    )
+                else:
+                    base = base_run(base_engine, chunk, noise[0])
                 clean_logits = base.logits if chunk.noising else source.logits
                 measure = bind(question.metric, pairs, chunk.indices, clean_logits)
                 of_base, of_source = _baselines(measure, chunk, base.logits, source.logits)
@@ -471,7 +478,7 @@ def _ablation(
     def ablate(chunk: Chunk, base: Trace, source: Trace) -> tuple[Chunk, Trace]:
         positions = torch.arange(chunk.base.shape[1], device=chunk.base.device)
         here = torch.where(positions <= chunk.base_target[:, None], positions, -1)
-        chunk = replace(chunk, counterpart=here, clean=here, start=torch.zeros_like(chunk.start))
+        chunk = replace(chunk, counterpart=here, clean=here)
         if means is None:
             sites = {
                 site: [torch.zeros_like(activation) for activation in kept]

@@ -11,7 +11,8 @@ more passes. How far to trust it is a question of measurement: see `verify` and
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -21,10 +22,20 @@ from torch import Tensor
 
 from divergence_lens._linearised import QueryKey, relevance_rules
 from divergence_lens._metrics import Metric
-from divergence_lens._patching import Case, Question, Span, answer, check, logits_at
+from divergence_lens._patching import (
+    Case,
+    Chunk,
+    Question,
+    Span,
+    Trace,
+    answer,
+    check,
+    logits_at,
+    trace,
+)
 from divergence_lens.corruption import Corruption
 from divergence_lens.effects import Agreement, Direction, Effects, agreement_of_cells
-from divergence_lens.engine import Pass, SiteFunction
+from divergence_lens.engine import Engine, Pass, SiteFunction
 from divergence_lens.mediation import causal_mediation
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs, weights_key
@@ -185,6 +196,9 @@ def attribution_patch_sites(
     if method == "integrated-inputs":
         _check_inputs(question)
 
+    def base_run(engine: Engine, chunk: Chunk, noise: Tensor | None) -> Trace:
+        return _recorded(engine, chunk, noise, sites, method)
+
     def work(case: Case) -> dict[str, Tensor]:
         path = _Path(case, sites, batch_rows)
         with case.engine.frozen(), torch.enable_grad():
@@ -198,6 +212,7 @@ def attribution_patch_sites(
         size=max(1, batch_rows // nodes),
         method=f"{method} ({steps} steps)" if method in _ON_A_PATH else method,
         progress=progress,
+        base_run=None if method in _ON_A_PATH else base_run,
         steps=nodes,
     )
     if not verify:
@@ -209,6 +224,138 @@ def attribution_patch_sites(
 
 
 _Found = dict[str, Float[Tensor, "layer rows pos ..."]]
+
+
+class _Record:
+    """A forward pass whose sites hand their gradients over, to be contracted on the spot.
+
+    Args:
+        engine: Of the model.
+        sites: The sites that are asked for.
+        through: For each of them the site whose gradient it takes.
+        drops: Whether a block's contribution can be dropped from the backward pass.
+    """
+
+    def __init__(
+        self, engine: Engine, sites: Sequence[str], through: dict[str, str], *, drops: bool = False
+    ) -> None:
+        self.engine, self.sites, self.through, self.drops = engine, sites, through, drops
+        self.contract: dict[tuple[str, int], Callable[[Tensor], Tensor]] = {}
+        self._found: dict[tuple[str, int], Tensor] = {}
+        self._dropped = -1
+        self._leaf: Tensor
+
+    def forward(
+        self, state: Float[Tensor, "rows pos d_model"], run: Pass, rows: Tensor | None = None
+    ) -> list[Float[Tensor, "rows pos d_model"]]:
+        """All blocks from the embeddings `state`; the residual before each, and after the last."""
+        layers = range(self.engine.n_layers)
+        hooks: list[tuple[int, str, SiteFunction]] = [
+            (layer, self.through[site], self._watcher(site, layer))
+            for site in self.sites
+            for layer in layers
+        ]
+        if self.drops:
+            hooks += [(layer, "block_out", self._dropper(layer)) for layer in layers]
+        self._leaf = state.detach().requires_grad_()
+        with self.engine.hooked(hooks):
+            resid = [self._leaf.clone()]  # so that the first site is no leaf, and its hook called
+            for layer in layers:
+                resid.append(self.engine.block(layer, resid[-1], run, rows=rows))
+        return resid
+
+    def backward(self, metric: Float[Tensor, ""], *, drop: int = -1, last: bool = True) -> _Found:
+        """What the sites make of their gradients; with `drop`, one block's contribution has none.
+
+        Args:
+            metric: The sum of the metrics.
+            drop: The layer, or -1 for none.
+            last: Whether the graph can go.
+        """
+        self._dropped = drop
+        torch.autograd.grad(metric, self._leaf, retain_graph=not last)
+        layers = range(self.engine.n_layers)
+        return {
+            site: torch.stack([self._found[site, layer] for layer in layers]) for site in self.sites
+        }
+
+    def _watcher(self, site: str, layer: int) -> SiteFunction:
+        def keep(gradient: Tensor) -> None:
+            self._found[site, layer] = self.contract[site, layer](gradient)
+
+        def watch(activation: Tensor) -> Tensor:
+            # Returned, so that the gradient also passes where a hook point reshapes what it shows.
+            activation = activation.view_as(activation)
+            activation.register_hook(keep)
+            return activation
+
+        return watch
+
+    def _dropper(self, layer: int) -> SiteFunction:
+        def drop(gradient: Tensor) -> Tensor:
+            return torch.zeros_like(gradient) if layer == self._dropped else gradient
+
+        def watch(contribution: Tensor) -> None:
+            contribution.register_hook(drop)
+
+        return watch
+
+
+@dataclass(frozen=True)
+class _Recorded(Trace):
+    """A base run that was recorded for the backward pass, so that it need not be run again.
+
+    Attributes:
+        record: Of the positions from the first difference on.
+        live: The last residual at the targets, with its graph.
+    """
+
+    record: _Record
+    live: Float[Tensor, "batch d_model"]
+
+
+def _recorded(
+    engine: Engine, chunk: Chunk, noise: Tensor | None, sites: Sequence[str], method: Method
+) -> _Recorded:
+    """The base run of a chunk, recorded from the first difference on."""
+    first = int(chunk.start.min())
+    tokens = chunk.base
+    before: Trace | None = None
+    if first:  # the same in both runs: no change, so no gradient is asked for
+        end = torch.full_like(chunk.base_target, first - 1)
+        before = trace(engine, tokens[:, :first], end, sites, keep=True)
+    corrected = method in ("qk", "atp*")
+    through = {site: "z" if corrected and site in _QUERY_KEY else site for site in sites}
+    record = _Record(engine, sites, through, drops=method in ("graddrop", "atp*"))
+    kept: dict[str, list[Tensor]] = {site: [] for site in sites}
+
+    def keeper(site: str) -> SiteFunction:
+        return lambda activation: kept[site].append(activation.detach())
+
+    layers = range(engine.n_layers)
+    watch = [(layer, site, keeper(site)) for layer in layers for site in sites]
+    with ExitStack() as stack:
+        stack.enter_context(engine.frozen())
+        stack.enter_context(torch.enable_grad())
+        if method == "relp":
+            stack.enter_context(relevance_rules(engine))
+        stack.enter_context(engine.hooked(watch))
+        run = engine.begin(tokens[:, first:], before.past if before else None)
+        state = run.resid if noise is None else run.resid + noise[:, first:].to(run.resid.dtype)
+        resid = record.forward(state, run)
+        each = torch.arange(len(tokens), device=tokens.device)
+        live = resid[-1][each, chunk.base_target - first]
+        with torch.no_grad():
+            logits = logits_at(engine, live)
+    resid = [one.detach() for one in resid]
+    if before is not None:
+        resid = [torch.cat(both, 1) for both in zip(before.resid, resid, strict=True)]
+        kept = {
+            site: [torch.cat(both, 1) for both in zip(before.sites[site], found, strict=True)]
+            for site, found in kept.items()
+        }
+    past = before.past if before else None
+    return _Recorded(kept, resid, past, logits, record=record, live=live)
 
 
 class _Path:
@@ -232,21 +379,22 @@ class _Path:
                 site: torch.stack([self._of_layer(site, layer, steps) for layer in layers])
                 for site in self.sites
             }
-        state = self.base.resid[0][:, self.first :].detach()
         if method == "integrated-inputs":
             return self.from_inputs(steps)
-        if method == "relp":
-            with relevance_rules(self.engine):
-                return self._along(state, self.rows)[0]
+        assert isinstance(self.base, _Recorded)
+        record = self.base.record
+        self._prepare(record, self.rows, corrected=method in ("qk", "atp*"))
+        # The final norm is run here, so that its rule is needed here too.
+        with relevance_rules(self.engine) if method == "relp" else nullcontext():
+            metric = self._metric(self.base.live, self.rows)
         if method in ("graddrop", "atp*"):
-            return self.with_drops(corrected=method == "atp*")
-        return self._along(state, self.rows, corrected=method == "qk")[0]
+            return self.with_drops(record, metric)
+        return record.backward(metric)
 
-    def with_drops(self, *, corrected: bool) -> _Found:
+    def with_drops(self, record: "_Record", metric: Float[Tensor, ""]) -> _Found:
         """GradDrop: one backward pass for each layer whose contribution is dropped."""
         layers = self.engine.n_layers
-        state = self.base.resid[0][:, self.first :].detach()
-        found = self._along(state, self.rows, corrected=corrected, drops=range(layers))
+        found = [record.backward(metric, drop=layer, last=False) for layer in range(layers)]
         result = {}
         for site in self.sites:
             # A site inside the dropped block is cut off with it, and says nothing in that pass.
@@ -264,7 +412,13 @@ class _Path:
         result: _Found = {}
         for alphas in _midpoints(steps, self.batch_rows // len(self.rows), embeddings.device):
             state = _between(embeddings, change, alphas)
-            found = self._along(state, self.rows.repeat(len(alphas)))[0]
+            rows = self.rows.repeat(len(alphas))
+            record = _Record(self.engine, self.sites, {site: site for site in self.sites})
+            resid = record.forward(state, self._begin(), rows)[-1]
+            self._prepare(record, rows, corrected=False)
+            at = self.chunk.base_target[rows] - self.first
+            at_target = resid[torch.arange(len(resid), device=resid.device), at]
+            found = record.backward(self._metric(at_target, rows))
             for site, part in found.items():
                 mean = part.unflatten(1, (len(alphas), len(self.rows))).sum(1) / steps
                 result[site] = result[site] + mean if site in result else mean
@@ -287,46 +441,13 @@ class _Path:
         result = result.masked_fill(missing.view(1, *missing.shape, *[1] * len(heads)), torch.nan)
         return self.chunk.sum_of(result)
 
-    def _along(
-        self,
-        state: Float[Tensor, "rows pos d_model"],
-        rows: Tensor,
-        *,
-        corrected: bool = False,
-        drops: range | None = None,
-    ) -> list[_Found]:
-        """Run all blocks from the embeddings `state`; contract each site's gradient on the spot.
-
-        One entry for each layer of `drops`, whose contribution passes no gradient on; without
-        them one entry.
-        """
-        layers = range(self.engine.n_layers)
-        found: dict[tuple[str, int], Tensor] = {}
-        dropped: list[int] = []
-        hooks: list[tuple[int, str, SiteFunction]] = []
+    def _prepare(self, record: "_Record", rows: Tensor, *, corrected: bool) -> None:
+        """Say what becomes of each site's gradient."""
         for site in self.sites:
-            through = "z" if corrected and site in _QUERY_KEY else site
-            for layer in layers:
-                contract = self._contraction(site, layer, rows, corrected=through != site)
-                hooks.append((layer, through, _watcher((site, layer), contract, found)))
-        if drops is not None:
-            hooks += [(layer, "block_out", _dropper(layer, dropped)) for layer in layers]
-        leaf = state.requires_grad_()
-        run = self._begin()
-        with self.engine.hooked(hooks):
-            x = leaf.clone()  # so that the first site is no leaf, and its hook is called
-            for layer in layers:
-                x = self.engine.block(layer, x, run, rows=rows)
-        at = self.chunk.base_target[rows] - self.first
-        metric = self._metric(x[torch.arange(len(x), device=x.device), at], rows)
-        results = []
-        for drop in [-1] if drops is None else drops:
-            dropped[:] = [drop]
-            torch.autograd.grad(metric, leaf, retain_graph=drops is not None)
-            results.append(
-                {site: torch.stack([found[site, layer] for layer in layers]) for site in self.sites}
-            )
-        return results
+            for layer in range(self.engine.n_layers):
+                record.contract[site, layer] = self._contraction(
+                    site, layer, rows, corrected=corrected and site in _QUERY_KEY
+                )
 
     def _contraction(
         self, site: str, layer: int, rows: Tensor, *, corrected: bool
@@ -393,30 +514,6 @@ class _Path:
     def _masked(self, change: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
         differs = self.differs.view(*self.differs.shape, *[1] * (change.ndim - 2))
         return torch.where(differs, change, 0.0)
-
-
-def _watcher(
-    where: tuple[str, int],
-    contract: Callable[[Tensor], Tensor],
-    found: dict[tuple[str, int], Tensor],
-) -> SiteFunction:
-    def keep(gradient: Tensor) -> None:
-        found[where] = contract(gradient)
-
-    def watch(activation: Tensor) -> Tensor:
-        # Returned, so that the gradient also passes where a hook point reshapes what it shows.
-        activation = activation.view_as(activation)
-        activation.register_hook(keep)
-        return activation
-
-    return watch
-
-
-def _dropper(layer: int, dropped: list[int]) -> SiteFunction:
-    def watch(contribution: Tensor) -> None:
-        contribution.register_hook(lambda g: torch.zeros_like(g) if layer in dropped else g)
-
-    return watch
 
 
 def _between(
