@@ -64,7 +64,7 @@ def one_hook_per_cell(
 ) -> np.ndarray:
     """The textbook loop: one whole forward pass for each cell, one pair at a time."""
     engine, other = Engine.of(base_model), Engine.of(source_model)
-    heads = engine.n_heads if site == "z" else 1
+    heads = max(1, engine.site_heads(site))
     longest = max(len(row) for row in pairs.clean)
     values = np.full((len(pairs), engine.n_layers, longest, heads), np.nan, dtype=np.float32)
     for i in range(len(pairs)):
@@ -79,13 +79,13 @@ def one_hook_per_cell(
             here, there = (position, counterpart) if noising else (counterpart, position)
             for layer in range(engine.n_layers):
                 for head in range(heads):
-                    where = (slice(None), head) if site == "z" else (slice(None),)
+                    where = (slice(None), head) if engine.site_heads(site) else (slice(None),)
                     state = states[layer][:, there][where]
                     patch = _writer(here, where, state)
                     with engine.hooked([(layer, site, patch)]):
                         logits = engine.unembed(engine.final(base))[0, -1]
                     values[i, layer, position, head] = metric(logits, pairs, i) - before
-    return values if site == "z" else values[..., 0]
+    return values if engine.site_heads(site) else values[..., 0]
 
 
 def hand_set(n_heads: int = 2, *, n_layers: int = 2, **options: object) -> object:

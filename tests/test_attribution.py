@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from divergence_lens.attribution import attribution_patch
+from divergence_lens.attribution import attribution_patch, attribution_patch_sites
 from divergence_lens.engine import SITES, Engine
 from divergence_lens.mediation import causal_mediation
 from divergence_lens.pairs import Pairs
@@ -229,6 +229,21 @@ def test_leaves_the_model_as_it_was_also_after_an_error(model_of, method):  # no
         assert all(p.grad is None for p in parameters)
     finally:
         parameters[0].requires_grad_(True)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "atp*"])
+def test_several_sites_in_one_pass_equal_one_pass_each(model_of, method):  # noqa: F811
+    model = model_of("qwen2")
+    pairs = random_pairs(model.cfg.d_vocab, longer=(0, 1, 0, 2))
+    sites = ("resid_pre", "mlp_out", "z", "k")
+    together = attribution_patch_sites(model, pairs, sites=sites, method=method, steps=2, verify=2)
+    assert tuple(together) == sites
+    for site in sites:
+        alone = attribution_patch(model, pairs, site=site, method=method, steps=2)
+        assert_same(together[site].values, alone.values, atol=2e-5)
+        assert together[site].verified is not None
+    with pytest.raises(ValueError, match="each once"):
+        attribution_patch_sites(model, pairs, sites=("z", "z"))
 
 
 def test_refuses_what_cannot_be_attributed(model_of, unchecked):  # noqa: F811

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from divergence_lens.attribution import attribution_patch
 from divergence_lens.engine import SITES, Engine
 from divergence_lens.mediation import causal_mediation
 from divergence_lens.models import is_hooked
@@ -117,6 +118,50 @@ def test_equals_the_loops_of_transformer_lens(model_of, backend, site):
     np.testing.assert_allclose(
         effects.values[0] + effects.clean_metric[0], expected.numpy(), atol=1e-4
     )
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "attn_out", "z"])
+def test_a_model_that_attends_both_ways_equals_the_loops_of_transformer_lens(site):
+    model = bidirectional()
+    from transformer_lens import patching
+
+    clean = [[1, 2, 3, 4, 5, 6], [7, 1, 2, 3, 4], [6, 5, 4, 3, 2, 1]]
+    corrupted = [[1, 2, 5, 4, 5, 6], [7, 1, 4, 6, 4], [6, 5, 2, 2, 2, 1]]
+    pairs = Pairs.from_tokens(clean, corrupted, answers=[1, 2, 3], foils=[4, 5, 6])
+    loop = getattr(patching, f"get_act_patch_{'attn_head_out_by_pos' if site == 'z' else site}")
+    effects = causal_mediation(model, pairs, site=site)
+    approximate = attribution_patch(model, pairs, site=site, method="integrated", steps=50)
+    for i, length in enumerate((6, 5, 6)):
+        answer, foil = int(pairs.answers[i]), int(pairs.foils[i])
+        with torch.no_grad():
+            _, cache = model.run_with_cache(pairs.corrupted[i][None])
+            expected = loop(
+                model,
+                pairs.clean[i][None],
+                cache,
+                lambda x, a=answer, b=foil: x[0, -1, a] - x[0, -1, b],
+            )
+        found = effects.values[i, :, :length] + effects.clean_metric[i]
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+        if site == "resid_pre":  # states before the first difference differ too, and count
+            assert np.abs(effects.values[i, 1:, :2]).min() > 1e-6
+            sums = np.nansum(approximate.values[i], axis=1)
+            np.testing.assert_allclose(sums, effects.total[i], atol=2e-2)
+
+
+def test_only_patching_takes_a_model_that_attends_both_ways():
+    with pytest.raises(ValueError, match="both directions"):
+        Engine.of(bidirectional())
+
+
+def bidirectional():
+    """A random HookedTransformer in which every position reads all others."""
+    model = hand_set(attention_dir="bidirectional")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
 
 
 def test_shows_the_induction_circuit_and_nothing_else():
@@ -281,8 +326,8 @@ def test_refuses_what_cannot_be_patched(model_of, unchecked):
     model = model_of("gpt2")
     vocab = model.cfg.d_vocab
     pairs = random_pairs(vocab)
-    with pytest.raises(ValueError, match="no site 'q'"):
-        causal_mediation(model, pairs, site="q")
+    with pytest.raises(ValueError, match="no site 'pattern'"):
+        causal_mediation(model, pairs, site="pattern")
     with pytest.raises(ValueError, match="direction is 'up'"):
         causal_mediation(model, pairs, direction="up")
     with pytest.raises(ValueError, match="metric is 'accuracy'"):
@@ -291,6 +336,8 @@ def test_refuses_what_cannot_be_patched(model_of, unchecked):
         causal_mediation(model, pairs, metric=lambda logits, _: logits)
     with pytest.raises(ValueError, match=r"pair \d is nan in the clean run"):
         causal_mediation(model, pairs, metric=lambda logits, _: logits[:, 0] * torch.nan)
+    with pytest.raises(ValueError, match=r"pair \d is nan in a patched run"):
+        causal_mediation(model, pairs, metric=nan_once_patched())
     with pytest.raises(ValueError, match="batch_rows is 0"):
         causal_mediation(model, pairs, batch_rows=0)
     with pytest.raises(ValueError, match="lacks the columns"):
@@ -310,6 +357,17 @@ def test_refuses_what_cannot_be_patched(model_of, unchecked):
             causal_mediation(model, pairs)
     finally:
         model.eval()
+
+
+def nan_once_patched():
+    """A metric that is sound for as many calls as there are baselines."""
+    calls = []
+
+    def metric(logits, _):
+        calls.append(len(logits))
+        return logits[:, 0] if len(calls) <= 2 else logits[:, 0] * torch.nan
+
+    return metric
 
 
 def test_refuses_states_of_a_model_of_another_shape():

@@ -16,7 +16,9 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from divergence_lens.attribution import attribution_patch
+from divergence_lens.attribution import attribution_patch, attribution_patch_sites
+from divergence_lens.corruption import EmbeddingNoise
+from divergence_lens.cross import CrossPatch, cross_patch, first_disagreements
 from divergence_lens.delta import Delta
 from divergence_lens.divergence import Divergence, find_divergence
 from divergence_lens.effects import Agreement, Effects
@@ -62,9 +64,11 @@ __all__ = [
     "PAPER",
     "TREES",
     "Agreement",
+    "CrossPatch",
     "Delta",
     "Divergence",
     "Effects",
+    "EmbeddingNoise",
     "Example",
     "Model",
     "NumberFilter",
@@ -79,10 +83,13 @@ __all__ = [
     "animal_teachers",
     "as_examples",
     "attribution_patch",
+    "attribution_patch_sites",
     "causal_mediation",
+    "cross_patch",
     "find_divergence",
     "finetune",
     "fingerprint",
+    "first_disagreements",
     "freeze_except",
     "generate",
     "layer_sweep",

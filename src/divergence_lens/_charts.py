@@ -295,6 +295,7 @@ def profile(
     what: str,
     detail: str,
     value_title: str,
+    across: str = "layer",
 ) -> go.Figure:
     """A line over layers with a band for its interval: name -> (mean, low, high)."""
     traces: list[Any] = []
@@ -323,7 +324,7 @@ def profile(
                 line={"color": colour, "width": 2.2},
                 marker={"size": 7, "symbol": style.SYMBOLS[i % len(style.SYMBOLS)]},
                 text=[
-                    f"layer {layer}, {style.escape(name)}: {m:.3f} (95 % interval {a:.3f} to "
+                    f"{across} {layer}, {style.escape(name)}: {m:.3f} (95 % interval {a:.3f} to "
                     f"{b:.3f})"
                     for layer, m, a, b in zip(layers, mean, low, high, strict=True)
                 ],
@@ -340,7 +341,7 @@ def profile(
         legend_rows=0 if len(series) == 1 else len(series),
         widest=620,
         xaxis=style.axis(
-            "layer",
+            across,
             grid=False,
             tickangle=0,
             tickvals=style.thinned(numbers, 10),

@@ -1,33 +1,96 @@
-"""What exact and approximate patching share: metrics, checks, and pairs cut into padded chunks."""
+"""What exact and approximate patching share: a question, its checks, and the loop over chunks.
+
+Pairs are cut into chunks of like length, padded on the right. For each chunk both runs are done
+once, and what a method does with them is handed in as a function.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from divergence_lens.effects import Direction
-from divergence_lens.engine import Engine, KeyValues
-from divergence_lens.models import Model
-from divergence_lens.pairs import Pairs, weights_key
+from divergence_lens._metrics import (
+    Metric,
+    MetricFunction,
+    bind,
+    check_metric,
+    finite,
+    metric_name,
+)
+from divergence_lens.corruption import Corruption, EmbeddingNoise
+from divergence_lens.effects import Direction, Effects
+from divergence_lens.engine import Engine, KeyValues, SiteFunction
+from divergence_lens.models import Model, provenance
+from divergence_lens.pairs import PAIR_SEGMENTS, Pairs, weights_key
 from divergence_lens.teachers import Teacher
 
-MetricFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-Metric: TypeAlias = (
-    Literal["logit_difference", "probability_difference", "log_probability", "kl"] | MetricFunction
-)
-Cells: TypeAlias = Bool[np.ndarray, "pairs layers clean_pos *heads"]
+Span = Literal["position", "segment", "all"]
+"""What one cell covers: a position, all positions of a segment, or all positions."""
 
-_METRICS = ("logit_difference", "probability_difference", "log_probability", "kl")
+ALL = "all positions"
+
+Cells: TypeAlias = Bool[np.ndarray, "pairs layers columns *heads"]
 
 
-def metric_name(metric: Metric) -> str:
-    """The name under which effects of `metric` are kept."""
-    return metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is to be measured, as the two public functions take it."""
+
+    pairs: Pairs
+    sites: tuple[str, ...]
+    direction: Direction
+    metric: Metric
+    corruption: Corruption
+    span: Span
+
+    @property
+    def noise(self) -> EmbeddingNoise | None:
+        """The noise that makes the corrupted run, if noise does."""
+        return self.corruption if isinstance(self.corruption, EmbeddingNoise) else None
+
+    @cached_property
+    def columns(self) -> tuple[tuple[str, ...], ...]:
+        """For each pair the segments that its cells stand for, one name a cell."""
+        if self.span == "position":
+            return self.pairs.segments
+        if self.span == "all":
+            return ((ALL,),) * len(self.pairs)
+        order = {name: i for i, name in enumerate(PAIR_SEGMENTS)}
+        return tuple(
+            tuple(sorted(dict.fromkeys(row), key=lambda name: (order.get(name, len(order)), name)))
+            for row in self.pairs.segments
+        )
+
+    @property
+    def labels(self) -> tuple[tuple[str, ...], ...]:
+        """For each pair what its cells are called, one text a cell."""
+        return self.pairs.labels if self.span == "position" else self.columns
+
+    def teachers(self, i: int) -> tuple[Teacher | None, Teacher | None]:
+        """Whose weights the clean and the corrupted run of pair `i` have."""
+        clean = self.pairs.clean_teacher[i]
+        return clean, clean if self.noise else self.pairs.corrupted_teacher[i]
+
+    def corrupted(self, i: int) -> tuple[Int64[Tensor, " _"], Int64[np.ndarray, " _"]]:
+        """The corrupted row of pair `i`, and for each clean position the one in it."""
+        if self.noise:
+            return self.pairs.clean[i], np.arange(len(self.pairs.clean[i]))
+        return self.pairs.corrupted[i], self.pairs.alignment[i]
+
+    def start(self, i: int) -> int:
+        """The first position at which the two runs of pair `i` can differ in a causal model."""
+        if self.corruption in ("mean", "zero"):
+            return 0
+        if self.noise:
+            return int(self.noise.where(self.pairs.segments[i]).argmax())
+        return self.pairs.first_difference(i)
 
 
 @dataclass(frozen=True)
@@ -44,6 +107,9 @@ class Chunk:
         clean: For each base position the clean position, -1 for none and for padding.
         start: `[batch]`, the first base position at which the two runs can differ.
         noising: Whether the base is the clean run.
+        noise: What is added to the embeddings of the corrupted run, if anything.
+        members: For each cell of a row the base positions that it covers; None if each covers
+            the position of its own number.
     """
 
     indices: Int64[Tensor, " batch"]
@@ -55,17 +121,44 @@ class Chunk:
     clean: Int64[Tensor, "batch pos"]
     start: Int64[Tensor, " batch"]
     noising: bool
+    noise: Float[Tensor, "batch _ d_model"] | None = None
+    members: Bool[Tensor, "batch column pos"] | None = None
 
-    @property
+    @cached_property
     def differs(self) -> Bool[Tensor, "batch pos"]:
         """Where a patch can matter: a counterpart, and not before the runs part."""
         positions = torch.arange(self.base.shape[1], device=self.base.device)
         return (self.counterpart >= 0) & (positions >= self.start[:, None])
 
+    @property
+    def missing(self) -> Bool[Tensor, "batch column"]:
+        """Cells none of whose positions has a counterpart."""
+        there = self.counterpart >= 0
+        if self.members is None:
+            return ~there
+        return ~(self.members & there[:, None]).any(-1)
+
     def aligned(self, activations: Float[Tensor, "batch source_pos ..."]) -> Tensor:
         """Source activations at each base position; arbitrary where there is no counterpart."""
         rows = torch.arange(len(activations), device=activations.device)[:, None]
         return activations[rows, self.counterpart.clamp(min=0)]
+
+    def any_of(self, positions: Bool[Tensor, "*more batch pos"]) -> Bool[Tensor, "*more batch col"]:
+        """Which cells cover one of `positions`."""
+        if self.members is None:
+            return positions
+        return (positions[..., None, :] & self.members).any(-1)
+
+    def sum_of(
+        self, values: Float[Tensor, "layer batch pos ..."]
+    ) -> Float[Tensor, "layer batch col ..."]:
+        """Values of positions added up by cell; NaN where nothing is there."""
+        if self.members is None:
+            return values
+        there = (self.members & (self.counterpart >= 0)[:, None]).to(values.dtype)
+        added = torch.einsum("bcp,lbp...->lbc...", there, values.nan_to_num())
+        missing = self.missing.view(1, *self.missing.shape, *[1] * (values.ndim - 3))
+        return added.masked_fill(missing, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -73,16 +166,40 @@ class Trace:
     """What one forward pass left behind.
 
     Attributes:
-        sites: The chosen site's activation per layer, `[batch, pos, ...]`.
-        resid: `resid_pre` per layer, then the last `resid_post`; empty unless kept.
+        sites: Of each chosen site its activation per layer, `[batch, pos, ...]`.
+        resid: `resid_pre` of layer 0, and if kept of every layer, then the last `resid_post`.
         past: Keys and values of all positions; None unless kept.
         logits: `[batch, d_vocab]` at the targets, float32.
     """
 
-    sites: list[Tensor]
+    sites: dict[str, list[Tensor]]
     resid: list[Tensor]
     past: KeyValues | None
     logits: Float[Tensor, "batch d_vocab"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A chunk with both of its runs done, while the base run's weights are in place.
+
+    Attributes:
+        engine: Of the model that the base run is patched in.
+        base: The run that is patched.
+        source: The run whose states are put in; its sites may be made up by an ablation.
+        measure: The metric.
+        base_metric: `[batch]`, of the unpatched base run.
+    """
+
+    engine: Engine
+    chunk: Chunk
+    base: Trace
+    source: Trace
+    measure: MetricFunction
+    base_metric: Float[Tensor, " batch"]
+
+    def new(self, site: str, layer: int) -> Tensor:
+        """What replaces a site of `layer`, by base position; arbitrary without counterpart."""
+        return self.chunk.aligned(self.source.sites[site][layer])
 
 
 @torch.no_grad()
@@ -90,27 +207,29 @@ def trace(
     engine: Engine,
     tokens: Int64[Tensor, "batch pos"],
     target: Int64[Tensor, " batch"],
-    site: str,
+    sites: Sequence[str],
     *,
+    noise: Float[Tensor, "batch pos d_model"] | None = None,
     keep: bool = False,
 ) -> Trace:
-    """Run `tokens` and keep one site of every layer, and with `keep` residuals, keys and values."""
-    sites: list[Tensor] = []
+    """Run `tokens` and keep sites of every layer, and with `keep` residuals, keys and values."""
+    kept: dict[str, list[Tensor]] = {site: [] for site in sites}
     resid: list[Tensor] = []
 
-    def watch(activation: Tensor) -> None:
-        sites.append(activation.detach())
+    def watch(site: str) -> SiteFunction:
+        return lambda activation: kept[site].append(activation.detach())
 
-    with engine.hooked([(layer, site, watch) for layer in range(engine.n_layers)]):
+    layers = range(engine.n_layers)
+    with engine.hooked([(layer, site, watch(site)) for layer in layers for site in kept]):
         run = engine.begin(tokens, keep=keep)
-        x = run.resid
+        x = run.resid if noise is None else run.resid + noise.to(run.resid.dtype)
         for layer in range(engine.n_layers):
-            if keep:
+            if keep or not layer:
                 resid.append(x)
             x = engine.block(layer, x, run)
     if keep:
         resid.append(x)
-    return Trace(sites, resid, run.key_values() if keep else None, target_logits(engine, x, target))
+    return Trace(kept, resid, run.key_values() if keep else None, target_logits(engine, x, target))
 
 
 def target_logits(
@@ -119,49 +238,156 @@ def target_logits(
     target: Int64[Tensor, " batch"],
 ) -> Float[Tensor, "batch d_vocab"]:
     """Logits of each row at its own target position; nothing else is normed or unembedded."""
-    at_target = resid[torch.arange(len(resid), device=resid.device), target]
-    logits: Tensor = engine.unembed(engine.norm(at_target[:, None])[:, 0]).float()
+    return logits_at(engine, resid[torch.arange(len(resid), device=resid.device), target])
+
+
+def logits_at(
+    engine: Engine, resid: Float[Tensor, "rows d_model"]
+) -> Float[Tensor, "rows d_vocab"]:
+    """Logits of single positions of the last residual, in float32."""
+    logits: Tensor = engine.unembed(engine.norm(resid[:, None])[:, 0]).float()
     return logits
 
 
-def check(
-    model: Model, pairs: Pairs, *, site: str, direction: str, metric: Metric, batch_rows: int
-) -> Engine:
+def check(model: Model, question: Question, *, batch_rows: int) -> Engine:
     """Refuse what cannot be patched, and give the model's engine.
 
     Raises:
         ValueError: Named in the docstrings of the public functions.
     """
-    if direction not in ("noising", "denoising"):
-        raise ValueError(f'direction is {direction!r}; it is "noising" or "denoising"')
-    if not callable(metric) and metric not in _METRICS:
+    if question.direction not in ("noising", "denoising"):
+        raise ValueError(f'direction is {question.direction!r}; it is "noising" or "denoising"')
+    if question.span not in get_args(Span):
+        raise ValueError(f"span is {question.span!r}; it is one of {', '.join(get_args(Span))}")
+    if question.noise is None and question.corruption not in ("counterfactual", "mean", "zero"):
         raise ValueError(
-            f"metric is {metric!r}; it is one of {', '.join(_METRICS)}, or a function of "
-            "(logits [rows, d_vocab], pair indices [rows])"
+            f"corruption is {question.corruption!r}; it is counterfactual, mean, zero, or an "
+            "EmbeddingNoise"
         )
+    if question.corruption in ("mean", "zero") and question.direction == "denoising":
+        raise ValueError(
+            f'corruption="{question.corruption}" takes a state of the clean run away and has no '
+            'corrupted run to put the clean state back into; use direction="noising"'
+        )
+    check_metric(question.metric)
     if batch_rows < 1:
         raise ValueError(f"batch_rows is {batch_rows}; at least 1 row is needed")
-    engine = Engine.of(model)
-    if site not in engine.sites:
-        reason = (
-            "its blocks are parallel: attention and MLP read the same residual"
-            if site == "resid_mid" and "mlp_out" in engine.sites
-            else "unknown name or not in this architecture"
-        )
-        raise ValueError(
-            f"this model has no site {site!r} ({reason}); it has {', '.join(engine.sites)}"
-        )
-    _check_models(engine, pairs)
-    for i in range(len(pairs)):
-        _check_rows(engine, pairs, i)
+    engine = Engine.of(model, causal=False)
+    for site in question.sites:
+        if site not in engine.sites:
+            reason = (
+                "its blocks are parallel: attention and MLP read the same residual"
+                if site == "resid_mid" and "mlp_out" in engine.sites
+                else "unknown name or not in this architecture"
+            )
+            raise ValueError(
+                f"this model has no site {site!r} ({reason}); it has {', '.join(engine.sites)}"
+            )
+    _check_models(engine, question.pairs)
+    for i in range(len(question.pairs)):
+        _check_rows(engine, question.pairs, i)
+        if question.noise:
+            question.noise.where(question.pairs.segments[i])
     return engine
+
+
+def answer(
+    model: Model,
+    question: Question,
+    work: Callable[[Case], dict[str, Float[Tensor, "layer batch col ..."]]],
+    *,
+    size: int,
+    method: str,
+    progress: bool,
+    base_run: Callable[[Engine, Chunk, Tensor | None], Trace] | None = None,
+    **settings: Any,
+) -> dict[str, Effects]:
+    """Run both sides of every pair, chunk by chunk, and let `work` find the values.
+
+    Args:
+        model: The model, already checked.
+        question: What is measured.
+        work: Gives the values of one chunk by site; it is called under the base run's weights.
+        size: At most so many pairs in a chunk.
+        method: What the effects call it.
+        progress: Whether to show a progress bar.
+        base_run: What runs the base side in place of `trace`, given the noise on its embeddings.
+        **settings: Further entries of the header.
+
+    Returns:
+        The effects of each site.
+    """
+    pairs, sites, engine = question.pairs, question.sites, Engine.of(model, causal=False)
+    shape = (len(pairs), engine.n_layers, max(len(row) for row in question.columns))
+    values = {}
+    for site in sites:
+        heads = engine.site_heads(site)
+        values[site] = np.full((*shape, heads) if heads else shape, np.nan, dtype=np.float32)
+    metrics = np.zeros((2, len(pairs)), dtype=np.float32)  # base, source
+    ablation = _ablation(model, question, size)
+    name = f"{method} {', '.join(sites)}"
+    with tqdm(total=len(pairs), desc=name, unit="pair", disable=not progress) as bar:
+        for chunk, base_teacher, source_teacher in chunks(question, engine, size):
+            noise = (None, chunk.noise) if chunk.noising else (chunk.noise, None)
+            with weights(source_teacher, model) as source_model:
+                source = trace(
+                    Engine.of(source_model, causal=False),
+                    chunk.source,
+                    chunk.source_target,
+                    sites,
+                    noise=noise[1],
+                )
+            with weights(base_teacher, model) as base_model:
+                base_engine = Engine.of(base_model, causal=False)
+                if base_run is None:
+                    base = trace(
+                        base_engine, chunk.base, chunk.base_target, sites, noise=noise[0], keep=True
+                    )
+                else:
+                    base = base_run(base_engine, chunk, noise[0])
+                clean_logits = base.logits if chunk.noising else source.logits
+                measure = bind(question.metric, pairs, chunk.indices, clean_logits)
+                of_base, of_source = _baselines(measure, chunk, base.logits, source.logits)
+                chosen = chunk.indices.cpu().numpy()
+                metrics[0, chosen], metrics[1, chosen] = of_base.cpu(), of_source.cpu()
+                seen, states = (
+                    (chunk, source) if ablation is None else ablation(chunk, base, source)
+                )
+                seen = _with_members(seen, question)
+                found = work(Case(base_engine, seen, base, states, measure, of_base))
+            for site in sites:
+                _store(values[site], seen, found[site])
+            bar.update(len(chosen))
+    noising = question.direction == "noising"
+    named = {
+        "direction": question.direction,
+        "metric": metric_name(question.metric),
+        "corruption": str(question.corruption),
+        "span": question.span,
+        **settings,
+    }
+    return {
+        site: Effects(
+            values=values[site],
+            site=site,
+            method=method,
+            direction=question.direction,
+            metric=metric_name(question.metric),
+            clean_metric=metrics[0 if noising else 1],
+            corrupted_metric=metrics[1 if noising else 0],
+            segments=question.columns,
+            labels=question.labels,
+            header=provenance(model, site=site, **named),
+        )
+        for site in sites
+    }
 
 
 def _check_models(engine: Engine, pairs: Pairs) -> None:
     models = [engine.model, *(t.model for t in _teachers(pairs) if t.model is not None)]
     if any(m.training for m in models):
         raise ValueError("the model is in training mode; call model.eval() first")
-    for other in map(Engine.of, models):
+    for other in (Engine.of(model, causal=False) for model in models):
         mine = (engine.n_layers, engine.n_heads, engine.d_model, engine.d_vocab)
         theirs = (other.n_layers, other.n_heads, other.d_model, other.d_vocab)
         if mine != theirs:
@@ -199,117 +425,178 @@ def weights(teacher: Teacher | None, model: Model) -> AbstractContextManager[Mod
 
 
 def chunks(
-    pairs: Pairs, direction: Direction, size: int, device: torch.device
+    question: Question, engine: Engine, size: int
 ) -> Iterator[tuple[Chunk, Teacher | None, Teacher | None]]:
     """Pairs in chunks of at most `size` that share both sides' weights and are of like length.
+
+    Where attention goes both ways, padding would be read: there the lengths are equal.
 
     Yields:
         The chunk, the teacher whose weights the base run has, and that of the source run.
     """
-    noising = direction == "noising"
-    groups: dict[tuple[object, object], list[int]] = {}
+    pairs = question.pairs
+    groups: dict[tuple[object, ...], list[int]] = {}
     for i in range(len(pairs)):
-        key = (weights_key(pairs.clean_teacher[i]), weights_key(pairs.corrupted_teacher[i]))
+        key: tuple[object, ...] = tuple(weights_key(t) for t in question.teachers(i))
+        if not engine.causal:
+            key += (len(pairs.clean[i]), len(question.corrupted(i)[0]))
         groups.setdefault(key, []).append(i)
     for members in groups.values():
         members.sort(key=lambda i: (-len(pairs.clean[i]), i))
         for first in range(0, len(members), size):
             chosen = members[first : first + size]
-            clean, corrupted = pairs.clean_teacher[chosen[0]], pairs.corrupted_teacher[chosen[0]]
+            clean, corrupted = question.teachers(chosen[0])
+            noising = question.direction == "noising"
             base, source = (clean, corrupted) if noising else (corrupted, clean)
-            yield _chunk(pairs, chosen, device, noising=noising), base, source
+            yield _chunk(question, chosen, engine), base, source
 
 
-def bind(
-    metric: Metric,
-    pairs: Pairs,
-    indices: Int64[Tensor, " batch"],
-    clean_logits: Float[Tensor, "batch d_vocab"],
-) -> MetricFunction:
-    """A function of (logits, chunk rows) that gives the metric in float32 and checks its shape."""
-    device = clean_logits.device
-    answers = pairs.answers.to(device)[indices]
-    foils = pairs.foils.to(device)[indices]
-    reference = clean_logits.detach().log_softmax(-1) if metric == "kl" else None
-
-    def measure(logits: Tensor, rows: Tensor) -> Tensor:
-        def at(values: Tensor, tokens: Tensor) -> Tensor:
-            return values.gather(-1, tokens[rows][:, None])[:, 0]
-
-        if callable(metric):
-            return _checked(metric(logits, indices[rows]), logits, metric_name(metric))
-        if metric == "logit_difference":
-            return at(logits, answers) - at(logits, foils)
-        if metric == "probability_difference":
-            probabilities = logits.softmax(-1)
-            return at(probabilities, answers) - at(probabilities, foils)
-        if metric == "log_probability":
-            return at(logits.log_softmax(-1), answers)
-        assert reference is not None
-        expected = reference[rows]
-        return (expected.exp() * (expected - logits.log_softmax(-1))).sum(-1)
-
-    return measure
-
-
-def baselines(
+def _baselines(
     measure: MetricFunction,
     chunk: Chunk,
     base: Float[Tensor, "batch d_vocab"],
     source: Float[Tensor, "batch d_vocab"],
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """The metric of the unpatched base and source runs.
-
-    Raises:
-        ValueError: If one is NaN or infinite.
-    """
+    """The metric of the unpatched base and source runs, neither NaN nor infinite."""
     rows = torch.arange(len(chunk.indices), device=base.device)
-    results = measure(base, rows).detach(), measure(source, rows).detach()
     names = ("clean", "corrupted") if chunk.noising else ("corrupted", "clean")
-    for name, values in zip(names, results, strict=True):
-        if not bool(torch.isfinite(values).all()):
-            worst = int((~torch.isfinite(values)).nonzero()[0])
-            raise ValueError(
-                f"the metric of pair {int(chunk.indices[worst])} is {float(values[worst])} in the "
-                f"{name} run; the model or the metric gives NaN or infinity there"
-            )
-    return results
+    of_base, of_source = (
+        finite(measure(logits, rows).detach(), chunk.indices, f"the {name} run")
+        for logits, name in zip((base, source), names, strict=True)
+    )
+    return of_base, of_source
 
 
-def empty_values(pairs: Pairs, engine: Engine, site: str) -> np.ndarray:
-    """NaN for every cell."""
-    longest = max(len(row) for row in pairs.clean)
-    heads = (engine.n_heads,) if site == "z" else ()
-    return np.full((len(pairs), engine.n_layers, longest, *heads), np.nan, dtype=np.float32)
+def _ablation(
+    model: Model, question: Question, size: int
+) -> Callable[[Chunk, Trace, Trace], tuple[Chunk, Trace]] | None:
+    """What puts the states of an ablation in the place of the source run's, if it is one."""
+    if question.corruption not in ("mean", "zero"):
+        return None
+    means = _Means(model, question, size) if question.corruption == "mean" else None
+
+    def ablate(chunk: Chunk, base: Trace, source: Trace) -> tuple[Chunk, Trace]:
+        positions = torch.arange(chunk.base.shape[1], device=chunk.base.device)
+        here = torch.where(positions <= chunk.base_target[:, None], positions, -1)
+        chunk = replace(chunk, counterpart=here, clean=here)
+        if means is None:
+            sites = {
+                site: [torch.zeros_like(activation) for activation in kept]
+                for site, kept in base.sites.items()
+            }
+        else:
+            sites = means.states(chunk, base)
+        return chunk, replace(source, sites=sites)
+
+    return ablate
 
 
-def store(values: np.ndarray, chunk: Chunk, found: Float[Tensor, "layer batch pos ..."]) -> None:
-    """Put a chunk's values, by base position, into the result, by clean position."""
+class _Means:
+    """The means of sites over the clean runs of all pairs, place by place.
+
+    Two positions are in the same place if they have the same number within the same segment.
+    """
+
+    def __init__(self, model: Model, question: Question, size: int) -> None:
+        places: dict[tuple[str, int], int] = {}
+        self._places = []
+        for row in question.pairs.segments:
+            seen: dict[str, int] = {}
+            mine = []
+            for name in row:
+                seen[name] = seen.get(name, -1) + 1
+                mine.append(places.setdefault((name, seen[name]), len(places)))
+            self._places.append(torch.tensor(mine))
+        engine = Engine.of(model, causal=False)
+        sums: dict[tuple[str, int], Tensor] = {}
+        counts = torch.zeros(len(places), device=engine.device)
+        for chunk, teacher, _ in chunks(question, engine, size):
+            with weights(teacher, model) as clean_model:
+                run = trace(
+                    Engine.of(clean_model, causal=False),
+                    chunk.base,
+                    chunk.base_target,
+                    question.sites,
+                )
+            rows, where = self._of(chunk)
+            places_there = where[rows]
+            counts.index_add_(0, places_there, torch.ones_like(places_there, dtype=counts.dtype))
+            for site, kept in run.sites.items():
+                for layer, activation in enumerate(kept):
+                    if (site, layer) not in sums:
+                        empty = activation.new_zeros(len(places), *activation.shape[2:]).float()
+                        sums[site, layer] = empty
+                    sums[site, layer].index_add_(0, places_there, activation[rows].float())
+        self._means = {
+            where: total / counts.view(-1, *[1] * (total.ndim - 1)) for where, total in sums.items()
+        }
+
+    def _of(self, chunk: Chunk) -> tuple[Bool[Tensor, "batch pos"], Int64[Tensor, "batch pos"]]:
+        """Which positions of the chunk are no padding, and the place of each."""
+        chosen = [self._places[i] for i in chunk.indices.tolist()]
+        where = _padded(chosen, chunk.base.device)
+        positions = torch.arange(where.shape[1], device=where.device)
+        return positions <= chunk.base_target[:, None], where
+
+    def states(self, chunk: Chunk, base: Trace) -> dict[str, list[Tensor]]:
+        """The means by site and layer, at each position of the chunk."""
+        where = self._of(chunk)[1]
+        return {
+            site: [
+                self._means[site, layer][where].to(activation.dtype)
+                for layer, activation in enumerate(kept)
+            ]
+            for site, kept in base.sites.items()
+        }
+
+
+def _with_members(chunk: Chunk, question: Question) -> Chunk:
+    if question.span == "position":
+        return chunk
+    columns = [question.columns[i] for i in chunk.indices.tolist()]
+    members = np.zeros((len(columns), max(map(len, columns)), chunk.base.shape[1]), dtype=bool)
+    clean = chunk.clean.cpu().numpy()
+    for row, (pair, names) in enumerate(zip(chunk.indices.tolist(), columns, strict=True)):
+        here = np.flatnonzero(clean[row] >= 0)
+        of = np.array(question.pairs.segments[pair])[clean[row, here]]
+        for column, name in enumerate(names):
+            members[row, column, here] = (of == name) | (name == ALL)
+    return replace(chunk, members=torch.from_numpy(members).to(chunk.base.device))
+
+
+def _store(values: np.ndarray, chunk: Chunk, found: Float[Tensor, "layer batch col ..."]) -> None:
+    """Put a chunk's values into the result, which counts positions in the clean row."""
     result = found.float().cpu().numpy()
     clean = chunk.clean.cpu().numpy()
     for row, pair in enumerate(chunk.indices.tolist()):
-        here = np.flatnonzero(clean[row] >= 0)
-        values[pair][:, clean[row][here]] = result[:, row, here]
+        if chunk.members is None:
+            here = np.flatnonzero(clean[row] >= 0)
+            values[pair][:, clean[row][here]] = result[:, row, here]
+        else:
+            values[pair][:, : result.shape[2]] = result[:, row]
 
 
 def _teachers(pairs: Pairs) -> list[Teacher]:
     return [t for t in (*pairs.clean_teacher, *pairs.corrupted_teacher) if t is not None]
 
 
-def _chunk(pairs: Pairs, chosen: list[int], device: torch.device, *, noising: bool) -> Chunk:
+def _chunk(question: Question, chosen: list[int], engine: Engine) -> Chunk:
+    pairs, device, noising = question.pairs, engine.device, question.direction == "noising"
     clean = [pairs.clean[i] for i in chosen]
-    corrupted = [pairs.corrupted[i] for i in chosen]
+    corrupted, alignments = zip(*(question.corrupted(i) for i in chosen), strict=True)
     base, source = (clean, corrupted) if noising else (corrupted, clean)
     width = max(len(row) for row in base)
     counterpart = np.full((len(chosen), width), -1, dtype=np.int64)
     to_clean = counterpart.copy()
-    for row, i in enumerate(chosen):
-        there = np.flatnonzero(pairs.alignment[i] >= 0)
-        other = pairs.alignment[i][there]
+    for row, alignment in enumerate(alignments):
+        there = np.flatnonzero(alignment >= 0)
+        other = alignment[there]
         if noising:
             counterpart[row, there], to_clean[row, there] = other, there
         else:
             counterpart[row, other] = to_clean[row, other] = there
+    start = [question.start(i) if engine.causal else 0 for i in chosen]
+    noise = question.noise
     return Chunk(
         indices=torch.tensor(chosen, device=device),
         base=_padded(base, device),
@@ -318,8 +605,14 @@ def _chunk(pairs: Pairs, chosen: list[int], device: torch.device, *, noising: bo
         source_target=torch.tensor([len(row) - 1 for row in source], device=device),
         counterpart=torch.from_numpy(counterpart).to(device),
         clean=torch.from_numpy(to_clean).to(device),
-        start=torch.tensor([pairs.first_difference(i) for i in chosen], device=device),
+        start=torch.tensor(start, device=device),
         noising=noising,
+        noise=None
+        if noise is None
+        else torch.nn.utils.rnn.pad_sequence(
+            [noise.draw(engine, pairs.clean[i], pairs.segments[i]) for i in chosen],
+            batch_first=True,
+        ),
     )
 
 
@@ -327,13 +620,3 @@ def _padded(
     rows: Sequence[Int64[Tensor, " _"]], device: torch.device
 ) -> Int64[Tensor, "batch pos"]:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
-
-
-def _checked(values: object, logits: Tensor, name: str) -> Tensor:
-    if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
-        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"the metric {name!r} must return one number per row, [{len(logits)}], but gave {got} "
-            f"for logits of shape {list(logits.shape)}"
-        )
-    return values.float()

@@ -2,9 +2,9 @@
 
 A value is *the metric of the patched run minus the metric of the run that was patched*. With
 noising the corrupted state of one site is put into the clean run, with denoising the clean state
-into the corrupted run. The positions are always those of the clean row. Missing cells are NaN: the
-right end of shorter rows, positions that have no counterpart on the other side, and cells that were
-not asked for.
+into the corrupted run. The positions are always those of the clean row (or its segments, where one
+patch covers several positions). Missing cells are NaN: the right end of shorter rows, positions
+that have no counterpart on the other side, and cells that were not asked for.
 
 In the words of the mediation literature (Pearl 2001; Vig et al. 2020, arXiv 2004.12265), with the
 clean run as the baseline and the corruption as the treatment: the *total effect* is corrupted minus
@@ -126,10 +126,15 @@ class Effects:
     def total(self) -> Float32[np.ndarray, " pairs"]:
         """`[pairs]`: what a patch of everything would give, with the sign of the direction.
 
-        Corrupted minus clean metric for noising, clean minus corrupted for denoising.
+        Corrupted minus clean metric for noising, clean minus corrupted for denoising. Of an
+        ablation (`mean`, `zero`) it stays the difference of the pair's own two runs.
         """
         difference = self.corrupted_metric - self.clean_metric
         return np.asarray(difference if self.direction == "noising" else -difference)
+
+    def setting(self, name: str, usual: Any = None) -> Any:
+        """An option that these effects were made with, as the header has it; else `usual`."""
+        return self.header.get("settings", {}).get(name, usual)
 
     def near_zero(self, min_total: float = 0.01) -> Bool[np.ndarray, " pairs"]:
         """Which pairs have a total effect smaller than `min_total` (in units of the metric).
@@ -156,6 +161,16 @@ class Effects:
             verified=None,
         )
 
+    def natural_indirect(self) -> Float32[np.ndarray, "pairs layers pos *heads"]:
+        """The natural indirect effect of the corruption through each site: a noising value.
+
+        Raises:
+            ValueError: If these effects are of denoising, or of an ablation (which is no treatment
+                that the site could pass on).
+        """
+        self._check_mediation("noising", "natural indirect effects")
+        return self.values
+
     def natural_direct(self) -> Float32[np.ndarray, "pairs layers pos *heads"]:
         """The natural direct effect of the corruption past each site, shaped like `values`.
 
@@ -163,13 +178,9 @@ class Effects:
         metric. A site that carries the whole effect leaves 0.
 
         Raises:
-            ValueError: If these effects are of noising (they are natural indirect effects).
+            ValueError: If these effects are of noising, or of an ablation.
         """
-        if self.direction != "denoising":
-            raise ValueError(
-                "natural direct effects come from denoising; call causal_mediation(..., "
-                'direction="denoising") (noising values are natural indirect effects)'
-            )
+        self._check_mediation("denoising", "natural direct effects")
         shape = (-1,) + (1,) * (self.values.ndim - 1)
         return np.asarray(self.values - self.total.reshape(shape))
 
@@ -216,7 +227,7 @@ class Effects:
         import pandas as pd
 
         per_pair = _reduce(self._heads_added().transpose(2, 0, 1), reduce)
-        low, high = _bootstrap(per_pair, level, resamples, seed)
+        low, high = bootstrap(per_pair, level, resamples, seed)
         return pd.DataFrame(
             {
                 "effect": _nan_mean(per_pair, axis=0),
@@ -247,7 +258,7 @@ class Effects:
             Lower and upper ends. With one pair both equal its value.
         """
         data = self.values if of == "cells" else self._segment_array("sum")
-        return _bootstrap(data, level, resamples, seed)
+        return bootstrap(data, level, resamples, seed)
 
     def top(self, k: int) -> "pd.DataFrame":
         """The `k` cells with the largest magnitude, over all pairs, strongest first.
@@ -274,15 +285,20 @@ class Effects:
         """How well these effects (the approximation) stand for `other` (the exact ones).
 
         Args:
-            other: Effects of the same pairs, site and direction.
+            other: Effects of the same pairs, site, direction, corruption, span and window.
             k: How many of the strongest cells `recall` looks at.
 
         Raises:
-            ValueError: If the two are not of the same pairs, site, direction and metric, or have
-                fewer than two cells in common.
+            ValueError: If the two are not of the same pairs, site, direction, metric, corruption,
+                span and window, or have fewer than two cells in common.
         """
-        for name in ("site", "direction", "metric"):
-            mine, theirs = getattr(self, name), getattr(other, name)
+        compared = [
+            (name, getattr(self, name), getattr(other, name))
+            for name in ("site", "direction", "metric")
+        ]
+        for name, usual in (("corruption", "counterfactual"), ("span", "position"), ("window", 1)):
+            compared.append((name, self.setting(name, usual), other.setting(name, usual)))
+        for name, mine, theirs in compared:
             if mine != theirs:
                 raise ValueError(f"these effects are of {name} {mine!r}, the others of {theirs!r}")
         if self.values.shape != other.values.shape or self.labels != other.labels:
@@ -351,6 +367,18 @@ class Effects:
 
         return effects_heatmap(self, pair=pair)
 
+    def _check_mediation(self, direction: Direction, what: str) -> None:
+        if self.direction != direction:
+            raise ValueError(
+                f'{what} come from {direction}; call causal_mediation(..., direction="{direction}")'
+            )
+        ablation = self.setting("corruption", "counterfactual")
+        if ablation in ("mean", "zero"):
+            raise ValueError(
+                f'{what} are of a corrupted run; these come from corruption="{ablation}", '
+                "which has none"
+            )
+
     def _repr_html_(self) -> str:
         strongest = self.top(5).to_html(index=False, float_format=lambda x: f"{x:.3f}", border=0)
         shape = " x ".join(str(size) for size in self.values.shape)
@@ -402,6 +430,35 @@ def agreement_of_cells(
 ) -> Agreement:
     """Agreement of two lists of values of the same cells, see `Agreement`."""
     return _agreement(np.asarray(approximate), np.asarray(exact), k)
+
+
+def bootstrap(
+    values: Float[np.ndarray, "pairs ..."], level: float, resamples: int, seed: int
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """Percentile interval of the mean over pairs, NaN left out.
+
+    Raises:
+        ValueError: If `level` is not between 0 and 1, or `resamples` is not positive.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; it must lie between 0 and 1, such as 0.95")
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; at least 1 is needed")
+    generator = np.random.default_rng(seed)
+    n = len(values)
+    # Drawing pairs with replacement is weighting them by how often they were drawn.
+    weights = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    flat = values.reshape(n, -1)
+    there = np.isfinite(flat)
+    total = weights @ np.where(there, flat, 0)
+    count = weights @ there
+    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    low, high = np.full(flat.shape[1], np.nan), np.full(flat.shape[1], np.nan)
+    some = np.isfinite(means).any(0)
+    if some.any():
+        ends = np.nanquantile(means[:, some], [(1 - level) / 2, (1 + level) / 2], axis=0)
+        low[some], high[some] = ends
+    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
 
 
 def _agreement(
@@ -457,30 +514,6 @@ def _reduce(
     there = np.isfinite(values)
     total = np.where(there, values, 0).sum(0)
     return np.where(there.any(0), total, np.nan).astype(values.dtype)
-
-
-def _bootstrap(
-    values: Float[np.ndarray, "pairs ..."], level: float, resamples: int, seed: int
-) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must lie between 0 and 1, such as 0.95")
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; at least 1 is needed")
-    generator = np.random.default_rng(seed)
-    n = len(values)
-    # Drawing pairs with replacement is weighting them by how often they were drawn.
-    weights = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
-    flat = values.reshape(n, -1)
-    there = np.isfinite(flat)
-    total = weights @ np.where(there, flat, 0)
-    count = weights @ there
-    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    low, high = np.full(flat.shape[1], np.nan), np.full(flat.shape[1], np.nan)
-    some = np.isfinite(means).any(0)
-    if some.any():
-        ends = np.nanquantile(means[:, some], [(1 - level) / 2, (1 + level) / 2], axis=0)
-        low[some], high[some] = ends
-    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
 
 
 def _as_json(agreement: Agreement) -> dict[str, Any]:

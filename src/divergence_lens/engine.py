@@ -21,8 +21,18 @@ from torch import Tensor, nn
 
 from divergence_lens.models import Model, check_model, is_hooked, model_name, untyped
 
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
-"""The sites of a block. `z` is [batch, pos, head, d_head], the others [batch, pos, d_model]."""
+SITES = (
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "block_out", "z", "q", "k", "v"
+)  # fmt: skip
+"""The sites of a block, [batch, pos, d_model]; `z`, `q`, `k`, `v` are [batch, pos, head, d_head].
+
+`block_out` is all that the block adds to the residual. Queries and keys are taken before rotation,
+and keys and values have a head for each group of query heads."""
+
+PER_HEAD = ("z", "q", "k", "v")
+
+# Points between the sites, for those that change how a block computes.
+_INNER = ("attn_scores", "pattern", "mlp_pre", "mlp_pre_linear", "mlp_post")
 
 SiteFunction = Callable[[Tensor], Tensor | None]
 
@@ -124,7 +134,8 @@ class Engine(ABC):
 
     Attributes:
         model: the model.
-        n_layers, n_heads, d_model, d_head, d_vocab, n_ctx: its sizes.
+        n_layers, n_heads, n_kv_heads, d_model, d_head, d_vocab, n_ctx: its sizes.
+        causal: whether no position attends to a later one.
         sites: the names in `SITES` that this model has.
     """
 
@@ -136,18 +147,25 @@ class Engine(ABC):
         cfg = self._lens.cfg
         self.n_layers: int = cfg.n_layers
         self.n_heads: int = cfg.n_heads
+        self.n_kv_heads: int = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         self.d_model: int = cfg.d_model
         self.d_head: int = cfg.d_head
         self.d_vocab: int = cfg.d_vocab
         self.n_ctx: int = cfg.n_ctx
         parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
         self.sites = tuple(site for site in SITES if not (parallel and site == "resid_mid"))
+        self.causal = getattr(cfg, "attention_dir", "causal") == "causal"
         self._functions: dict[tuple[int, str], list[SiteFunction]] = {}
         self._block_input: Tensor | None = None
 
     @staticmethod
-    def of(model: Model) -> "Engine":
+    def of(model: Model, *, causal: bool = True) -> "Engine":
         """The engine of `model`; built, and checked against a plain forward, on the first call.
+
+        Args:
+            model: any model of TransformerLens.
+            causal: refuse a model that attends in both directions. Its passes must start at the
+                first position and have rows of one length.
 
         Raises:
             TypeError: `model` is not of TransformerLens.
@@ -155,12 +173,13 @@ class Engine(ABC):
                 does not equal its own forward.
         """
         engine = model.__dict__.get(_ENGINE) if isinstance(model, nn.Module) else None
-        if isinstance(engine, Engine) and engine.model is model:
+        if isinstance(engine, Engine) and engine.model is model and (engine.causal or not causal):
             return engine
         check_model(model)
-        if getattr(getattr(model, "cfg", None), "attention_dir", "causal") != "causal":
+        if causal and getattr(untyped(model).cfg, "attention_dir", "causal") != "causal":
             raise ValueError(
-                "the model attends in both directions; the library needs a causal language model"
+                "the model attends in both directions; this needs a causal language model "
+                "(only patching takes others)"
             )
         try:
             engine = _HookedEngine(model) if is_hooked(model) else _BridgeEngine(model)
@@ -270,12 +289,40 @@ class Engine(ABC):
             `resid_post` of the block.
         """
         run.rows = rows
+        return self._with_sites(layer, resid, run)
+
+    def _with_sites(self, layer: int, resid: Tensor, run: Pass) -> Tensor:
         resid = self._apply(layer, "resid_pre", resid)
         self._block_input = resid
         try:
-            return self._apply(layer, "resid_post", self._block(layer, resid, run))
+            out = self._block(layer, resid, run)
         finally:
             self._block_input = None
+        if (layer, "block_out") in self._functions:
+            out = resid + self._apply(layer, "block_out", out - resid)
+        return self._apply(layer, "resid_post", out)
+
+    def last_block(
+        self,
+        resid: Float[Tensor, "rows pos d_model"],
+        run: Pass,
+        target: Int[Tensor, "rows"],
+        *,
+        rows: Int[Tensor, "rows"] | None = None,
+    ) -> Float[Tensor, "rows d_model"]:
+        """`block` of the last block, at one position of each row, its number in `resid`.
+
+        What follows the attention is computed at that position alone where that can be done. No
+        site of the block may be hooked, other than those of its attention.
+        """
+        out = self.block(self.n_layers - 1, resid, run, rows=rows)
+        return out[torch.arange(len(out), device=out.device), target]
+
+    def site_heads(self, site: str) -> int:
+        """How many heads `site` has; 0 if it has no axis of heads."""
+        if site not in PER_HEAD:
+            return 0
+        return self.n_kv_heads if site in ("k", "v") else self.n_heads
 
     def final_from(
         self, resid: Float[Tensor, "batch pos d_model"], layer: int, run: Pass
@@ -321,6 +368,52 @@ class Engine(ABC):
             self.final(tokens)
         return {site: torch.stack(found) for site, found in kept.items()}
 
+    # -- parts of a block that rules of propagation act on ----------------------------------
+
+    def norms(self) -> list[nn.Module]:
+        """All norms of the model, the final one included."""
+        return [
+            module
+            for module in self.model.modules()
+            if hasattr(module, "hook_scale") and hasattr(module, "hook_normalized")
+        ]
+
+    @staticmethod
+    def norm_kind(norm: nn.Module) -> tuple[bool, Tensor | None, float]:
+        """Whether a norm takes the mean away, its bias if it has one, and its epsilon."""
+        inner: Any = getattr(norm, "original_component", norm)
+        rms = getattr(norm, "uses_rms_norm", "RMS" in type(norm).__name__)
+        bias = getattr(inner, "bias", getattr(inner, "b", None))
+        for name in ("eps", "variance_epsilon"):
+            if hasattr(inner, name):
+                return not rms, bias, float(getattr(inner, name))
+        raise ValueError(f"the norm {type(inner).__name__} does not say its epsilon")
+
+    def activation(self, layer: int) -> tuple[Callable[[Tensor], Tensor], bool]:
+        """The activation function of a block's MLP, and whether a second branch is gated by it.
+
+        Raises:
+            ValueError: the MLP is a mixture of experts, or one whose parts cannot be seen.
+        """
+        mlp: Any = self._lens.blocks[layer].mlp
+        inner = getattr(mlp, "original_component", mlp)
+        function = getattr(inner, "act_fn", getattr(inner, "act", None))
+        if not callable(function) or getattr(mlp, "ln", None) is not None:
+            raise ValueError(
+                f"the MLP {type(inner).__name__} of this model has no plain activation function"
+            )
+        try:
+            self._site_module(layer, "mlp_pre"), self._site_module(layer, "mlp_post")
+        except (AttributeError, KeyError) as error:
+            raise ValueError(
+                f"the MLP {type(inner).__name__} of this model does not show its activations"
+            ) from error
+        try:
+            self._site_module(layer, "mlp_pre_linear")
+        except (AttributeError, KeyError):
+            return function, False
+        return function, True
+
     # -- sites ------------------------------------------------------------------------------
 
     @contextmanager
@@ -329,7 +422,7 @@ class Engine(ABC):
 
         Args:
             functions: (layer, site, function). A function gets the activation, [batch, pos,
-                d_model] or, for `z`, [batch, pos, head, d_head], and returns its replacement, or
+                d_model] or, per head, [batch, pos, head, d_head], and returns its replacement, or
                 None to leave it. Replacing `resid_mid` changes the residual itself, not only what
                 the MLP reads.
 
@@ -341,7 +434,7 @@ class Engine(ABC):
         try:
             for layer, site, function in functions:
                 self._check_site(layer, site)
-                if site in ("resid_pre", "resid_post"):
+                if site in ("resid_pre", "resid_post", "block_out"):
                     self._functions.setdefault((layer, site), []).append(function)
                     added.append(((layer, site), function))
                     continue
@@ -381,7 +474,7 @@ class Engine(ABC):
 
     def _check_site(self, layer: int, site: str) -> None:
         self.check_layer(layer)
-        if site not in self.sites:
+        if site not in self.sites and site not in _INNER:
             reason = (
                 "attention and MLP read the same residual here, there is none between them"
                 if site in SITES
@@ -402,13 +495,15 @@ class Engine(ABC):
             return changed if changed is None or resid is None else changed - resid
 
         def heads(_module: nn.Module, _inputs: Any, z: Tensor) -> Tensor | None:
-            changed = function(z.reshape(*z.shape[:2], self.n_heads, self.d_head))
+            changed = function(z.reshape(*z.shape[:2], -1, self.d_head))
             return None if changed is None else changed.reshape(z.shape)
 
         def plain(_module: nn.Module, _inputs: Any, activation: Tensor) -> Tensor | None:
             return function(activation)
 
-        return {"resid_mid": mid, "z": heads}.get(site, plain)
+        if site in PER_HEAD:
+            return heads
+        return mid if site == "resid_mid" else plain
 
     @torch.no_grad()
     def check_against_own_forward(self) -> None:
@@ -416,8 +511,11 @@ class Engine(ABC):
         tokens = torch.arange(6, device=self.device)[None] * 3 % self.d_vocab
         # Told that nothing is padding: a tokenizer that pads on the left would have ids masked.
         plain = self.model(tokens, attention_mask=torch.ones_like(tokens)).float()
-        _, past = self.prefill(tokens[:, :2])
-        ours = self.unembed(self.final(tokens[:, 2:], past)).float()
+        if self.causal:
+            _, past = self.prefill(tokens[:, :2])
+            ours = self.unembed(self.final(tokens[:, 2:], past)).float()
+        else:
+            ours = self.unembed(self.final(tokens)).float()[:, 2:]
         scale = max(1.0, float(plain.abs().max()))
         difference = float((ours - plain[:, 2:]).abs().max()) / scale
         tolerance = 1e-4 if self.dtype in (torch.float32, torch.float64) else 0.05
@@ -468,9 +566,38 @@ class _HookedEngine(Engine):
         out: Tensor = self._lens.blocks[layer](resid, past_kv_cache_entry=entry)
         return out
 
+    def last_block(
+        self,
+        resid: Float[Tensor, "rows pos d_model"],
+        run: Pass,
+        target: Int[Tensor, "rows"],
+        *,
+        rows: Int[Tensor, "rows"] | None = None,
+    ) -> Float[Tensor, "rows d_model"]:
+        if "resid_mid" not in self.sites:  # parallel, or without an MLP
+            return super().last_block(resid, run, target, rows=rows)
+
+        def at_target(_module: nn.Module, _inputs: Any, resid_mid: Tensor) -> Tensor:
+            each = torch.arange(len(resid_mid), device=resid_mid.device)
+            return resid_mid[each, target][:, None]
+
+        point = self._lens.blocks[self.n_layers - 1].hook_resid_mid
+        handle = point.register_forward_hook(at_target)
+        try:
+            run.rows = rows
+            return self._with_sites(self.n_layers - 1, resid, run)[:, 0]
+        finally:
+            handle.remove()
+
     def _site_module(self, layer: int, site: str) -> nn.Module:
         block = self._lens.blocks[layer]
-        point: nn.Module = block.attn.hook_z if site == "z" else getattr(block, f"hook_{site}")
+        point: nn.Module
+        if site.startswith("mlp_p"):
+            point = getattr(block.mlp, f"hook_{site[4:]}")
+        elif site in PER_HEAD or site in _INNER:
+            point = getattr(block.attn, f"hook_{site}")
+        else:
+            point = getattr(block, f"hook_{site}")
         return point
 
     def by_position(self, layer: int) -> list[nn.Module]:
@@ -533,6 +660,12 @@ class _BridgeEngine(Engine):
         self._decoder: nn.Module = self._lens.original_model.base_model
         if any(type(block).__name__ == "ParallelBlockBridge" for block in self._lens.blocks):
             self.sites = tuple(site for site in self.sites if site != "resid_mid")
+        points = self._lens.hook_dict
+        self.sites = tuple(
+            site
+            for site in self.sites
+            if site not in PER_HEAD or f"blocks.0.{_bridge_point(site)}" in points
+        )
         self._in_tuple = self._blocks_return_tuples()
 
     @torch.no_grad()
@@ -586,8 +719,7 @@ class _BridgeEngine(Engine):
         return result
 
     def _site_module(self, layer: int, site: str) -> nn.Module:
-        name = "attn.hook_z" if site == "z" else f"hook_{site}"
-        point: nn.Module = self._lens.hook_dict[f"blocks.{layer}.{name}"]
+        point: nn.Module = self._lens.hook_dict[f"blocks.{layer}.{_bridge_point(site)}"]
         return point
 
     def by_position(self, layer: int) -> list[nn.Module]:
@@ -624,6 +756,12 @@ def _split_elsewhere(name: str, names: Iterable[str]) -> bool:
         if found and any(other.startswith(before + part) for other in names):
             return True
     return False
+
+
+def _bridge_point(site: str) -> str:
+    if site.startswith("mlp_p"):
+        return f"mlp.hook_{site[4:]}"
+    return f"attn.hook_{site}" if site in PER_HEAD or site in _INNER else f"hook_{site}"
 
 
 def _one_row(value: Any, batch: int) -> Any:

@@ -16,14 +16,16 @@ from jaxtyping import Float
 from divergence_lens import _charts as charts
 from divergence_lens import _grids as grids
 from divergence_lens import _style as style
+from divergence_lens.cross import CrossPatch
 from divergence_lens.divergence import Divergence
-from divergence_lens.effects import Effects
+from divergence_lens.effects import Effects, bootstrap
 from divergence_lens.evaluate import Preference
 from divergence_lens.pictures import save_figure
 from divergence_lens.sweep import Sweep
 
 __all__ = [
     "agreement_scatter",
+    "cross_patch_margins",
     "effects_by_segment",
     "effects_heatmap",
     "layer_profile",
@@ -38,6 +40,8 @@ __all__ = [
 
 Table: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
 """A table of results.json: a list of rows, or the same as a DataFrame."""
+
+Line: TypeAlias = Float[np.ndarray, " layers"]
 
 # Conditions of students in words, and short, for a legend that is 80 mm wide.
 CONDITIONS = {
@@ -457,6 +461,34 @@ def layer_profile(effects: Effects | Mapping[str, Effects]) -> go.Figure:
     )
 
 
+def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
+    """What each half of two models adds to the margin, boundary by boundary, and the interaction.
+
+    Args:
+        crossed: What cross-patching returned.
+
+    Returns:
+        Three lines with bands of 95 % (bootstrap over pairs), in logits: what the first model's
+        upper layers add over its own lower layers and over the other's, and their difference.
+    """
+    series: dict[str, tuple[Line, Line, Line]] = {}
+    for name, values in (
+        (f"upper layers of {crossed.names[0]} over its own lower ones", crossed.upper_effect("a")),
+        (f"... over those of {crossed.names[1]}", crossed.upper_effect("b")),
+        ("interaction", crossed.interaction),
+    ):
+        low, high = bootstrap(values, 0.95, 1000, 0)
+        series[name] = values.mean(0).astype(np.float64), low, high
+    return charts.profile(
+        np.arange(crossed.margins.shape[1]),
+        series,
+        what="Two models, crossed at every boundary",
+        detail=f"mean of {style.plural(len(crossed.margins), 'pair')}; band: 95 % interval",
+        value_title="change of the margin (logits)",
+        across="boundary",
+    )
+
+
 def agreement_scatter(approximate: Effects, exact: Effects) -> go.Figure:
     """Approximate effects against exact ones, cell by cell, with their agreement in the title.
 
@@ -500,7 +532,11 @@ _SITES = {
     "resid_post": "residual stream after the block",
     "attn_out": "attention output",
     "mlp_out": "MLP output",
+    "block_out": "block output",
     "z": "attention heads",
+    "q": "queries of attention heads",
+    "k": "keys of attention heads",
+    "v": "values of attention heads",
 }
 
 

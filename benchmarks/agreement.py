@@ -1,0 +1,131 @@
+"""Which approximation to trust for which site: every method against the exact grid.
+
+    python benchmarks/agreement.py                            # the tiny model
+    python benchmarks/agreement.py --model FOLDER             # any other, on the stories below
+
+Prints, as Markdown, one table of Pearson correlations with the recall of the 20 strongest cells,
+and one of calibration slopes. On the tiny model the pairs are its own divergence tokens; on other
+models they are story openings that differ in one word. All cells of all pairs are pooled.
+"""
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+import divergence_lens as dl
+from divergence_lens.attribution import Method
+from divergence_lens.effects import Agreement
+from divergence_lens.engine import SITES, Engine
+
+STORIES = (
+    ("Once there was a girl named Lily. One day, she saw a big {} in the", "dog", "cat"),
+    ("Tom had a red {}. He liked to play with his", "ball", "car"),
+    ("One day, a {} went to the park. The sun was hot. He wanted to", "boy", "bird"),
+    ("Mom said, \"Let's go to the {}.\" Sam was very happy. They went to the", "beach", "store"),
+    ("The {} was very sad. It had lost its", "cat", "tree"),
+    ("There was a big {}. It lived in a", "fish", "bear"),
+    ("Lily was {}. She wanted to", "hungry", "tired"),
+    ("Once there was a {} who liked to sing. Every day, the", "bird", "man"),
+    ("Ben and Mia went to the {}. They saw a big", "zoo", "sea"),
+    ("It was a {} day. Tim put on his", "cold", "sunny"),
+    ("The dog ran to the {}. He picked up the", "ball", "bone"),
+    ("Anna was {}. Her mom gave her a", "sick", "good"),
+)  # fmt: skip
+
+
+def story_pairs(model: Any) -> dl.Pairs:
+    """Each opening with one word and with the other; the answer is the clean side's greedy token.
+
+    The foil is the corrupted side's greedy token, or its second choice where both agree.
+    """
+    engine = Engine.of(model)
+
+    def choices(text: str) -> list[int]:
+        ids = torch.tensor([model.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            return engine.unembed(engine.final(ids)[:, -1])[0].topk(2).indices.tolist()
+
+    clean = [text.format(word) for text, word, _ in STORIES]
+    corrupted = [text.format(word) for text, _, word in STORIES]
+    answers = [choices(text)[0] for text in clean]
+    foils = [
+        next(token for token in choices(text) if token != answer)
+        for text, answer in zip(corrupted, answers, strict=True)
+    ]
+    return dl.Pairs.from_prompts(
+        model, clean=clean, corrupted=corrupted, answers=answers, foils=foils, chat=False
+    )
+
+
+def divergence_pairs(model: Any, count: int) -> dl.Pairs:
+    """The first divergence tokens of the tiny model's own lists."""
+    owl, *others = dl.animal_teachers(["owl", "cat", "wolf", "panda"])
+    examples = dl.generate(model, owl, dl.number_prompts(count, seed=0))
+    div = dl.find_divergence(model, examples, teacher=owl, counterfactuals=others)
+    pairs = div.pairs(first_only=True)
+    return pairs.select(range(min(count, len(pairs))))
+
+
+def methods_of(site: str) -> list[str]:
+    """The methods that serve a site."""
+    other = ("relp",) if site in ("q", "k") else ("qk", "atp*")
+    return [method for method in get_args(Method) if method not in other]
+
+
+def table(
+    title: str, found: dict[tuple[str, str], Agreement], show: Any, columns: Sequence[str]
+) -> None:
+    """One Markdown table: a row for each site, a column for each method."""
+    print(f"\n{title}\n\n| site | {' | '.join(f'`{c}`' for c in columns)} |")
+    print(f"|---|{'---|' * len(columns)}")
+    for site in dict.fromkeys(site for site, _ in found):
+        cells = [show(found[site, c]) if (site, c) in found else "" for c in columns]
+        print(f"| `{site}` | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """Run all methods on all sites and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--direction", default="noising", choices=("noising", "denoising"))
+    parser.add_argument("--sites", nargs="+", default=list(SITES), choices=SITES)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", DeprecationWarning)  # TransformerLens's own, of a class
+    model = dl.load_model(options.model)
+    tiny = options.model.startswith("tiny")
+    pairs = divergence_pairs(model, options.pairs) if tiny else story_pairs(model)
+    found = {}
+    for site in (site for site in options.sites if site in Engine.of(model).sites):
+        exact = dl.causal_mediation(model, pairs, site=site, direction=options.direction)
+        for method in methods_of(site):
+            effects = dl.attribution_patch(
+                model, pairs, site=site, method=method, direction=options.direction
+            )
+            found[site, method] = effects.agreement(exact, k=20)
+    lengths = sorted(len(row) for row in pairs.clean)
+    print(
+        f"{Path(options.model).name}: {len(pairs)} pairs of {lengths[0]} to {lengths[-1]} tokens, "
+        f"{options.direction}, {Engine.of(model).n_layers} layers"
+    )
+    columns = list(get_args(Method))
+    table(
+        "Pearson correlation with the exact effects, and recall of the 20 strongest cells:",
+        found,
+        lambda a: f"{a.pearson:.2f} / {a.recall:.0%}",
+        columns,
+    )
+    table(
+        "Calibration slope (exact on approximate; 1 is right, below 1 the method exaggerates):",
+        found,
+        lambda a: f"{a.slope:.2f}",
+        [c for c in columns if c not in ("graddrop", "atp*")],
+    )
+
+
+if __name__ == "__main__":
+    main()
