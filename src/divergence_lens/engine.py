@@ -279,11 +279,21 @@ class Engine(ABC):
         return self.norm(resid)
 
     def final(
-        self, tokens: Int[Tensor, "batch pos"], past: KeyValues | None = None
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """All blocks and the final norm; `unembed` what is needed of it."""
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        past: KeyValues | None = None,
+        *,
+        since: int = 0,
+    ) -> Float[Tensor, "batch asked d_model"]:
+        """All blocks and the final norm; `unembed` what is needed of it.
+
+        Args:
+            tokens: right padded or unpadded ids.
+            past: keys and values of the positions before.
+            since: only the hidden states of positions from here on come back.
+        """
         run = self.begin(tokens, past)
-        return self.final_from(run.resid, 0, run)
+        return self.final_from(run.resid, 0, run)[:, since:]
 
     def prefill(
         self, tokens: Int[Tensor, "batch pos"]
