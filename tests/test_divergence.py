@@ -740,20 +740,6 @@ def test_batches_hold_every_row_within_the_budget(lengths, budget):
         assert len(batch) == 1 or len(batch) * array[batch].max() <= budget
 
 
-@given(
-    st.lists(st.lists(st.floats(-20, 20, width=32), min_size=3, max_size=3), min_size=1, max_size=5)
-)
-def test_score_reads_argmax_margin_and_log_probability(rows):
-    logits = torch.tensor(rows)
-    given_ids = torch.arange(len(rows)) % 3
-    predicted, margin, logprob = _scoring.score(logits.clone(), given_ids)
-    top = logits.topk(2).values
-    torch.testing.assert_close(margin, top[:, 0] - top[:, 1])
-    assert (logits.gather(1, predicted.long()[:, None])[:, 0] == top[:, 0]).all()
-    expected = logits.log_softmax(-1).gather(1, given_ids[:, None])[:, 0]
-    torch.testing.assert_close(logprob, expected, atol=1e-5, rtol=1e-5)
-
-
 def test_unknown_ids_have_a_name(div):
     assert div.text(10**6) == "<1000000>"
 

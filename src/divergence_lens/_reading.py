@@ -185,9 +185,7 @@ class _Job:
         for teacher in teachers:
             base = model if teacher.model is None else teacher.model
             refuse_dropout(base)
-            _check_fits(
-                Engine.of(base), self._prompts[teacher.system_prompt], self.forced, teacher
-            )
+            _check_fits(Engine.of(base), self._prompts[teacher.system_prompt], self.forced, teacher)
         self._pasts: dict[int, KeyValues] = {}
 
     @cached_property
@@ -378,9 +376,7 @@ def length_batches(lengths: Int64[np.ndarray, " rows"], budget: int) -> list[np.
     return batches
 
 
-def _empty(
-    examples: Sequence[Example], teachers: Sequence[Teacher], *, kl: bool
-) -> TeacherForced:
+def _empty(examples: Sequence[Example], teachers: Sequence[Teacher], *, kl: bool) -> TeacherForced:
     """Readings with room for everything that forward passes give."""
     completions = [np.asarray(example.completion_ids, dtype=np.int64) for example in examples]
     lengths = np.array([len(ids) for ids in completions])
@@ -406,9 +402,7 @@ def _put(forced: TeacherForced, span: range, arrays: dict[str, np.ndarray]) -> i
     return int(arrays["predicted"].size)
 
 
-def _check_fits(
-    engine: Engine, prompts: _Prompts, forced: TeacherForced, teacher: Teacher
-) -> None:
+def _check_fits(engine: Engine, prompts: _Prompts, forced: TeacherForced, teacher: Teacher) -> None:
     ids = forced.tokens
     if ids.min() < 0 or ids.max() >= engine.d_vocab:
         place = int(np.flatnonzero((ids < 0) | (ids >= engine.d_vocab))[0])
