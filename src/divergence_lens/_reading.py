@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from divergence_lens._long_runs import Checkpoints, Processes
 from divergence_lens._scoring import chunk_rows, in_chunks, kl_divergence, read_hidden
-from divergence_lens.chat import encode_prompts
+from divergence_lens.chat import prompt_ids
 from divergence_lens.engine import Engine, KeyValues
 from divergence_lens.examples import Example
 from divergence_lens.models import Model, fingerprint, provenance
@@ -155,6 +155,12 @@ class _Prompts:
         return shared if shared >= _SHORTEST_PREFIX and len(rows) > 1 else 0
 
 
+    @property
+    def start(self) -> np.ndarray:
+        """The ids that all rows begin with."""
+        return self[0][: self.prefix]
+
+
 class _Job:
     """What is to be read, checked, and cut into shards."""
 
@@ -176,12 +182,9 @@ class _Job:
         self.forced = _empty(examples, teachers, kl=kl)
         tokenizer: Any = model.tokenizer
         texts = [example.prompt for example in examples]
-        self._prompts = {
-            system: _Prompts(
-                [row.ids for row in encode_prompts(tokenizer, texts, system_prompt=system)]
-            )
-            for system in dict.fromkeys(teacher.system_prompt for teacher in teachers)
-        }
+        systems = list(dict.fromkeys(teacher.system_prompt for teacher in teachers))
+        rows = prompt_ids(tokenizer, texts, systems)
+        self._prompts = {s: _Prompts(found) for s, found in zip(systems, rows, strict=True)}
         for teacher in teachers:
             base = model if teacher.model is None else teacher.model
             refuse_dropout(base)
@@ -253,11 +256,7 @@ class _Job:
         """Normed hidden states that predict each completion token of a shard, in order."""
         prompts = self._prompts[self._teachers[index].system_prompt]
         prefix = prompts.prefix
-        past = self._pasts.get(index)
-        if prefix and past is None:
-            start = torch.from_numpy(prompts[0][None, :prefix].astype(np.int64))
-            _, past = engine.prefill(start.to(engine.device))
-            self._pasts[index] = past
+        past = self._past(engine, index) if prefix else None
         offsets = self.forced.offsets[span.start : span.stop + 1]
         heads = prompts.lengths[span.start : span.stop] - prefix
         # The last completion token predicts nothing that is asked.
@@ -294,6 +293,27 @@ class _Job:
                 bar.update(len(place))
         assert found is not None
         return found
+
+    def _past(self, engine: Engine, index: int) -> KeyValues:
+        """Keys and values of a teacher's prefix; those of the same weights are run together."""
+        if index not in self._pasts:
+            own = self._teachers[index]
+            alike = [
+                i
+                for i, teacher in enumerate(self._teachers)
+                if teacher.delta is own.delta
+                and teacher.model is own.model
+                and self._prompts[teacher.system_prompt].prefix
+            ]
+            starts = [self._prompts[self._teachers[i].system_prompt].start for i in alike]
+            batch = np.zeros((len(alike), max(map(len, starts))), dtype=np.int64)
+            for line, start in enumerate(starts):
+                batch[line, : len(start)] = start
+            _, kept = engine.prefill(torch.from_numpy(batch).to(engine.device))
+            for line, (i, start) in enumerate(zip(alike, starts, strict=True)):
+                row = torch.tensor([line], device=engine.device)
+                self._pasts[i] = kept.select(row).upto(len(start))
+        return self._pasts[index]
 
     def _kl(
         self, factual: Float[Tensor, "tokens d_model"], index: int, hidden: Float[Tensor, "..."]
