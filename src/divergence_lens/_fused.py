@@ -39,9 +39,13 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return inner.mul_(0.07135481282).add_(1.5957691216).mul_(x).sigmoid_().mul_(x)
 
 
+def _silu(x: Tensor) -> Tensor:
+    return F.silu(x, inplace=True)
+
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
+    "silu": _silu,
+    "swish": _silu,
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_new": _gelu_tanh,
@@ -112,12 +116,7 @@ class FusedBlocks(ABC):
 
     def _unseen(self, modules: list[nn.Module]) -> bool:
         return not (
-            torch.is_grad_enabled()
-            or self._lens.training
-            or any(
-                m._forward_hooks or m._forward_pre_hooks  # noqa: SLF001 - they have no public name
-                for m in modules
-            )
+            torch.is_grad_enabled() or self._lens.training or any(map(_is_watched, modules))
         )
 
     def unembed(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
@@ -313,6 +312,17 @@ class _FusedBridge(FusedBlocks):
     ) -> tuple[Tensor, Tensor]:
         keys, values = run.join(layer, turned.transpose(1, 2), value.transpose(1, 2))
         return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a hook is set that is not the model class's own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001 - no public name
+    # A bridge's norms hand their input to hook points, which are modules of their own.
+    return any(
+        "_maybe_wire_capture_hooks" not in getattr(hook, "__qualname__", "")
+        for kind in hooks
+        for hook in kind.values()
+    )
 
 
 def _inside(module: Any) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +142,7 @@ class _Prompts:
     def __init__(self, rows: Sequence[tuple[int, ...]]) -> None:
         self.lengths = np.array([len(row) for row in rows])
         self._offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.flat = np.fromiter((i for row in rows for i in row), np.int32, self._offsets[-1])
+        self.flat = np.fromiter(chain.from_iterable(rows), np.int32, self._offsets[-1])
 
     def __getitem__(self, row: int) -> np.ndarray:
         ids: np.ndarray = self.flat[self._offsets[row] : self._offsets[row + 1]]
@@ -153,7 +154,6 @@ class _Prompts:
         rows = [self[row] for row in range(len(self.lengths))]
         shared = min(shared_prefix(rows), int(self.lengths.min()) - 1)
         return shared if shared >= _SHORTEST_PREFIX and len(rows) > 1 else 0
-
 
     @property
     def start(self) -> np.ndarray:

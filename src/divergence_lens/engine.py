@@ -456,19 +456,21 @@ class Engine(ABC):
                 "this architecture is not supported"
             )
 
-
     @torch.no_grad()
     def use_fused_blocks(self) -> None:
         """Take the fast form of the blocks from now on, if it computes what the model's own do."""
+        fused = FusedBlocks.of(self, self._lens, hooked=is_hooked(self.model))
+        if fused is None or not all(map(fused.fit, range(self.n_layers))):
+            return
         tokens = torch.arange(6, device=self.device)[None] * 3 % self.d_vocab
-        outputs = []
-        for fast in (None, FusedBlocks.of(self, self._lens, hooked=is_hooked(self.model))):
+        logits = []
+        for fast in (None, fused):
             self._fast = fast
             _, past = self.prefill(tokens[:, :2])
-            outputs.append(self.unembed(self.final(tokens[:, 2:], past, since=1)).float())
-        scale = max(1.0, float(outputs[0].abs().max()))
+            logits.append(self.unembed(self.final(tokens[:, 2:], past, since=1)).float())
+        scale = max(1.0, float(logits[0].abs().max()))
         tolerance = 1e-5 if self.dtype in (torch.float32, torch.float64) else 0.05
-        if not float((outputs[0] - outputs[1]).abs().max()) <= tolerance * scale:
+        if not float((logits[0] - logits[1]).abs().max()) <= tolerance * scale:
             self._fast = None
 
 
