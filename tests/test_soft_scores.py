@@ -56,7 +56,7 @@ def div(model, examples):
 
 @torch.no_grad()
 def predicting_logits(run, tokenizer, examples, teacher) -> torch.Tensor:
-    """Logits of a plain forward, one example at a time, where each completion token is predicted."""
+    """Logits of a plain forward, one example at a time, before each completion token."""
     rows = []
     for example in examples:
         prompt = encode_prompt(tokenizer, example.prompt, system_prompt=teacher.system_prompt).ids
@@ -102,9 +102,9 @@ def test_kl_of_a_delta_is_that_of_the_changed_weights(place, factual, model, exa
     trained = Teacher("trained", delta=Delta({name: change}, fingerprint(model)))
     one, other = (trained, OWL) if factual else (OWL, trained)
     found = find_divergence(model, examples, teacher=one, counterfactuals=[other], kl=True)
-    plain = predicting_logits(lambda t: model(t), model.tokenizer, examples, OWL)
+    plain = predicting_logits(model, model.tokenizer, examples, OWL)
     with trained.applied(model):
-        changed = predicting_logits(lambda t: model(t), model.tokenizer, examples, trained)
+        changed = predicting_logits(model, model.tokenizer, examples, trained)
     logits = (changed, plain) if factual else (plain, changed)
     np.testing.assert_allclose(found.kl[0], expected_kl(*logits), atol=1e-4)
     assert found.kl.max() > 0.01
@@ -132,7 +132,7 @@ def test_prompts_deltas_and_models_can_be_mixed(model, hf, backend, examples):
         model, examples, teacher=OWL, counterfactuals=[CAT, mixed, Teacher("m", model=other)]
     )
     with delta.applied(other):
-        logits = predicting_logits(lambda t: other(t), tokenizer, examples, OWL)
+        logits = predicting_logits(other, tokenizer, examples, OWL)
     np.testing.assert_array_equal(found.predicted[2], logits.argmax(-1))
     alone = find_divergence(model, examples, teacher=OWL, counterfactuals=[CAT])
     np.testing.assert_array_equal(found.predicted[:2], alone.predicted)
@@ -231,5 +231,9 @@ def test_chunks_are_halved_when_memory_runs_out():
         return sizes[-1]
 
     assert _scoring.in_chunks(10, 8, run) == [2] * 5
+
+    def never(chunk: slice) -> None:
+        raise torch.OutOfMemoryError("too big")
+
     with pytest.raises(torch.OutOfMemoryError):
-        _scoring.in_chunks(1, 1, lambda chunk: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))
+        _scoring.in_chunks(4, 4, never)

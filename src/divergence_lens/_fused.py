@@ -81,10 +81,12 @@ class FusedBlocks(ABC):
     # -- what the two classes do differently ------------------------------------------------
 
     @abstractmethod
-    def _weights(self, layer: int) -> Weights: ...
+    def weights_of(self, layer: int) -> Weights:
+        """The parameters of a block, as they are now."""
 
     @abstractmethod
-    def _unembedding(self) -> Affine: ...
+    def unembedding(self) -> Affine:
+        """The parameters that make logits of normed hidden states."""
 
     @abstractmethod
     def _angles(self, layer: int, run: "Pass", length: int) -> tuple[Tensor, Tensor] | None:
@@ -121,13 +123,13 @@ class FusedBlocks(ABC):
 
     def unembed(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Logits of normed hidden states, before any soft cap."""
-        return _affine(hidden, self._unembedding())
+        return _affine(hidden, self.unembedding())
 
     def block(
         self, layer: int, resid: Float[Tensor, "batch pos d_model"], run: "Pass", since: int = 0
     ) -> Float[Tensor, "batch asked d_model"]:
         """`resid_post` of a block, at the positions from `since` on."""
-        weights = self._weights(layer)
+        weights = self.weights_of(layer)
         batch, length = resid.shape[:2]
         normed = self._norm(resid, weights.norm_1)
         asked = normed[:, since:]
@@ -195,8 +197,8 @@ class FusedBlocks(ABC):
             return None
         try:
             fused = (_FusedHooked if hooked else _FusedBridge)(engine, lens)
-            fused._weights(0)
-            fused._unembedding()
+            fused.weights_of(0)
+            fused.unembedding()
         except (AttributeError, KeyError, ValueError):
             return None
         return fused
@@ -218,7 +220,7 @@ class _FusedHooked(FusedBlocks):
         super().__init__(engine, lens, str(cfg.act_fn), float(cfg.eps))
         self._rotary = cfg.positional_embedding_type == "rotary"
 
-    def _weights(self, layer: int) -> Weights:
+    def weights_of(self, layer: int) -> Weights:
         block = self._lens.blocks[layer]
         attn, mlp = block.attn, block.mlp
         matrices = (attn.W_Q, getattr(attn, "_W_K", attn.W_K), getattr(attn, "_W_V", attn.W_V))
@@ -238,7 +240,7 @@ class _FusedHooked(FusedBlocks):
             down=(mlp.W_out, mlp.b_out),
         )
 
-    def _unembedding(self) -> Affine:
+    def unembedding(self) -> Affine:
         return self._lens.unembed.W_U, self._lens.unembed.b_U
 
     def _table(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -285,7 +287,7 @@ class _FusedBridge(FusedBlocks):
         super().__init__(engine, lens, str(activation), float(eps))
         self._rms = not self._gpt2
 
-    def _weights(self, layer: int) -> Weights:
+    def weights_of(self, layer: int) -> Weights:
         block = self._lens.blocks[layer]
         attn, mlp = block.attn, block.mlp
         return Weights(
@@ -298,7 +300,7 @@ class _FusedBridge(FusedBlocks):
             down=_linear(mlp.out),
         )
 
-    def _unembedding(self) -> Affine:
+    def unembedding(self) -> Affine:
         return _linear(self._lens.unembed)
 
     def _angles(self, layer: int, run: "Pass", length: int) -> tuple[Tensor, Tensor] | None:
@@ -308,7 +310,12 @@ class _FusedBridge(FusedBlocks):
         return cos[0, -length:], sin[0, -length:]
 
     def _join(
-        self, layer: int, run: "Pass", key: Tensor, value: Tensor, turned: Tensor
+        self,
+        layer: int,
+        run: "Pass",
+        key: Tensor,  # noqa: ARG002 - this class keeps the rotated keys
+        value: Tensor,
+        turned: Tensor,
     ) -> tuple[Tensor, Tensor]:
         keys, values = run.join(layer, turned.transpose(1, 2), value.transpose(1, 2))
         return keys.transpose(1, 2), values.transpose(1, 2)

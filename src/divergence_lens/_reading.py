@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,7 +198,7 @@ class _Job:
         rows = self._prompts[self._teachers[0].system_prompt].lengths + np.diff(offsets)
         number = (np.cumsum(rows) - 1) // (_SHARD_BATCHES * self._budget)
         edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(rows)]
-        return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        return [range(a, b) for a, b in pairwise(edges)]
 
     def work(self, span: range) -> int:
         """How many tokens all teachers together read in a shard."""
@@ -436,8 +436,8 @@ def _check_fits(engine: Engine, prompts: _Prompts, forced: TeacherForced, teache
     if totals[longest] > engine.n_ctx:
         raise ValueError(
             f"example {longest} is {totals[longest]:,} tokens long under teacher {teacher.name!r} "
-            f"({prompts.lengths[longest]:,} of prompt), over the context of {engine.n_ctx:,}; shorten "
-            "it or leave it out"
+            f"({prompts.lengths[longest]:,} of prompt), over the context of {engine.n_ctx:,}; "
+            "shorten it or leave it out"
         )
 
 

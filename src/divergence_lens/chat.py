@@ -158,8 +158,8 @@ class _Cutter:
             if whole != parts[0] + parts[1]:
                 cuts = [0] * len(texts)
         pairs = [(text[:cut], text[cut:]) for text, cut in zip(texts, cuts, strict=True)]
-        new = [part for part in dict.fromkeys(p for pair in pairs for p in pair)]
-        new = [part for part in new if part not in self._known]
+        texts = list(dict.fromkeys(part for pair in pairs for part in pair))
+        new = [part for part in texts if part not in self._known]
         for chunk in _chunks(new):
             self._known.update(zip(chunk, self._tokenize(chunk), strict=True))
         return [self._known[head] + self._known[tail] for head, tail in pairs]
