@@ -12,7 +12,8 @@ in turn; the best of `--repeats` counts. Their predictions must be equal whereve
 "x bare" is our time over that of the matrix products alone that nothing can do without: every
 distinct beginning of (teacher, prompt, completion) once through the blocks, of the last block keys
 and values only where no completion token is predicted, and the unembedding at those positions, each
-at the rate that the same product reaches by itself in a batch of 2,048 rows.
+at the rate that the same product reaches by itself in a batch of 2,048 rows. "arithmetic" is
+how many times as much of it the straightforward way does.
 
 Memory is the peak above what a process holds with the model loaded; each way has a process of its
 own. On a GPU the model is random in bfloat16, near-ties are told apart by 0.1 in place of 1e-4, and
@@ -167,14 +168,8 @@ def products(
             leaves.update(whole[:end] for end in range(len(prompt.ids), len(whole) + 1))
         rows, asked = rows + len(nodes), asked + len(leaves)
         context += sum(map(len, nodes))
-    if config.model_type == "gpt2":
-        width, layers, kv = config.n_embd, config.n_layer, config.n_embd
-        inner = [(width, config.n_inner or 4 * width), (config.n_inner or 4 * width, width)]
-    else:
-        width, layers = config.hidden_size, config.num_hidden_layers
-        kv = width // config.num_attention_heads * config.num_key_value_heads
-        inner = [(width, 2 * config.intermediate_size), (config.intermediate_size, width)]
-    keys, others = (width, 2 * kv), [(width, width), (width, width), *inner]
+    (keys, *others), _ = sizes(config)
+    width, layers = config.hidden_size, config.num_hidden_layers
     whole = layers - 1 + asked / rows
     return [
         (layers * rows, *keys),
@@ -183,6 +178,39 @@ def products(
         (whole * context, width, 2),
         (asked, width, config.vocab_size),
     ]
+
+
+def padded_flops(
+    config: Any, tokenizer: Any, data: Sequence[Any], teachers: Sequence[Any]
+) -> float:
+    """What the straightforward way computes: every position of its padded batches in full."""
+    lengths = np.array(
+        [
+            [len(row) for row in encode_prompts(tokenizer, texts, system_prompt=t.system_prompt)]
+            for t in teachers
+            for texts in [[e.prompt for e in data]]
+        ]
+    )
+    answers = np.array([len(example.completion_ids) for example in data])
+    widths = lengths.max(0) + answers
+    rows = float(widths.sum() * len(teachers))
+    pairs = float((widths**2).sum() * len(teachers))
+    block, unembedding = sizes(config)
+    layers = config.num_hidden_layers
+    inner = sum(k * m for k, m in block)
+    return 2.0 * (layers * (rows * inner + pairs * 2 * block[1][0]) + rows * unembedding)
+
+
+def sizes(config: Any) -> tuple[list[tuple[int, int]], int]:
+    """The matrices of a block, keys and values first, and the numbers in the unembedding."""
+    width = config.hidden_size
+    if config.model_type == "gpt2":
+        kv, hidden, fan = width, config.n_inner or 4 * width, 1
+    else:
+        kv = width // config.num_attention_heads * config.num_key_value_heads
+        hidden, fan = config.intermediate_size, 2
+    block = [(width, 2 * kv), (width, width), (width, width), (width, fan * hidden)]
+    return [*block, (hidden, width)], width * config.vocab_size
 
 
 def bare_seconds(wanted: list[tuple[float, int, int]], device: str) -> float:
@@ -256,6 +284,7 @@ def compare(name: str, backend: str, options: argparse.Namespace) -> dict[str, A
         "processor_ratio": busy_other / busy,
         "over_bare_products": wall / bare_seconds(wanted, device),
         "needed_gflop": flops(wanted) / 1e9,
+        "straightforward_gflop": padded_flops(hf.config, tokenizer, data, teachers) / 1e9,
     }
     if device != "cpu":
         row["matrix_tflops"] = rate(device)
@@ -347,7 +376,8 @@ def main() -> None:
                 f"{name:10s} {row['model']:18s} {row['tokens_per_second']:9,.0f} tokens/s, "
                 f"straightforward {row['straightforward_tokens_per_second']:9,.0f}: "
                 f"{row['ratio']:.2f} x (processor {row['processor_ratio']:.2f} x), "
-                f"{row['over_bare_products']:.2f} x bare products{share}",
+                f"{row['over_bare_products']:.2f} x bare, "
+                f"arithmetic {row['straightforward_gflop'] / row['needed_gflop']:.2f} x{share}",
                 flush=True,
             )
     if options.device == "cpu" and not options.no_memory:
