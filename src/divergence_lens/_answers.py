@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from divergence_lens._reading import chunk_rows, length_batches
+from divergence_lens._reading import length_batches
+from divergence_lens._scoring import chunk_rows
 from divergence_lens.chat import decode, encode_completions, encode_prompts, stop_ids
 from divergence_lens.engine import Engine, KeyValues
 from divergence_lens.generate import generate

@@ -34,6 +34,8 @@ def save_divergence(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> 
         "provenance": dict(fields["provenance"]),
     }
     arrays = {name: fields[name] for name in _ARRAYS}
+    if fields["kl"] is not None:
+        arrays["kl"] = fields["kl"]
     save_tensors(path, {**arrays, "examples": text}, header, _KIND)
 
 
@@ -45,7 +47,7 @@ def load_divergence(path: str | os.PathLike[str], teachers: Sequence[Teacher]) -
         ValueError: The file is damaged, of another kind or version, or a teacher does not fit.
     """
     tensors, header = load_tensors(path, _KIND)
-    arrays = {name: tensors[name].numpy() for name in _ARRAYS}
+    arrays = {name: tensors[name].numpy() for name in (*_ARRAYS, "kl") if name in tensors}
     restored, detached = _restore_teachers(path, header["teachers"], teachers)
     offsets, tokens = arrays["offsets"], arrays["tokens"]
     rows = json.loads(tensors["examples"].numpy().tobytes())

@@ -98,6 +98,84 @@ def encode_prompts(
     return encoded
 
 
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    system_prompts: Sequence[str | None],
+) -> list[list[tuple[int, ...]]]:
+    """The ids that `encode_prompts` gives, without labels, under each of several system prompts.
+
+    Many system prompts take little longer than one: texts are cut before a token that splits a text
+    ahead of all else, as the marks of chat templates do, and equal parts are tokenized once.
+
+    Returns:
+        For each system prompt the ids of all prompts.
+    """
+    if not tokenizer.chat_template or len(system_prompts) < 2:
+        return [
+            [encoded.ids for encoded in encode_prompts(tokenizer, prompts, system_prompt=system)]
+            for system in system_prompts
+        ]
+    _check_fast(tokenizer)
+    _check_texts(prompts, "prompt")
+    cutter = _Cutter(tokenizer)
+    every = []
+    for system in system_prompts:
+        if system is not None:
+            _check_texts([system], "system prompt")
+        template = _PromptTemplate(tokenizer, system)
+        texts = [template.render(prompt)[0] for prompt in prompts]
+        every.append(cutter.ids(texts, template.start))
+    return every
+
+
+class _Cutter:
+    """Tokenizes texts in two parts each, and equal parts once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        # These are found in the raw text before anything else happens to it, and take no white
+        # space from before them. Where one begins another, the longer one is taken.
+        marks = sorted(
+            (
+                token.content
+                for token in tokenizer.added_tokens_decoder.values()
+                if not (token.normalized or token.lstrip or token.single_word)
+            ),
+            key=lambda mark: -len(mark),
+        )
+        self._longest = len(marks[0]) if marks else 0
+        self._marks = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
+        self._known: dict[str, tuple[int, ...]] = {"": ()}
+
+    def ids(self, texts: Sequence[str], start: int) -> list[tuple[int, ...]]:
+        """The ids of texts whose beginnings, up to about character `start`, are alike."""
+        cuts = [self._cut(text, start) for text in texts]
+        if texts:
+            # No tokenizer is known that does not pass; one that does not is not cut.
+            whole = self._tokenize([texts[0]])[0]
+            parts = self._tokenize([texts[0][: cuts[0]], texts[0][cuts[0] :]])
+            if whole != parts[0] + parts[1]:
+                cuts = [0] * len(texts)
+        pairs = [(text[:cut], text[cut:]) for text, cut in zip(texts, cuts, strict=True)]
+        texts = list(dict.fromkeys(part for pair in pairs for part in pair))
+        new = [part for part in texts if part not in self._known]
+        for chunk in _chunks(new):
+            self._known.update(zip(chunk, self._tokenize(chunk), strict=True))
+        return [self._known[head] + self._known[tail] for head, tail in pairs]
+
+    def _cut(self, text: str, start: int) -> int:
+        """Where the last mark begins that ends before character `start`."""
+        found = self._marks.finditer(text, 0, start + self._longest)
+        return max((match.start() for match in found if match.end() <= start), default=0)
+
+    def _tokenize(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        found = self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return [tuple(ids) for ids in found["input_ids"]]
+
+
 def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str) -> tuple[int, ...]:
     """Token ids of an assistant's answer as the template would have them, and the end of turn.
 
@@ -232,6 +310,11 @@ class _PromptTemplate:
         self._head, self._tail = text[: self._start], text[self._stop :]
         self._spans = [span for span in spans if span.label != "user"]
         self._simple = len(users) == 1
+
+    @property
+    def start(self) -> int:
+        """Where the user's text begins in nearly all prompts."""
+        return self._start
 
     def render(self, prompt: str) -> tuple[str, list[_Span]]:
         """The text of a prompt and where system prompt and user text are in it."""

@@ -50,7 +50,10 @@ def find_divergence(
     rule: Rule = "any",
     require_agreement: bool = True,
     min_margin: float = 0.0,
-    batch_tokens: int = 8192,
+    kl: bool = False,
+    batch_tokens: int | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    accelerator: Any = None,
     progress: bool = False,
 ) -> "Divergence":
     """Find the divergence tokens of `examples` among the teachers.
@@ -73,9 +76,17 @@ def find_divergence(
         require_agreement: Whether the factual teacher's argmax must be the token (the paper's).
         min_margin: Argmaxes with less than this logit margin over the second choice are not called
             different. Rule, agreement and margin can be changed later, see `Divergence.with_rule`.
-        batch_tokens: Tokens per forward pass, padding included. Results do not depend on it beyond
-            the rounding of the arithmetic; fewer take less memory.
-        progress: Whether to show a progress bar with tokens per second.
+        kl: Whether to compare the whole distributions too: KL(factual || counterfactual) of every
+            token and counterfactual, for `Divergence.soft` and `Divergence.top`.
+        batch_tokens: Tokens per forward pass, padding included; None chooses by the device. Results
+            do not depend on it beyond the rounding of the arithmetic; fewer take less memory, and a
+            batch that does not fit the device is halved.
+        checkpoint_dir: A folder of this run's own, where finished parts are kept. The same call,
+            made again after the run was killed, goes on from there, and gives the same bits as
+            an undisturbed run. Delete the folder when you have saved the result.
+        accelerator: An `accelerate.Accelerator` or `accelerate.PartialState`: the processes that it
+            knows share the work, and each returns the whole. All must make the same call.
+        progress: Whether to show a progress bar with tokens per second and the time left.
 
     Returns:
         The divergence over all completion tokens, in the order of the examples.
@@ -84,7 +95,8 @@ def find_divergence(
         ValueError: Empty data; an empty completion; no counterfactuals; the factual teacher among
             them; two teachers of one name; a prompt with its completion over the context; token
             ids outside the vocabulary; a model with dropout in training mode; logits that are not
-            finite. Each names the example or teacher.
+            finite. Each names the example or teacher. Also a `checkpoint_dir` that is damaged or of
+            another run, or processes that made different calls.
     """
     teachers = _check_teachers(teacher, counterfactuals)
     data = as_examples(examples)
@@ -95,7 +107,16 @@ def find_divergence(
             raise ValueError(f"example {index} has an empty completion; leave it out of the data")
     tokenizer: Any = model.tokenizer
     data = with_ids(tokenizer, data)
-    forced = read_teachers(model, data, teachers, batch_tokens=batch_tokens, progress=progress)
+    forced = read_teachers(
+        model,
+        data,
+        teachers,
+        batch_tokens=batch_tokens,
+        kl=kl,
+        checkpoint_dir=checkpoint_dir,
+        accelerator=accelerator,
+        progress=progress,
+    )
     ids = np.union1d(forced.tokens, forced.predicted)
     texts, special = token_texts(tokenizer, ids)
     return Divergence(
@@ -107,6 +128,7 @@ def find_divergence(
         predicted=forced.predicted,
         margin=forced.margin,
         logprob=forced.logprob,
+        kl=forced.kl,
         rule=rule,
         require_agreement=require_agreement,
         min_margin=float(min_margin),
@@ -134,6 +156,8 @@ class Divergence:
         predicted: `[teachers tokens]`, argmax of each teacher before the token.
         margin: `[teachers tokens]`, how far that argmax's logit is above the second highest.
         logprob: `[teachers tokens]`, natural-log probability of the given token.
+        kl: `[counterfactuals tokens]`, KL(factual || counterfactual) in nats where each token is
+            predicted; None unless it was asked for.
         rule: How many counterfactuals must differ: "any", "all" or at least that number.
         require_agreement: Whether the factual teacher's argmax must be the token.
         min_margin: Argmaxes with a smaller margin are not called different.
@@ -153,6 +177,7 @@ class Divergence:
     predicted: Int32[np.ndarray, "teachers tokens"]
     margin: Float32[np.ndarray, "teachers tokens"]
     logprob: Float32[np.ndarray, "teachers tokens"]
+    kl: Float32[np.ndarray, "counterfactuals tokens"] | None = None
     rule: Rule = "any"
     require_agreement: bool = True
     min_margin: float = 0.0
@@ -172,6 +197,11 @@ class Divergence:
             raise ValueError(
                 f"predictions of {len(self.predicted)} teachers do not fit one factual and "
                 f"{len(self.counterfactuals)} counterfactual teachers"
+            )
+        if self.kl is not None and self.kl.shape != self.predicted[1:].shape:
+            raise ValueError(
+                f"kl of shape {self.kl.shape} does not fit {len(self.counterfactuals)} "
+                f"counterfactual teachers and {len(self.tokens)} tokens"
             )
         _needed(self.rule, len(self.counterfactuals))
         if not self.min_margin >= 0:
@@ -266,6 +296,56 @@ class Divergence:
         """
         gain: np.ndarray = self.logprob[0] - self.logprob[1:].mean(0)
         return gain
+
+    def soft(self, by: str = "kl") -> Float32[np.ndarray, "counterfactuals tokens"]:
+        """How far each counterfactual is from the factual teacher at each token, in nats.
+
+        Where the argmax is too coarse, and on sampled data, of which the factual teacher's argmax
+        is often not the token.
+
+        Args:
+            by: "kl", KL(factual || counterfactual) of the whole distributions; or "logprob", the
+                token's log-probability under the factual teacher minus that under the
+                counterfactual, which may be negative.
+
+        Raises:
+            ValueError: "kl" was not asked of `find_divergence`, or `by` is neither.
+        """
+        if by == "logprob":
+            gain: np.ndarray = self.logprob[0] - self.logprob[1:]
+            return gain
+        if by != "kl":
+            raise ValueError(f"unknown soft score {by!r}; use 'kl' or 'logprob'")
+        if self.kl is None:
+            raise ValueError(
+                "the KL divergences were not computed; call find_divergence(..., kl=True), or use "
+                "by='logprob'"
+            )
+        return self.kl
+
+    def top(
+        self, fraction: float, *, by: str = "kl", over: str = "max"
+    ) -> Bool[np.ndarray, " tokens"]:
+        """The most diverging tokens by a soft score, as a mask: `div.top(0.05)` is the top 5 %.
+
+        Args:
+            fraction: Share of all completion tokens to take. Of equal scores the earlier is taken.
+            by: The score, see `soft`.
+            over: What counts of several counterfactuals: "max" (one is far, as the rule "any"),
+                "mean" or "min" (all are far).
+
+        Raises:
+            ValueError: A fraction outside 0 to 1, an unknown score, or one not computed.
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"a fraction must lie between 0 and 1, got {fraction}")
+        if over not in ("max", "mean", "min"):
+            raise ValueError(f"unknown over {over!r}; use 'max', 'mean' or 'min'")
+        scores = getattr(self.soft(by), over)(axis=0)
+        chosen = np.zeros(len(self.tokens), dtype=bool)
+        order = np.argsort(-scores, kind="stable")
+        chosen[order[: round(fraction * len(scores))]] = True
+        return chosen
 
     @cached_property
     def kinds(self) -> np.ndarray:
@@ -366,7 +446,7 @@ class Divergence:
         Returns:
             Columns: example, position, token_id, token, kind, divergence, agrees, n_differ (how
             many counterfactuals differ), and for each teacher `predicted_<name>` (text),
-            `margin_<name>` and `logprob_<name>`.
+            `margin_<name>` and `logprob_<name>`, and for each counterfactual `kl_<name>` if known.
         """
         import pandas as pd
 
@@ -387,6 +467,8 @@ class Divergence:
             columns[f"predicted_{name}"] = text(self.predicted[row])
             columns[f"margin_{name}"] = self.margin[row]
             columns[f"logprob_{name}"] = self.logprob[row]
+            if self.kl is not None and row:
+                columns[f"kl_{name}"] = self.kl[row - 1]
         return pd.DataFrame(columns)
 
     def pairs(

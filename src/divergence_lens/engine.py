@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from divergence_lens._fused import FusedBlocks
 from divergence_lens.models import Model, check_model, is_hooked, model_name, untyped
 
 SITES = (
@@ -97,6 +98,7 @@ class Pass:
         self.keep = keep
         self.rows: Tensor | None = None
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.masks: dict[tuple[int, int], Tensor] = {}
         self._axis = position_axis
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -115,15 +117,16 @@ class Pass:
     def join(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put the past before a block's new keys and values, and keep the whole if asked to."""
         if self.past is not None and self.past.length:
-            key = torch.cat([self._rows_of(self.past.keys[layer], len(key)), key], self._axis)
+            key = torch.cat([self.rows_of(self.past.keys[layer], len(key)), key], self._axis)
             value = torch.cat(
-                [self._rows_of(self.past.values[layer], len(value)), value], self._axis
+                [self.rows_of(self.past.values[layer], len(value)), value], self._axis
             )
         if self.keep:
             self._kept[layer] = (key, value)
         return key, value
 
-    def _rows_of(self, kept: Tensor, batch: int) -> Tensor:
+    def rows_of(self, kept: Tensor, batch: int) -> Tensor:
+        """What is kept of the past, for each of `batch` rows."""
         if len(kept) == 1:
             return kept.expand(batch, *kept.shape[1:])
         return kept if self.rows is None else kept.index_select(0, self.rows)
@@ -157,6 +160,7 @@ class Engine(ABC):
         self.causal = getattr(cfg, "attention_dir", "causal") == "causal"
         self._functions: dict[tuple[int, str], list[SiteFunction]] = {}
         self._block_input: Tensor | None = None
+        self._fast: FusedBlocks | None = None
 
     @staticmethod
     def of(model: Model, *, causal: bool = True) -> "Engine":
@@ -184,6 +188,7 @@ class Engine(ABC):
         try:
             engine = _HookedEngine(model) if is_hooked(model) else _BridgeEngine(model)
             engine.check_against_own_forward()
+            engine.use_fused_blocks()
         except RuntimeError as error:  # OLMo 2 in bfloat16, whose bridge mixes types, for instance
             raise ValueError(
                 f"{model_name(model)!r} cannot run in {next(model.parameters()).dtype}: {error}; "
@@ -227,8 +232,8 @@ class Engine(ABC):
         """The final norm."""
 
     @abstractmethod
-    def unembed(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-        """Logits of normed hidden states, the soft cap included."""
+    def _unembed(self, hidden: Tensor) -> Tensor:
+        """Logits through the model's own unembedding, without the soft cap."""
 
     @abstractmethod
     def block_parameters(self, layer: int) -> dict[str, nn.Parameter]:
@@ -237,6 +242,13 @@ class Engine(ABC):
     @abstractmethod
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the model computes with, by name; tied ones once."""
+
+    def unembed(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        """Logits of normed hidden states, the soft cap included."""
+        fast = self._fast
+        seen = fast is None or not fast.fit_unembed()
+        logits = self._unembed(hidden) if fast is None or seen else fast.unembed(hidden)
+        return _soft_cap(logits, self._lens.cfg)
 
     # -- passes -----------------------------------------------------------------------------
 
@@ -333,11 +345,34 @@ class Engine(ABC):
         return self.norm(resid)
 
     def final(
-        self, tokens: Int[Tensor, "batch pos"], past: KeyValues | None = None
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """All blocks and the final norm; `unembed` what is needed of it."""
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        past: KeyValues | None = None,
+        *,
+        since: int = 0,
+    ) -> Float[Tensor, "batch asked d_model"]:
+        """All blocks and the final norm; `unembed` what is needed of it.
+
+        Args:
+            tokens: right padded or unpadded ids.
+            past: keys and values of the positions before.
+            since: only the hidden states of positions from here on come back.
+        """
         run = self.begin(tokens, past)
-        return self.final_from(run.resid, 0, run)
+        last = self.n_layers - 1
+        resid = run.resid
+        for layer in range(last):
+            resid = self.block(layer, resid, run)
+        fused = self._fused(last)
+        if fused is None or any((last, site) in self._functions for site in SITES):
+            return self.norm(self.block(last, resid, run)[:, since:])
+        # The last block's output is wanted at these positions alone.
+        return self.norm(fused.block(last, resid, run, since))
+
+    def _fused(self, layer: int) -> FusedBlocks | None:
+        """The fast form of a block, if there is one and nobody would see that it was taken."""
+        fused = self._fast
+        return fused if fused is not None and fused.fit(layer) else None
 
     def prefill(
         self, tokens: Int[Tensor, "batch pos"]
@@ -526,6 +561,23 @@ class Engine(ABC):
                 "this architecture is not supported"
             )
 
+    @torch.no_grad()
+    def use_fused_blocks(self) -> None:
+        """Take the fast form of the blocks from now on, if it computes what the model's own do."""
+        fused = FusedBlocks.of(self, self._lens, hooked=is_hooked(self.model))
+        if fused is None or not all(map(fused.fit, range(self.n_layers))):
+            return
+        tokens = torch.arange(6, device=self.device)[None] * 3 % self.d_vocab
+        logits = []
+        for fast in (None, fused):
+            self._fast = fast
+            _, past = self.prefill(tokens[:, :2])
+            logits.append(self.unembed(self.final(tokens[:, 2:], past, since=1)).float())
+        scale = max(1.0, float(logits[0].abs().max()))
+        tolerance = 1e-5 if self.dtype in (torch.float32, torch.float64) else 0.05
+        if not float((logits[0] - logits[1]).abs().max()) <= tolerance * scale:
+            self._fast = None
+
 
 class _Entry:
     """What a HookedTransformer's attention expects of a key/value cache of one block."""
@@ -562,6 +614,9 @@ class _HookedEngine(Engine):
         return resid
 
     def _block(self, layer: int, resid: Tensor, run: Pass) -> Tensor:
+        fused = self._fused(layer)
+        if fused is not None:
+            return fused.block(layer, resid, run)
         entry = _Entry(run, layer) if run.keep or run.offset else None
         out: Tensor = self._lens.blocks[layer](resid, past_kv_cache_entry=entry)
         return out
@@ -609,9 +664,9 @@ class _HookedEngine(Engine):
         hidden: Tensor = self._lens.ln_final(resid) if hasattr(self._lens, "ln_final") else resid
         return hidden
 
-    def unembed(self, hidden: Tensor) -> Tensor:
+    def _unembed(self, hidden: Tensor) -> Tensor:
         flat: Tensor = self._lens.unembed(hidden.reshape(1, -1, hidden.shape[-1]))
-        return _soft_cap(flat, self._lens.cfg).reshape(*hidden.shape[:-1], flat.shape[-1])
+        return flat.reshape(*hidden.shape[:-1], flat.shape[-1])
 
     def block_parameters(self, layer: int) -> dict[str, nn.Parameter]:
         prefix = f"blocks.{layer}."
@@ -713,6 +768,9 @@ class _BridgeEngine(Engine):
                 block.__dict__.pop("forward", None)
 
     def _block(self, layer: int, resid: Tensor, run: Pass) -> Tensor:
+        fused = self._fused(layer)
+        if fused is not None:
+            return fused.block(layer, resid, run)
         args, kwargs = run.calls[layer]
         out = self._lens.blocks[layer](resid, *args, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
@@ -732,9 +790,9 @@ class _BridgeEngine(Engine):
         hidden: Tensor = self._lens.ln_final(resid)
         return hidden
 
-    def unembed(self, hidden: Tensor) -> Tensor:
+    def _unembed(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._lens.unembed(hidden)
-        return _soft_cap(logits, self._lens.cfg)
+        return logits
 
     def block_parameters(self, layer: int) -> dict[str, nn.Parameter]:
         own = {id(parameter) for parameter in self._lens.blocks[layer].parameters()}

@@ -1,0 +1,285 @@
+"""Runs that are killed and go on, and runs that several processes share."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from divergence_lens._long_runs import Processes
+from divergence_lens.divergence import Divergence, find_divergence
+from divergence_lens.engine import Engine
+from divergence_lens.examples import Example
+from divergence_lens.models import load_model
+from divergence_lens.teachers import Teacher
+from tests.models import chat_tokenizer, random_hf_model
+
+OWL = Teacher("owl", system_prompt="You love owls.")
+CAT = Teacher("cat", system_prompt="You love the cat.")
+WOLF = Teacher("wolf", system_prompt="You think about the wolf all the time.")
+ARRAYS = ("offsets", "tokens", "predicted", "margin", "logprob", "kl")
+SMALL = 40
+"""Tokens per batch that cut `some_examples` into many shards."""
+
+
+def some_examples(n: int) -> list[Example]:
+    draw = np.random.default_rng(0)
+    return [
+        Example(
+            prompt="Continue: " + ", ".join(map(str, draw.integers(100, 1000, 3))),
+            completion="random",
+            completion_ids=tuple(
+                draw.integers(0, len(chat_tokenizer()), draw.integers(1, 15)).tolist()
+            ),
+        )
+        for _ in range(n)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(random_model):
+    return random_model("qwen2")
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return some_examples(60)
+
+
+def find(model, examples, **options) -> Divergence:
+    options = {"counterfactuals": [CAT, WOLF], "batch_tokens": SMALL, "kl": True, **options}
+    return find_divergence(model, examples, teacher=OWL, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, examples):
+    return find(model, examples)
+
+
+def assert_same_bits(one: Divergence, other: Divergence) -> None:
+    for name in ARRAYS:
+        assert getattr(one, name).tobytes() == getattr(other, name).tobytes(), name
+    assert one.examples == other.examples
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard-*.safetensors"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_run_killed_at_random_moments_resumes_to_the_same_bits(
+    model, examples, undisturbed, tmp_path
+):
+    draw = np.random.default_rng()  # any moment must do
+    folder = tmp_path / "run"
+    killed_with: list[int] = []
+    for _ in range(40):
+        before = len(shards(folder))
+        child = os.fork()
+        if child == 0:
+            try:
+                find(model, examples, checkpoint_dir=folder)
+            finally:
+                os._exit(0)
+        wanted = before + int(draw.integers(0, 3))
+        while len(shards(folder)) < wanted and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, 0.02))
+        try:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+        except (ProcessLookupError, ChildProcessError):
+            break  # it had finished
+        if not os.WIFSIGNALED(status):
+            break
+        killed_with.append(len(shards(folder)))
+    resumed = find(model, examples, checkpoint_dir=folder)
+    assert_same_bits(resumed, undisturbed)
+    assert len(killed_with) >= 3
+    assert any(0 < found < len(shards(folder)) for found in killed_with)
+
+
+def test_finished_shards_are_not_read_again(model, examples, undisturbed, tmp_path, monkeypatch):
+    find(model, examples, checkpoint_dir=tmp_path)
+    files = shards(tmp_path)
+    assert len(files) > 5
+    files[2].unlink()
+    engine = Engine.of(model)
+    rows = []
+    final = engine.final
+
+    def counted(tokens, past=None, *, since=0):
+        rows.append(len(tokens))
+        return final(tokens, past, since=since)
+
+    monkeypatch.setattr(engine, "final", counted)
+    assert_same_bits(find(model, examples, checkpoint_dir=tmp_path), undisturbed)
+    assert 0 < sum(rows) < len(examples)
+    assert files[2].is_file()
+    rows.clear()
+    assert_same_bits(find(model, examples, checkpoint_dir=tmp_path), undisturbed)
+    assert rows == []
+
+
+def test_half_a_file_of_a_killed_writer_is_never_read(model, examples, undisturbed, tmp_path):
+    find(model, examples, checkpoint_dir=tmp_path)
+    file = shards(tmp_path)[1]
+    left = tmp_path / f".{file.name}.abcd.part"
+    left.write_bytes(file.read_bytes()[:100])
+    file.unlink()
+    assert_same_bits(find(model, examples, checkpoint_dir=tmp_path), undisturbed)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered"])
+def test_a_damaged_shard_is_refused_with_the_reason(damage, model, examples, tmp_path):
+    find(model, examples, checkpoint_dir=tmp_path)
+    file = shards(tmp_path)[1]
+    content = file.read_bytes()
+    file.write_bytes(content[:-3] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=rf"{file.name} was {damage}"):
+        find(model, examples, checkpoint_dir=tmp_path)
+
+
+def test_shards_of_another_run_are_refused(model, examples, tmp_path, random_model):
+    find(model, examples, checkpoint_dir=tmp_path)
+    before = [file.read_bytes() for file in shards(tmp_path)]
+    message = "is of another run .* another checkpoint_dir"
+    with pytest.raises(ValueError, match=message):
+        find(model, examples, checkpoint_dir=tmp_path, batch_tokens=SMALL + 1)
+    with pytest.raises(ValueError, match=message):
+        find(model, examples, checkpoint_dir=tmp_path, counterfactuals=[WOLF, CAT])
+    with pytest.raises(ValueError, match=message):
+        find(model, examples[::-1], checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        find(random_model("qwen2", seed=1), examples, checkpoint_dir=tmp_path)
+    assert [file.read_bytes() for file in shards(tmp_path)] == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        ([], {}),
+        ([Example("a", "")], {}),
+        ([Example("a", "b", (10**6,))], {}),
+        ([Example("a", "b", (5,) * 300)], {}),
+        ([{"prompt": "a"}], {}),
+        ([Example("a", "b", (4,))], {"counterfactuals": []}),
+        ([Example("a", "b", (4,))], {"counterfactuals": [CAT, OWL]}),
+        ([Example("a", "b", (4,))], {"counterfactuals": [CAT, Teacher("cat")]}),
+        ([Example("a", "b", (4,))], {"batch_tokens": 0}),
+        ([Example("a", "b", (4,))], {"accelerator": "gpu"}),
+    ],
+)
+def test_bad_input_writes_nothing(rows, options, model, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises((ValueError, TypeError)):
+        find(model, rows, checkpoint_dir=folder, **options)
+    assert not folder.exists()
+
+
+def test_logits_that_are_not_finite_write_no_shard(model, examples, tmp_path, monkeypatch):
+    engine = Engine.of(model)
+    final = engine.final
+    monkeypatch.setattr(engine, "final", lambda *a, **k: final(*a, **k) * torch.nan)
+    with pytest.raises(ValueError, match="logits of example 0 are not finite"):
+        find(model, examples, checkpoint_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_progress_counts_what_was_finished_before(model, examples, tmp_path, capsys):
+    find(model, examples, checkpoint_dir=tmp_path)
+    shards(tmp_path)[0].unlink()
+    capsys.readouterr()
+    find(model, examples, checkpoint_dir=tmp_path, progress=True)
+    shown = capsys.readouterr().err
+    assert "tokens/s" in shown
+    assert "100%" in shown
+    first = shown.split("%")[0].split()[-1]
+    assert int(first) > 50
+
+
+# -- several processes ----------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from divergence_lens.engine import Engine
+from divergence_lens.models import load_model
+from tests.models import chat_tokenizer, random_hf_model
+from tests.test_long_runs import find, some_examples
+
+torch.set_num_threads(1)
+out = Path(sys.argv[1])
+state = PartialState(cpu=True)
+assert state.num_processes == 2
+tokenizer = chat_tokenizer()
+hf = random_hf_model("qwen2", 0, vocab=len(tokenizer))
+model = load_model(hf, backend="bridge", tokenizer=tokenizer)
+examples = some_examples(60)
+div = find(model, examples, accelerator=state, checkpoint_dir=out / "run")
+div.save(out / f"process{state.process_index}.safetensors")
+
+try:
+    find(model, examples[state.process_index :], accelerator=state)
+except ValueError as error:
+    (out / f"other{state.process_index}").write_text(str(error))
+
+if state.process_index == 1:
+    Engine.of(model).final = None
+try:
+    find(model, examples, accelerator=state)
+except Exception as error:
+    (out / f"failed{state.process_index}").write_text(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": "1",
+    }
+    # `--multi_gpu` is accelerate's name for one process per device, of whatever kind.
+    launch = [
+        *(
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+        ),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--main_process_port", "0", str(script), str(tmp_path)),
+    ]
+    done = subprocess.run(
+        launch, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    tokenizer = chat_tokenizer()
+    hf = random_hf_model("qwen2", 0, vocab=len(tokenizer))
+    alone = find(load_model(hf, backend="bridge", tokenizer=tokenizer), some_examples(60))
+    for process in range(2):
+        shared = Divergence.load(tmp_path / f"process{process}.safetensors")
+        assert_same_bits(shared, alone)
+        refused = (tmp_path / f"other{process}").read_text()
+        assert "2 processes were given different data" in refused
+    assert len(shards(tmp_path / "run")) > 5
+    assert "TypeError" in (tmp_path / "failed1").read_text()
+    assert (tmp_path / "failed0").read_text().startswith("RuntimeError: another process")
+
+
+def test_other_accelerators_are_refused():
+    with pytest.raises(TypeError, match="accelerator is a str; give an accelerate"):
+        Processes("gpu")
