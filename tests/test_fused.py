@@ -122,7 +122,7 @@ def test_sites_of_the_last_block_are_seen_at_every_position(backend):
 
 
 def test_weights_are_read_as_they_are_now(backend):
-    hf, model = build("qwen2", backend)
+    _hf, model = build("qwen2", backend)
     engine = Engine.of(model)
     name, parameter = next(iter(engine.block_parameters(1).items()))
     with torch.no_grad():

@@ -45,9 +45,7 @@ def only_at(modules: Sequence[nn.Module], where: Bool[Tensor, "row pos"]) -> Ite
 
 
 @contextmanager
-def low_rank_gradients(
-    linear: nn.Module, down: Tensor, up: Tensor, scale: float
-) -> Iterator[None]:
+def low_rank_gradients(linear: nn.Module, down: Tensor, up: Tensor, scale: float) -> Iterator[None]:
     """Let a linear layer whose weight holds `scale * down @ up` give gradients to these two alone.
 
     Args:
