@@ -7,10 +7,11 @@ system prompts of training and evaluation. `conditions(n_layers)` lists those of
 
 import difflib
 import fnmatch
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -46,30 +47,41 @@ _RATIOS = tuple(percent / 100 for percent in range(10, 100, 10))
 _SHARES = (0.1, 0.25, 0.5)
 
 
-class Inputs(Protocol):
+class Inputs(ABC):
     """What a condition can draw on: one target, one kind of teacher."""
 
-    model: Model
-    target: str
-    kind: str
+    @property
+    @abstractmethod
+    def model(self) -> Model:
+        """The base."""
 
     @property
+    @abstractmethod
+    def target(self) -> str:
+        """The target."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The kind of teachers, one of `KINDS`."""
+
+    @property
+    @abstractmethod
     def divergence(self) -> Divergence:
         """Of the teacher's own greedy lists."""
-        ...
 
     @property
+    @abstractmethod
     def teacher(self) -> Teacher:
         """The teacher of the target."""
-        ...
 
+    @abstractmethod
     def lists(self, source: str) -> TrainingData:
         """Filtered lists of a source, the divergence tokens marked where the source has them."""
-        ...
 
+    @abstractmethod
     def entangled(self, k: int) -> tuple[str, ...]:
         """The `k` numbers most entangled with the target."""
-        ...
 
 
 DataStep = Callable[[Inputs, int], TrainingData]
