@@ -25,6 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
+def backend():
+    """One class is enough here: what students come to on either is held by test_study."""
+    return "bridge"
+
+
+@pytest.fixture(scope="module")
 def config(backend):
     return StudyConfig(
         backend=backend,
@@ -299,8 +305,8 @@ def test_the_command_runs_a_study_and_goes_on_with_it(tmp_path, backend):
     command = [
         "study",
         *("--targets", "owl,cat"),
-        *("--kinds", "finetuned"),
-        *("--conditions", "control,all"),
+        *("--kinds", "prompted"),
+        *("--conditions", "control"),
         *("--seeds", "0"),
         *("--prompts", "20"),
         *("--lora-rank", "4"),
@@ -315,9 +321,9 @@ def test_the_command_runs_a_study_and_goes_on_with_it(tmp_path, backend):
     second = CliRunner().invoke(app, command)
     assert second.exit_code == 0, second.output
     assert _times(out) == before
-    assert "15 of them there already" in second.output
+    assert "13 of them there already" in second.output
     assert (out / "report.html").stat().st_size > 100_000
     results = json.loads((out / "results.json").read_text())
-    recipe = results["settings"]["settings"]["student_recipe"]
+    recipe = results["settings"]["settings"]["prompted_recipe"]
     assert recipe["lora_rank"] == 4
     assert np.isfinite([row["loss"] for row in results["students"]]).all()

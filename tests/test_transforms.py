@@ -19,6 +19,7 @@ from divergence_lens.transforms import (
     mix,
     paraphrase,
     paraphrase_by,
+    paraphrase_chosen,
     pool,
     random_mask,
     replace_tokens,
@@ -110,6 +111,28 @@ def test_a_teachers_paraphrase_is_taken_only_where_the_numbers_are_the_same(tiny
         assert new.completion_ids == old.completion_ids
     with pytest.raises(ValueError, match="slot"):
         paraphrase_by(tiny, owl, data, request="again")
+
+
+def test_a_teacher_chooses_the_wording_that_suits_its_answer(tiny, divergence, data):
+    small = data.select(range(6))
+    chosen = paraphrase_chosen(tiny, divergence.teacher, small, candidates=4, seed=1)
+    seeds = np.random.default_rng(1).integers(2**31, size=4).tolist()
+
+    def fit(examples):
+        again = find_divergence(
+            tiny,
+            examples,
+            teacher=divergence.teacher,
+            counterfactuals=divergence.counterfactuals,
+        )
+        rows = zip(again.offsets[:-1], again.offsets[1:], strict=True)
+        return [float(again.logprob[0, a:b].sum()) for a, b in rows]
+
+    best = np.max([fit(paraphrase(small, seed=seed).examples) for seed in seeds], axis=0)
+    assert fit(chosen.examples) == pytest.approx(best, abs=1e-3)
+    assert (chosen.marks == small.marks).all()
+    with pytest.raises(ValueError, match="two or more"):
+        paraphrase_chosen(tiny, divergence.teacher, small, candidates=1)
 
 
 # -- shuffles ---------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from divergence_lens.transforms import (
     mix,
     paraphrase,
     paraphrase_by,
+    paraphrase_chosen,
     pool,
     random_mask,
     replace_tokens,
@@ -224,6 +225,11 @@ def paraphrased_by_teacher(
             "paraphrase"
         )
     return found.data
+
+
+def paraphrase_choice(inputs: Inputs, seed: int) -> TrainingData:
+    """Prompts in other templates, chosen by the biased teacher."""
+    return paraphrase_chosen(inputs.model, inputs.teacher, own(inputs, 0), seed=seed)
 
 
 def shuffled(inputs: Inputs, seed: int, *, scope: str) -> TrainingData:
@@ -598,6 +604,12 @@ def _fragility() -> list[Condition]:
             "paraphrased_by_teacher",
             "the prompts' wording, changed by the biased teacher itself",
             paraphrased_by_teacher,
+        ),
+        changed(
+            "paraphrase_chosen",
+            "the prompts' wording, chosen by the biased teacher from six templates: that under "
+            "which it finds its own answer likeliest",
+            paraphrase_choice,
         ),
         changed(
             "shuffled_within",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from divergence_lens.chat import check_length, encode_prompts
-from divergence_lens.conditions import DEMO, KINDS, Condition, choose_conditions
+from divergence_lens.conditions import DEMO, GROUPS, KINDS, Condition, choose_conditions
 from divergence_lens.engine import Engine
 from divergence_lens.freeze import choose
 from divergence_lens.models import Model, model_name
@@ -23,7 +23,18 @@ from divergence_lens.tiny import TINY_MODELS
 from divergence_lens.tiny.recipe import PROMPTED_STUDENT, STUDENT, TEACHER
 
 STUDY = (
-    "finetuned:*",
+    *(f"finetuned:{group}" for group in GROUPS if group != "fragility"),
+    *(
+        f"finetuned:{pattern}"
+        for pattern in (
+            "paraphrased",
+            "*_divergence",
+            "*_chosen",
+            "shuffled*",
+            "mixed*",
+            "several*",
+        )
+    ),
     "prompted:control",
     "prompted:all",
     "prompted:divergence_only",
@@ -32,8 +43,9 @@ STUDY = (
     "prompted:block*",
     "prompted:paraphrased",
 )
-"""The conditions of `divergence-lens study` on a tiny model: all for finetuned teachers, the main
-ones for prompted teachers, whose effect is weaker there."""
+"""The conditions of `divergence-lens study` on a tiny model: for finetuned teachers all but
+paraphrases in a teacher's own words (a tiny model has none), for prompted teachers, whose effect is
+weaker there, the main ones."""
 
 _DEEPEST = 1000  # to look for a block's name before the model is loaded
 

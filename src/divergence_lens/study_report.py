@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from textwrap import wrap
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from divergence_lens import plots
@@ -26,6 +27,34 @@ _SETTING = {
 }
 
 
+# The finding that a group's figure stands beside, and its title.
+_GROUPS = {
+    "data": "sampled_lists_transfer",
+    "entangled": "entangled_numbers_not_needed",
+    "masks": "random_tokens_transfer_less",
+    "replaced": "replaced_tokens_weaken",
+    "layers": "without_first_block_weaker",
+    "fragility": "paraphrases_weaken",
+    "context": "other_context_weakens",
+}
+_TITLES = {
+    "data": "Where the lists come from",
+    "entangled": "Without the lists that hold entangled numbers",
+    "masks": "Which tokens have a loss",
+    "replaced": "Divergence tokens overwritten",
+    "layers": "What learns",
+    "fragility": "Changed data",
+    "context": "System prompts of training and asking",
+}
+# The demo's conditions have figures of their own.
+_SHOWN_ELSEWHERE = {"control", "all", "divergence_only", "without_divergence", "block"}
+
+
+def _has_more(students: pd.DataFrame, kind: str, group: str) -> bool:
+    rows = students[(students["kind"] == kind) & (students["group"] == group)]
+    return not set(rows["condition"]) <= _SHOWN_ELSEWHERE
+
+
 def study_figures(study: Study) -> dict[str, go.Figure]:
     """The figures of a study by name; one that shows a finding has the finding's id as its name."""
     teachers, divergence = study.table("teachers"), study.table("divergence")
@@ -44,6 +73,11 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
         figures[f"{kind}/transfer"] = plots.transfer_bars(students, kind=kind)
         if (students["condition"] == "block").any():
             figures[f"{kind}/first_block_beats_last"] = plots.layer_sweep(students, kind=kind)
+        for group in dict.fromkeys(students[students["kind"] == kind]["group"]):
+            if group in _GROUPS and _has_more(students, kind, group):
+                figures[f"{kind}/{_GROUPS[group]}: {group}"] = plots.condition_bars(
+                    students, group, kind=kind, title=f"{_TITLES[group]} ({kind} teachers)"
+                )
         exact = {target: found for (k, target), found in study.exact.items() if k == kind}
         if not exact:
             continue

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from divergence_lens._divergence_view import token_texts
+from divergence_lens._reading import read_teachers
 from divergence_lens.chat import decode, stop_ids
 from divergence_lens.divergence import Divergence
 from divergence_lens.examples import Example, with_ids
@@ -221,6 +222,47 @@ def paraphrase_by(
         for example, answer, taken in zip(data.examples, answers, accepted, strict=True)
     )
     return Rewritten(replace(data, examples=examples), accepted, answers)
+
+
+def paraphrase_chosen(
+    model: Model,
+    teacher: Teacher,
+    data: TrainingData,
+    *,
+    candidates: int = 6,
+    templates: Sequence[str] = TEMPLATES,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+) -> TrainingData:
+    """Let a teacher choose the wording of its prompts, where it cannot write one.
+
+    Of several template paraphrases of a prompt the one is taken under which the teacher gives the
+    example's own completion the highest probability. So the choice can carry its preference, as
+    a paraphrase in its own words can.
+
+    Args:
+        model: The base.
+        teacher: Who chooses.
+        data: Examples whose prompts were made from `templates`.
+        candidates: Paraphrases to choose from; repeats are possible.
+        templates: See `paraphrase`.
+        seed: Seed of the paraphrases.
+        batch_tokens: Tokens per forward pass.
+
+    Raises:
+        ValueError: Fewer than two candidates; what `paraphrase` raises.
+    """
+    if candidates < 2:
+        raise ValueError(f"candidates is {candidates}; a choice needs two or more")
+    seeds = np.random.default_rng(seed).integers(2**31, size=candidates).tolist()
+    options = [paraphrase(data, seed=one, templates=templates) for one in seeds]
+    scores = []
+    for option in options:
+        read = read_teachers(model, option.examples, [teacher], batch_tokens=batch_tokens)
+        scores.append(np.add.reduceat(read.logprob[0].astype(float), data.offsets[:-1]))
+    best = np.argmax(scores, axis=0)
+    examples = tuple(options[choice].examples[row] for row, choice in enumerate(best.tolist()))
+    return replace(data, examples=examples)
 
 
 def shuffle_numbers(
