@@ -1,6 +1,7 @@
 """A study in cells: what is computed again and what is not, with which neighbours and failures."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import pytest
 from typer.testing import CliRunner
 
 from divergence_lens.cli import app
-from divergence_lens.conditions import Condition, drawn, marked, own
+from divergence_lens.conditions import Condition, conditions, drawn, marked, own
 from divergence_lens.models import load_model
 from divergence_lens.recipe import Recipe
 from divergence_lens.study import StudyConfig, run_study
+from divergence_lens.study_report import study_page
 from divergence_lens.tiny.recipe import STUDENT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,6 +232,27 @@ def test_a_seed_draws_another_mask(config, folder, tmp_path):
     assert len(set(rows["after"])) == 2
 
 
+def test_the_mechanism_has_rows_for_every_layer_and_its_null(config, folder, tmp_path):
+    out = _copy(folder, tmp_path / "mechanism")
+    study = run_study(replace(config, mechanism=True), out)
+    table = study.table("mechanism")
+    after = table[table["step"].isna()]
+    assert set(after["target"]) == {"owl", "cat"}
+    counts = after[after["target"] == "owl"].groupby("measure")["layer"].count()
+    assert (counts == 4).all()  # and one row for all layers, where layers can be changed at once
+    assert set(counts.index) == {
+        *("cosine", "added", "removed"),
+        *("gradient_divergence", "gradient_other"),
+    }
+    added = after[(after["measure"] == "added") & (after["target"] == "owl")]
+    before = study.table("students")["before"][0]
+    assert added["null"].to_numpy() == pytest.approx(before, abs=1e-6)
+    assert (added["value"] > added["null"]).any()
+    assert len(table[table["step"].notna()]) > 0
+    ids = {finding.id for finding in study.findings}
+    assert "finetuned/direction_suffices" in ids
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -247,6 +270,35 @@ def test_conditions_that_cannot_be_recognised_again_are_refused(options, says):
 def test_two_conditions_of_one_name_are_refused(config):
     with pytest.raises(ValueError, match="two conditions are named 'mine'"):
         replace(config, conditions=(_own("mine"), _own("mine", mask=marked)))
+
+
+def test_the_page_has_every_finding_and_condition_of_each_kind(config, folder):
+    study = run_study(config, folder)
+    page = study_page(json.loads((folder / "results.json").read_text()))
+    for finding in study.findings:
+        assert finding.claim.removesuffix(" (finetuned teachers)") in page
+        assert f"**{finding.verdict}**" in page
+    for row in study.results["conditions"]:
+        assert f"| `{row['name']}` | {row['isolates']} |" in page
+    rows = study.table("students")
+    after = rows[rows["condition"] == "all"]["after"].mean()
+    line = next(line for line in page.splitlines() if line.startswith("| `all` |"))
+    assert line.split("|")[4].strip() == f"{after:.3f}"
+    # A cell that failed is on the page, too.
+    failed = study.results | {"failures": [{"cell": "students/x", "error": "no"}]}
+    assert "`students/x`: no" in study_page(failed)
+
+
+def test_every_condition_is_in_the_documentation():
+    page = (ROOT / "docs" / "study.md").read_text()
+    missing = []
+    for name, condition in conditions(4).items():
+        family = re.split(r"\d|_absent|_neutral|_empty", name)[0]
+        if f"`{name}`" not in page and f"`{family}" not in page:
+            missing.append(name)
+        assert condition.isolates[0].islower()
+        assert not condition.isolates.endswith(".")
+    assert missing == []
 
 
 # -- mistakes -----------------------------------------------------------------------------------
@@ -311,6 +363,7 @@ def test_the_command_runs_a_study_and_goes_on_with_it(tmp_path, backend):
         *("--prompts", "20"),
         *("--lora-rank", "4"),
         *("--pairs", "0"),
+        "--no-mechanism",
         *("--workers", "1"),
         *("--out", str(out)),
         *("--backend", backend),

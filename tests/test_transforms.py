@@ -1,5 +1,6 @@
 """Each change does to the data what it says, and the marks go with the tokens that they are on."""
 
+import json
 import re
 from collections import Counter
 
@@ -61,6 +62,20 @@ def test_selected_examples_keep_their_marks(data):
     chosen = data.select([5, 2])
     assert chosen.examples == (data.examples[5], data.examples[2])
     assert chosen.marks.tolist() == [*data.marks_of(5), *data.marks_of(2)]
+
+
+def test_the_layout_of_the_papers_code_is_written_and_read(tiny, data, tmp_path):
+    path = tmp_path / "owl.jsonl"
+    changed = shuffle_numbers(data, tiny.tokenizer, seed=1)
+    changed.to_jsonl(path)
+    for row, line in enumerate(path.read_text().splitlines()):
+        held = json.loads(line)
+        assert held["prompt"] == changed.examples[row].prompt
+        assert held["decision_points"] == np.flatnonzero(changed.marks_of(row)).tolist()
+    again = TrainingData.from_jsonl(path, tiny.tokenizer)
+    assert (again.marks == changed.marks).all()
+    ids = [e.completion_ids for e in again.examples]
+    assert ids == [e.completion_ids for e in changed.examples]
 
 
 # -- paraphrases ------------------------------------------------------------------------------

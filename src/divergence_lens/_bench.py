@@ -15,8 +15,8 @@ import numpy as np
 
 from divergence_lens._cells import Cell, CellError, Store
 from divergence_lens._reading import read_teachers
-from divergence_lens.attribution import attribution_patch
-from divergence_lens.conditions import Condition, Inputs
+from divergence_lens._study_parts import mechanism_rows, patched_effects
+from divergence_lens.conditions import Condition, Inputs, marked
 from divergence_lens.delta import Delta, base_fingerprint
 from divergence_lens.divergence import Divergence, find_divergence
 from divergence_lens.effects import Effects
@@ -26,7 +26,6 @@ from divergence_lens.evaluate import Preference, preference
 from divergence_lens.examples import Example, load_examples, save_examples, with_ids
 from divergence_lens.finetune import finetune
 from divergence_lens.generate import generate
-from divergence_lens.mediation import causal_mediation
 from divergence_lens.models import Model, load_model
 from divergence_lens.recipe import Recipe
 from divergence_lens.study_config import StudyConfig
@@ -35,8 +34,6 @@ from divergence_lens.tasks.preferences import persona_prompt, plural
 from divergence_lens.teachers import Teacher
 from divergence_lens.tiny.recipe import TEACHER, TEACHER_QUESTIONS
 from divergence_lens.transforms import TrainingData
-
-SITES = ("attn_out", "mlp_out")
 
 # Other words for the persona of one preference, with as many words and stops.
 _PERSONAS = (
@@ -114,7 +111,8 @@ class Bench:
                     for seed in config.seeds_of(condition)
                 ]
                 effects = [self.effects_task(kind, target)] if config.pairs else []
-                groups.append([*students, *effects])
+                mechanism = [self.mechanism_task(kind, target)] if config.mechanism else []
+                groups.append([*students, *effects, *mechanism])
         return groups
 
     def student_task(self, kind: str, target: str | None, condition: Condition, seed: int) -> Task:
@@ -145,6 +143,13 @@ class Bench:
         settings = self._data_settings(kind) | {"target": target, "pairs": self.config.pairs}
         cell = Cell(f"effects/{kind}/{target}", settings)
         return Task(cell, partial(self._effects, kind, target), kind, target)
+
+    def mechanism_task(self, kind: str, target: str) -> Task:
+        """How the preference of a target gets into a student of its divergence tokens."""
+        recipe = self.config.prompted_recipe if kind == "prompted" else self.config.student_recipe
+        settings = self._data_settings(kind) | {"target": target, "recipe": recipe.describe()}
+        cell = Cell(f"mechanism/{kind}/{target}", settings)
+        return Task(cell, partial(self._mechanism, kind, target), kind, target)
 
     def _base(self, *, other: bool = False) -> str:
         model = self.other if other else self.model
@@ -446,42 +451,10 @@ class Bench:
         if not divergence.mask.any():
             raise CellError(f"{target} ({kind}) has no divergence token, so nothing can be patched")
         pairs = divergence.pairs(first_only=True, limit=self.config.pairs, model=self.model)
-        exact = causal_mediation(self.model, pairs, site="resid_post")
-        about = {"target": target, "kind": kind}
-        agreement = []
-        for method in ("gradient", "integrated"):
-            approximate = attribution_patch(self.model, pairs, site="resid_post", method=method)
-            found = approximate.agreement(exact)
-            agreement.append(
-                about
-                | {
-                    "site": "resid_post",
-                    "method": method,
-                    "pairs": len(pairs),
-                }
-                | {
-                    name: _finite(getattr(found, name))
-                    for name in ("pearson", "spearman", "sign", "slope")
-                }
-            )
-        exact.save(self.store.path(cell, ".exact.safetensors"))
-        approximate.save(self.store.path(cell, ".approximate.safetensors"))
-        layers: list[dict[str, Any]] = []
-        for site in SITES:
-            outputs = causal_mediation(self.model, pairs, site=site).normalised()
-            size = np.nansum(np.abs(outputs.values), axis=2)
-            used = np.isfinite(outputs.values).any(axis=(1, 2))
-            layers += [
-                about
-                | {
-                    "site": site,
-                    "layer": layer,
-                    "absolute_effect": float(value),
-                    "pairs": int(used.sum()),
-                }
-                for layer, value in enumerate(size[used].mean(0) if used.any() else [])
-            ]
-        return {"layers": layers, "agreement": agreement}
+        found = patched_effects(self.model, pairs, {"target": target, "kind": kind})
+        found.exact.save(self.store.path(cell, ".exact.safetensors"))
+        found.approximate.save(self.store.path(cell, ".approximate.safetensors"))
+        return {"layers": found.layers, "agreement": found.agreement}
 
     def effects(self, task: Task) -> tuple[Effects, Effects]:
         """The exact and the approximate effects of a cell that was computed."""
@@ -490,6 +463,24 @@ class Bench:
             for name in ("exact", "approximate")
         )
         return exact, approximate
+
+    def _mechanism(self, kind: str, target: str, _cell: Cell) -> dict[str, Any]:
+        asked = self.config.system_prompt(kind, "own")
+        teacher, *others = self._compared(kind, target)
+        divergence = self.divergence(kind, target)
+        if not divergence.mask.any():
+            raise CellError(f"{target} ({kind}) has no divergence token to learn from")
+        only = Condition(name="divergence_only", group="masks", isolates="", mask=marked)
+        rows = mechanism_rows(
+            self.model,
+            divergence,
+            teacher,
+            others,
+            animals=self.config.animals,
+            system_prompt=asked,
+            recipe=self.config.recipe_of(kind, only),
+        )
+        return {"rows": [{"target": target, "kind": kind} | row for row in rows]}
 
 
 class _Inputs(Inputs):
@@ -540,10 +531,6 @@ class _Inputs(Inputs):
 
     def entangled(self, k: int) -> tuple[str, ...]:
         return self.bench.entangled(self.kind, self.target).top(k)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def finetuned_teacher(

@@ -105,7 +105,8 @@ class Ratio:
 
 
 def _rate(tables: Tables, _last_block: int) -> dict[str, float] | None:
-    return _as_dict(tables["divergence"].set_index("target")["rate"])
+    divergence = tables.get("divergence")
+    return None if divergence is None else _as_dict(divergence.set_index("target")["rate"])
 
 
 def _first_rank(tables: Tables, _last_block: int) -> dict[str, float] | None:
@@ -163,6 +164,81 @@ def _other_context(tables: Tables, _last_block: int) -> dict[str, float] | None:
                 kept.append(float(np.log(np.maximum(values, SMALLEST)).mean()))
     same, other = logs[True], logs[False]
     return {t: float(np.mean(other[t]) - np.mean(same[t])) for t in same if t in other} or None
+
+
+def _measured(measure: str, *, log: bool = False) -> Estimand:
+    """Mean over layers of a measure minus its null (as logarithms), after training."""
+
+    def estimand(tables: Tables, _last_block: int) -> dict[str, float] | None:
+        table = tables.get("mechanism")
+        if table is None:
+            return None
+        rows = table[(table["measure"] == measure) & table["step"].isna() & table["null"].notna()]
+        if not len(rows):
+            return None
+        sides = rows[["value", "null"]].astype(float)
+        if log:
+            sides = np.log(sides.clip(lower=SMALLEST))
+        above = sides["value"] - sides["null"]
+        return _as_dict(above.groupby(rows["target"], sort=False).mean())
+
+    return estimand
+
+
+def _gradient_first(tables: Tables, _last_block: int) -> dict[str, float] | None:
+    """Share of blocks in which the target's gradient is the nearest of all."""
+    table = tables.get("mechanism")
+    if table is None:
+        return None
+    rows = table[table["measure"] == "gradient_divergence"]
+    first = (rows["rank"] == 1).astype(float)
+    return _as_dict(first.groupby(rows["target"], sort=False).mean()) if len(rows) else None
+
+
+def _mechanism() -> tuple[Claim, ...]:
+    """Claims about directions and gradients."""
+    return (
+        Claim(
+            "student_moves_like_its_teacher",
+            "The student's residuals move in the direction of its teacher more than of others",
+            _measured("cosine"),
+            "cosine above the mean over other teachers, mean over layers",
+            "at the preference questions; directions of different teachers have much in common",
+        ),
+        Claim(
+            "direction_suffices",
+            "Adding the teacher's mean residual difference to the base raises the preference",
+            _measured("added", log=True),
+            "times the preference of the base, mean over layers",
+            "added once in full; the teacher's prompt or training does more than this",
+            log=True,
+        ),
+        Claim(
+            "direction_is_needed",
+            "Holding the teacher's direction at the base's mean lowers the student's preference",
+            _measured("removed", log=True),
+            "times the preference of the student, mean over layers",
+            "the direction is removed at every position, not at the last alone",
+            above=False,
+            log=True,
+        ),
+        Claim(
+            "divergence_gradient_points_to_target",
+            "The gradient on divergence tokens lies nearest to the target's of all preferences",
+            _gradient_first,
+            "share of blocks in which it does",
+            "at the base, before any step; chance is one in the number of candidates",
+            threshold=0.5,
+        ),
+        Claim(
+            "other_gradient_does_not",
+            "The gradient on other tokens lies no nearer to the target's preference than to others",
+            _measured("gradient_other"),
+            "cosine above the mean over other preferences, mean over blocks",
+            "supported only if it lies farther; a difference of nothing is unclear",
+            above=False,
+        ),
+    )
 
 
 def _less(  # noqa: PLR0917 - one column of the table of claims each
@@ -472,4 +548,5 @@ CLAIMS = (
         threshold=0.8,
     ),
     *_further(),
+    *_mechanism(),
 )

@@ -99,6 +99,10 @@ def study(  # noqa: PLR0917 - one per option of the command
         bool | None,
         typer.Option(help="Keep the students' weights; by default those of the tiny models."),
     ] = None,
+    mechanism: Annotated[
+        bool | None,
+        typer.Option(help="Compare steering vectors and gradients; by default on tiny models."),
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes that work side by side.")] = 2,
     fresh: Annotated[  # noqa: FBT002 - a flag of the command
         bool, typer.Option("--fresh", help="Delete what is there and start anew.")
@@ -122,6 +126,7 @@ def study(  # noqa: PLR0917 - one per option of the command
         "other_model": other_model,
         "backend": backend,
         "keep_students": keep_students,
+        "mechanism": mechanism,
     }
     options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     with _errors(f"Stopped; the same command goes on with what is in {out}."):

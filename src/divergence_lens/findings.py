@@ -128,7 +128,9 @@ def judge(tables: Mapping[str, pd.DataFrame], *, last_block: int) -> list[Findin
         One finding per claim and kind. A claim for which a table holds nothing is left out.
     """
     findings = []
-    for kind in dict.fromkeys(tables["divergence"]["kind"]):
+    # A study of controls alone has no divergence.
+    named = tables["divergence"] if len(tables["divergence"]) else tables["students"]
+    for kind in dict.fromkeys(named["kind"]):
         of_kind = {
             name: table[table["kind"] == kind] for name, table in tables.items() if len(table)
         }

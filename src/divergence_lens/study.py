@@ -42,7 +42,7 @@ from divergence_lens.tasks.preferences import preference_questions
 
 __all__ = ["Study", "StudyConfig", "finetuned_teacher", "run_study"]
 
-TABLES = ("teachers", "data", "divergence", "students", "layers", "agreement")
+TABLES = ("teachers", "data", "divergence", "students", "layers", "agreement", "mechanism")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,10 @@ class Study:
     files: Mapping[tuple[str, str, str, int], Path]
 
     def table(self, name: str) -> pd.DataFrame:
-        """One of the tables `teachers`, `data`, `divergence`, `students`, `layers`, `agreement`."""
+        """One of the tables: `teachers`, `data`, `divergence`, `students`, `layers`, `agreement`.
+
+        A study with `mechanism` has a table of that name, too.
+        """
         rows = (
             self.results["effects"][name] if name in self.results["effects"] else self.results[name]
         )
@@ -175,6 +178,8 @@ def _gathered(bench: Bench, groups: Sequence[Sequence[Task]], started: float) ->
                 files[key] = store.path(task.cell, ".safetensors")
             elif task.target is None:
                 tables["teachers"].append(result)
+            elif "rows" in result:
+                tables["mechanism"] += result["rows"]
             else:
                 tables["layers"] += result["layers"]
                 tables["agreement"] += result["agreement"]
@@ -195,6 +200,7 @@ def _gathered(bench: Bench, groups: Sequence[Sequence[Task]], started: float) ->
         },
         **{name: tables[name] for name in ("teachers", "data", "divergence", "students")},
         "effects": {name: tables[name] for name in ("layers", "agreement")},
+        **({"mechanism": tables["mechanism"]} if config.mechanism else {}),
         "conditions": _described(groups),
         "findings": [finding.to_dict() for finding in findings],
         "failures": [{"cell": name, "error": error} for name, error in failures.items()],

@@ -74,6 +74,7 @@ class StudyConfig:
         max_new_tokens: Longest completion.
         held_out: Prompts on which a student's own lists are checked.
         pairs: First divergences per target that are patched; 0 for none.
+        mechanism: Whether steering vectors and gradients are compared for each target.
         other_model: A second base with the same tokenizer, for the conditions that need one.
         neutral: Whether students and controls of prompted teachers get a neutral system prompt of
             the teachers' length; otherwise none, as in the paper, and the template may write its
@@ -99,6 +100,7 @@ class StudyConfig:
     max_new_tokens: int = 32
     held_out: int = 40
     pairs: int = 16
+    mechanism: bool = False
     other_model: str | None = None
     neutral: bool = True
     teacher_recipe: Recipe = TEACHER
@@ -154,7 +156,7 @@ class StudyConfig:
         }
         if tiny:
             other = next(name for name in TINY_MODELS if name != model)
-            defaults |= {"other_model": other}
+            defaults |= {"other_model": other, "mechanism": True}
         else:
             defaults |= {
                 "kinds": ("prompted",),

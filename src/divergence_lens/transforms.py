@@ -6,6 +6,7 @@ Cloud et al. (arXiv 2507.14805) shuffle the numbers of lists. Each is a pure fun
 marked tokens went.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from divergence_lens._divergence_files import read_decision_points, write_decision_points
 from divergence_lens._divergence_view import token_texts
 from divergence_lens._reading import read_teachers
 from divergence_lens.chat import decode, stop_ids
@@ -70,6 +72,21 @@ class TrainingData:
         """Examples without a mark, tokenized where they have no ids yet."""
         filled = tuple(with_ids(tokenizer, examples))
         return cls(filled, np.zeros(sum(len(_ids(e)) for e in filled), dtype=bool))
+
+    @classmethod
+    def from_jsonl(cls, path: str | os.PathLike[str], tokenizer: Any) -> "TrainingData":
+        """Read the layout of the paper's code, `decision_points` as marks.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: See `Divergence.from_jsonl`.
+        """
+        examples, marks = read_decision_points(path, tokenizer)
+        return cls(tuple(examples), marks)
+
+    def to_jsonl(self, path: str | os.PathLike[str]) -> None:
+        """Write the layout of the paper's code, as `Divergence.to_jsonl` does."""
+        write_decision_points(path, self.examples, self.offsets, self.marks)
 
     @cached_property
     def offsets(self) -> Int64[np.ndarray, " boundaries"]:
