@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from divergence_lens.attribution import attribution_patch
+from divergence_lens.conditions import Condition
 from divergence_lens.delta import Delta
 from divergence_lens.divergence import Divergence, find_divergence
 from divergence_lens.effects import Agreement, Effects
@@ -60,6 +61,7 @@ __all__ = [
     "ANIMALS",
     "TREES",
     "Agreement",
+    "Condition",
     "Delta",
     "Divergence",
     "Effects",

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ def _worker(config: StudyConfig, out: Path, worker: int, count: int) -> None:
     torch.set_num_threads(1)
     bench = Bench(config, out)
     groups = bench.tasks()
-    for _ in _settling(bench, groups, first=worker * len(groups) // count):
-        pass
+    with suppress(KeyboardInterrupt):  # the calling process says that it was stopped
+        for _ in _settling(bench, groups, first=worker * len(groups) // count):
+            pass
     bench.store.close()
 
 

@@ -65,7 +65,7 @@ def demo(
 
 
 @app.command()
-def study(  # noqa: PLR0917 - one per option of the command
+def study(
     model: Annotated[
         str, typer.Option(help='"tiny", "tiny-qwen2", a folder, or a name on the hub.')
     ] = "tiny",
@@ -103,8 +103,11 @@ def study(  # noqa: PLR0917 - one per option of the command
         bool | None,
         typer.Option(help="Compare steering vectors and gradients; by default on tiny models."),
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes that work side by side.")] = 2,
-    fresh: Annotated[  # noqa: FBT002 - a flag of the command
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that work side by side; 2 on tiny models, else 1."),
+    ] = None,
+    fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete what is there and start anew.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/study"),
@@ -127,6 +130,7 @@ def study(  # noqa: PLR0917 - one per option of the command
         "backend": backend,
         "keep_students": keep_students,
         "mechanism": mechanism,
+        "workers": workers,
     }
     options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     with _errors(f"Stopped; the same command goes on with what is in {out}."):
@@ -134,7 +138,7 @@ def study(  # noqa: PLR0917 - one per option of the command
             options["seeds"] = _numbers(seeds)
         from divergence_lens.study import StudyConfig
 
-        config = StudyConfig.for_model(model, lora_rank=lora_rank, workers=workers, **options)
+        config = StudyConfig.for_model(model, lora_rank=lora_rank, **options)
         _run(config, out, resume=not fresh)
 
 

@@ -106,7 +106,7 @@ class Study:
 
 def run_study(
     config: StudyConfig,
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] = "runs/study",
     *,
     resume: bool = True,
     say: Say | None = None,
@@ -312,5 +312,5 @@ def _clear(out: Path, *, everything: bool) -> None:
     # "students" and "teachers" are where earlier versions put their files.
     for name in ("figures", *(("cells", "students", "teachers") if everything else ())):
         for old in sorted((out / name).rglob("*"), reverse=True):
-            if old.suffix in (".safetensors", ".json", ".jsonl", ".html", ".failed"):
+            if old.suffix in (".safetensors", ".json", ".jsonl", ".html", ".failed", ".part"):
                 old.unlink()

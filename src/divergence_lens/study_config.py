@@ -156,7 +156,7 @@ class StudyConfig:
         }
         if tiny:
             other = next(name for name in TINY_MODELS if name != model)
-            defaults |= {"other_model": other, "mechanism": True}
+            defaults |= {"other_model": other, "mechanism": True, "workers": 2}
         else:
             defaults |= {
                 "kinds": ("prompted",),
