@@ -8,17 +8,20 @@ otherwise. Claims are those of Schrodi et al. (arXiv 2509.23886) and Cloud et al
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from divergence_lens.claims import CLAIMS, SMALLEST, Claim, Ratio, Tables
+
 Verdict = Literal["supported", "not supported", "unclear"]
 
 LEVEL = 0.95
-_SMALLEST = 1e-6
+_RESAMPLES = 2000
+_BESIDE = ("difference", "difference_interval", "resampled", "control")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Finding:
         unit: What the number is.
         caveat: What it does not show.
         values: The estimand for every target.
+        difference: For a ratio of preferences: the same comparison as a difference, mean over
+            targets.
+        difference_interval: Its 95 % interval over targets (Student's t).
+        resampled: For a ratio: its 95 % bootstrap interval over targets and, within them, seeds. It
+            is shown beside the other and decides nothing: with few targets it is too narrow.
+        control: For a ratio: mean preference of the control students.
     """
 
     id: str
@@ -46,6 +55,10 @@ class Finding:
     unit: str
     caveat: str
     values: Mapping[str, float]
+    difference: float | None = None
+    difference_interval: tuple[float, float] | None = None
+    resampled: tuple[float, float] | None = None
+    control: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As `results.json` holds it; numbers that are missing become None."""
@@ -59,7 +72,7 @@ class Finding:
             "unit": self.unit,
             "caveat": self.caveat,
             "values": {name: _number(value) for name, value in self.values.items()},
-        }
+        } | {name: _plain(getattr(self, name)) for name in _BESIDE}
 
 
 def decide(low: float, high: float, threshold: float, *, above: bool = True) -> Verdict:
@@ -115,15 +128,18 @@ def judge(tables: Mapping[str, pd.DataFrame], *, last_block: int) -> list[Findin
         One finding per claim and kind. A claim for which a table holds nothing is left out.
     """
     findings = []
-    for kind in dict.fromkeys(tables["divergence"]["kind"]):
+    # A study of controls alone has no divergence.
+    named = tables["divergence"] if len(tables["divergence"]) else tables["students"]
+    for kind in dict.fromkeys(named["kind"]):
         of_kind = {
             name: table[table["kind"] == kind] for name, table in tables.items() if len(table)
         }
-        for claim in _CLAIMS:
+        for claim in CLAIMS:
             values = claim.estimand(of_kind, last_block)
             if values is None or not len(values):
                 continue
             mean, low, high = t_interval(list(values.values()))
+            difference = _difference(claim, of_kind, last_block)
             shown = math.exp if claim.log else float
             direction = "above" if claim.above else "below"
             threshold = shown(claim.threshold)
@@ -138,178 +154,10 @@ def judge(tables: Mapping[str, pd.DataFrame], *, last_block: int) -> list[Findin
                     unit=claim.unit,
                     caveat=claim.caveat,
                     values={name: shown(value) for name, value in values.items()},
+                    **difference,
                 )
             )
     return findings
-
-
-Tables = Mapping[str, pd.DataFrame]
-Estimand = Callable[[Tables, int], dict[str, float] | None]
-
-
-@dataclass(frozen=True)
-class _Claim:
-    id: str
-    claim: str
-    estimand: Estimand
-    unit: str
-    caveat: str
-    threshold: float = 0.0
-    above: bool = True
-    log: bool = False
-
-
-def _after(tables: Tables, condition: str, block: int | None = None) -> pd.Series | None:
-    """Mean log preference after training per target, over seeds."""
-    students = tables.get("students")
-    if students is None:
-        return None
-    rows = students[students["condition"] == condition]
-    if block is not None:
-        rows = rows[rows["block"] == block]
-    if not len(rows):
-        return None
-    logs = np.log(rows["after"].clip(lower=_SMALLEST))
-    return logs.groupby(rows["target"], sort=False).mean()
-
-
-def _ratio(over: tuple[str, int | None], under: tuple[str, int | None]) -> Estimand:
-    """Log ratio of the preference after training under two conditions; -1 is the last block."""
-
-    def estimand(tables: Tables, last_block: int) -> dict[str, float] | None:
-        sides = [
-            _after(tables, condition, last_block if block == -1 else block)
-            for condition, block in (over, under)
-        ]
-        if sides[0] is None or sides[1] is None:
-            return None
-        return _as_dict((sides[0] - sides[1]).dropna())
-
-    return estimand
-
-
-def _rate(tables: Tables, _last_block: int) -> dict[str, float] | None:
-    return _as_dict(tables["divergence"].set_index("target")["rate"])
-
-
-def _first_rank(tables: Tables, _last_block: int) -> dict[str, float] | None:
-    students = tables.get("students")
-    if students is None:
-        return None
-    rows = students[students["condition"] == "divergence_only"]
-    return _as_dict((rows["rank"] == 1).groupby(rows["target"], sort=False).mean().astype(float))
-
-
-def _early_share(tables: Tables, last_block: int) -> dict[str, float] | None:
-    layers = tables.get("layers")
-    if layers is None:
-        return None
-    early = layers["layer"] < (last_block + 1) / 2
-    size = layers["absolute_effect"].abs()
-    total = size.groupby(layers["target"], sort=False).sum()
-    return _as_dict(
-        (size[early].groupby(layers["target"][early], sort=False).sum() / total).dropna()
-    )
-
-
-def _agreement(tables: Tables, _last_block: int) -> dict[str, float] | None:
-    agreement = tables.get("agreement")
-    if agreement is None:
-        return None
-    rows = agreement[agreement["method"] == "integrated"]
-    return _as_dict(rows.set_index("target")["pearson"])
-
-
-def _as_dict(series: pd.Series) -> dict[str, float]:
-    return {str(name): float(value) for name, value in series.items()}
-
-
-_TIMES = "times the preference of the other students"
-_CLAIMS = (
-    _Claim(
-        "few_divergence_tokens",
-        "Divergence tokens are a small part of the data",
-        _rate,
-        "share of completion tokens",
-        "how small depends on how often the next number is a near-tie, which the world sets",
-        threshold=0.25,
-        above=False,
-    ),
-    _Claim(
-        "transfer",
-        "Students trained on all tokens take over the teacher's preference",
-        _ratio(("all", None), ("control", None)),
-        _TIMES.replace("the other", "control"),
-        "a rise over the control student, not a preference that a reader would notice",
-        log=True,
-    ),
-    _Claim(
-        "divergence_tokens_suffice",
-        "Training on divergence tokens alone transfers the preference",
-        _ratio(("divergence_only", None), ("control", None)),
-        _TIMES.replace("the other", "control"),
-        "the loss is on fewer tokens, so the same steps weigh each of them more",
-        log=True,
-    ),
-    _Claim(
-        "divergence_tokens_do_as_well",
-        "Divergence tokens alone transfer at least as much as all tokens, to within a tenth",
-        _ratio(("divergence_only", None), ("all", None)),
-        "times the preference of students of all tokens",
-        "the same steps and learning rate for both, neither tuned for either",
-        threshold=math.log(0.9),
-        log=True,
-    ),
-    _Claim(
-        "rest_transfers_less",
-        "Without divergence tokens the transfer is weaker",
-        _ratio(("without_divergence", None), ("all", None)),
-        "times the preference of students of all tokens",
-        "whether anything is left is read off the table, against the control",
-        above=False,
-        log=True,
-    ),
-    _Claim(
-        "target_rises_most",
-        "Of all candidates the target rises most in students of divergence tokens",
-        _first_rank,
-        "share of students in which it does",
-        "chance is one in the number of candidates",
-        threshold=0.5,
-    ),
-    _Claim(
-        "first_block_suffices",
-        "Training the first block alone, on divergence tokens, transfers the preference",
-        _ratio(("block", 0), ("control", None)),
-        _TIMES.replace("the other", "control"),
-        "control students trained all blocks",
-        log=True,
-    ),
-    _Claim(
-        "first_block_beats_last",
-        "The first block carries more of the preference than the last",
-        _ratio(("block", 0), ("block", -1)),
-        "times the preference of students of the last block",
-        "one learning rate for all blocks",
-        log=True,
-    ),
-    _Claim(
-        "early_layers_cause_divergence",
-        "The first half of the layers causes more of the first divergence than the second half",
-        _early_share,
-        "share of the absolute effects of attention and MLP outputs",
-        "effects of single cells, which do not add up to the total effect",
-        threshold=0.5,
-    ),
-    _Claim(
-        "approximation_agrees",
-        "Integrated attribution agrees with exact mediation",
-        _agreement,
-        "Pearson correlation over cells (resid_post)",
-        "on this model and these pairs; other sites may differ",
-        threshold=0.8,
-    ),
-)
 
 
 def _t_quantile(probability: float, freedom: int) -> float:
@@ -340,6 +188,53 @@ def _t_cumulative(t: float, freedom: int) -> float:
         term *= cosine**2 * (k - 1) / k
         total += term
     return 0.5 + math.sin(angle) * total / 2
+
+
+def _difference(claim: Claim, tables: Tables, last_block: int) -> dict[str, Any]:
+    """What stands beside a ratio of preferences; nothing for another estimand."""
+    if not isinstance(claim.estimand, Ratio):
+        return {}
+    sides = claim.estimand.seeds(tables, last_block)
+    if sides is None:
+        return {}
+    over, under = sides
+    targets = [target for target in over if target in under]
+    mean, low, high = t_interval(
+        [float(np.mean(over[target]) - np.mean(under[target])) for target in targets]
+    )
+    control = Ratio((claim.estimand.control, None), (claim.estimand.control, None))
+    controls = control.seeds(tables, last_block)
+    return {
+        "difference": mean,
+        "difference_interval": (low, high),
+        "resampled": _resampled([(over[target], under[target]) for target in targets]),
+        "control": None
+        if controls is None
+        else float(np.mean([np.mean(found) for found in controls[0].values()])),
+    }
+
+
+def _resampled(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    """Bootstrap interval of a ratio of geometric means: targets are drawn, then seeds."""
+    random = np.random.default_rng(0)
+    drawn = random.integers(len(pairs), size=(_RESAMPLES, len(pairs)))
+    gains = np.empty((_RESAMPLES, len(pairs)))
+    for place, (over, under) in enumerate(pairs):
+        logs = [np.log(np.maximum(side, SMALLEST)) for side in (over, under)]
+        draws = [random.integers(len(s), size=(_RESAMPLES, len(pairs), len(s))) for s in logs]
+        if len(over) == len(under):  # students of one seed saw the lists in one order: a pair
+            draws[1] = draws[0]
+        means = [side[drawing].mean(-1) for side, drawing in zip(logs, draws, strict=True)]
+        gains = np.where(drawn == place, means[0] - means[1], gains)
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(np.exp(gains.mean(1)), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _plain(value: float | tuple[float, float] | None) -> Any:
+    if isinstance(value, tuple):
+        return [_number(end) for end in value]
+    return None if value is None else _number(value)
 
 
 def _number(value: float) -> float | None:

@@ -20,11 +20,13 @@ from divergence_lens.cross import CrossPatch
 from divergence_lens.divergence import Divergence
 from divergence_lens.effects import Effects, bootstrap
 from divergence_lens.evaluate import Preference
+from divergence_lens.findings import t_interval
 from divergence_lens.pictures import save_figure
 from divergence_lens.sweep import Sweep
 
 __all__ = [
     "agreement_scatter",
+    "condition_bars",
     "cross_patch_margins",
     "effects_by_segment",
     "effects_heatmap",
@@ -234,6 +236,78 @@ def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
         value_title="preference for the target",
         lines=lines,
     )
+
+
+def condition_bars(
+    students: Table, group: str, *, kind: str | None = None, title: str | None = None
+) -> go.Figure:
+    """What students of several conditions came to, as multiples of the control.
+
+    Args:
+        students: The `students` table of a study: `target`, `kind`, `condition`, `group`, `seed`,
+            `before`, `after`. Single blocks are told apart by `block`.
+        group: Which group of conditions; those of the condition "all" and "divergence_only" stand
+            before them, for comparison.
+        kind: Of which teachers, if the table holds several kinds.
+        title: What the figure is about; the group's name unless given.
+
+    Returns:
+        Bars (geometric means over targets) with 95 % intervals over targets (Student's t, on the
+        log scale) and a dot for each target. Where there is no control, multiples of the
+        preference before training.
+
+    Raises:
+        ValueError: If there is no student of the group, or several kinds and none was chosen.
+    """
+    needed = ("target", "kind", "condition", "group", "seed", "before", "after")
+    table, kind = _one_kind(_table(students, needed, "students"), kind, "students")
+    shown = table[(table["group"] == group) & (table["condition"] != "control")]
+    if shown.empty:
+        raise ValueError(f"the students table has no rows of kind {kind!r} in the group {group!r}")
+    beside = table[table["condition"].isin(["all", "divergence_only"]) & (table["group"] != group)]
+    shown = pd.concat([beside, shown])
+    control = table[table["condition"] == "control"]
+    base = _means(control, "after") if len(control) else _means(table, "before")
+    single = shown["block"].notna() if "block" in shown else shown["target"].isna()
+    names = shown["condition"].where(~single, [f"block {b}" for b in _whole(shown)])
+    times = shown["after"] / shown["target"].map(base)
+    logs = np.log(times.clip(lower=1e-6)).groupby([names, shown["target"]], sort=False).mean()
+    groups, means, ends, points = [], [], [], []
+    for name, found in logs.groupby(level=0, sort=False):
+        label = str(name).replace("_", " ")
+        mean, low, high = t_interval(found.to_list())
+        groups.append(label)
+        means.append(float(np.exp(mean)))
+        known = np.isfinite(low)
+        ends.append((np.exp(low), np.exp(high)) if known else (means[-1], means[-1]))
+        points += [
+            (label, float(np.exp(value)), f"{target}, {label}: {np.exp(value):.2f} times")
+            for (_, target), value in found.items()
+        ]
+    low_high = np.array(ends, dtype=float)
+    return charts.bars(
+        [
+            charts.Bars(
+                label="mean",
+                groups=groups,
+                values=np.array(means),
+                low=low_high[:, 0],
+                high=low_high[:, 1],
+                hover=[f"{g}: {m:.2f} times" for g, m in zip(groups, means, strict=True)],
+                points=points,
+            )
+        ],
+        what=title or f"Students of {kind} teachers: {group}",
+        detail=f"{style.plural(shown['target'].nunique(), 'target')}, "
+        f"{style.plural(len(shown), 'student')}; bars: means with 95 % intervals, dots: targets",
+        value_title="preference, times the control" if len(control) else "preference, times before",
+    )
+
+
+def _whole(rows: pd.DataFrame) -> list[str]:
+    """The block of each row as a whole number; nothing where there is none."""
+    blocks = rows["block"] if "block" in rows else pd.Series([None] * len(rows))
+    return ["" if pd.isna(block) else str(int(block)) for block in blocks]
 
 
 def preference_bars(preference: Preference, *, before: Preference | None = None) -> go.Figure:
