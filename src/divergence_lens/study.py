@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from divergence_lens._agreement import agreement_row
 from divergence_lens.attribution import attribution_patch
 from divergence_lens.delta import Delta
 from divergence_lens.divergence import Divergence, find_divergence
@@ -524,7 +525,6 @@ class _Run:
         self.exact[kind, target] = exact
         for method in ("gradient", "integrated"):
             approximate = attribution_patch(self.model, pairs, site="resid_post", method=method)
-            agreement = approximate.agreement(exact)
             self.tables["agreement"].append(
                 {
                     "target": target,
@@ -532,10 +532,7 @@ class _Run:
                     "site": "resid_post",
                     "method": method,
                     "pairs": len(pairs),
-                    "pearson": agreement.pearson,
-                    "spearman": agreement.spearman,
-                    "sign": agreement.sign,
-                    "slope": agreement.slope,
+                    **agreement_row(approximate, exact),
                 }
             )
         self.approximate[kind, target] = approximate
@@ -569,10 +566,10 @@ class _Run:
         blocks = sorted({r["block"] for r in rows if r["block"] is not None})
         singles = " / ".join(f"{mean('block', block):.3f}" for block in blocks)
         self.say(
-            f"  {target}: {rows[0]['before']:.3f} before; all tokens {mean('all'):.3f}, divergence "
-            f"only {mean('divergence_only'):.3f}, without {mean('without_divergence'):.3f}, "
-            "control "
-            f"{mean('control'):.3f}; single blocks {singles}"
+            f"  {target} ({kind}): {rows[0]['before']:.3f} before; all tokens {mean('all'):.3f}, "
+            f"divergence only {mean('divergence_only'):.3f}, "
+            f"without {mean('without_divergence'):.3f}, "
+            f"control {mean('control'):.3f}; single blocks {singles}"
         )
 
     @contextmanager
