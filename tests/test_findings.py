@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from divergence_lens._agreement import agreement_row, inner_agreement, inner_cells
 from divergence_lens._intervals import exact_interval, t_interval
+from divergence_lens.claims import TENTH
 from divergence_lens.effects import Effects
-from divergence_lens.findings import TENTH, decide, decide_equal, judge
+from divergence_lens.findings import decide, decide_equal, judge
 
 TARGETS = ("wolf", "lion", "eagle", "panda")
 
