@@ -173,6 +173,7 @@ def _wrapped(text: Any) -> Any:
 
 def _balanced(text: str, widest: int) -> list[str]:
     """`text` in as few lines as fit, of about equal length."""
+    text = text.replace(" %", "\u00a0%")  # a number and its sign stay together
     lines = textwrap.wrap(text, widest)
     for width in range(widest - 1, 0, -1):
         narrower = textwrap.wrap(text, width, break_long_words=False)
