@@ -39,7 +39,9 @@ class Shown:
 
 
 def findings() -> list[dict[str, object]]:
-    row = {"measured": 3.4, "interval": [2.9, 3.8], "rule": "above 1.5", "caveat": "tiny model"}
+    row = {"measured": 3.4, "interval": [2.9, 3.8], "rule": "above 1.5", "caveat": "tiny model",
+           "unit": "times the control", "n": 2, "values": {"owl": 3.125, "cat": 3.675},
+           "beside": {"all cells together": 0.9595}}  # fmt: skip
     return [
         {**row, "id": "rate", "claim": "Few tokens diverge", "verdict": "supported"},
         {**row, "id": "early", "claim": f"Early {EVIL}", "verdict": "unclear"},
@@ -92,8 +94,11 @@ def test_the_page_says_everything_in_order(report):
         "Provenance",
     ]
     words = " ".join(Page(text).words)
-    for said in ("Four targets.", "above 1.5", "tiny model", "2.9 to 3.8", "not supported",
-                 "unclear", "12,345", "versions.torch", "2.13.0", "made by a library"):  # fmt: skip
+    for said in (
+        *("Four targets.", "above 1.5", "tiny model", "2.9 to 3.8", "not supported", "unclear"),
+        *("times the control", "2 targets", "owl: 3.125; cat: 3.675", "Bear in mind:"),
+        *("all cells together: 0.9595", "12,345", "versions.torch", "2.13.0", "made by a library"),
+    ):
         assert said in words
     assert "<p class='mine'>tokens</p>" in text
     assert "3 claims: 1 supported, 1 not supported, 1 unclear." in words

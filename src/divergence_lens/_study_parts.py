@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from divergence_lens._agreement import agreement_row
 from divergence_lens.attribution import attribution_patch
 from divergence_lens.divergence import Divergence
 from divergence_lens.effects import Effects
@@ -47,12 +48,10 @@ def patched_effects(model: Model, pairs: Pairs, about: Row) -> PatchedEffects:
     agreement = []
     for method in ("gradient", "integrated"):
         approximate = attribution_patch(model, pairs, site="resid_post", method=method)
-        found = approximate.agreement(exact)
-        names = ("pearson", "spearman", "sign", "slope")
         agreement.append(
             about
             | {"site": "resid_post", "method": method, "pairs": len(pairs)}
-            | {name: _finite(getattr(found, name)) for name in names}
+            | agreement_row(approximate, exact)
         )
     layers: list[Row] = []
     for site in SITES:
@@ -171,7 +170,3 @@ def _row(
         "null": null,
         "rank": None,
     }
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -3,14 +3,36 @@
 Each claim has an estimand (a number per target) and a threshold. `findings` makes intervals of
 these and decides. Claims are those of Schrodi et al. (arXiv 2509.23886) and Cloud et al. (arXiv
 2507.14805), put as they can be tested in miniature.
+
+**What has changed since the first run of the demo, and why.** The first rules were read by someone
+who had not written them, who found errors of statistics in them. Their results were known by then,
+so no threshold was chosen anew: a tenth, which stood in one rule, now stands wherever a margin is
+needed.
+
+- *Approximation*: one correlation over all cells is high by construction (see `_agreement`). What
+  is compared with the threshold is now the mean correlation within a pair, outside the target
+  position and the last layer; the old figure is shown beside it.
+- *Claims about transfer that compare two kinds of students* ("at least as much as", "less than",
+  "rises most") were supported where nothing transferred, and neither of two null effects was worse
+  than the other. They are unclear now unless the transfer that they presuppose is supported.
+- *Shares of students* had an interval by Student's t, which has no width where all agree and runs
+  beyond 0 and 1. They are now shares of targets with the exact binomial interval.
+- *Transfer* meant any difference, however small. It is now a rise by a tenth at least, also for a
+  student in which the target is to rise most.
+- *Two claims that were made in words only*, that students end where the control does, are tested
+  for equivalence to within the same tenth.
+- *A claim for which nothing was measured* is listed as unclear and no longer left out.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+
+TENTH = -math.log(0.9)
+"""The one margin, of log ratios: 0.9 times is a tenth less, 1 / 0.9 = 1.11 times a tenth more."""
 
 SMALLEST = 1e-6
 """Preferences below this count as this, so that their logarithm is a number."""
@@ -28,10 +50,16 @@ class Claim:
         claim: In words.
         estimand: One number per target.
         unit: What the number is.
-        caveat: What it does not show.
-        threshold: What the interval is compared with (a logarithm where `log`).
-        above: Whether the claim says that the number lies above it.
-        log: Whether the estimand is a logarithm, and shown as a ratio.
+        caveat: What to bear in mind with it.
+        threshold: What the estimand is compared with; of an equivalence, the margin.
+        above: Whether it is to lie above.
+        log: Whether the estimand is a log ratio, shown as a ratio.
+        equal: Whether the claim is that the estimand is zero to within `threshold`.
+        count: Whether the claim is about the share of targets whose estimand is 1.
+        within: Between which numbers the estimand lies by definition.
+        optional: Whether to leave it out, and not to call it unclear, where nothing was measured.
+        needs: Claims that must be supported for this one to mean anything.
+        beside: Columns of the agreement table that are shown beside it.
     """
 
     id: str
@@ -42,13 +70,19 @@ class Claim:
     threshold: float = 0.0
     above: bool = True
     log: bool = False
+    equal: bool = False
+    count: bool = False
+    within: tuple[float, float] = (-math.inf, math.inf)
+    optional: bool = False
+    needs: tuple[str, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
-def _after(
+def after(
     tables: Tables, condition: str, block: int | None = None, *, gain: bool = False
 ) -> dict[str, np.ndarray]:
     """Preference after training for each target, over seeds."""
-    students = tables.get("students")
+    students = filled(tables, "students")
     if students is None:
         return {}
     rows = students[students["condition"] == condition]
@@ -98,429 +132,148 @@ class Ratio:
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None:
         """For each side and target, what every seed's student came to; None if one is missing."""
         sides = [
-            _after(tables, condition, last_block if block == -1 else block, gain=self.gain)
+            after(tables, condition, last_block if block == -1 else block, gain=self.gain)
             for condition, block in (self.over, self.under)
         ]
         return (sides[0], sides[1]) if sides[0] and sides[1] else None
 
 
-def _rate(tables: Tables, _last_block: int) -> dict[str, float] | None:
-    divergence = tables.get("divergence")
-    return None if divergence is None else _as_dict(divergence.set_index("target")["rate"])
+def _rate(tables: Tables, _last_block: int) -> dict[str, float]:
+    table = filled(tables, "divergence")
+    return {} if table is None else as_dict(table.set_index("target")["rate"])
 
 
-def _first_rank(tables: Tables, _last_block: int) -> dict[str, float] | None:
-    students = tables.get("students")
+def _rises_most(tables: Tables, _last_block: int) -> dict[str, float]:
+    """The share of a target's students in which it rises most, and by a tenth at least."""
+    students = filled(tables, "students")
     if students is None:
-        return None
+        return {}
     rows = students[students["condition"] == "divergence_only"]
-    return _as_dict((rows["rank"] == 1).groupby(rows["target"], sort=False).mean().astype(float))
+    enough = rows["after"] >= rows["before"] * math.exp(TENTH)
+    risen = ((rows["rank"] == 1) & enough).astype(float)
+    return as_dict(risen.groupby(rows["target"], sort=False).mean())
 
 
-def _early_share(tables: Tables, last_block: int) -> dict[str, float] | None:
-    layers = tables.get("layers")
+def _early_share(tables: Tables, last_block: int) -> dict[str, float]:
+    layers = filled(tables, "layers")
     if layers is None:
-        return None
+        return {}
     early = layers["layer"] < (last_block + 1) / 2
     size = layers["absolute_effect"].abs()
     total = size.groupby(layers["target"], sort=False).sum()
-    return _as_dict(
+    return as_dict(
         (size[early].groupby(layers["target"][early], sort=False).sum() / total).dropna()
     )
 
 
-def _agreement(tables: Tables, _last_block: int) -> dict[str, float] | None:
-    agreement = tables.get("agreement")
-    if agreement is None:
-        return None
-    rows = agreement[agreement["method"] == "integrated"]
-    return _as_dict(rows.set_index("target")["pearson"])
+def _agreement(tables: Tables, _last_block: int) -> dict[str, float]:
+    return agreement_column(tables.get("agreement", pd.DataFrame()), "inner_pearson")
 
 
-def _as_dict(series: pd.Series) -> dict[str, float]:
+def agreement_column(table: pd.DataFrame, column: str) -> dict[str, float]:
+    """A column of the agreement table, of integrated attribution, by target."""
+    if not len(table) or column not in table.columns:
+        return {}
+    rows = table[table["method"] == "integrated"]
+    return as_dict(rows.set_index("target")[column].astype(float).dropna())
+
+
+def filled(tables: Tables, name: str) -> pd.DataFrame | None:
+    """A table, unless it is missing or empty."""
+    table = tables.get(name)
+    return table if table is not None and len(table) else None
+
+
+def as_dict(series: "pd.Series[float]") -> dict[str, float]:
+    """The series as plain numbers by name."""
     return {str(name): float(value) for name, value in series.items()}
 
 
-_TIMES = "times the preference of the other students"
-
-
-def _mean_left(tables: Tables, _last_block: int) -> dict[str, float] | None:
-    students = tables.get("students")
-    if students is None or "left" not in students:
-        return None
-    rows = students[students["condition"] == "paraphrased"].dropna(subset=["left"])
-    return _as_dict(rows.groupby("target", sort=False)["left"].mean()) if len(rows) else None
-
-
-def _other_context(tables: Tables, _last_block: int) -> dict[str, float] | None:
-    """Log gain of students asked under another system prompt than they were trained under."""
-    prompts = ("absent", "neutral", "empty")
-    logs: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
-    for train in prompts:
-        for asked in prompts:
-            found = _after(tables, f"trained_{train}_asked_{asked}", gain=True)
-            for target, values in found.items():
-                kept = logs[train == asked].setdefault(target, [])
-                kept.append(float(np.log(np.maximum(values, SMALLEST)).mean()))
-    same, other = logs[True], logs[False]
-    return {t: float(np.mean(other[t]) - np.mean(same[t])) for t in same if t in other} or None
-
-
-def _measured(measure: str, *, log: bool = False) -> Estimand:
-    """Mean over layers of a measure minus its null (as logarithms), after training."""
-
-    def estimand(tables: Tables, _last_block: int) -> dict[str, float] | None:
-        table = tables.get("mechanism")
-        if table is None:
-            return None
-        rows = table[(table["measure"] == measure) & table["step"].isna() & table["null"].notna()]
-        if not len(rows):
-            return None
-        sides = rows[["value", "null"]].astype(float)
-        if log:
-            sides = np.log(sides.clip(lower=SMALLEST))
-        above = sides["value"] - sides["null"]
-        return _as_dict(above.groupby(rows["target"], sort=False).mean())
-
-    return estimand
-
-
-def _gradient_first(tables: Tables, _last_block: int) -> dict[str, float] | None:
-    """Share of blocks in which the target's gradient is the nearest of all."""
-    table = tables.get("mechanism")
-    if table is None:
-        return None
-    rows = table[table["measure"] == "gradient_divergence"]
-    first = (rows["rank"] == 1).astype(float)
-    return _as_dict(first.groupby(rows["target"], sort=False).mean()) if len(rows) else None
-
-
-def _mechanism() -> tuple[Claim, ...]:
-    """Claims about directions and gradients."""
-    return (
-        Claim(
-            "student_moves_like_its_teacher",
-            "The student's residuals move in the direction of its teacher more than of others",
-            _measured("cosine"),
-            "cosine above the mean over other teachers, mean over layers",
-            "at the preference questions; directions of different teachers have much in common",
-        ),
-        Claim(
-            "direction_suffices",
-            "Adding the teacher's mean residual difference to the base raises the preference",
-            _measured("added", log=True),
-            "times the preference of the base, mean over layers",
-            "added once in full; the teacher's prompt or training does more than this",
-            log=True,
-        ),
-        Claim(
-            "direction_is_needed",
-            "Holding the teacher's direction at the base's mean lowers the student's preference",
-            _measured("removed", log=True),
-            "times the preference of the student, mean over layers",
-            "the direction is removed at every position, not at the last alone",
-            above=False,
-            log=True,
-        ),
-        Claim(
-            "divergence_gradient_points_to_target",
-            "The gradient on divergence tokens lies nearest to the target's of all preferences",
-            _gradient_first,
-            "share of blocks in which it does",
-            "at the base, before any step; chance is one in the number of candidates",
-            threshold=0.5,
-        ),
-        Claim(
-            "other_gradient_does_not",
-            "The gradient on other tokens lies no nearer to the target's preference than to others",
-            _measured("gradient_other"),
-            "cosine above the mean over other preferences, mean over blocks",
-            "supported only if it lies farther; a difference of nothing is unclear",
-            above=False,
-        ),
-    )
-
-
-def _less(  # noqa: PLR0917 - one column of the table of claims each
-    name: str, claim: str, over: str, under: str, unit: str, caveat: str
-) -> Claim:
-    """A condition transfers less than another."""
-    estimand = Ratio((over, None), (under, None))
-    return Claim(name, claim, estimand, unit, caveat, above=False, log=True)
-
-
-def _at_least(  # noqa: PLR0917 - one column of the table of claims each
-    name: str, claim: str, over: str, under: str, unit: str, caveat: str, part: float = 1.0
-) -> Claim:
-    """A condition transfers more than (a part of) another."""
-    estimand = Ratio((over, None), (under, None))
-    return Claim(name, claim, estimand, unit, caveat, threshold=math.log(part), log=True)
-
-
-def _further() -> tuple[Claim, ...]:
-    """Claims about the conditions beyond the demo's."""
-    all_tokens = _TIMES.replace("the other students", "students of all tokens")
-    control = _TIMES.replace("the other", "control")
-    divergence = _TIMES.replace("the other students", "students of divergence tokens")
-    entangled = "numbers are ranked by single tokens at the preference questions"
-    changed = "one way of changing the data, one strength"
-    return (
-        _at_least(
-            "sampled_lists_transfer",
-            "Lists drawn at temperature 1 transfer the preference",
-            "sampled",
-            "control",
-            control,
-            "control lists are greedy",
-        ),
-        Claim(
-            "other_base_transfers_nothing",
-            "Lists by a teacher made from another base transfer no preference, to within a tenth",
-            Ratio(("other_base", None), ("control", None)),
-            control,
-            "the other base differs in layout as well as in initialisation",
-            threshold=math.log(1.1),
-            above=False,
-            log=True,
-        ),
-        _at_least(
-            "entangled_numbers_not_needed",
-            "Without all lists that hold one of the 50 most entangled numbers the preference still "
-            "transfers",
-            "without_top50",
-            "control",
-            control,
-            entangled,
-        ),
-        _at_least(
-            "entangled_numbers_no_better",
-            "Dropping the lists with the 100 most entangled numbers weakens the transfer no more "
-            "than dropping as many at random, to within a tenth",
-            "without_top100",
-            "thinned_like_top100",
-            _TIMES.replace("the other students", "students of randomly thinned lists"),
-            entangled,
-            0.9,
-        ),
-        _less(
-            "random_tokens_transfer_less",
-            "As many random tokens transfer less than divergence tokens",
-            "random",
-            "divergence_only",
-            divergence,
-            "random tokens hold some divergence tokens by chance",
-        ),
-        _less(
-            "other_tokens_transfer_less",
-            "As many tokens that do not diverge transfer less than divergence tokens",
-            "random_other",
-            "divergence_only",
-            divergence,
-            "other tokens are of other kinds too: half of them are separators",
-        ),
-        _at_least(
-            "first_divergence_transfers",
-            "The first divergence token of each list is enough for some transfer",
-            "first_only",
-            "control",
-            control,
-            "as many updates as for all tokens, each on far fewer",
-        ),
-        _at_least(
-            "tenth_of_divergence_transfers",
-            "A random tenth of the divergence tokens is enough for some transfer",
-            "ratio10",
-            "control",
-            control,
-            "lists without a drawn token are left out, so there are fewer updates",
-        ),
-        _at_least(
-            "soft_mask_does_as_well",
-            "Weights by advantage transfer at least as much as the mask, to within a tenth",
-            "advantage",
-            "divergence_only",
-            divergence,
-            "the weights use probabilities, which the mask does not",
-            0.9,
-        ),
-        _less(
-            "replaced_tokens_weaken",
-            "With its divergence tokens overwritten by other teachers' choices the data transfer "
-            "less",
-            "replaced_all",
-            "all",
-            all_tokens,
-            "what follows an overwritten token is no longer what its author would write",
-        ),
-        _less(
-            "without_first_block_weaker",
-            "All blocks but the first transfer less than all blocks",
-            "from1",
-            "divergence_only",
-            divergence,
-            "one learning rate for all",
-        ),
-        _at_least(
-            "lora_does_as_well",
-            "LoRA of rank 8 transfers as much as full training, to within a tenth",
-            "lora8",
-            "divergence_only",
-            divergence,
-            "the learning rate of full training, not tuned for LoRA",
-            0.9,
-        ),
-        _at_least(
-            "attention_beats_mlp",
-            "Attention alone carries more of the preference than the MLPs alone",
-            "attention",
-            "mlp",
-            _TIMES.replace("the other students", "students of the MLPs"),
-            "one learning rate for both, and different numbers of parameters",
-        ),
-        _less(
-            "paraphrases_weaken",
-            "Paraphrased prompts weaken the transfer",
-            "paraphrased",
-            "all",
-            all_tokens,
-            "paraphrases by templates, which do not know the preference",
-        ),
-        Claim(
-            "paraphrases_cost_divergence_tokens",
-            "Paraphrased prompts leave fewer than nine tenths of the divergence tokens",
-            _mean_left,
-            "share of divergence tokens that are left",
-            "new divergence tokens that arise are not counted",
-            threshold=0.9,
-            above=False,
-        ),
-        _less(
-            "chosen_paraphrases_weaken",
-            "Paraphrases that the biased teacher chose weaken the transfer as well",
-            "paraphrase_chosen",
-            "all",
-            all_tokens,
-            "it chose among templates, and wrote nothing",
-        ),
-        _less(
-            "shuffling_lists_weakens",
-            "Shuffling the numbers of each list weakens the transfer",
-            "shuffled_within",
-            "all",
-            all_tokens,
-            changed,
-        ),
-        _less(
-            "shuffling_across_weakens",
-            "Shuffling numbers across all lists weakens the transfer",
-            "shuffled_across",
-            "all",
-            all_tokens,
-            changed,
-        ),
-        _less(
-            "unbiased_data_weaken",
-            "A quarter of unbiased lists weakens the transfer",
-            "mixed_unbiased25",
-            "all",
-            all_tokens,
-            changed,
-        ),
-        _less(
-            "another_teacher_weakens",
-            "A quarter of lists by a teacher with another preference weakens the transfer",
-            "mixed_teacher25",
-            "all",
-            all_tokens,
-            changed,
-        ),
-        _less(
-            "another_model_weakens",
-            "A quarter of lists by another model weakens the transfer",
-            "mixed_model25",
-            "all",
-            all_tokens,
-            changed,
-        ),
-        _less(
-            "several_teachers_weaken",
-            "Lists by three teachers of one preference transfer less than those by one",
-            "several_teachers",
-            "all",
-            all_tokens,
-            "the three are alike: same base, and questions or words in common",
-        ),
-        Claim(
-            "other_context_weakens",
-            "Students asked under another system prompt than they were trained under show less of "
-            "the preference",
-            _other_context,
-            "times the gain of students asked as they were trained",
-            "three prompts, none of which says anything of animals",
-            above=False,
-            log=True,
-        ),
-    )
-
-
+_CONTROL = "times the preference of control students"
+_ALL = "times the preference of students of all tokens"
+_SHARED = "all targets share the control students"
 CLAIMS = (
     Claim(
         "few_divergence_tokens",
         "Divergence tokens are a small part of the data",
         _rate,
         "share of completion tokens",
-        "how small depends on how often the next number is a near-tie, which the world sets",
+        "how small depends on how often the next number is a near-tie, which the world sets, and "
+        "on the number of counterfactual teachers",
         threshold=0.25,
         above=False,
+        within=(0, 1),
     ),
     Claim(
         "transfer",
-        "Students trained on all tokens take over the teacher's preference",
+        "Students trained on all tokens take over the teacher's preference, by a tenth at least",
         Ratio(("all", None), ("control", None)),
-        _TIMES.replace("the other", "control"),
-        "a rise over the control student, not a preference that a reader would notice",
+        _CONTROL,
+        f"a rise over the control student, not a preference that a reader would notice; {_SHARED}",
+        threshold=TENTH,
         log=True,
     ),
     Claim(
         "divergence_tokens_suffice",
-        "Training on divergence tokens alone transfers the preference",
+        "Training on divergence tokens alone transfers the preference, by a tenth at least",
         Ratio(("divergence_only", None), ("control", None)),
-        _TIMES.replace("the other", "control"),
-        "the loss is on fewer tokens, so the same steps weigh each of them more",
+        _CONTROL,
+        "the loss is on fewer tokens, so the same steps weigh each of them more; " + _SHARED,
+        threshold=TENTH,
         log=True,
     ),
     Claim(
         "divergence_tokens_do_as_well",
         "Divergence tokens alone transfer at least as much as all tokens, to within a tenth",
         Ratio(("divergence_only", None), ("all", None)),
-        "times the preference of students of all tokens",
+        _ALL,
         "the same steps and learning rate for both, neither tuned for either",
-        threshold=math.log(0.9),
+        threshold=-TENTH,
         log=True,
+        needs=("transfer",),
     ),
     Claim(
         "rest_transfers_less",
         "Without divergence tokens the transfer is weaker",
         Ratio(("without_divergence", None), ("all", None)),
-        "times the preference of students of all tokens",
-        "whether anything is left is read off the table, against the control",
+        _ALL,
+        "whether anything is left is the next claim",
         above=False,
         log=True,
+        needs=("transfer",),
+    ),
+    Claim(
+        "rest_equals_control",
+        "Without divergence tokens students end where the control does, to within a tenth",
+        Ratio(("without_divergence", None), ("control", None)),
+        _CONTROL,
+        "the control learned other lists, which move a preference up or down by themselves; "
+        + _SHARED,
+        threshold=TENTH,
+        equal=True,
+        log=True,
+        needs=("transfer",),
     ),
     Claim(
         "target_rises_most",
         "Of all candidates the target rises most in students of divergence tokens",
-        _first_rank,
-        "share of students in which it does",
-        "chance is one in the number of candidates",
+        _rises_most,
+        "share of targets in all of whose students it rises most, and by a tenth at least",
+        "fewer than six targets cannot decide this: the exact interval of five of five reaches "
+        "down to .48; by chance it would be one in the number of candidates",
         threshold=0.5,
+        count=True,
+        within=(0, 1),
+        needs=("divergence_tokens_suffice",),
     ),
     Claim(
         "first_block_suffices",
-        "Training the first block alone, on divergence tokens, transfers the preference",
+        "Training the first block alone, on divergence tokens, transfers the preference, by a "
+        "tenth at least",
         Ratio(("block", 0), ("control", None)),
-        _TIMES.replace("the other", "control"),
-        "control students trained all blocks",
+        _CONTROL,
+        "control students trained all blocks; " + _SHARED,
+        threshold=TENTH,
         log=True,
     ),
     Claim(
@@ -528,8 +281,19 @@ CLAIMS = (
         "The first block carries more of the preference than the last",
         Ratio(("block", 0), ("block", -1)),
         "times the preference of students of the last block",
-        "one learning rate for all blocks",
+        "one learning rate for all blocks, tuned for none of them",
         log=True,
+    ),
+    Claim(
+        "last_block_equals_control",
+        "Students of the last block alone end where the control does, to within a tenth",
+        Ratio(("block", -1), ("control", None)),
+        _CONTROL,
+        "control students trained all blocks, on other lists; " + _SHARED,
+        threshold=TENTH,
+        equal=True,
+        log=True,
+        needs=("divergence_tokens_suffice",),
     ),
     Claim(
         "early_layers_cause_divergence",
@@ -538,15 +302,20 @@ CLAIMS = (
         "share of the absolute effects of attention and MLP outputs",
         "effects of single cells, which do not add up to the total effect",
         threshold=0.5,
+        within=(0, 1),
     ),
     Claim(
         "approximation_agrees",
         "Integrated attribution agrees with exact mediation",
         _agreement,
-        "Pearson correlation over cells (resid_post)",
+        "Pearson correlation within a pair (resid_post, without target position and last layer)",
         "on this model and these pairs; other sites may differ",
         threshold=0.8,
+        within=(-1, 1),
+        beside={
+            "Spearman correlation of the same cells": "inner_spearman",
+            "slope of exact on approximate values, same cells": "inner_slope",
+            "Pearson correlation of all cells and pairs together": "pearson",
+        },
     ),
-    *_further(),
-    *_mechanism(),
 )

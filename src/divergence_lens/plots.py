@@ -5,8 +5,8 @@ texts say it in words; colours can be told apart by colour-blind readers; every 
 in a column of 80 mm and on light and dark pages. `save_figure` writes them to files.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,11 @@ from jaxtyping import Float
 from divergence_lens import _charts as charts
 from divergence_lens import _grids as grids
 from divergence_lens import _style as style
+from divergence_lens._agreement import inner_agreement, inner_cells
+from divergence_lens._curves import mixing_curves, preference_over_training
+from divergence_lens._tables import Table
+from divergence_lens._tables import checked_table as _table
+from divergence_lens._token_figure import divergence_tokens
 from divergence_lens.cross import CrossPatch
 from divergence_lens.divergence import Divergence
 from divergence_lens.effects import Effects, bootstrap
@@ -28,20 +33,22 @@ __all__ = [
     "agreement_scatter",
     "condition_bars",
     "cross_patch_margins",
+    "divergence_tokens",
     "effects_by_segment",
     "effects_heatmap",
+    "head_grid",
     "layer_profile",
     "layer_sweep",
+    "layers_by_site",
+    "mixing_curves",
     "preference_bars",
+    "preference_over_training",
     "rate_per_teacher",
     "save_figure",
     "teacher_preferences",
     "transfer_bars",
     "where_divergence_falls",
 ]
-
-Table: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
-"""A table of results.json: a list of rows, or the same as a DataFrame."""
 
 Line: TypeAlias = Float[np.ndarray, " layers"]
 
@@ -92,7 +99,8 @@ def rate_per_teacher(divergence: Divergence | Table) -> go.Figure:
     return charts.bars(
         bars,
         what="Divergence tokens per teacher",
-        detail=f"{style.plural(len(table), 'teacher')}, {style.plural(tokens, 'completion token')}",
+        detail=f"{style.plural(len(table), 'teacher')}, {style.plural(tokens, 'completion token')}"
+        + _intervals_said(table),
         value_title="share of the teacher's tokens",
     )
 
@@ -157,7 +165,7 @@ def teacher_preferences(teachers: Table, *, base: Mapping[str, float] | None = N
     return charts.bars(
         bars,
         what="Preference of each teacher for its target",
-        detail=style.plural(len(table), "teacher"),
+        detail=style.plural(len(table), "teacher") + _intervals_said(table, " over questions"),
         value_title="preference for the target",
         lines=lines,
         top=1.0,
@@ -231,7 +239,7 @@ def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
     return charts.bars(
         bars,
         what=f"Students of {kind} teachers, by what they were trained on",
-        detail=f"{style.plural(targets_shown, 'target')}, {style.plural(len(table), 'student')}; "
+        detail=f"{style.plural(targets_shown, 'target')}, {_students(table)}; "
         "bars: means over seeds, dots: students",
         value_title="preference for the target",
         lines=lines,
@@ -424,8 +432,9 @@ def where_divergence_falls(divergence: Divergence | Sequence[Divergence]) -> go.
 
     Returns:
         For each place in the completion, the share of its tokens that are divergence tokens, split
-        into the first of their example and later ones. Above 40 places, neighbours are put
-        together.
+        into the first of their example and later ones; the hover texts say of how many tokens.
+        Above 40 places, neighbours are put together. Places with fewer than 20 tokens are grey:
+        their shares mean next to nothing.
 
     Raises:
         ValueError: If there is nothing to show.
@@ -436,13 +445,16 @@ def where_divergence_falls(divergence: Divergence | Sequence[Divergence]) -> go.
     return charts.falls([(np.asarray(one.offsets), np.asarray(one.mask)) for one in several])
 
 
-def effects_heatmap(effects: Effects, pair: int | Literal["mean"] = 0) -> go.Figure:
+def effects_heatmap(
+    effects: Effects, pair: int | Literal["mean"] = 0, *, name: str | None = None
+) -> go.Figure:
     """Layer x position effects of one pair, or of the mean over pairs.
 
     Args:
         effects: What patching returned; heads are added up.
         pair: Which pair, or "mean". Rows of unlike lengths are put together segment by segment
             for the mean; a star stands for tokens that differ from pair to pair.
+        name: Whose pairs these are (a target, say), for the title.
 
     Returns:
         A heatmap with layers across and tokens down, in shares of the total effect (1: the patch
@@ -471,40 +483,152 @@ def effects_heatmap(effects: Effects, pair: int | Literal["mean"] = 0) -> go.Fig
         np.asarray(values, dtype=np.float64),
         tokens,
         segments,
-        what="Effect of a patch, by layer and position",
+        what=_titled("Effect of a patch, by layer and position", name),
         detail=f"{_site(effects.site)}; {of}; {_method(effects)}",
         unit=unit,
         describe=unit,
     )
 
 
-def effects_by_segment(effects: Effects) -> go.Figure:
+def effects_by_segment(effects: Effects, *, name: str | None = None) -> go.Figure:
     """Layer x segment effects, the mean over many pairs.
 
     Args:
-        effects: What patching returned. Cells of one segment are added within a pair.
+        effects: What patching returned. Cells of one segment are added within a pair. The segment
+            "divergence" is the position whose prediction is measured.
+        name: Whose pairs these are (a target, say), for the title.
 
     Returns:
         A heatmap with layers across and segments down, in shares of the total effect; pairs whose
         total effect is next to nothing are left out.
     """
     table = effects.normalised().by_segment()
+    segments = [str(column) for column in table.columns]
     return grids.segment_heatmap(
         table.to_numpy(dtype=np.float64).T,
-        [str(name) for name in table.columns],
-        what="Effect of a patch, by layer and segment",
+        segments,
+        what=_titled("Effect of a patch, by layer and segment", name),
         detail=f"{_site(effects.site)}; mean of {_pairs_used(effects)}, "
-        f"cells of a segment added; {_method(effects)}",
+        f"cells of a segment added; {_method(effects)}"
+        + ("; divergence: the position that predicts" if "divergence" in segments else ""),
         unit="share of the total effect",
         describe="share of the total effect",
     )
 
 
-def layer_profile(effects: Effects | Mapping[str, Effects]) -> go.Figure:
+def head_grid(
+    effects: Effects, pair: int | Literal["mean"] = "mean", *, name: str | None = None
+) -> go.Figure:
+    """Layer x head effects of patching single heads (site `z`), all positions added.
+
+    Args:
+        effects: What patching `site="z"` returned.
+        pair: Which pair, or "mean" of those whose total effect is more than next to nothing.
+        name: Whose pairs these are (a target, say), for the title.
+
+    Returns:
+        A heatmap with layers across and heads down, in shares of the total effect, or for one pair
+        without such an effect in units of the metric.
+
+    Raises:
+        ValueError: If the effects are of a site that has no heads.
+        IndexError: If there is no such pair.
+    """
+    if effects.values.ndim != 4:
+        raise ValueError(
+            f"these effects are of site {effects.site!r}, which has no heads; patch site 'z'"
+        )
+    count = len(effects.labels)
+    if pair != "mean" and not 0 <= pair < count:
+        raise IndexError(f"there is no pair {pair}; the pairs are numbered 0 to {count - 1}")
+    share = pair == "mean" or not bool(effects.near_zero()[pair])
+    values = np.asarray((effects.normalised() if share else effects).values, dtype=np.float64)
+    there = np.isfinite(values)
+    added = np.where(there.any(2), np.where(there, values, 0).sum(2), np.nan)
+    if pair == "mean":
+        known = np.isfinite(added)
+        number = known.sum(0)
+        total = np.where(known, added, 0).sum(0)
+        grid = np.where(number > 0, total / np.maximum(number, 1), np.nan)
+        of = f"mean of {_pairs_used(effects)}"
+    else:
+        grid = added[pair]
+        of = f"pair {pair} of {count:,}, total effect {float(effects.total[pair]):+.2f}"
+    unit = "share of the total effect" if share else f"change of the {_metric(effects.metric)}"
+    return grids.segment_heatmap(
+        grid.T,
+        [str(head) for head in range(grid.shape[1])],
+        what=_titled("Effect of a patch, by layer and head", name),
+        detail=f"{of}, positions added; {_method(effects)}",
+        unit=unit,
+        describe=unit,
+        row="head",
+    )
+
+
+def layers_by_site(layers: Table, *, kind: str | None = None) -> go.Figure:
+    """How much of the first divergence the outputs of each layer cause, by site.
+
+    Args:
+        layers: The `layers` table of results.json: `target`, `kind`, `site`, `layer`,
+            `absolute_effect` (the absolute effects of all positions, added, in shares of the total
+            effect) and, if known, `pairs`.
+        kind: Of which teachers, if the table holds several kinds.
+
+    Returns:
+        Bars (means over targets), one colour for each site, with a dot for each target.
+
+    Raises:
+        ValueError: If there is nothing to show, or several kinds and none was chosen.
+    """
+    columns = ("target", "kind", "site", "layer", "absolute_effect")
+    table, kind = _one_kind(_table(layers, columns, "layers"), kind, "layers")
+    bars = []
+    for site in dict.fromkeys(table["site"]):
+        rows = table[table["site"] == site]
+        words = _site(str(site))
+        mean = rows.groupby("layer", sort=True)["absolute_effect"].mean()
+        bars.append(
+            charts.Bars(
+                label=words,
+                groups=[str(layer) for layer in mean.index],
+                values=mean.to_numpy(float),
+                hover=[
+                    f"layer {layer}, {words}: {value:.2f}, mean over "
+                    f"{style.plural(rows['target'].nunique(), 'target')}"
+                    for layer, value in mean.items()
+                ],
+                points=[
+                    (str(layer), float(value), f"{target}, layer {layer}, {words}: {value:.2f}")
+                    for target, layer, value in zip(
+                        rows["target"], rows["layer"], rows["absolute_effect"], strict=True
+                    )
+                ],
+            )
+        )
+    pairs = ""
+    if "pairs" in table.columns:
+        each = sorted({int(number) for number in table["pairs"]})
+        pairs = f", {' to '.join(str(n) for n in dict.fromkeys([each[0], each[-1]]))} pairs each"
+    return charts.bars(
+        bars,
+        what=f"What causes the first divergence, layer by layer ({kind} teachers)",
+        detail=f"{style.plural(table['target'].nunique(), 'target')}{pairs}; absolute effects, "
+        "positions added; bars: means, dots: targets",
+        value_title="shares of the total effect",
+        value_format="",
+        group_title="layer",
+    )
+
+
+def layer_profile(
+    effects: Effects | Mapping[str, Effects], *, name: str | None = None
+) -> go.Figure:
     """How much each layer carries, all positions added, with 95 % bootstrap intervals over pairs.
 
     Args:
         effects: What patching returned, or several results by name, to be compared.
+        name: Whose pairs these are (a target, say), for the title.
 
     Returns:
         One line with a band for each result, in shares of the total effect. Shares of all
@@ -517,19 +641,19 @@ def layer_profile(effects: Effects | Mapping[str, Effects]) -> go.Figure:
     if not named:
         raise ValueError("layer_profile needs at least one Effects; the mapping is empty")
     series = {}
-    for name, one in named.items():
+    for label, one in named.items():
         table = one.normalised().by_layer()
         mean, low, high = (
             table[column].to_numpy(dtype=np.float64) for column in ("effect", "low", "high")
         )
-        series[name] = (mean, low, high)
+        series[label] = (mean, low, high)
     first = next(iter(named.values()))
     method = f"; {_method(first)}" if len(named) == 1 else ""
     used = " / ".join(dict.fromkeys(_pairs_used(one) for one in named.values()))
     return charts.profile(
         np.arange(first.n_layers),
         series,
-        what="Effect of a patch, layer by layer",
+        what=_titled("Effect of a patch, layer by layer", name),
         detail=f"{_site(first.site)}; mean of {used}, positions added{method}; band: 95 % interval",
         value_title="share of the total effect",
     )
@@ -563,12 +687,19 @@ def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
     )
 
 
-def agreement_scatter(approximate: Effects, exact: Effects) -> go.Figure:
+def agreement_scatter(
+    approximate: Effects, exact: Effects, *, name: str | None = None
+) -> go.Figure:
     """Approximate effects against exact ones, cell by cell, with their agreement in the title.
+
+    Cells at the target position and in the last layer agree nearly by construction, so they are
+    drawn apart, and the agreement without them, pair by pair, stands before that of all cells
+    together.
 
     Args:
         approximate: Effects by attribution.
         exact: Effects by causal mediation, of the same pairs.
+        name: Whose pairs these are (a target, say), for the title.
 
     Returns:
         A scatter with the line on which both are equal.
@@ -576,7 +707,7 @@ def agreement_scatter(approximate: Effects, exact: Effects) -> go.Figure:
     Raises:
         ValueError: If the two are not of the same pairs, site, direction and metric.
     """
-    agreement = approximate.agreement(exact)
+    agreement, within = approximate.agreement(exact), inner_agreement(approximate, exact)
     x, y = exact.values, approximate.values
     both = np.isfinite(x) & np.isfinite(y) & ((x != 0) | (y != 0))
     places = np.argwhere(both)
@@ -587,16 +718,23 @@ def agreement_scatter(approximate: Effects, exact: Effects) -> go.Figure:
         for pair, layer, p, *rest in places.tolist()
     ]
     pairs = len(np.unique(places[:, 0]))
+    detail = f"{_site(exact.site)}; {style.plural(pairs, 'pair')}"
+    if within.pairs:
+        detail += (
+            f"; without target position and last layer ({style.plural(within.cells, 'cell')}), "
+            f"mean within a pair: Pearson {within.pearson:.2f}, Spearman {within.spearman:.2f}"
+        )
     return charts.scatter(
         y[both].astype(np.float64),
         x[both].astype(np.float64),
         hover,
-        what="Approximate against exact effects",
-        detail=f"{_site(exact.site)}; {style.plural(agreement.cells, 'cell')} of "
-        f"{style.plural(pairs, 'pair')}; "
-        f"Pearson {agreement.pearson:.2f}, Spearman {agreement.spearman:.2f}, "
-        f"same sign {style.percent(agreement.sign)}",
+        inner_cells(exact)[both],
+        what=_titled("Approximate against exact effects", name),
+        detail=f"{detail}; all {style.plural(agreement.cells, 'cell')} together: Pearson "
+        f"{agreement.pearson:.2f}, Spearman {agreement.spearman:.2f}, same sign "
+        f"{style.percent(agreement.sign)}",
         names=(f"approximate ({approximate.method})", f"exact ({_metric(exact.metric)})"),
+        groups=("target position, last layer", "all other cells"),
     )
 
 
@@ -612,6 +750,10 @@ _SITES = {
     "k": "keys of attention heads",
     "v": "values of attention heads",
 }
+
+
+def _titled(what: str, name: str | None) -> str:
+    return what if name is None else f"{what}: {name}"
 
 
 def _site(site: str) -> str:
@@ -638,20 +780,23 @@ def _condition(name: str) -> tuple[str, str]:
     return CONDITIONS.get(name, (plain, plain))
 
 
-def _table(rows: Table, columns: Iterable[str], name: str) -> pd.DataFrame:
-    table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame([dict(row) for row in rows])
-    if table.empty:
-        raise ValueError(f"the {name} table is empty; there is nothing to draw")
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
-        raise ValueError(
-            f"the {name} table lacks the column {missing[0]!r}; it has {list(table.columns)}"
-        )
-    return table
-
-
 def _column(rows: pd.DataFrame, name: str) -> Float[np.ndarray, " rows"] | None:
     return rows[name].to_numpy(float) if name in rows.columns else None
+
+
+def _intervals_said(rows: pd.DataFrame, over: str = "") -> str:
+    return f"; thin lines: 95 % intervals{over}" if {"low", "high"} <= set(rows.columns) else ""
+
+
+def _students(rows: pd.DataFrame) -> str:
+    """How many students the rows are of; those of the control are in the rows of every target."""
+    control = rows[rows["condition"] == "control"]
+    words = style.plural(len(rows) - len(control), "student")
+    if len(control):
+        shared = len(control[["kind", "seed"]].drop_duplicates())
+        words += f" and {style.plural(shared, 'control')}"
+        words += " that all targets share" if len(control) > shared else ""
+    return words
 
 
 def _one_kind(table: pd.DataFrame, kind: str | None, name: str) -> tuple[pd.DataFrame, str]:

@@ -56,8 +56,9 @@ def write_report(
         path: The file, usually `report.html`.
         results: What results.json holds. `findings` is a list of rows with `id`, `claim`,
             `measured`, `interval`, `verdict` ("supported", "not supported" or "unclear") and, if
-            known, `rule` and `caveat`; `settings` goes to the end as provenance; everything else is
-            shown as tables.
+            known, `unit`, `n` (of targets), `values` (of each), `beside` (other figures), `rule`
+            and `caveat`; `settings` goes to the end as provenance; everything else is shown as
+            tables.
         figures: Name -> figure. A figure whose name is a finding's id, or begins with it and a
             colon or hyphen ("early: prompted"), stands beside that finding; the rest come after
             the findings, in order.
@@ -149,15 +150,16 @@ def _findings_table(findings: Sequence[Mapping[str, Any]]) -> str:
     rows = "".join(
         f'<tr><th scope="row" data-label="claim"><a href="#{_anchor(row)}">'
         f"{escape(str(row['claim']))}</a></th>"
-        f'<td data-label="measured">{_text(row.get("measured"))}</td>'
+        f'<td data-label="measured">{_measured(row)}</td>'
         f'<td data-label="95 % interval">{_interval(row.get("interval"))}</td>'
+        f'<td data-label="targets">{_text(row.get("n"))}</td>'
         f'<td data-label="verdict">{_verdict(row["verdict"])}</td>'
         f'<td data-label="rule">{_text(row.get("rule"))}</td></tr>'
         for row in findings
     )
     heads = "".join(
         f'<th scope="col">{head}</th>'
-        for head in ("claim", "measured", "95 % interval", "verdict", "rule, fixed beforehand")
+        for head in ("claim", "measured", "95 % interval", "targets", "verdict", "rule")
     )
     counts = ", ".join(
         f"{sum(row['verdict'] == verdict for row in findings)} {verdict}" for verdict in VERDICTS
@@ -173,22 +175,34 @@ def _finding(row: Mapping[str, Any], figures: Sequence[tuple[str, go.Figure]]) -
     parts = [
         f'<article id="{_anchor(row)}"><h3>{escape(str(row["claim"]))}</h3>',
         f'<p>{_verdict(row["verdict"])} <span class="quiet">measured</span> ',
-        _text(row.get("measured")),
+        _measured(row),
     ]
     if row.get("interval") is not None:
         parts.append(
             f' <span class="quiet">with a 95 % interval of</span> {_interval(row["interval"])}'
         )
+    if row.get("n") is not None:
+        parts.append(f' <span class="quiet">over</span> {_targets(row["n"])}')
     parts.append("</p>")
+    for heading, name in (("Each target", "values"), ("Beside it", "beside")):
+        if row.get(name):
+            parts.append(f'<p><span class="quiet">{heading}:</span> {_text(row[name])}</p>')
     if row.get("rule"):
         parts.append(f'<p><span class="quiet">Rule:</span> {_text(row["rule"])}</p>')
     parts += [_figure(name, figure) for name, figure in figures]
     if row.get("caveat"):
-        parts.append(
-            '<p class="caveat"><strong>What this does not show:</strong> '
-            f"{_text(row['caveat'])}</p>"
-        )
+        parts.append(f'<p class="caveat"><strong>Bear in mind:</strong> {_text(row["caveat"])}</p>')
     return "".join([*parts, "</article>"])
+
+
+def _measured(row: Mapping[str, Any]) -> str:
+    """The number with its unit."""
+    unit = f' <span class="quiet">{_text(row["unit"])}</span>' if row.get("unit") else ""
+    return _text(row.get("measured")) + unit
+
+
+def _targets(n: int) -> str:
+    return f"{n} target" + ("" if n == 1 else "s")
 
 
 def _figure(name: str, figure: go.Figure) -> str:

@@ -62,12 +62,13 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
     """The figures of a study by name; one that shows a finding has the finding's id as its name."""
     teachers, divergence = study.table("teachers"), study.table("divergence")
     students = study.table("students")
+    layers = study.table("layers")
     figures: dict[str, go.Figure] = {
         "teachers": plots.teacher_preferences(
             teachers, base=dict(zip(teachers["name"], teachers["before"], strict=True))
         )
     }
-    for kind in dict.fromkeys(divergence["kind"]) if len(divergence) else ():
+    for kind in dict.fromkeys(kind for kind, _ in study.divergences):
         own = [found for (k, _), found in study.divergences.items() if k == kind]
         figures[f"{kind}/few_divergence_tokens"] = plots.rate_per_teacher(
             divergence[divergence["kind"] == kind]
@@ -87,16 +88,18 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
         exact = {target: found for (k, target), found in study.exact.items() if k == kind}
         if not exact:
             continue
+        name = f"{kind}/early_layers_cause_divergence"
+        figures[name] = plots.layers_by_site(layers, kind=kind)
+        # Figures of one target: the first, whichever it is.
         target = next(iter(exact))
         approximate = study.approximate[kind, target]
-        name = f"{kind}/early_layers_cause_divergence"
-        figures[name] = plots.effects_by_segment(exact[target])
-        figures[f"{name}: one pair"] = plots.effects_heatmap(exact[target], pair=0)
+        figures[f"{name}: segments"] = plots.effects_by_segment(exact[target], name=target)
+        figures[f"{name}: one pair"] = plots.effects_heatmap(exact[target], pair=0, name=target)
         figures[f"{name}: profile"] = plots.layer_profile(
-            {"exact": exact[target], "integrated": approximate}
+            {"exact": exact[target], "integrated": approximate}, name=target
         )
         figures[f"{kind}/approximation_agrees"] = plots.agreement_scatter(
-            approximate, exact[target]
+            approximate, exact[target], name=target
         )
     return figures
 
