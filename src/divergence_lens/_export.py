@@ -7,6 +7,7 @@ model that was trained, bit for bit. Folded or centred weights fail that proof.
 
 import copy
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,7 @@ _NORMS = {
     "ln_final": ("ln_f", "final_layer_norm", "norm"),
 }
 _LEAVES = {"w": "weight", "b": "bias"}
+_GATED = ("gate", "in")  # the halves of a fused gate_up_proj, by TransformerLens's names
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
@@ -129,14 +131,17 @@ class _Place:
         transposed: Whether it is stored [out, in].
         matrix: Whether the difference has to be read as one matrix, or vector, first.
         columns: Which outputs of it, in order; None for all.
+        expert: Which of the experts that it holds one behind the other; None if it holds none.
     """
 
     name: str
     transposed: bool = False
     matrix: bool = False
     columns: Tensor | None = None
+    expert: int | None = None
 
     def view(self, stored: Tensor) -> Tensor:
+        stored = stored if self.expert is None else stored[self.expert]
         return stored.T if self.transposed and stored.ndim == 2 else stored
 
     def read(self, stored: Tensor) -> Tensor:
@@ -258,6 +263,7 @@ class _Pair:
         wanted, block = canonical(name), block_of(name)
         if block is None:
             return
+        yield from self._gated(name)
         part, _, letter = wanted.rpartition("_")
         for other in self.state:
             if block_of(other) != block:
@@ -270,6 +276,27 @@ class _Pair:
                 for columns in self._columns(letter, n_out):
                     matrix = self.parameters[name].ndim > 1
                     yield _Place(other, transposed, matrix=matrix, columns=columns)
+
+    def _gated(self, name: str) -> Iterator[_Place]:
+        """Where gate and up lie side by side in one matrix, and experts one behind the other."""
+        found = re.search(
+            r"mlp\.(?:experts\.(?P<expert>\d+)\.)?(?:W_)?(?P<part>gate|in|out)(?:\.weight)?$",
+            plain(name),
+        )
+        if found is None:
+            return
+        expert = found["expert"] and int(found["expert"])
+        fused = "down_proj" if found["part"] == "out" else "gate_up_proj"
+        for other in self.state:
+            if block_of(other) != block_of(name) or fused not in other.split("."):
+                continue
+            if (self.state[other].ndim == 3) != (expert is not None):
+                continue  # a router is called gate, too
+            columns = None
+            if fused == "gate_up_proj":
+                halves = torch.arange(self.state[other].shape[-2]).chunk(2)
+                columns = halves[_GATED.index(found["part"])]
+            yield _Place(other, transposed=True, matrix=True, columns=columns, expert=expert)
 
     def _columns(self, letter: str, n_out: int) -> Iterator[Tensor]:
         """Where Q, K or V may lie in a fused matrix: one after another, or head by head."""

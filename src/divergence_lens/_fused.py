@@ -29,6 +29,9 @@ _ARCHITECTURES = ("GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "
 Affine = tuple[Tensor, Tensor | None]
 """A matrix [d_in, d_out] and a bias [d_out]."""
 
+Scaling = tuple[Tensor | None, Tensor | None]
+"""What a norm multiplies by and adds, [d_model] each."""
+
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh form; on a CPU through the sigmoid, which takes half the time."""
@@ -57,10 +60,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Weights:
     """The live parameters of one block, as matrices that multiply from the right."""
 
-    norm_1: Affine
+    norm_1: Scaling
     qkv: tuple[Affine, ...]
     out: Affine
-    norm_2: Affine
+    norm_2: Scaling
     gate: Affine | None
     up: Affine
     down: Affine
@@ -169,8 +172,8 @@ class FusedBlocks(ABC):
         biases = (None,) * 3 if bias is None else bias.split(widths)
         return tuple(zip(matrix.split(widths, dim=1), biases, strict=True))
 
-    def _norm(self, x: Tensor, affine: Affine) -> Tensor:
-        weight, bias = affine
+    def _norm(self, x: Tensor, scaling: Scaling) -> Tensor:
+        weight, bias = scaling
         if self._rms:
             return F.rms_norm(x, (x.shape[-1],), weight, self._eps)
         return F.layer_norm(x, (x.shape[-1],), weight, bias, self._eps)
@@ -346,11 +349,11 @@ def _linear(module: Any) -> Affine:
     raise ValueError(f"{type(module).__name__} is no linear map")
 
 
-def _scale_and_shift(norm: Any) -> Affine:
+def _scale_and_shift(norm: Any) -> Scaling:
     """A norm's parameters; the folded norms of TransformerLens have none."""
     weight = norm.w if hasattr(norm, "w") else getattr(norm, "weight", None)
     bias = norm.b if hasattr(norm, "b") else getattr(norm, "bias", None)
-    return weight, bias  # type: ignore[return-value]
+    return weight, bias
 
 
 def _affine(x: Tensor, affine: Affine) -> Tensor:

@@ -222,8 +222,12 @@ def _is_real(engine: Engine, name: str, parameter: Parameter) -> bool:
     last = name.rsplit(".", maxsplit=1)[-1].lstrip("_")
     if not (last.startswith("b_") or last == "bias") or bool(parameter.detach().any()):
         return True
-    unembeds = bool(re.search(r"unembed|lm_head|embed_out", plain(name)))
-    return not unembeds and not getattr(engine.model.cfg, "gated_mlp", False)
+    if re.search(r"unembed|lm_head|embed_out", plain(name)):
+        return False
+    cfg: Any = engine.model.cfg
+    if getattr(cfg, "original_architecture", None) == "GPTNeoForCausalLM":
+        return canonical(name) not in {"attn.b_Q", "attn.b_K", "attn.b_V"}
+    return not getattr(cfg, "gated_mlp", False)
 
 
 def _of_blocks(
