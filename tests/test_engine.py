@@ -250,6 +250,14 @@ def test_a_copy_of_a_model_has_an_engine_of_its_own(tiny):
     assert next(Engine.of(tiny).model.parameters()).abs().max() > 0
 
 
+def test_a_pass_with_gradients_leaves_no_tensor_behind(tiny):
+    engine = Engine.of(tiny)
+    engine.unembed(engine.final(torch.arange(6)[None])).sum().backward()
+    tiny.zero_grad()
+    held = [v for module in tiny.modules() for v in vars(module).values()]
+    assert not [v for v in held if isinstance(v, torch.Tensor) and v.grad_fn is not None]
+
+
 def test_too_long_a_row_is_refused(pair):
     _, engine = pair
     _, past = engine.prefill(torch.zeros(1, N_CTX, dtype=torch.long))

@@ -285,7 +285,13 @@ class _Pair:
         )
         if found is None:
             return
-        expert = found["expert"] and int(found["expert"])
+        router = f"mlp.{found['part']}.weight"
+        yield from (
+            _Place(other, transposed=True, matrix=True)
+            for other in self.state
+            if block_of(other) == block_of(name) and other.endswith(router)
+        )
+        expert = None if found["expert"] is None else int(found["expert"])
         fused = "down_proj" if found["part"] == "out" else "gate_up_proj"
         for other in self.state:
             if block_of(other) != block_of(name) or fused not in other.split("."):

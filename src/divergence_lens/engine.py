@@ -772,7 +772,12 @@ class _BridgeEngine(Engine):
         if fused is not None:
             return fused.block(layer, resid, run)
         args, kwargs = run.calls[layer]
-        out = self._lens.blocks[layer](resid, *args, **kwargs)
+        block = self._lens.blocks[layer]
+        attention: Any = getattr(block, "attn", None)
+        pattern = getattr(attention, "_pattern", None)
+        out = block(resid, *args, **kwargs)
+        if getattr(attention, "_pattern", None) is not pattern:
+            attention._pattern = pattern  # it would keep the pass and its gradients alive
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 

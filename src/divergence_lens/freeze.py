@@ -224,7 +224,7 @@ def _is_real(engine: Engine, name: str, parameter: Parameter) -> bool:
         return True
     if re.search(r"unembed|lm_head|embed_out", plain(name)):
         return False
-    cfg: Any = engine.model.cfg
+    cfg = engine.model.cfg
     if getattr(cfg, "original_architecture", None) == "GPTNeoForCausalLM":
         return canonical(name) not in {"attn.b_Q", "attn.b_K", "attn.b_V"}
     return not getattr(cfg, "gated_mlp", False)
