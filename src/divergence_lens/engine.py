@@ -777,7 +777,7 @@ class _BridgeEngine(Engine):
         pattern = getattr(attention, "_pattern", None)
         out = block(resid, *args, **kwargs)
         if getattr(attention, "_pattern", None) is not pattern:
-            attention._pattern = pattern  # it would keep the pass and its gradients alive
+            attention._pattern = pattern  # noqa: SLF001 - it would keep the whole pass alive
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
