@@ -6,7 +6,7 @@ in a column of 80 mm and on light and dark pages. `save_figure` writes them to f
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
