@@ -10,7 +10,7 @@ from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine
 from divergence_lens.finetune import Recipe, finetune
 from divergence_lens.models import load_model
-from tests.models import FAMILIES, chat_tokenizer, random_hf_model
+from tests.models import BACKENDS, FAMILIES, chat_tokenizer, random_hf_model
 from tests.test_finetune import number_lists
 
 SHORT = Recipe(epochs=2, batch_size=4, warmup_steps=1, lr=0.02)
@@ -133,10 +133,8 @@ def test_a_full_student_is_no_adapter(random_model, tmp_path):
         student.to_peft(tmp_path / "adapter")
 
 
+@pytest.mark.skipif("hooked" not in BACKENDS, reason="TransformerLens 4 has no HookedTransformer")
 def test_folded_weights_are_refused(tmp_path):
-    transformer_lens = pytest.importorskip("transformer_lens")
-    if not hasattr(transformer_lens, "HookedTransformer"):
-        pytest.skip("bridges do not fold")
     model, hf_model = both("gpt2", "hooked")
     folded = load_model(random_hf_model("gpt2", vocab=len(chat_tokenizer())), backend="hooked")
     folded.process_weights_(fold_ln=True, center_writing_weights=True, center_unembed=True)
