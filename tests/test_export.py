@@ -10,7 +10,8 @@ from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine
 from divergence_lens.finetune import Recipe, finetune
 from divergence_lens.models import load_model
-from tests.models import BACKENDS, FAMILIES, chat_tokenizer, random_hf_model
+from tests.conftest import BACKENDS
+from tests.models import FAMILIES, chat_tokenizer, random_hf_model
 from tests.test_finetune import number_lists
 
 SHORT = Recipe(epochs=2, batch_size=4, warmup_steps=1, lr=0.02)
