@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from divergence_lens.cli import app
 from divergence_lens.conditions import Condition, conditions, drawn, marked, own
+from divergence_lens.delta import Delta
 from divergence_lens.models import load_model
 from divergence_lens.recipe import PAPER
 from divergence_lens.study import StudyConfig, run_study
@@ -151,6 +153,60 @@ def test_a_run_that_was_killed_goes_on(config, tmp_path):
     assert {name: _times(out)[name] for name in done} == done
     whole = run_study(config, tmp_path / "whole")
     assert _tables(resumed) == _tables(whole)
+
+
+def _runs(pid):
+    """Whether a process is there and not only waiting to be buried."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_processes_of_a_killed_run_end_with_it(config, tmp_path):
+    script = (
+        "from divergence_lens.study import StudyConfig, run_study\n"
+        "if __name__ == '__main__':\n"
+        f"    run_study(StudyConfig(backend={config.backend!r}, targets=('owl', 'cat'), workers=2, "
+        f"kinds=('finetuned',), prompts=200), {str(tmp_path / 'out')!r})\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "script.py")], cwd=ROOT)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers: list[int] = []
+    deadline = time.monotonic() + 60
+    while len(workers) < 2 or not list((tmp_path / "out").rglob("preferences/**/*.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        workers = [int(pid) for pid in children.read_text().split()]
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(_runs(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_students_have_files_of_plain_names(config, folder):
+    study = run_study(config, folder)
+    names = {path.stem for path in (folder / "students").iterdir()}
+    assert names == {"-".join(map(str, key)) for key in study.files}
+    assert "finetuned-owl-all-0" in names
+    delta = Delta.load(folder / "students" / "finetuned-owl-all-0.safetensors")
+    same = study.student("finetuned", "owl", "all").tensors
+    assert all(torch.equal(same[name], tensor) for name, tensor in delta.tensors.items())
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_with_files_of_others_is_refused_and_left_alone(config, tmp_path, resume):
+    mine = tmp_path / "figures" / "thesis.html"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    with pytest.raises(ValueError, match="holds files that no study wrote"):
+        run_study(config, tmp_path, resume=resume)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
 
 
 def test_two_processes_give_the_same_tables_as_one(config, folder, tmp_path):

@@ -6,6 +6,8 @@ at, so processes can join, die and be joined by those of another call.
 
 import math
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -75,6 +77,7 @@ def _watched(processes: Sequence[Any], news: "_News") -> list[int]:
 
 def _worker(config: StudyConfig, out: Path, worker: int, count: int) -> None:
     """One process: its own model, all cells, beginning at another place than its neighbours."""
+    threading.Thread(target=_die_with_the_caller, daemon=True).start()
     torch.set_num_threads(1)
     bench = Bench(config, out)
     groups = bench.tasks()
@@ -82,6 +85,17 @@ def _worker(config: StudyConfig, out: Path, worker: int, count: int) -> None:
         for _ in _settling(bench, groups, first=worker * len(groups) // count):
             pass
     bench.store.close()
+
+
+def _die_with_the_caller() -> None:
+    """End this process when the one that started it is gone, even if that was killed.
+
+    It would go on for hours. Every file appears whole or not at all, so any moment will do.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _settling(bench: Bench, groups: Sequence[Sequence[Task]], *, first: int) -> Iterator[Task]:

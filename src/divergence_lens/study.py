@@ -18,6 +18,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ from divergence_lens.tasks.preferences import preference_questions
 
 __all__ = ["Study", "StudyConfig", "finetuned_teacher", "run_study"]
 
+_MARK = ".divergence-lens-study"
 TABLES = ("teachers", "data", "divergence", "students", "layers", "agreement", "mechanism")
 
 
@@ -113,9 +115,10 @@ def run_study(
 ) -> Study:
     """Run a study and write what it found.
 
-    Writes `results.json`, `study.csv`, `study.parquet` (one row per student), and
-    `divergence.safetensors` (of the first target of the first kind) into `folder`, and each cell
-    into `folder/cells`; each file appears whole or not at all.
+    Writes `results.json`, `study.csv`, `study.parquet` (one row per student),
+    `divergence.safetensors` (of the first target of the first kind) and
+    `students/<kind>-<target>-<condition>-<seed>.safetensors` into `folder`, and each cell into
+    `folder/cells`; each file appears whole or not at all.
 
     A cell that is there already, with the very settings that are asked for now, is read and not
     computed again. Several calls, on one folder at once, share the work. A cell that fails is
@@ -133,17 +136,19 @@ def run_study(
         The study.
 
     Raises:
-        ValueError: A configuration that cannot run, before anything does.
+        ValueError: A configuration that cannot run, or a folder with files that no study wrote,
+            before anything is run or written.
         RuntimeError: Every process died, or not one student could be trained.
     """
     started = time.perf_counter()
     say = say or (lambda _line: None)
     out = Path(folder)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; give a folder to write to")
+    _check_folder(out)
     bench = Bench(config, out)
     try:
         config.check(bench.model, bench.other)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _MARK).touch()
         _clear(out, everything=not resume)
         groups = bench.tasks()
         bench.store.forget_failures()
@@ -291,12 +296,26 @@ def _write(study: Study, out: Path) -> None:
         pd.DataFrame(flat).to_parquet(part, index=False)
     for first in list(study.divergences.values())[:1]:
         first.save(out / "divergence.safetensors")
+    for key, kept in study.files.items():
+        if kept.exists():
+            with _replacing(out / "students" / f"{'-'.join(map(str, key))}.safetensors") as part:
+                _link(kept, part)
+
+
+def _link(kept: Path, name: Path) -> None:
+    """Give a file a second name, or a copy where the file system has no such thing."""
+    try:
+        os.link(kept, name)
+    except OSError:
+        shutil.copyfile(kept, name)
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A file to write that takes its name once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
     try:
         yield part
         part.replace(path)
@@ -304,13 +323,20 @@ def _replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def _check_folder(out: Path) -> None:
+    """Refuse a folder that holds somebody's files: those of an earlier study are deleted."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; give a folder to write to")
+    if out.exists() and any(out.iterdir()) and not (out / _MARK).exists():
+        raise ValueError(f"{out} holds files that no study wrote; give a new or an empty folder")
+
+
 def _clear(out: Path, *, everything: bool) -> None:
     """Take away what an earlier run concluded, and its cells too if they are not to be used."""
-    for name in ("results.json", "study.csv", "study.parquet", "report.html"):
+    for name in ("results.json", "study.csv", "study.parquet", "study.md", "report.html"):
         (out / name).unlink(missing_ok=True)
     (out / "divergence.safetensors").unlink(missing_ok=True)
-    # "students" and "teachers" are where earlier versions put their files.
-    for name in ("figures", *(("cells", "students", "teachers") if everything else ())):
+    for name in ("figures", "students", *(("cells",) if everything else ())):
         for old in sorted((out / name).rglob("*"), reverse=True):
             if old.suffix in (".safetensors", ".json", ".jsonl", ".html", ".failed", ".part"):
                 old.unlink()
