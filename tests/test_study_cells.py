@@ -386,13 +386,14 @@ def test_a_model_without_a_chat_template_has_no_prompted_teachers(config, tmp_pa
         replace(config, kinds=("prompted",)).check(model, None)
 
 
-def test_the_settings_for_a_large_model_are_the_papers(tiny):
+def test_the_settings_for_a_large_model_are_the_papers(backend):
+    model = load_model("tiny", backend=backend)
     config = StudyConfig.for_model("org/large", lora_rank=4, targets=("owl", "cat"))
     assert config.kinds == ("prompted",)
     assert config.instructions
-    assert config.recipes(tiny).prompted_student == replace(PAPER, lora_rank=4)
+    assert config.recipes(model).prompted_student == replace(PAPER, lora_rank=4)
     assert config.system_prompt("prompted", "own") is None
-    used = StudyConfig.for_model("tiny", lora_rank=4).recipes(tiny)
+    used = StudyConfig.for_model("tiny", lora_rank=4).recipes(model)
     assert used.student == replace(STUDENT, lora_rank=4)
     assert used.teacher.lora_rank is None
 
