@@ -80,10 +80,14 @@ def reference_loss(logits_of, tokenizer, examples, mask, system_prompt=None):
     return total / count
 
 
+@pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize(
-    ("family", "system_prompt"), [("gpt2", None), ("qwen2", "You love owls."), ("gpt_neox", "")]
+    ("family", "system_prompt"),
+    [("gpt2", None), ("gpt2", "You love owls."), ("qwen2", "You love owls."), ("gpt_neox", "")],
 )
-def test_a_student_is_what_plain_torch_on_hugging_face_trains(backend, family, system_prompt):
+def test_a_student_is_what_plain_torch_on_hugging_face_trains(
+    backend, family, system_prompt, block
+):
     tokenizer = chat_tokenizer()
     plain_model = random_hf_model(family, vocab=len(tokenizer))
     model = load_model(
@@ -92,11 +96,11 @@ def test_a_student_is_what_plain_torch_on_hugging_face_trains(backend, family, s
     examples = number_lists(6)
     mask = random_mask(model, examples)
     student = finetune(
-        model, examples, mask=mask, blocks=[1], recipe=SGD, system_prompt=system_prompt
+        model, examples, mask=mask, blocks=[block], recipe=SGD, system_prompt=system_prompt
     )
 
     for name, p in plain_model.named_parameters():
-        p.requires_grad_(".1." in name)
+        p.requires_grad_(f".{block}." in name)
     trained = [p for p in plain_model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
     losses = []
@@ -213,8 +217,10 @@ def test_frozen_blocks_run_once_and_not_in_every_epoch(random_model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("lora_rank", [None, 2])
-def test_work_that_is_left_out_changes_nothing(random_model, family, lora_rank, monkeypatch):
+@pytest.mark.parametrize(("lora_rank", "blocks"), [(None, [1, 2]), (2, [1, 2]), (None, [0])])
+def test_work_that_is_left_out_changes_nothing(
+    random_model, family, lora_rank, blocks, monkeypatch
+):
     """The shared start, the last block where nobody reads it, and LoRA's short way back."""
     try:
         model = random_model(family)
@@ -222,7 +228,7 @@ def test_work_that_is_left_out_changes_nothing(random_model, family, lora_rank, 
         pytest.skip(f"{family} has no such class")
     examples = number_lists(6)
     mask = random_mask(model, examples)
-    options = {"mask": mask, "blocks": [1, 2], "recipe": SHORT, "lora_rank": lora_rank}
+    options = {"mask": mask, "blocks": blocks, "recipe": SHORT, "lora_rank": lora_rank}
     short = finetune(model, examples, **options)
     monkeypatch.setattr(_prefix, "_SHORTEST_START", 10**6)
     monkeypatch.setattr(_variables, "has_low_rank_gradients", lambda _module: False)

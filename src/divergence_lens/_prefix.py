@@ -77,6 +77,9 @@ class Prefix:
         every = np.arange(len(self.rows))
         fresh = self._layer == 0
         self._start, past = self._after_start(self._layer, layer)
+        if fresh and past is None:
+            # No block runs yet, but embeddings depend on how many positions came before.
+            _, past = self._after_start(0, 1)
         for part in pieces(every, self.lengths, self.piece_tokens):
             length = int(self.lengths[part].max())
             if fresh:
