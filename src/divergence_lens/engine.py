@@ -108,7 +108,13 @@ class Pass:
         return self.past.length if self.past is not None else 0
 
     def key_values(self) -> KeyValues:
-        """The keys and values of the past and of this pass, once all blocks have run."""
+        """The keys and values of the past and of this pass, once all blocks have run.
+
+        Raises:
+            RuntimeError: The blocks handed none over.
+        """
+        if not self._kept:
+            raise RuntimeError("its attention hands over no keys and values")
         layers = [self._kept[layer] for layer in sorted(self._kept)]
         return KeyValues(
             tuple(key for key, _ in layers), tuple(value for _, value in layers), self._axis
@@ -174,7 +180,7 @@ class Engine(ABC):
         Raises:
             TypeError: `model` is not of TransformerLens.
             ValueError: it is not causal, cannot run in its precision, or its pass block by block
-                does not equal its own forward.
+                fails or does not equal its own forward, so that it is not supported.
         """
         engine = model.__dict__.get(_ENGINE) if isinstance(model, nn.Module) else None
         if isinstance(engine, Engine) and engine.model is model and (engine.causal or not causal):
@@ -185,15 +191,22 @@ class Engine(ABC):
                 "the model attends in both directions; this needs a causal language model "
                 "(only patching takes others)"
             )
+        own = _own_logits(model)
         try:
             engine = _HookedEngine(model) if is_hooked(model) else _BridgeEngine(model)
-            engine.check_against_own_forward()
-            engine.use_fused_blocks()
-        except RuntimeError as error:  # OLMo 2 in bfloat16, whose bridge mixes types, for instance
-            raise ValueError(
-                f"{model_name(model)!r} cannot run in {next(model.parameters()).dtype}: {error}; "
-                "try load_model(..., dtype=torch.float32)"
-            ) from error
+            difference = engine.difference_to(own)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+            raise _not_supported(model, f"its blocks cannot be run one by one ({error})") from error
+        # A broken pass may give NaN, which is not greater than anything.
+        if not difference <= (1e-4 if engine.dtype in (torch.float32, torch.float64) else 0.05):
+            raise _not_supported(
+                model,
+                "its blocks, run one by one, give other logits than its own forward (relative "
+                f"difference {difference:.2g})",
+            )
+        engine.use_fused_blocks()
         object.__setattr__(model, _ENGINE, engine)
         return engine
 
@@ -541,25 +554,29 @@ class Engine(ABC):
         return mid if site == "resid_mid" else plain
 
     @torch.no_grad()
-    def check_against_own_forward(self) -> None:
-        """Whether the pass block by block, in two pieces, equals the model's own forward."""
-        tokens = torch.arange(6, device=self.device)[None] * 3 % self.d_vocab
-        # Told that nothing is padding: a tokenizer that pads on the left would have ids masked.
-        plain = self.model(tokens, attention_mask=torch.ones_like(tokens)).float()
+    def difference_to(self, own: Float[Tensor, "2 pos d_vocab"]) -> float:
+        """How far passes block by block are from the model's own logits of `_probe`.
+
+        They are run in two pieces where the model is causal, with rows that are other and more than
+        those that the pass began with, as patching runs them.
+
+        Returns:
+            The greatest difference, relative to the greatest logit or 1.
+        """
+        tokens = _probe(self.model)
+        rows = torch.tensor([1, 0, 1], device=self.device)
+        start, past, found = 0, None, []
         if self.causal:
-            _, past = self.prefill(tokens[:, :2])
-            ours = self.unembed(self.final(tokens[:, 2:], past)).float()
-        else:
-            ours = self.unembed(self.final(tokens)).float()[:, 2:]
-        scale = max(1.0, float(plain.abs().max()))
-        difference = float((ours - plain[:, 2:]).abs().max()) / scale
-        tolerance = 1e-4 if self.dtype in (torch.float32, torch.float64) else 0.05
-        if not difference <= tolerance:
-            raise ValueError(
-                f"running {type(self.model).__name__} {self._lens.cfg.model_name!r} block by block "
-                f"gives other logits than its own forward (relative difference {difference:.2g}); "
-                "this architecture is not supported"
-            )
+            start = 2
+            hidden, past = self.prefill(tokens[:, :start])
+            found.append((self.unembed(hidden), own[:, :start]))
+        run = self.begin(tokens[:, start:], past)
+        resid = run.resid[rows]
+        for layer in range(self.n_layers):
+            resid = self.block(layer, resid, run, rows=rows)
+        found.append((self.unembed(self.norm(resid)), own[rows, start:]))
+        scale = max(1.0, float(own.float().abs().max()))
+        return max(float((a.float() - b.float()).abs().max()) for a, b in found) / scale
 
     @torch.no_grad()
     def use_fused_blocks(self) -> None:
@@ -746,7 +763,7 @@ class _BridgeEngine(Engine):
         run.calls = [
             (
                 tuple(_one_row(a, batch) for a in args[1:]),
-                {k: _one_row(v, batch) for k, v in kw.items()},
+                {k: v if k in _BY_HEAD else _one_row(v, batch) for k, v in kw.items()},
             )
             for args, kw in run.calls
         ]
@@ -772,6 +789,9 @@ class _BridgeEngine(Engine):
         if fused is not None:
             return fused.block(layer, resid, run)
         args, kwargs = run.calls[layer]
+        alibi = kwargs.get("alibi")
+        if alibi is not None and alibi.ndim == 3:
+            kwargs = kwargs | {"alibi": alibi[: self.n_heads].repeat(len(resid), 1, 1)}
         block = self._lens.blocks[layer]
         attention: Any = getattr(block, "attn", None)
         pattern = getattr(attention, "_pattern", None)
@@ -808,6 +828,9 @@ class _BridgeEngine(Engine):
         return {name: p for name, p in every.items() if not _split_elsewhere(name, every)}
 
 
+_BY_HEAD = ("alibi", "position_bias")
+"""What blocks are handed with heads in front: Bloom [row * head, 1, pos], MPT [head, 1, pos]."""
+
 _FUSED = {".qkv.": ".q.", "._original_component.gate_up_proj.": ".gate."}
 """Weights that a bridge cuts into copies, which it computes with, and a copy that tells of it."""
 
@@ -835,6 +858,33 @@ def _one_row(value: Any, batch: int) -> Any:
     if isinstance(value, Mapping):
         return {key: _one_row(item, batch) for key, item in value.items()}
     return value
+
+
+def _probe(model: Model) -> Int[Tensor, "2 6"]:
+    """Two rows of unlike ids: what depends on a row's content shows, and is not taken for both."""
+    device = next(model.parameters()).device
+    first = torch.arange(6, device=device)
+    return torch.stack([first * 3, first * 5 + 1]) % int(untyped(model).cfg.d_vocab)
+
+
+@torch.no_grad()
+def _own_logits(model: Model) -> Float[Tensor, "2 6 d_vocab"]:
+    tokens = _probe(model)
+    try:
+        # Told that nothing is padding: a tokenizer that pads on the left would have ids masked.
+        logits: Tensor = model(tokens, attention_mask=torch.ones_like(tokens))
+    except RuntimeError as error:  # OLMo 2 in bfloat16, whose bridge mixes types, for instance
+        dtype = next(model.parameters()).dtype
+        raise ValueError(
+            f"{model_name(model)!r} cannot run in {dtype}: {error}; "
+            "try load_model(..., dtype=torch.float32)"
+        ) from error
+    return logits
+
+
+def _not_supported(model: Model, why: str) -> ValueError:
+    name = f"{type(model).__name__} {model_name(model)!r}"
+    return ValueError(f"the architecture of {name} is not supported: {' '.join(why.split())}")
 
 
 def _soft_cap(logits: Tensor, cfg: Any) -> Tensor:
