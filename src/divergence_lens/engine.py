@@ -191,16 +191,24 @@ class Engine(ABC):
                 "the model attends in both directions; this needs a causal language model "
                 "(only patching takes others)"
             )
-        own = _own_logits(model)
+        dtype = next(model.parameters()).dtype
+        wide = dtype in (torch.float32, torch.float64)
         try:
+            own = _own_logits(model)
             engine = _HookedEngine(model) if is_hooked(model) else _BridgeEngine(model)
             difference = engine.difference_to(own)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+            if isinstance(error, RuntimeError) and not wide:
+                # OLMo 2 in bfloat16, whose bridge mixes types, for instance.
+                raise ValueError(
+                    f"{model_name(model)!r} cannot run in {dtype}: {error}; "
+                    "try load_model(..., dtype=torch.float32)"
+                ) from error
             raise _not_supported(model, f"its blocks cannot be run one by one ({error})") from error
         # A broken pass may give NaN, which is not greater than anything.
-        if not difference <= (1e-4 if engine.dtype in (torch.float32, torch.float64) else 0.05):
+        if not difference <= (1e-4 if wide else 0.05):
             raise _not_supported(
                 model,
                 "its blocks, run one by one, give other logits than its own forward (relative "
@@ -870,15 +878,8 @@ def _probe(model: Model) -> Int[Tensor, "2 6"]:
 @torch.no_grad()
 def _own_logits(model: Model) -> Float[Tensor, "2 6 d_vocab"]:
     tokens = _probe(model)
-    try:
-        # Told that nothing is padding: a tokenizer that pads on the left would have ids masked.
-        logits: Tensor = model(tokens, attention_mask=torch.ones_like(tokens))
-    except RuntimeError as error:  # OLMo 2 in bfloat16, whose bridge mixes types, for instance
-        dtype = next(model.parameters()).dtype
-        raise ValueError(
-            f"{model_name(model)!r} cannot run in {dtype}: {error}; "
-            "try load_model(..., dtype=torch.float32)"
-        ) from error
+    # Told that nothing is padding: a tokenizer that pads on the left would have ids masked.
+    logits: Tensor = model(tokens, attention_mask=torch.ones_like(tokens))
     return logits
 
 
