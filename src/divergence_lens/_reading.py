@@ -451,7 +451,7 @@ def _progress(total: int, ready: int, *, shown: bool) -> Iterator["tqdm[None] | 
     if not shown:
         yield None
         return
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     with tqdm(
         total=total,
