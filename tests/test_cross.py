@@ -134,6 +134,16 @@ def test_tables_files_and_figure_hold_the_margins(model_of, tmp_path):  # noqa: 
     assert "interaction" in crossed._repr_html_()
 
 
+def test_it_prints_as_one_line_with_the_margins_of_the_whole_models():
+    margins = np.zeros((7, 4, 2, 2), np.float32)
+    margins[:, :, 0, 0], margins[:, :, 1, 1] = 3, -2
+    shown = repr(CrossPatch(margins, ("owl", "cat"), {"seed": [0] * 10_000}))
+    assert shown == (
+        "CrossPatch('owl' (a) and 'cat' (b): 7 pairs, 4 boundaries; mean margins of a and b "
+        "themselves 3.000, -2.000)"
+    )
+
+
 def test_refuses_models_and_pairs_that_cannot_be_crossed(model_of, unchecked):  # noqa: F811
     models = model_of("gpt2"), model_of("gpt2", 1)
     pairs = first_disagreements(*models, ROWS)

@@ -34,6 +34,19 @@ def effects() -> Effects:
     )
 
 
+def test_they_print_as_one_line_however_many_values_they_hold(effects):
+    assert repr(effects) == (
+        "Effects(exact noising of resid_post on logit_difference: 2 pairs, 2 layers, 4 positions; "
+        "mean total effect -2)"
+    )
+    heads = replace(effects, values=effects.values[..., None].repeat(5, 3), site="z")
+    assert "of z on logit_difference: 2 pairs, 2 layers, 4 positions, 5 heads;" in repr(heads)
+    ablated = replace(effects, header={"settings": {"corruption": "mean"}})
+    assert "exact noising by mean of resid_post" in repr(ablated)
+    nothing = replace(effects, corrupted_metric=effects.clean_metric).normalised()
+    assert repr(nothing).endswith("mean total effect undefined)")
+
+
 def test_total_has_the_sign_of_the_direction(effects):
     np.testing.assert_allclose(effects.total, [-4, 0.001], atol=1e-6)
     np.testing.assert_allclose(replace(effects, direction="denoising").total, -effects.total)

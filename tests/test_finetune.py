@@ -581,13 +581,13 @@ checkpointed(sys.argv[1], Path(sys.argv[2]), sys.argv[3], on_step=stop)
 """
 
 
-def checkpointed(backend, path, rank, **options):
+def checkpointed(backend, path, rank, examples=None, **options):
     tokenizer = chat_tokenizer()
     hf_model = random_hf_model("gpt2", vocab=len(tokenizer))
     model = load_model(hf_model, backend=backend, tokenizer=tokenizer)
     return finetune(
         model,
-        number_lists(10),
+        number_lists(10) if examples is None else examples,
         blocks=[1],
         recipe=SHORT if rank == "full" else replace(SHORT, lora_rank=int(rank)),
         checkpoint=path,
@@ -623,19 +623,34 @@ def test_a_killed_run_goes_on_to_the_same_bits(backend, rank, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def stop_at_four(step, loss, model):
+    if step == 4:
+        raise InterruptedError
+
+
 def test_the_checkpoint_of_another_run_is_refused(backend, tmp_path):
     path = tmp_path / "run.safetensors"
-
-    def stop(step, loss, model):
-        if step == 4:
-            raise InterruptedError
-
     with pytest.raises(InterruptedError):
-        checkpointed(backend, path, "full", on_step=stop)
+        checkpointed(backend, path, "full", on_step=stop_at_four)
     for options in ({"seed": 6}, {"weights": None, "mask": None, "system_prompt": "Hello."}):
         with pytest.raises(ValueError, match="the checkpoint of another run"):
             checkpointed(backend, path, "full", **options)
     checkpointed(backend, path, "full")
+
+
+def test_a_checkpoint_is_refused_where_the_last_token_of_the_longest_row_is_another(
+    backend, tmp_path
+):
+    # No input holds that token: it is predicted, and nothing follows it in any row.
+    path = tmp_path / "run.safetensors"
+    examples = [Example("Continue: 3.", completion_ids=tuple(range(20, 26 + n))) for n in range(10)]
+    other = [*examples[:-1], replace(examples[-1], completion_ids=(*range(20, 34), 40))]
+    assert len(other[-1].completion_ids) == len(examples[-1].completion_ids)
+    with pytest.raises(InterruptedError):
+        checkpointed(backend, path, "full", examples, on_step=stop_at_four)
+    with pytest.raises(ValueError, match="the checkpoint of another run"):
+        checkpointed(backend, path, "full", other)
+    checkpointed(backend, path, "full", examples)
 
 
 # -- bad input ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Training data as padded arrays, and its batches."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,6 +46,15 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def digest(self) -> str:
+        """A hash of everything that a run learns from; equal rows have equal ones."""
+        hashed = hashlib.sha256()
+        tensors = (self.tokens, self.targets, self.weights)
+        for array in (*(tensor.cpu().numpy() for tensor in tensors), self.lengths):
+            hashed.update(f"{array.dtype} {array.shape}".encode())
+            hashed.update(np.ascontiguousarray(array).tobytes())
+        return hashed.hexdigest()
 
 
 def training_rows(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from divergence_lens._lowrank import is_matrix
 from divergence_lens._prefix import Prefix
@@ -118,10 +118,7 @@ class _Run:
         self.optimizer = plan.recipe.build(variables.values)
         self.history: list[dict[str, Any]] = []
         self.lowest = lowest_layer(self.engine.model, variables.parameters) or 0
-        digest = hashlib.sha256(identity.encode())
-        for tensor in (self.rows.tokens, self.rows.weights):
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        self.identity = digest.hexdigest()
+        self.identity = hashlib.sha256(f"{identity} {self.rows.digest()}".encode()).hexdigest()
 
     def go(self) -> list[dict[str, Any]]:
         """Train to the end, from the checkpoint if there is one."""

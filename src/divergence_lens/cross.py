@@ -37,7 +37,7 @@ Which = Literal["a", "b"]
 _KIND = "cross_patch"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CrossPatch:
     """The four margins of two models, at every boundary between two blocks.
 
@@ -54,7 +54,7 @@ class CrossPatch:
 
     margins: Float32[np.ndarray, "pairs boundaries 2 2"]
     names: tuple[str, str]
-    header: dict[str, Any] = field(default_factory=dict, repr=False)
+    header: dict[str, Any] = field(default_factory=dict)
 
     def margin(self, lower: Which, upper: Which) -> Float32[np.ndarray, "pairs boundaries"]:
         """The margin with these origins of the lower and the upper layers."""
@@ -147,6 +147,15 @@ class CrossPatch:
         from divergence_lens.plots import cross_patch_margins
 
         return cross_patch_margins(self)
+
+    def __repr__(self) -> str:
+        """One line: the models, how much was patched, and the margins of the whole models."""
+        pairs, boundaries = self.margins.shape[:2]
+        own = ", ".join(f"{self.margins[:, 0, i, i].mean():.3f}" for i in (0, 1))
+        return (
+            f"CrossPatch({self.names[0]!r} (a) and {self.names[1]!r} (b): {pairs} pairs, "
+            f"{boundaries} boundaries; mean margins of a and b themselves {own})"
+        )
 
     def _repr_html_(self) -> str:
         pairs, boundaries = self.margins.shape[:2]

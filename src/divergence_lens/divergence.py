@@ -29,7 +29,7 @@ from divergence_lens.chat import Encoded, encode_prompts
 from divergence_lens.examples import Example, as_examples, with_ids
 from divergence_lens.models import Model, provenance
 from divergence_lens.pairs import Pairs
-from divergence_lens.teachers import Teacher
+from divergence_lens.teachers import Teacher, check_teacher, check_teachers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -723,6 +723,8 @@ def _needed(rule: Rule, n: int) -> int:
 
 
 def _check_teachers(teacher: Teacher, counterfactuals: Sequence[Teacher]) -> list[Teacher]:
+    check_teacher(teacher)
+    check_teachers(counterfactuals, "counterfactuals")
     if not counterfactuals:
         raise ValueError("there are no counterfactual teachers; give at least one to compare with")
     for other in counterfactuals:

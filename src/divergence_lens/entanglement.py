@@ -20,7 +20,7 @@ from divergence_lens.engine import Engine
 from divergence_lens.examples import Example
 from divergence_lens.models import Model
 from divergence_lens.tasks.preferences import preference_questions
-from divergence_lens.teachers import Teacher
+from divergence_lens.teachers import Teacher, check_teacher, check_teachers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,6 +119,8 @@ def entangled_numbers(
     Raises:
         ValueError: No prompts, no other teachers, or no number that the tokenizer can write.
     """
+    check_teacher(teacher)
+    check_teachers(others, "others")
     asked = preference_questions() if prompts is None else list(prompts)
     if not asked or not others:
         missing = "prompts to ask" if not asked else "other teachers to compare with"

@@ -25,7 +25,7 @@ from divergence_lens.tasks.preferences import (
     known_candidates,
     preference_questions,
 )
-from divergence_lens.teachers import Teacher
+from divergence_lens.teachers import Teacher, check_teacher
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,6 +85,7 @@ def preference(
         raise ValueError("give system_prompt or teacher, not both: a teacher has its own prompt")
     if teacher is None:
         teacher = Teacher("model", system_prompt=system_prompt)
+    check_teacher(teacher)
     names = known_candidates(category) if candidates is None else tuple(candidates)
     target = check_candidate(target, category=category, candidates=names)
     if len(names) < 2 or len(set(names)) < len(names):

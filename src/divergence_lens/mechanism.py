@@ -27,7 +27,7 @@ from divergence_lens.examples import Example, with_ids
 from divergence_lens.freeze import Trainable, choose
 from divergence_lens.models import Model
 from divergence_lens.tasks.preferences import preference_questions
-from divergence_lens.teachers import Teacher
+from divergence_lens.teachers import Teacher, check_teacher
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -150,6 +150,8 @@ def steering(
     Raises:
         ValueError: No prompts.
     """
+    check_teacher(teacher)
+    check_teacher(base, "base")
     asked = preference_questions() if prompts is None else list(prompts)
     if not asked:
         raise ValueError("there are no prompts; give at least one")

@@ -18,7 +18,7 @@ from divergence_lens.examples import as_examples, with_ids
 from divergence_lens.generate import generate
 from divergence_lens.models import Model, provenance
 from divergence_lens.tasks.numbers import NumberFilter
-from divergence_lens.teachers import Teacher
+from divergence_lens.teachers import Teacher, check_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,7 @@ def task_quality(
         raise ValueError("give system_prompt or teacher, not both: a teacher has its own prompt")
     if teacher is None:
         teacher = Teacher("model", system_prompt=system_prompt)
+    check_teacher(teacher)
     tokenizer: Any = model.tokenizer
     examples = with_ids(tokenizer, as_examples(held_out))
     if not examples:

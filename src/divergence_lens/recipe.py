@@ -102,6 +102,22 @@ class Recipe:
         return settings | {"optimizer_options": self._options()}
 
 
+def as_recipe(recipe: object, lora_rank: int | None = None) -> Recipe:
+    """`recipe`, or the default one for None, with another `lora_rank` unless that is None.
+
+    Raises:
+        TypeError: It is not a `Recipe`.
+    """
+    if recipe is None:
+        recipe = Recipe()
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"recipe is {recipe!r}, not a Recipe; write recipe=Recipe(...), or PAPER for the "
+            "paper's"
+        )
+    return recipe if lora_rank is None else dataclasses.replace(recipe, lora_rank=lora_rank)
+
+
 PAPER = Recipe(
     lr=2e-4,
     epochs=10,

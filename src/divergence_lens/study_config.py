@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from divergence_lens._checks import refuse_one_number, refuse_one_string
 from divergence_lens.chat import check_length, encode_prompts
 from divergence_lens.conditions import DEMO, GROUPS, KINDS, Condition, choose_conditions
 from divergence_lens.engine import Engine
@@ -113,6 +114,7 @@ class StudyConfig:
     workers: int = 1
 
     def __post_init__(self) -> None:
+        _refuse_singles(self)
         if len(self.targets) < 2:
             raise ValueError(
                 f"a study needs two targets or more for an interval, got {self.targets}"
@@ -278,6 +280,13 @@ class StudyConfig:
                 check_length(encoded, Engine.of(model).n_ctx, new_tokens=1, row=0)
         except ValueError as error:
             raise ValueError(f"{model_name(model)} cannot have {kind} teachers: {error}") from error
+
+
+def _refuse_singles(config: StudyConfig) -> None:
+    for name in ("targets", "animals", "kinds", "conditions"):
+        refuse_one_string(getattr(config, name), name)
+    for name in ("seeds", "block_seeds"):
+        refuse_one_number(getattr(config, name), name)
 
 
 def _refuse_repeats(name: str, values: Sequence[Any]) -> None:

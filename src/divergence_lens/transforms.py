@@ -26,7 +26,7 @@ from divergence_lens.examples import Example, with_ids
 from divergence_lens.generate import generate
 from divergence_lens.models import Model
 from divergence_lens.tasks.numbers import TEMPLATES
-from divergence_lens.teachers import Teacher
+from divergence_lens.teachers import Teacher, check_teacher
 
 PARAPHRASE_REQUEST = (
     "Write the following request in other words. Keep all of its numbers in their order, and "
@@ -212,6 +212,7 @@ def paraphrase_by(
     Raises:
         ValueError: The request lacks the slot.
     """
+    check_teacher(teacher)
     if "{prompt}" not in request:
         raise ValueError(f"the request {request!r} must have the slot {{prompt}}")
     written = generate(
@@ -269,6 +270,7 @@ def paraphrase_chosen(
     Raises:
         ValueError: Fewer than two candidates; what `paraphrase` raises.
     """
+    check_teacher(teacher)
     if candidates < 2:
         raise ValueError(f"candidates is {candidates}; a choice needs two or more")
     seeds = np.random.default_rng(seed).integers(2**31, size=candidates).tolist()
