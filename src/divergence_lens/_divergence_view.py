@@ -118,7 +118,9 @@ class ExampleDivergence:
         return f"{orange}, {blue}"
 
     def _span(self, position: int) -> str:
-        style = "padding:1px 2px;margin:0 1px;border-radius:3px;white-space:pre-wrap"
+        # Lines break between such boxes, and not within a token.
+        style = "display:inline-block;line-height:1.3;padding:1px 2px;margin:0 1px"
+        style += ";border-radius:3px;white-space:pre-wrap"
         if self.divergence[position]:
             share = self.differs[:, position].mean()
             style += f";background:rgba({_DIVERGENCE},{0.25 + 0.45 * share:.2f})"
