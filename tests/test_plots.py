@@ -258,6 +258,10 @@ def test_every_figure_fits_a_column_of_80_mm(name):
     # Titles do not wrap by themselves.
     lines = figure.layout.title.text.replace('<span style="font-size:12px">', "").split("<br>")
     assert max(len(line) for line in lines) <= 36 + len("<b></b>") + len("</span>")
+    # Nor do the names of the legend, which begin at the left margin after a sign of 40 pixels.
+    named = [trace.name or "" for trace in figure.data if trace.showlegend is not False]
+    if figure.layout.showlegend:
+        assert margin.l + 40 + 6.5 * max(len(name) for name in named) <= 302
 
 
 def test_heatmap_has_layers_across_and_the_examples_tokens_down_with_the_target_marked():
@@ -484,6 +488,8 @@ def test_conditions_are_multiples_of_the_control_with_a_dot_for_every_target():
     np.testing.assert_allclose(bars.y, [np.sqrt(0.2 * 0.21) / 0.095, np.sqrt(0.3 * 0.31) / 0.095,
                                         2.0, 1.0], rtol=1e-6)  # fmt: skip
     assert len(dots.y) == 4 * len(TARGETS)
+    axis = plots.condition_bars(masked(), "masks").layout.yaxis
+    assert (axis.title.text, axis.tickformat) == ("preference, times the control", "")
     with pytest.raises(ValueError, match="no rows of kind 'finetuned' in the group 'context'"):
         plots.condition_bars(masked(), "context")
 

@@ -310,6 +310,7 @@ def condition_bars(
         f"{_students(pd.concat([shown, control]))}; bars: means with 95 % intervals over targets, "
         "dots: targets",
         value_title="preference, times the control" if len(control) else "preference, times before",
+        value_format="",
     )
 
 
@@ -686,8 +687,8 @@ def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
     """
     series: dict[str, tuple[Line, Line, Line]] = {}
     for name, values in (
-        (f"upper layers of {crossed.names[0]} over its own lower ones", crossed.upper_effect("a")),
-        (f"... over those of {crossed.names[1]}", crossed.upper_effect("b")),
+        ("over its own lower layers", crossed.upper_effect("a")),
+        ("over the other's lower layers", crossed.upper_effect("b")),
         ("interaction", crossed.interaction),
     ):
         low, high = bootstrap(values, 0.95, 1000, 0)
@@ -696,7 +697,9 @@ def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
         np.arange(crossed.margins.shape[1]),
         series,
         what="Two models, crossed at every boundary",
-        detail=f"mean of {style.plural(len(crossed.margins), 'pair')}; band: 95 % interval",
+        detail=f"what the upper layers of {crossed.names[0]} add to the margin, in place of those "
+        f"of {crossed.names[1]}; mean of {style.plural(len(crossed.margins), 'pair')}; "
+        "band: 95 % interval",
         value_title="change of the margin (logits)",
         across="boundary",
     )

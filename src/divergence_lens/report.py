@@ -485,8 +485,9 @@ tbody th { font-weight: 500; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .cards { width: 100%; }
 .cards thead th { overflow-wrap: normal; }
-.cards tbody th { width: 28%; }
-.cards td:last-child { width: 28%; }
+.cards tbody th { width: 26%; }
+.cards td[data-label="measured"] { width: 19%; }
+.cards td:last-child { width: 24%; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap; }
 summary { cursor: pointer; color: var(--link); }
@@ -496,7 +497,7 @@ summary { cursor: pointer; color: var(--link); }
   .cards, .cards tbody, .cards tr, .cards th, .cards td { display: block; width: auto; }
   .cards tr { border: 1px solid var(--line); border-radius: 6px; padding: 0.5rem 0.8rem;
     margin-bottom: 0.8rem; background: var(--raised); }
-  .cards tbody th, .cards td:last-child { width: auto; }
+  .cards tbody th, .cards td[data-label="measured"], .cards td:last-child { width: auto; }
   .cards th, .cards td { border: 0; padding: 0.2rem 0; }
   .cards td::before { content: attr(data-label) ": "; color: var(--quiet); }
 }
