@@ -151,7 +151,7 @@ def summary_html(
         "<div style='font-family:sans-serif;font-size:14px'>"
         f"<div><b>{divergence_tokens:,} of {tokens:,} tokens diverge "
         f"({divergence_tokens / tokens:.2%})</b> in {examples:,} examples of "
-        f"{escape(teacher)}, who would have written {disagreements:,} of them otherwise.</div>"
+        f"{escape(teacher)}, whose own choice now is another at {disagreements:,} tokens.</div>"
         "<table style='color:inherit;font-size:inherit'>"
         f"<tr><th style='{_CELL}'>counterfactual</th>"
         f"<th style='{_CELL}'>diverges at</th></tr>{rows}</table></div>"
