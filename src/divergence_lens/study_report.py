@@ -103,14 +103,15 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
         figures[name] = plots.layers_by_site(layers, kind=kind)
         # Figures of one target: the first, whichever it is.
         target = next(iter(exact))
+        whose = f"{target} ({kind} teacher)"
         approximate = study.approximate[kind, target]
-        figures[f"{name}: segments"] = plots.effects_by_segment(exact[target], name=target)
-        figures[f"{name}: one pair"] = plots.effects_heatmap(exact[target], pair=0, name=target)
+        figures[f"{name}: segments"] = plots.effects_by_segment(exact[target], name=whose)
+        figures[f"{name}: one pair"] = plots.effects_heatmap(exact[target], pair=0, name=whose)
         figures[f"{name}: profile"] = plots.layer_profile(
-            {"exact": exact[target], "integrated": approximate}, name=target
+            {"exact": exact[target], "integrated": approximate}, name=whose
         )
         figures[f"{kind}/approximation_agrees"] = plots.agreement_scatter(
-            approximate, exact[target], name=target
+            approximate, exact[target], name=whose
         )
     return figures
 
