@@ -40,8 +40,17 @@ def tidy(cell: dict) -> None:
     cell["metadata"].pop("execution", None)
     if cell["cell_type"] != "code":
         return
-    cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr"]
+    kept: list[dict] = []
     for output in cell["outputs"]:
+        if output.get("name") == "stderr":
+            continue
+        # What is printed comes in as many pieces as the clock made of it.
+        if kept and output["output_type"] == kept[-1]["output_type"] == "stream":
+            kept[-1]["text"] += output["text"]
+        else:
+            kept.append(output)
+    cell["outputs"] = kept
+    for output in kept:
         figure = output.get("data", {}).get(PLOTLY)
         if figure is not None:
             output["data"]["image/png"] = picture(figure)
@@ -52,7 +61,8 @@ def picture(stored: dict) -> str:
     figure = go.Figure({"data": stored["data"], "layout": stored["layout"]})
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "figure.png")
-        save_figure(figure, target, width_mm=WIDTH_MM, dpi=DPI)
+        if target not in save_figure(figure, target, width_mm=WIDTH_MM, dpi=DPI):
+            raise SystemExit("a figure could not be drawn; the warning above says why")
         return base64.b64encode(target.read_bytes()).decode("ascii")
 
 

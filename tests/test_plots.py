@@ -12,6 +12,7 @@ import torch
 from divergence_lens import plots
 from divergence_lens._agreement import inner_agreement
 from divergence_lens._divergence_view import ExampleDivergence
+from divergence_lens.cross import CrossPatch
 from divergence_lens.delta import Delta
 from divergence_lens.divergence import Divergence
 from divergence_lens.effects import Effects
@@ -111,6 +112,25 @@ def sweep() -> Sweep:
     return Sweep(preference("owl", 0.1), (*grown, whole), "divergence_only")
 
 
+def crossed() -> CrossPatch:
+    """Three pairs at three boundaries: a's upper layers add 2 over its own lower ones, 1 else."""
+    margins = np.zeros((3, 3, 2, 2), dtype=np.float32)
+    margins[:, :, 0, 0], margins[:, :, 1, 0] = 2.0, 1.0
+    return CrossPatch(margins + np.arange(3, dtype=np.float32)[:, None, None, None], ("owl", "cat"))
+
+
+def masked() -> list[dict[str, object]]:
+    """Students of a study: those of the demo and two conditions of a further group."""
+    rows = [{**row, "group": "data"} for row in students() if row["condition"] != "block"]
+    more = [
+        {**row, "condition": name, "group": "masks", "after": 0.095 * times}
+        for row in rows
+        if row["condition"] == "all"
+        for name, times in (("first_divergence", 2.0), ("random_tokens", 1.0))
+    ]
+    return [*rows, *more]
+
+
 TEACHERS = [
     {"name": name, "kind": kind, "preference": value}
     for kind, value in (("finetuned", 0.97), ("prompted", 0.5))
@@ -185,6 +205,8 @@ FIGURES = {
         preference("owl", 0.4), before=preference("owl", 0.1)
     ),
     "transfer_bars": lambda: plots.transfer_bars(students()),
+    "condition_bars": lambda: plots.condition_bars(masked(), "masks"),
+    "cross_patch_margins": lambda: plots.cross_patch_margins(crossed()),
     "layer_sweep": lambda: plots.layer_sweep(students()),
     "layer_sweep of a sweep": lambda: plots.layer_sweep(sweep()),
 }
@@ -236,6 +258,10 @@ def test_every_figure_fits_a_column_of_80_mm(name):
     # Titles do not wrap by themselves.
     lines = figure.layout.title.text.replace('<span style="font-size:12px">', "").split("<br>")
     assert max(len(line) for line in lines) <= 36 + len("<b></b>") + len("</span>")
+    # Nor do the names of the legend, which begin at the left margin after a sign of 40 pixels.
+    named = [trace.name or "" for trace in figure.data if trace.showlegend is not False]
+    if figure.layout.showlegend:
+        assert margin.l + 40 + 6.5 * max(len(name) for name in named) <= 302
 
 
 def test_heatmap_has_layers_across_and_the_examples_tokens_down_with_the_target_marked():
@@ -248,7 +274,7 @@ def test_heatmap_has_layers_across_and_the_examples_tokens_down_with_the_target_
         "<b>·owl</b>",
         "↵",
         "·&lt;script&gt;",
-        "<b>·17 ◂</b>",
+        "·17 ◂",
     ]
     boxes = [shape for shape in figure.layout.shapes if shape.type == "rect"]
     assert [(box.y0, box.y1) for box in boxes] == [(3.5, 4.5)]
@@ -327,7 +353,7 @@ def test_long_rows_keep_the_target_and_the_differing_tokens_labelled():
     figure = plots.effects_heatmap(long)
     ticks = figure.layout.yaxis.ticktext
     assert len(ticks) < positions
-    assert ticks[-1] == "<b>t199 ◂</b>"
+    assert ticks[-1] == "t199 ◂"
     assert "<b>t7</b>" in ticks
     assert figure.layout.height < 2000
 
@@ -450,6 +476,42 @@ def test_students_are_counted_once_and_controls_are_those_that_all_targets_share
     assert "3 targets, 18 students and 2 controls that all targets share" in said
     alone = [row for row in rows if row["target"] == "owl"]
     assert "6 students and 2 controls; bars" in plain_title(plots.transfer_bars(alone))
+    said = plain_title(plots.layer_sweep(rows))
+    assert "12 students of one block, 6 of all blocks, 2 controls that all targets share" in said
+    assert "24 students and 2 controls" in plain_title(plots.condition_bars(masked(), "masks"))
+
+
+def test_conditions_are_multiples_of_the_control_with_a_dot_for_every_target():
+    bars, dots = plots.condition_bars(masked(), "masks").data
+    # The control ends at .095; students of all tokens at .2 and .21, the geometric mean of which
+    # is what counts.
+    np.testing.assert_allclose(bars.y, [np.sqrt(0.2 * 0.21) / 0.095, np.sqrt(0.3 * 0.31) / 0.095,
+                                        2.0, 1.0], rtol=1e-6)  # fmt: skip
+    assert len(dots.y) == 4 * len(TARGETS)
+    axis = plots.condition_bars(masked(), "masks").layout.yaxis
+    assert (axis.title.text, axis.tickformat) == ("preference, times the control", "")
+    with pytest.raises(ValueError, match="no rows of kind 'finetuned' in the group 'context'"):
+        plots.condition_bars(masked(), "context")
+
+
+def test_crossed_models_show_what_upper_layers_add_over_each_lower_half():
+    lines = [trace for trace in plots.cross_patch_margins(crossed()).data if trace.mode != "lines"]
+    assert [list(line.y) for line in lines] == [[2.0] * 3, [1.0] * 3, [1.0] * 3]
+
+
+def test_teachers_and_places_say_whose_they_are():
+    assert "3 finetuned teachers" in plain_title(plots.rate_per_teacher(RATES))
+    assert "6 teachers" in plain_title(plots.teacher_preferences(TEACHERS))
+    assert "fall: owl" in plain_title(plots.where_divergence_falls(divergence()))
+    several = plots.where_divergence_falls([divergence()] * 2, name="prompted teachers")
+    assert "fall: prompted teachers" in plain_title(several)
+
+
+def test_the_intervals_of_a_sweep_are_explained():
+    said = plain_title(plots.layer_sweep(sweep()))
+    assert "6 students of one block, 1 of all blocks" in said
+    assert "95 % intervals over questions and seeds" in said
+    assert "intervals" not in plain_title(plots.layer_sweep(students()))
 
 
 def test_figures_of_one_target_name_it_and_explain_their_signs():

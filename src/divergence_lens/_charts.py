@@ -442,6 +442,8 @@ def _spread(
 
 def falls(
     results: Sequence[tuple[Int[np.ndarray, " _"], Bool[np.ndarray, " _"]]],
+    *,
+    what: str,
 ) -> go.Figure:
     """The share of divergence tokens at each place of a completion, from (offsets, mask)."""
     places, first, later = [], [], []
@@ -496,7 +498,7 @@ def falls(
         )
     return style.figure(
         traces,
-        what="Where divergence tokens fall",
+        what=what,
         detail=f"{style.plural(total, 'divergence token')} among "
         f"{style.plural(len(place), 'token')} of {style.plural(examples, 'completion')}"
         + (f"; grey: fewer than {_FEWEST_TOKENS} tokens there" if few.any() else ""),

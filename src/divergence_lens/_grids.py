@@ -68,7 +68,9 @@ def token_heatmap(
     every = -(-_LETTER // row)
     ticks = [p for p in range(target) if (target - p) % every == 0 or segments[p] == BIAS]
     marks = [_bold(shown[p]) if segments[p] == BIAS else shown[p] for p in ticks]
-    marks.append(_bold(f"{shown[target]} ◂"))
+    # Bold says that a token differs, which the framed one need not.
+    last = f"{shown[target]} ◂"
+    marks.append(_bold(last) if segments[target] == BIAS else last)
     letters = max((len(tokens[p]) for p in range(positions)), default=1)
     left = 34 + round(min(letters, 12) * 6.4) + 16
     runs = spans(segments)

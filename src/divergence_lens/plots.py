@@ -99,7 +99,7 @@ def rate_per_teacher(divergence: Divergence | Table) -> go.Figure:
     return charts.bars(
         bars,
         what="Divergence tokens per teacher",
-        detail=f"{style.plural(len(table), 'teacher')}, {style.plural(tokens, 'completion token')}"
+        detail=f"{_teachers(table)}, {style.plural(tokens, 'completion token')}"
         + _intervals_said(table),
         value_title="share of the teacher's tokens",
     )
@@ -165,7 +165,7 @@ def teacher_preferences(teachers: Table, *, base: Mapping[str, float] | None = N
     return charts.bars(
         bars,
         what="Preference of each teacher for its target",
-        detail=style.plural(len(table), "teacher") + _intervals_said(table, " over questions"),
+        detail=_teachers(table) + _intervals_said(table, " over questions"),
         value_title="preference for the target",
         lines=lines,
         top=1.0,
@@ -307,8 +307,10 @@ def condition_bars(
         ],
         what=title or f"Students of {kind} teachers: {group}",
         detail=f"{style.plural(shown['target'].nunique(), 'target')}, "
-        f"{style.plural(len(shown), 'student')}; bars: means with 95 % intervals, dots: targets",
+        f"{_students(pd.concat([shown, control]))}; bars: means with 95 % intervals over targets, "
+        "dots: targets",
         value_title="preference, times the control" if len(control) else "preference, times before",
+        value_format="",
     )
 
 
@@ -412,6 +414,12 @@ def layer_sweep(
     }
     of = "" if isinstance(students, Sweep) else f" of {kind} teachers"
     about = style.plural(len(targets), "target") if len(targets) > 1 else f"target {targets[0]}"
+    # How many students each of the lines of reference stands for.
+    whole, control = _of(table, condition), _of(table, "control")
+    counts = [f"{style.plural(len(blocks), 'student')} of one block"]
+    counts += [f"{len(whole):,} of all blocks"] if len(whole) else []
+    counts += [_controls(control)] if len(control) else []
+    spread_said = "" if spread is None else "; thin lines: 95 % intervals over questions and seeds"
     return charts.blocks(
         numbers,
         mean.to_numpy(dtype=np.float64),
@@ -419,16 +427,19 @@ def layer_sweep(
         singles,
         references,
         what="Preference after training one block alone",
-        detail=f"{about}, {style.plural(len(blocks), 'student')}{of}, "
-        f"trained on {_condition(condition)[0]}",
+        detail=f"{about}; trained on {_condition(condition)[0]}{of}: "
+        f"{', '.join(counts)}{spread_said}",
     )
 
 
-def where_divergence_falls(divergence: Divergence | Sequence[Divergence]) -> go.Figure:
+def where_divergence_falls(
+    divergence: Divergence | Sequence[Divergence], *, name: str | None = None
+) -> go.Figure:
     """At which places of a completion divergence tokens stand.
 
     Args:
         divergence: One result, or several (one for each teacher) to be taken together.
+        name: Whose tokens these are, for the title; the teacher's name if there is one result.
 
     Returns:
         For each place in the completion, the share of its tokens that are divergence tokens, split
@@ -442,7 +453,12 @@ def where_divergence_falls(divergence: Divergence | Sequence[Divergence]) -> go.
     several = [divergence] if isinstance(divergence, Divergence) else list(divergence)
     if not several:
         raise ValueError("where_divergence_falls needs at least one Divergence; the list is empty")
-    return charts.falls([(np.asarray(one.offsets), np.asarray(one.mask)) for one in several])
+    if name is None and len(several) == 1:
+        name = several[0].teacher.name
+    return charts.falls(
+        [(np.asarray(one.offsets), np.asarray(one.mask)) for one in several],
+        what=_titled("Where divergence tokens fall", name),
+    )
 
 
 def effects_heatmap(
@@ -671,8 +687,8 @@ def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
     """
     series: dict[str, tuple[Line, Line, Line]] = {}
     for name, values in (
-        (f"upper layers of {crossed.names[0]} over its own lower ones", crossed.upper_effect("a")),
-        (f"... over those of {crossed.names[1]}", crossed.upper_effect("b")),
+        ("over its own lower layers", crossed.upper_effect("a")),
+        ("over the other's lower layers", crossed.upper_effect("b")),
         ("interaction", crossed.interaction),
     ):
         low, high = bootstrap(values, 0.95, 1000, 0)
@@ -681,7 +697,9 @@ def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
         np.arange(crossed.margins.shape[1]),
         series,
         what="Two models, crossed at every boundary",
-        detail=f"mean of {style.plural(len(crossed.margins), 'pair')}; band: 95 % interval",
+        detail=f"what the upper layers of {crossed.names[0]} add to the margin, in place of those "
+        f"of {crossed.names[1]}; mean of {style.plural(len(crossed.margins), 'pair')}; "
+        "band: 95 % interval",
         value_title="change of the margin (logits)",
         across="boundary",
     )
@@ -733,7 +751,7 @@ def agreement_scatter(
         detail=f"{detail}; all {style.plural(agreement.cells, 'cell')} together: Pearson "
         f"{agreement.pearson:.2f}, Spearman {agreement.spearman:.2f}, same sign "
         f"{style.percent(agreement.sign)}",
-        names=(f"approximate ({approximate.method})", f"exact ({_metric(exact.metric)})"),
+        names=(f"approximate, {approximate.method}", f"exact, {_metric(exact.metric)}"),
         groups=("target position, last layer", "all other cells"),
     )
 
@@ -765,7 +783,7 @@ def _metric(metric: str) -> str:
 
 
 def _method(effects: Effects) -> str:
-    method = "exact" if effects.method == "exact" else f"approximate ({effects.method})"
+    method = "exact" if effects.method == "exact" else f"approximate, {effects.method}"
     return f"{method}, {effects.direction}"
 
 
@@ -790,13 +808,26 @@ def _intervals_said(rows: pd.DataFrame, over: str = "") -> str:
 
 def _students(rows: pd.DataFrame) -> str:
     """How many students the rows are of; those of the control are in the rows of every target."""
-    control = rows[rows["condition"] == "control"]
+    control = _of(rows, "control")
     words = style.plural(len(rows) - len(control), "student")
-    if len(control):
-        shared = len(control[["kind", "seed"]].drop_duplicates())
-        words += f" and {style.plural(shared, 'control')}"
-        words += " that all targets share" if len(control) > shared else ""
-    return words
+    return f"{words} and {_controls(control)}" if len(control) else words
+
+
+def _controls(control: pd.DataFrame) -> str:
+    """How many students of the control the rows are of: the same ones stand by every target."""
+    shared = len(control[["kind", "seed"]].drop_duplicates())
+    words = style.plural(shared, "control")
+    return f"{words} that all targets share" if len(control) > shared else words
+
+
+def _of(rows: pd.DataFrame, condition: str) -> pd.DataFrame:
+    return rows[rows["condition"] == condition]
+
+
+def _teachers(rows: pd.DataFrame) -> str:
+    """How many there are, and of which kind if they are of one."""
+    kinds = list(dict.fromkeys(rows["kind"]))
+    return style.plural(len(rows), f"{kinds[0]} teacher" if len(kinds) == 1 else "teacher")
 
 
 def _one_kind(table: pd.DataFrame, kind: str | None, name: str) -> tuple[pd.DataFrame, str]:

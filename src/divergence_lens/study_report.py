@@ -49,6 +49,15 @@ _TITLES = {
     "fragility": "Changed data",
     "context": "System prompts of training and asking",
 }
+# Findings whose numbers stand in the figure of another.
+_SHOWN_BY = {
+    "divergence_tokens_suffice": "transfer",
+    "divergence_tokens_do_as_well": "transfer",
+    "rest_transfers_less": "transfer",
+    "rest_equals_control": "transfer",
+    "first_block_suffices": "first_block_beats_last",
+    "last_block_equals_control": "first_block_beats_last",
+}
 # The demo's conditions have figures of their own.
 _SHOWN_ELSEWHERE = {"control", "all", "divergence_only", "without_divergence", "block"}
 
@@ -73,7 +82,9 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
         figures[f"{kind}/few_divergence_tokens"] = plots.rate_per_teacher(
             divergence[divergence["kind"] == kind]
         )
-        figures[f"{kind}/few_divergence_tokens: where"] = plots.where_divergence_falls(own)
+        figures[f"{kind}/few_divergence_tokens: where"] = plots.where_divergence_falls(
+            own, name=f"{kind} teachers"
+        )
         of_kind = students[students["kind"] == kind]
         main = of_kind[of_kind["condition"].isin(plots.CONDITIONS)]
         if set(main["condition"]) - {"control"}:
@@ -92,14 +103,15 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
         figures[name] = plots.layers_by_site(layers, kind=kind)
         # Figures of one target: the first, whichever it is.
         target = next(iter(exact))
+        whose = f"{target} ({kind} teacher)"
         approximate = study.approximate[kind, target]
-        figures[f"{name}: segments"] = plots.effects_by_segment(exact[target], name=target)
-        figures[f"{name}: one pair"] = plots.effects_heatmap(exact[target], pair=0, name=target)
+        figures[f"{name}: segments"] = plots.effects_by_segment(exact[target], name=whose)
+        figures[f"{name}: one pair"] = plots.effects_heatmap(exact[target], pair=0, name=whose)
         figures[f"{name}: profile"] = plots.layer_profile(
-            {"exact": exact[target], "integrated": approximate}, name=target
+            {"exact": exact[target], "integrated": approximate}, name=whose
         )
         figures[f"{kind}/approximation_agrees"] = plots.agreement_scatter(
-            approximate, exact[target], name=target
+            approximate, exact[target], name=whose
         )
     return figures
 
@@ -131,9 +143,16 @@ def write_study_report(study: Study, folder: str | os.PathLike[str]) -> Path:
         *(_SETTING[kind] for kind in settings["kinds"]),
     ]
     write_text(out / "study.md", study_page(study.results))
-    return write_report(
-        out / "report.html", study.results, figures, _examples(study), setting=setting
-    )
+    findings = [_with_its_figure(row, figures) for row in study.results["findings"]]
+    results = {**study.results, "findings": findings}
+    return write_report(out / "report.html", results, figures, _examples(study), setting=setting)
+
+
+def _with_its_figure(row: Mapping[str, Any], figures: Mapping[str, go.Figure]) -> Mapping[str, Any]:
+    """The finding, with the id of the one whose figure shows it, if that figure is there."""
+    kind, _, name = row["id"].partition("/")
+    shown_by = f"{kind}/{_SHOWN_BY.get(name)}"
+    return {**row, "figure_of": shown_by} if shown_by in figures else row
 
 
 def study_page(results: Mapping[str, Any]) -> str:
