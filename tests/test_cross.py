@@ -156,6 +156,16 @@ def test_refuses_models_and_pairs_that_cannot_be_crossed(model_of, unchecked):  
         models[1].eval()
 
 
+def test_margins_that_are_not_finite_name_the_pair(model_of, monkeypatch):  # noqa: F811
+    models = model_of("gpt2"), model_of("gpt2", 1)
+    pairs = first_disagreements(*models, ROWS)
+    engine = Engine.of(models[1])
+    unembed = engine.unembed
+    monkeypatch.setattr(engine, "unembed", lambda hidden: unembed(hidden) * torch.nan)
+    with pytest.raises(ValueError, match=r"pair \d is nan in a's lower under b's upper half"):
+        cross_patch(*models, pairs)
+
+
 def test_refuses_models_of_other_shapes():
     twin = Teacher("twin", model=hand_set(n_layers=3))
     pairs = Pairs.from_tokens([[1, 2]], [[1, 2]], answers=[1], foils=[2], corrupted_teacher=twin)

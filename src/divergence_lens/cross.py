@@ -20,6 +20,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from divergence_lens._metrics import finite
 from divergence_lens._patching import target_logits
 from divergence_lens.delta import Delta
 from divergence_lens.effects import bootstrap
@@ -219,6 +220,8 @@ def cross_patch(
                         index = answers.repeat(boundaries), foils.repeat(boundaries)
                         at = torch.arange(len(logits), device=logits.device)
                         margin = logits[at, index[0]] - logits[at, index[1]]
+                        half = f"{'ab'[lower]}'s lower under {'ab'[upper]}'s upper half"
+                        finite(margin, torch.tensor(chosen).repeat(boundaries), half)
                         margins[chosen, :, lower, upper] = margin.view(boundaries, -1).T.cpu()
             bar.update(len(chosen))
     names = (model_name(model_a), "delta" if isinstance(model_b, Delta) else model_name(model_b))
