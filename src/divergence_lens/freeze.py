@@ -233,6 +233,8 @@ def _is_real(engine: Engine, name: str, parameter: Parameter) -> bool:
 def _of_blocks(
     engine: Engine, blocks: Iterable[int] | None, parts: Iterable[str] | None
 ) -> set[str]:
+    if isinstance(blocks, int):
+        raise TypeError(f"blocks is a list of numbers: write blocks=[{blocks}]")
     chosen = list(range(engine.n_layers)) if blocks is None else sorted(set(blocks))
     for block in chosen:
         if isinstance(block, bool) or not 0 <= block < engine.n_layers:
