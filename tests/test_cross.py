@@ -114,6 +114,18 @@ def test_first_disagreements_are_where_the_greedy_choices_part(model_of):  # noq
         first_disagreements(models[0], models[0], ROWS)
 
 
+def test_first_disagreements_with_a_delta_are_those_with_its_model(model_of):  # noqa: F811
+    model, other = model_of("gpt2"), model_of("gpt2", 1)
+    base, moved = (Engine.of(m).named_parameters() for m in (model, other))
+    delta = Delta({n: moved[n].detach() - base[n].detach() for n in base}, fingerprint(model))
+    before = fingerprint(model)
+    pairs, expected = (first_disagreements(model, b, ROWS) for b in (delta, other))
+    assert fingerprint(model) == before
+    assert [row.tolist() for row in pairs.clean] == [row.tolist() for row in expected.clean]
+    assert pairs.foils.tolist() == expected.foils.tolist()
+    assert pairs.corrupted_teacher[0].delta is delta
+
+
 def test_tables_files_and_figure_hold_the_margins(model_of, tmp_path):  # noqa: F811
     models = model_of("gpt2"), model_of("gpt2", 1)
     crossed = cross_patch(*models, first_disagreements(*models, ROWS))

@@ -520,6 +520,18 @@ def test_decision_points_are_places_in_the_completion(div, tmp_path, model):
     assert [e.completion_ids for e in examples] == [e.completion_ids for e in div.examples]
 
 
+def test_examples_of_ids_alone_get_their_text(div, tmp_path, model, examples):
+    bare = [Example(e.prompt, completion_ids=e.completion_ids) for e in div.examples]
+    found = find_divergence(model, bare, teacher=OWL, counterfactuals=[CAT, WOLF, NOBODY])
+    found.to_jsonl(tmp_path / "x.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    tokenizer = model.tokenizer
+    assert [row["completion"] for row in rows] == [
+        tokenizer.decode(e.completion_ids, skip_special_tokens=True) for e in div.examples
+    ]
+    np.testing.assert_array_equal(found.tokens, div.tokens)
+
+
 def test_decision_points_without_ids_are_read_in_the_tokenizers_own(tmp_path, model):
     path = tmp_path / "paper.jsonl"
     rows = [

@@ -25,7 +25,7 @@ from divergence_lens._divergence_files import (
 )
 from divergence_lens._divergence_view import ExampleDivergence, summary_html, token_texts
 from divergence_lens._reading import read_teachers
-from divergence_lens.chat import Encoded, encode_prompts
+from divergence_lens.chat import Encoded, decode, encode_prompts
 from divergence_lens.examples import Example, as_examples, with_ids
 from divergence_lens.models import Model, check_model, provenance
 from divergence_lens.pairs import Pairs
@@ -121,6 +121,13 @@ def find_divergence(
         accelerator=accelerator,
         progress=progress,
     )
+    # Whoever reads the texts alone, as the paper's code does, finds one in every example.
+    data = [
+        replace(example, completion=decode(tokenizer, example.completion_ids or ()))
+        if example.completion is None
+        else example
+        for example in data
+    ]
     ids = np.union1d(forced.tokens, forced.predicted)
     texts, special = token_texts(tokenizer, ids)
     return Divergence(
@@ -152,7 +159,7 @@ class Divergence:
     the teachers, the factual one first.
 
     Attributes:
-        examples: The data, with the ids of every completion.
+        examples: The data, with the text and the ids of every completion.
         teacher: The factual teacher.
         counterfactuals: The teachers that it was compared with.
         offsets: `[examples + 1]`, where each completion starts.
