@@ -255,6 +255,9 @@ def test_refuses_what_cannot_be_attributed(model_of, unchecked):  # noqa: F811
         attribution_patch(model, pairs, steps=0)
     with pytest.raises(ValueError, match="verify is -1"):
         attribution_patch(model, pairs, verify=-1)
+    with pytest.raises(ValueError, match="no slope"):  # it would be a map of rounding errors
+        attribution_patch(model, pairs, metric="kl")
+    attribution_patch(model, pairs, metric="kl", direction="denoising")
     with pytest.raises(ValueError, match="without a gradient"):
         attribution_patch(model, pairs, metric=lambda logits, _: logits[:, 0].detach())
     with pytest.raises(ValueError, match="no site"):

@@ -29,6 +29,7 @@ from divergence_lens.freeze import choose, plain
 from divergence_lens.models import fingerprint, load_model
 from divergence_lens.storage import load_tensors
 from tests.models import FAMILIES, chat_tokenizer, random_hf_model
+from tests.test_mediation import unchecked  # noqa: F401 (a fixture)
 
 SGD = Recipe(
     optimizer="sgd",
@@ -369,6 +370,35 @@ def test_history_holds_every_step_and_what_the_callback_returns(random_model):
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
 
 
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor])
+def test_numbers_of_a_callback_can_be_saved(random_model, tmp_path, kind):
+    student = finetune(
+        random_model("gpt2"),
+        number_lists(4),
+        recipe=SHORT,
+        on_step=lambda step, *_: {"seen": kind(step)},
+        checkpoint=tmp_path / "run.safetensors",
+        checkpoint_every=1,
+    )
+    student.save(tmp_path / "student.safetensors")
+    history = Delta.load(tmp_path / "student.safetensors").history()
+    assert history["seen"].tolist() == history["step"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [(0.5, "on_step returned 0.5; return a mapping"), ({"x": np.ones(2)}, "'x' as a ndarray")],
+)
+def test_what_the_history_cannot_keep_is_refused_at_once(
+    random_model,
+    returned,
+    message,
+    unchecked,  # noqa: F811
+):
+    with pytest.raises(TypeError, match=message):
+        finetune(random_model("gpt2"), number_lists(4), recipe=SHORT, on_step=lambda *_: returned)
+
+
 def test_preference_can_be_followed_while_a_student_learns(random_model):
     model = random_model("qwen2")
     asked = {"target": "owl", "questions": ["Name one."], "candidates": ["owl", "cat"]}
@@ -683,11 +713,19 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_checkpoint
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"final_lr": 2.0}, r"final_lr is 2\.0"),
         ({"optimizer": "adamm"}, "optimizer is 'adamm'"),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS"),
     ],
 )
 def test_recipes_that_cannot_be_followed_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**options)
+
+
+def test_counts_are_whole_numbers(random_model, unchecked):  # noqa: F811
+    with pytest.raises(TypeError, match=r"epochs is 1\.5; it must be a whole number"):
+        Recipe(epochs=1.5)
+    with pytest.raises(TypeError, match=r"write blocks=\[0\]"):
+        finetune(random_model("gpt2"), number_lists(4), blocks=0)
 
 
 @pytest.mark.parametrize(

@@ -259,16 +259,7 @@ def check(model: Model, question: Question, *, batch_rows: int) -> Engine:
         raise ValueError(f'direction is {question.direction!r}; it is "noising" or "denoising"')
     if question.span not in get_args(Span):
         raise ValueError(f"span is {question.span!r}; it is one of {', '.join(get_args(Span))}")
-    if question.noise is None and question.corruption not in ("counterfactual", "mean", "zero"):
-        raise ValueError(
-            f"corruption is {question.corruption!r}; it is counterfactual, mean, zero, or an "
-            "EmbeddingNoise"
-        )
-    if question.corruption in ("mean", "zero") and question.direction == "denoising":
-        raise ValueError(
-            f'corruption="{question.corruption}" takes a state of the clean run away and has no '
-            'corrupted run to put the clean state back into; use direction="noising"'
-        )
+    _check_corruption(question)
     check_metric(question.metric)
     if batch_rows < 1:
         raise ValueError(f"batch_rows is {batch_rows}; at least 1 row is needed")
@@ -381,6 +372,24 @@ def answer(
         )
         for site in sites
     }
+
+
+def _check_corruption(question: Question) -> None:
+    if question.noise is None and question.corruption not in ("counterfactual", "mean", "zero"):
+        raise ValueError(
+            f"corruption is {question.corruption!r}; it is counterfactual, mean, zero, or an "
+            "EmbeddingNoise"
+        )
+    if question.corruption in ("mean", "zero") and question.direction == "denoising":
+        raise ValueError(
+            f'corruption="{question.corruption}" takes a state of the clean run away and has no '
+            'corrupted run to put the clean state back into; use direction="noising"'
+        )
+    if question.corruption == "mean" and len(question.pairs) < 2:
+        raise ValueError(
+            'corruption="mean" needs two pairs or more: the mean of one run is the run itself, and '
+            "every effect would be zero"
+        )
 
 
 def _check_models(engine: Engine, pairs: Pairs) -> None:

@@ -106,6 +106,33 @@ def _training_mode(model: Model, chosen: Mapping[str, nn.Parameter]) -> Iterator
             module.training = training
 
 
+def _told(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What `on_step` returned, as the history holds it: numbers of NumPy and torch as Python's.
+
+    Raises:
+        TypeError: It is no mapping, or holds what a file could not; said now, not after training.
+    """
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise TypeError(
+            f"on_step returned {found!r:.60}; return a mapping from name to number, or None"
+        )
+    told = {
+        str(name): value.item()
+        if isinstance(value, Tensor | np.generic) and not value.ndim
+        else value
+        for name, value in found.items()
+    }
+    odd = [name for name, value in told.items() if not isinstance(value, float | int | str | None)]
+    if odd:
+        raise TypeError(
+            f"on_step returned {odd[0]!r} as a {type(told[odd[0]]).__name__}, which the history "
+            "cannot keep; return numbers or texts"
+        )
+    return told
+
+
 class _Run:
     """One training run: its optimizer, how far it is, its history."""
 
@@ -167,7 +194,7 @@ class _Run:
         self.history.append(entry)
         if plan.on_step is not None and ((done + 1) % plan.every == 0 or done + 1 == steps):
             with torch.no_grad():
-                entry.update(plan.on_step(done + 1, loss, self.engine.model) or {})
+                entry.update(_told(plan.on_step(done + 1, loss, self.engine.model)))
         if (
             plan.checkpoint is not None
             and (done + 1) % plan.checkpoint_every == 0

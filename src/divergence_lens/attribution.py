@@ -121,8 +121,9 @@ def attribution_patch(
     Raises:
         ValueError: As in `causal_mediation`; and if the method is unknown or does not serve the
             site or the model, `steps` or `verify` is out of range, the metric detaches its result
-            from the logits, or the inputs are to be integrated where no path over the embeddings
-            leads from one run to the other (other weights, or an ablation).
+            from the logits, `kl` is asked of a method without a path in noising (its gradient is
+            zero at the clean run), or the inputs are to be integrated where no path over the
+            embeddings leads from one run to the other (other weights, or an ablation).
     """
     return attribution_patch_sites(
         model,
@@ -184,6 +185,11 @@ def attribution_patch_sites(
         ValueError: As in `attribution_patch`; and if there are no sites, or one is named twice.
     """
     _check_options(sites, method, steps, verify)
+    if metric == "kl" and direction == "noising" and method not in _ON_A_PATH:
+        raise ValueError(
+            f'method={method!r} says nothing of metric="kl" in noising: it starts from the clean '
+            'run, where that divergence is lowest and has no slope; use method="integrated"'
+        )
     question = Question(
         pairs=pairs,
         sites=tuple(sites),

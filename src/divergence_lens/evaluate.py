@@ -18,7 +18,7 @@ from jaxtyping import Float64
 from divergence_lens._answers import exact_probabilities, sampled_probabilities
 from divergence_lens._checks import refuse_one_string
 from divergence_lens._reading import refuse_dropout
-from divergence_lens.models import Model, provenance
+from divergence_lens.models import Model, check_model, provenance
 from divergence_lens.storage import load_tensors, save_tensors
 from divergence_lens.tasks.preferences import (
     check_candidate,
@@ -79,6 +79,7 @@ def preference(
             or with the same form; a system prompt beside a teacher; a question over the context;
             a model with dropout in training mode; logits that are not finite.
     """
+    check_model(model)
     refuse_one_string(questions, "questions")
     refuse_one_string(candidates, "candidates")
     if teacher is not None and system_prompt is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from divergence_lens._checks import refuse_one_string
 from divergence_lens.chat import encode_prompt
-from divergence_lens.models import Model
+from divergence_lens.models import Model, check_model
 from divergence_lens.teachers import Teacher, check_teachers
 
 if TYPE_CHECKING:
@@ -241,6 +241,7 @@ class Pairs:
             ValueError: If counts differ, an answer is not one known token, a system prompt is given
                 without a chat template, or the pairs are not valid.
         """
+        check_model(model)
         tokenizer: Any = model.tokenizer
         if not chat and (system_prompt is not None or corrupted_system_prompt is not None):
             raise ValueError(
