@@ -325,8 +325,8 @@ def preference_bars(preference: Preference, *, before: Preference | None = None)
 
     Args:
         preference: What to show.
-        before: The untouched model's preference on the same questions, drawn as lines; what is shown
-            is then called "after".
+        before: The untouched model's preference on the same questions, drawn as lines; the bars are
+            then called "after".
 
     Returns:
         Bars with 95 % bootstrap intervals over the questions.
