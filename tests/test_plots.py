@@ -653,6 +653,8 @@ def test_preference_puts_the_target_first():
     assert figure.layout.xaxis.ticktext[0] == "owl"
     assert bars.y[0] == pytest.approx(preference("owl", 0.4).share)
     assert (np.asarray(bars.error_y.array) >= 0).all()
+    both = plots.preference_bars(preference("owl", 0.4), before=preference("owl", 0.1))
+    assert [trace.name for trace in both.data] == ["after", "before"]
 
 
 def test_empty_and_incomplete_tables_are_named():

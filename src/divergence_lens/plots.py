@@ -325,7 +325,8 @@ def preference_bars(preference: Preference, *, before: Preference | None = None)
 
     Args:
         preference: What to show.
-        before: The untouched model's preference on the same questions, drawn as lines.
+        before: The untouched model's preference on the same questions, drawn as lines; the bars are
+            then called "after".
 
     Returns:
         Bars with 95 % bootstrap intervals over the questions.
@@ -334,7 +335,7 @@ def preference_bars(preference: Preference, *, before: Preference | None = None)
     names = [preference.target, *(name for name in shares if name != preference.target)]
     ends = np.array([preference.about(name).interval() for name in names])
     bars = charts.Bars(
-        label=preference.teacher,
+        label=preference.teacher if before is None else "after",
         groups=names,
         values=np.array([shares[name] for name in names]),
         low=ends[:, 0],
