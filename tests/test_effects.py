@@ -1,11 +1,11 @@
 """Effects: tables, intervals, agreement, files."""
 
-from dataclasses import re
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import replace
 
 from divergence_lens.effects import Effects, agreement_of_cells
 

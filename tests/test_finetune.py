@@ -21,6 +21,7 @@ from divergence_lens._rows import batches, pieces, training_rows
 from divergence_lens._variables import LowRank
 from divergence_lens.chat import encode_prompt
 from divergence_lens.delta import Delta
+from divergence_lens.divergence import find_divergence
 from divergence_lens.engine import Engine
 from divergence_lens.evaluate import preference
 from divergence_lens.examples import Example, with_ids
@@ -28,6 +29,7 @@ from divergence_lens.finetune import PAPER, Recipe, finetune
 from divergence_lens.freeze import choose, plain
 from divergence_lens.models import fingerprint, load_model
 from divergence_lens.storage import load_tensors
+from divergence_lens.teachers import Teacher
 from tests.models import FAMILIES, chat_tokenizer, random_hf_model
 from tests.test_mediation import unchecked  # noqa: F401 (a fixture)
 
@@ -348,6 +350,23 @@ def test_a_divergence_a_tensor_and_a_list_of_rows_are_masks(random_model):
     assert all(same_bits(students[0], other) for other in students[1:])
 
 
+def test_a_divergence_of_other_completions_is_no_mask(random_model):
+    model = random_model("gpt2")
+    examples = [Example("A.", "x", (5, 6, 7)), Example("B.", "y", (8, 9, 4))]
+    owl, cat = (Teacher(name, system_prompt=name) for name in ("owl", "cat"))
+    divergence = find_divergence(
+        model, examples, teacher=owl, counterfactuals=[cat], require_agreement=False
+    )
+    mask = np.ones(6, bool)
+    divergence.__dict__["mask"] = mask
+    given = finetune(model, divergence.examples, mask=divergence, blocks=[2], recipe=SHORT)
+    assert same_bits(given, finetune(model, examples, mask=mask, blocks=[2], recipe=SHORT))
+    with pytest.raises(ValueError, match="another completion as example 0"):  # of equal length
+        finetune(model, examples[::-1], mask=divergence, recipe=SHORT)
+    with pytest.raises(ValueError, match="a divergence of 2 examples, there are 1"):
+        finetune(model, examples[:1], mask=divergence, recipe=SHORT)
+
+
 def test_history_holds_every_step_and_what_the_callback_returns(random_model):
     model, base = random_model("gpt2"), fingerprint(random_model("gpt2"))
     seen = []
@@ -577,6 +596,8 @@ def test_lora_equals_peft(family):
 @pytest.mark.parametrize("lora_rank", [None, 2])
 def test_both_model_classes_train_the_same_student(lora_rank):
     tokenizer, tokens = chat_tokenizer(), torch.arange(20)[None] * 3
+    # The classes take their gradients of the factors on two ways, each with LoRA's scale in it.
+    recipe = replace(SGD, lora_rank=lora_rank, lora_alpha=6.0)
     for family in ("gpt2", "qwen2"):
         logits = []
         for backend in ("hooked", "bridge"):
@@ -585,9 +606,7 @@ def test_both_model_classes_train_the_same_student(lora_rank):
                 model = load_model(hf_model, backend=backend, tokenizer=tokenizer)
             except ValueError:
                 pytest.skip("this TransformerLens has one model class")
-            student = finetune(
-                model, number_lists(8), blocks=[0], recipe=SHORT, lora_rank=lora_rank
-            )
+            student = finetune(model, number_lists(8), blocks=[0], recipe=recipe)
             engine = Engine.of(model)
             with student.applied(model), torch.no_grad():
                 logits.append(engine.unembed(engine.final(tokens)))
