@@ -277,6 +277,7 @@ def check(model: Model, question: Question, *, batch_rows: int) -> Engine:
     _check_models(engine, question.pairs)
     for i in range(len(question.pairs)):
         _check_rows(engine, question.pairs, i)
+        _check_weights(engine, question.pairs, i)
         if question.noise:
             question.noise.where(question.pairs.segments[i])
     return engine
@@ -404,6 +405,23 @@ def _check_models(engine: Engine, pairs: Pairs) -> None:
                 "states can only be put into a model of the same shape; layers, heads, d_model and "
                 f"vocabulary are {mine} and {theirs}"
             )
+
+
+def _check_weights(engine: Engine, pairs: Pairs, i: int) -> None:
+    """Refuse two runs on equal tokens whose weights are both the model's own."""
+    models = [
+        engine.model if teacher is None or teacher.model is None else teacher.model
+        for teacher in (pairs.clean_teacher[i], pairs.corrupted_teacher[i])
+    ]
+    deltas = [
+        None if teacher is None else teacher.delta
+        for teacher in (pairs.clean_teacher[i], pairs.corrupted_teacher[i])
+    ]
+    same = models[0] is models[1] and deltas[0] is deltas[1]
+    if same and torch.equal(pairs.clean[i], pairs.corrupted[i]):
+        raise ValueError(
+            f"the two runs of pair {i} are identical (same tokens, same weights); nothing to patch"
+        )
 
 
 def _check_rows(engine: Engine, pairs: Pairs, i: int) -> None:

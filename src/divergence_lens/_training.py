@@ -42,6 +42,8 @@ class Plan:
     progress: bool = False
 
     def __post_init__(self) -> None:
+        if self.checkpoint is not None and self.checkpoint.is_dir():
+            raise ValueError(f"checkpoint {self.checkpoint} is a folder; give the name of a file")
         for name in ("every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

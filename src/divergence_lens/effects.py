@@ -286,7 +286,9 @@ class Effects:
         magnitude[~np.isfinite(self.values).ravel()] = -1.0
         order = np.argsort(-magnitude, kind="stable")[: max(k, 0)]
         order = order[magnitude[order] >= 0]
-        return pd.DataFrame(self._columns(order))
+        table = pd.DataFrame(self._columns(order))
+        table.attrs["span"] = self.setting("span", "position")
+        return table
 
     def to_dataframe(self) -> "pd.DataFrame":
         """All present cells, one per row, with the columns of `top`, in order of pair and layer."""

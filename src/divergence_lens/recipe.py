@@ -139,4 +139,5 @@ PAPER = Recipe(
     optimizer_options={},
 )
 """The recipe of Cloud et al. (arXiv 2507.14805) and Schrodi et al. for Qwen2.5-7B: LoRA on all
-matrices."""
+matrices. During warm-up each rate is one step ahead of Hugging Face's schedule, whose first update
+has a rate of zero; after it the two are equal."""
