@@ -680,9 +680,9 @@ def test_impossible_teachers_are_refused(counterfactuals, message, model, exampl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"teacher": "owl"}, "a teacher is a Teacher, not 'owl'"),
-        ({"counterfactuals": ["cat"]}, "a teacher is a Teacher, not 'cat'"),
-        ({"counterfactuals": CAT}, "a list of them is expected"),
+        ({"teacher": "owl"}, "teacher is 'owl', not a Teacher"),
+        ({"counterfactuals": ["cat"]}, r"counterfactuals\[0\] is 'cat', not a Teacher"),
+        ({"counterfactuals": CAT}, r"write counterfactuals=\[\.\.\.\], a list"),
         ({"model": torch.nn.Linear(1, 1)}, "expected a HookedTransformer or a TransformerBridge"),
     ],
 )

@@ -256,6 +256,8 @@ try:
     find(model, examples, accelerator=state)
 except Exception as error:
     (out / f"failed{state.process_index}").write_text(f"{type(error).__name__}: {error}")
+state.wait_for_everyone()
+state.destroy_process_group()
 """
 
 
