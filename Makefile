@@ -67,8 +67,12 @@ docs: $(READY)
 notebooks: $(READY)
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks
 
-bench: $(READY)
-	for script in benchmarks/*.py; do $(OFFLINE) $(BIN)/python $$script || exit 1; done
+bench: $(READY) $(READY_TL4)
+	for name in divergence patching finetuning agreement; do \
+		$(OFFLINE) $(BIN)/python benchmarks/$$name.py || exit 1; \
+	done
+	$(OFFLINE) $(BIN)/python benchmarks/patching.py --integrated
+	$(OFFLINE) .venv-tl4/bin/python benchmarks/attribution_tl4.py
 
 ci:
 	bash .ci/run

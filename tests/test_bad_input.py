@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM
 
 import divergence_lens as dl
 from divergence_lens import plots
+from divergence_lens.entanglement import entangled_numbers
+from divergence_lens.mechanism import steering
 from divergence_lens.storage import load_tensors, save_tensors
 from divergence_lens.tiny import tiny_folder
+from divergence_lens.transforms import TrainingData, paraphrase_by
 from tests.models import chat_tokenizer, random_hf_model
 from tests.state import left_as_it_was
 
@@ -326,6 +329,90 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
         ValueError,
         "cat",
     ),
+    (
+        "one counterfactual without a list",
+        lambda k: find(k, counterfactuals=k.cat),
+        TypeError,
+        r"counterfactuals is one Teacher; write counterfactuals=\[...\]",
+    ),
+    (
+        "a counterfactual that is a name",
+        lambda k: find(k, counterfactuals=[k.cat, "dog"]),
+        TypeError,
+        r"counterfactuals\[1\] is 'dog', not a Teacher",
+    ),
+    (
+        "counterfactuals as one string",
+        lambda k: find(k, counterfactuals="cat"),
+        TypeError,
+        "counterfactuals is one string; pass a list",
+    ),
+    (
+        "a teacher that is a name",
+        lambda k: find(k, teacher="owl"),
+        TypeError,
+        r"teacher is 'owl', not a Teacher; make one with Teacher\(name, .* or animal_teachers\(",
+    ),
+    (
+        "a name that writes",
+        lambda k: dl.generate(k.model, "owl", ["a"]),
+        TypeError,
+        "teacher is 'owl', not a Teacher",
+    ),
+    (
+        "a teacher and prompts that are swapped",
+        lambda k: dl.generate(k.model, ["a"], k.owl),
+        TypeError,
+        "teacher is a list, not a Teacher",
+    ),
+    (
+        "a name that is asked",
+        lambda k: dl.preference(k.model, target="owl", teacher="owl"),
+        TypeError,
+        "teacher is 'owl', not a Teacher",
+    ),
+    (
+        "a name that does the task",
+        lambda k: dl.task_quality(k.model, k.examples, teacher="owl"),
+        TypeError,
+        "teacher is 'owl', not a Teacher",
+    ),
+    (
+        "a name that likes numbers",
+        lambda k: entangled_numbers(k.model, "owl", [k.cat]),
+        TypeError,
+        "teacher is 'owl', not a Teacher",
+    ),
+    (
+        "one other teacher without a list",
+        lambda k: entangled_numbers(k.model, k.owl, k.cat),
+        TypeError,
+        "others is one Teacher",
+    ),
+    (
+        "a name that steers",
+        lambda k: steering(k.model, "owl"),
+        TypeError,
+        "teacher is 'owl', not a Teacher",
+    ),
+    (
+        "a name that paraphrases",
+        lambda k: paraphrase_by(k.model, "owl", TrainingData.of(k.divergence)),
+        TypeError,
+        "teacher is 'owl', not a Teacher",
+    ),
+    (
+        "a name as the teacher of pairs",
+        lambda k: from_tokens(clean_teacher="owl"),
+        TypeError,
+        "clean_teacher is one string",
+    ),
+    (
+        "a list of names as the teachers of pairs",
+        lambda k: from_tokens(clean_teacher=["owl"]),
+        TypeError,
+        r"clean_teacher\[0\] is 'owl', not a Teacher",
+    ),
     ("an unknown rule", lambda k: find(k, rule="most"), ValueError, "most"),
     ("a rule of none", lambda k: find(k, rule=0), ValueError, "0"),
     ("a rule of too many", lambda k: k.divergence.with_rule(rule=2), ValueError, "2"),
@@ -521,6 +608,24 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
     ),
     # -- students
     ("a block out of range", lambda k: train(k, blocks=[4]), ValueError, "4"),
+    (
+        "a block without a list",
+        lambda k: train(k, blocks=0),
+        TypeError,
+        r"blocks is one number; pass a list: \[0\]",
+    ),
+    (
+        "a block without a list to freeze around",
+        lambda k: dl.freeze_except(k.model, blocks=2),
+        TypeError,
+        r"blocks is one number; pass a list: \[2\]",
+    ),
+    (
+        "a recipe that is a name",
+        lambda k: train(k, recipe="paper"),
+        TypeError,
+        r"recipe is 'paper', not a Recipe; write recipe=Recipe\(...\), or PAPER",
+    ),
     ("no block", lambda k: train(k, blocks=[]), ValueError, "block"),
     ("an unknown part", lambda k: train(k, parts=["head"]), ValueError, "head"),
     ("a pattern without a match", lambda k: train(k, pattern="*.nothing"), ValueError, "nothing"),
@@ -560,6 +665,30 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
         lambda k: dl.layer_sweep(k.model, k.examples, target="owl", layers=[7]),
         ValueError,
         "0 to 3",
+    ),
+    (
+        "a sweep over a layer without a list",
+        lambda k: dl.layer_sweep(k.model, k.examples, target="owl", layers=7),
+        TypeError,
+        r"layers is one number; pass a list: \[7\]",
+    ),
+    (
+        "a sweep with a seed without a list",
+        lambda k: dl.layer_sweep(k.model, k.examples, target="owl", seeds=3),
+        TypeError,
+        r"seeds is one number; pass a list: \[3\]",
+    ),
+    (
+        "a sweep over parts as one string",
+        lambda k: dl.layer_sweep(k.model, k.examples, target="owl", parts="attn"),
+        TypeError,
+        "parts is one string; pass a list",
+    ),
+    (
+        "a sweep with a recipe that is a name",
+        lambda k: dl.layer_sweep(k.model, k.examples, target="owl", recipe="paper"),
+        TypeError,
+        "recipe is 'paper', not a Recipe",
     ),
     (
         "a student over another base",
@@ -617,6 +746,18 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
         lambda k: dl.StudyConfig(kinds=("steered",)),
         ValueError,
         "steered",
+    ),
+    (
+        "targets of a study as one string",
+        lambda k: dl.StudyConfig(targets="wolf"),
+        TypeError,
+        "targets is one string; pass a list",
+    ),
+    (
+        "a seed of a study without a list",
+        lambda k: dl.StudyConfig(seeds=3),
+        TypeError,
+        r"seeds is one number; pass a list: \[3\]",
     ),
     ("no prompts in a study", lambda k: dl.StudyConfig(prompts=0), ValueError, "prompts is 0"),
     ("no seeds in a study", lambda k: dl.StudyConfig(seeds=()), ValueError, "at least one seed"),

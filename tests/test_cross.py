@@ -114,6 +114,18 @@ def test_first_disagreements_are_where_the_greedy_choices_part(model_of):  # noq
         first_disagreements(models[0], models[0], ROWS)
 
 
+def test_first_disagreements_with_a_delta_are_those_with_its_model(model_of):  # noqa: F811
+    model, other = model_of("gpt2"), model_of("gpt2", 1)
+    base, moved = (Engine.of(m).named_parameters() for m in (model, other))
+    delta = Delta({n: moved[n].detach() - base[n].detach() for n in base}, fingerprint(model))
+    before = fingerprint(model)
+    pairs, expected = (first_disagreements(model, b, ROWS) for b in (delta, other))
+    assert fingerprint(model) == before
+    assert [row.tolist() for row in pairs.clean] == [row.tolist() for row in expected.clean]
+    assert pairs.foils.tolist() == expected.foils.tolist()
+    assert pairs.corrupted_teacher[0].delta is delta
+
+
 def test_tables_files_and_figure_hold_the_margins(model_of, tmp_path):  # noqa: F811
     models = model_of("gpt2"), model_of("gpt2", 1)
     crossed = cross_patch(*models, first_disagreements(*models, ROWS))
@@ -132,6 +144,16 @@ def test_tables_files_and_figure_hold_the_margins(model_of, tmp_path):  # noqa: 
     assert (loaded.names, loaded.header) == (crossed.names, crossed.header)
     assert len(crossed.plot().data) == 6
     assert "interaction" in crossed._repr_html_()
+
+
+def test_it_prints_as_one_line_with_the_margins_of_the_whole_models():
+    margins = np.zeros((7, 4, 2, 2), np.float32)
+    margins[:, :, 0, 0], margins[:, :, 1, 1] = 3, -2
+    shown = repr(CrossPatch(margins, ("owl", "cat"), {"seed": [0] * 10_000}))
+    assert shown == (
+        "CrossPatch('owl' (a) and 'cat' (b): 7 pairs, 4 boundaries; mean margins of a and b "
+        "themselves 3.000, -2.000)"
+    )
 
 
 def test_refuses_models_and_pairs_that_cannot_be_crossed(model_of, unchecked):  # noqa: F811
@@ -154,6 +176,16 @@ def test_refuses_models_and_pairs_that_cannot_be_crossed(model_of, unchecked):  
             cross_patch(*models, pairs)
     finally:
         models[1].eval()
+
+
+def test_margins_that_are_not_finite_name_the_pair(model_of, monkeypatch):  # noqa: F811
+    models = model_of("gpt2"), model_of("gpt2", 1)
+    pairs = first_disagreements(*models, ROWS)
+    engine = Engine.of(models[1])
+    unembed = engine.unembed
+    monkeypatch.setattr(engine, "unembed", lambda hidden: unembed(hidden) * torch.nan)
+    with pytest.raises(ValueError, match=r"pair \d is nan in a's lower under b's upper half"):
+        cross_patch(*models, pairs)
 
 
 def test_refuses_models_of_other_shapes():

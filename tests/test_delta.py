@@ -7,7 +7,11 @@ import torch
 
 from divergence_lens.delta import Delta, base_fingerprint
 from divergence_lens.engine import Engine
-from divergence_lens.models import fingerprint
+from divergence_lens.examples import Example
+from divergence_lens.finetune import finetune
+from divergence_lens.models import fingerprint, load_model
+from divergence_lens.recipe import Recipe
+from tests.conftest import BACKENDS
 
 
 @pytest.fixture
@@ -150,12 +154,41 @@ def test_another_base_of_the_same_shape_is_refused(random_model):
         delta.applied(random_model("gpt2", seed=1)).__enter__()
 
 
-def test_names_that_the_model_does_not_have_name_the_trained_class(model):
+CLASSES = {"HookedTransformer": "hooked", "TransformerBridge": "bridge"}
+
+
+def test_a_delta_of_the_other_class_names_both_classes_and_the_one_to_load(model):
+    mine = type(model).__name__
+    (other,) = set(CLASSES) - {mine}
     delta = some_delta(model)
     renamed = {f"other.{n}": t for n, t in delta.tensors.items()}
-    foreign = Delta(renamed, delta.base, {"model": {"name": "m", "class": "SomeOtherClass"}})
-    with pytest.raises(ValueError, match="was trained on a SomeOtherClass and does not fit"):
+    foreign = Delta(renamed, delta.base, {"model": {"name": "m", "class": other}})
+    with pytest.raises(ValueError, match=f"trained on a {other} and the model is a {mine}") as told:
         foreign.applied(model).__enter__()
+    assert f'load_model(..., backend="{CLASSES[other]}")' in str(told.value)
+
+
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="this TransformerLens has one class")
+@pytest.mark.parametrize("trained", CLASSES.values())
+def test_a_student_of_the_other_class_is_refused_with_the_class_to_load(trained):
+    (given,) = set(CLASSES.values()) - {trained}
+    examples = [Example("Continue: 3.", completion=" 412, 903")]
+    recipe = Recipe(epochs=1, warmup_steps=0)
+    student = finetune(load_model("tiny", backend=trained), examples, blocks=[0], recipe=recipe)
+    fix = rf'load the base with load_model\(\.\.\., backend="{trained}"\)'
+    with pytest.raises(ValueError, match=fix):
+        student.applied(load_model("tiny", backend=given)).__enter__()
+    with student.applied(load_model("tiny", backend=trained)):
+        pass
+
+
+def test_names_that_the_model_does_not_have_are_of_another_base(model):
+    delta = some_delta(model)
+    renamed = {f"other.{n}": t for n, t in delta.tensors.items()}
+    for header in ({}, delta.header):
+        foreign = Delta(renamed, delta.base, header)
+        with pytest.raises(ValueError, match=r"unknown\): the delta belongs to another"):
+            foreign.applied(model).__enter__()
 
 
 def test_another_shape_is_refused(model):

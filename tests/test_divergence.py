@@ -21,6 +21,7 @@ from divergence_lens.examples import Example
 from divergence_lens.models import fingerprint, load_model
 from divergence_lens.teachers import Teacher
 from tests.models import FAMILIES, chat_tokenizer, random_hf_model
+from tests.test_mediation import unchecked  # noqa: F401 (a fixture)
 
 OWL = Teacher("owl", system_prompt="You love owls.")
 CAT = Teacher("cat", system_prompt="You love the cat.")
@@ -519,6 +520,18 @@ def test_decision_points_are_places_in_the_completion(div, tmp_path, model):
     assert [e.completion_ids for e in examples] == [e.completion_ids for e in div.examples]
 
 
+def test_examples_of_ids_alone_get_their_text(div, tmp_path, model, examples):
+    bare = [Example(e.prompt, completion_ids=e.completion_ids) for e in div.examples]
+    found = find_divergence(model, bare, teacher=OWL, counterfactuals=[CAT, WOLF, NOBODY])
+    found.to_jsonl(tmp_path / "x.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    tokenizer = model.tokenizer
+    assert [row["completion"] for row in rows] == [
+        tokenizer.decode(e.completion_ids, skip_special_tokens=True) for e in div.examples
+    ]
+    np.testing.assert_array_equal(found.tokens, div.tokens)
+
+
 def test_decision_points_without_ids_are_read_in_the_tokenizers_own(tmp_path, model):
     path = tmp_path / "paper.jsonl"
     rows = [
@@ -534,7 +547,7 @@ def test_decision_points_without_ids_are_read_in_the_tokenizers_own(tmp_path, mo
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a"', "line 2 is not JSON"),
+        ('{"prompt": "a"', "line 2: not JSON"),
         ("[1]", "line 2 must be a JSON object"),
         ('{"prompt": "a", "completion": "b"}', "line 2 lacks decision_points"),
         ('{"prompt": "a", "completion": "b", "decision_points": ["x"]}', "list of whole numbers"),
@@ -549,6 +562,20 @@ def test_bad_lines_are_named(line, message, tmp_path, model):
     (tmp_path / "x.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(ValueError, match=message):
         Divergence.from_jsonl(tmp_path / "x.jsonl", tokenizer=model.tokenizer)
+
+
+def test_decision_points_are_read_as_any_other_examples(tmp_path, model):
+    turns = '[{"role": "user", "content": "a"}]'
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{{"prompt": {turns}, "completion": "b", "decision_points": [0]}}\n')
+    (example,), _ = Divergence.from_jsonl(path, tokenizer=model.tokenizer)
+    assert example.prompt == "a"
+    path.write_text('{"prompt": 3, "completion": "b", "decision_points": [0]}\n')
+    with pytest.raises(TypeError, match="line 1: 'prompt' is 3, not text"):
+        Divergence.from_jsonl(path, tokenizer=model.tokenizer)
+    path.write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match="line 1: not JSON"):
+        Divergence.from_jsonl(path, tokenizer=model.tokenizer)
 
 
 # -- views ----------------------------------------------------------------------------------
@@ -648,6 +675,44 @@ def test_progress_is_shown_only_when_asked_for(model, examples, capsys):
 def test_impossible_teachers_are_refused(counterfactuals, message, model, examples):
     with pytest.raises(ValueError, match=message):
         find_divergence(model, examples, teacher=OWL, counterfactuals=counterfactuals)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": "owl"}, "teacher is 'owl', not a Teacher"),
+        ({"counterfactuals": ["cat"]}, r"counterfactuals\[0\] is 'cat', not a Teacher"),
+        ({"counterfactuals": CAT}, r"write counterfactuals=\[\.\.\.\], a list"),
+        ({"model": torch.nn.Linear(1, 1)}, "expected a HookedTransformer or a TransformerBridge"),
+    ],
+)
+def test_what_is_no_teacher_or_model_is_refused(
+    options,
+    message,
+    model,
+    examples,
+    unchecked,  # noqa: F811
+):
+    given = {"model": model, "teacher": OWL, "counterfactuals": [CAT], **options}
+    with pytest.raises(TypeError, match=message):
+        find_divergence(given.pop("model"), examples, **given)
+
+
+@pytest.mark.parametrize("options", [{"rule": "most"}, {"rule": 2}, {"min_margin": -1.0}])
+def test_an_impossible_rule_is_refused_before_anything_is_read(
+    options, model, examples, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_reading, "read_hidden", None)  # what reads would fail
+    with pytest.raises(ValueError, match=r"unknown rule|min_margin must be"):
+        find_divergence(
+            model,
+            examples,
+            teacher=OWL,
+            counterfactuals=[CAT],
+            checkpoint_dir=tmp_path / "run",
+            **options,
+        )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Effects: tables, intervals, agreement, files."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +34,19 @@ def effects() -> Effects:
         labels=(("a", "b", "c", "d"), ("<b>", "f", "g")),
         header={"seed": 0},
     )
+
+
+def test_they_print_as_one_line_however_many_values_they_hold(effects):
+    assert repr(effects) == (
+        "Effects(exact noising of resid_post on logit_difference: 2 pairs, 2 layers, 4 positions; "
+        "mean total effect -2)"
+    )
+    heads = replace(effects, values=effects.values[..., None].repeat(5, 3), site="z")
+    assert "of z on logit_difference: 2 pairs, 2 layers, 4 positions, 5 heads;" in repr(heads)
+    ablated = replace(effects, header={"settings": {"corruption": "mean"}})
+    assert "exact noising by mean of resid_post" in repr(ablated)
+    nothing = replace(effects, corrupted_metric=effects.clean_metric).normalised()
+    assert repr(nothing).endswith("mean total effect undefined)")
 
 
 def test_total_has_the_sign_of_the_direction(effects):
@@ -185,3 +200,12 @@ def test_fields_that_do_not_fit_are_refused(effects):
         replace(effects, labels=(("a",) * 3,) * 2, segments=(("a",) * 3,) * 2)
     with pytest.raises(ValueError, match="level is 95"):
         effects.interval(level=95)
+
+
+def test_the_code_on_the_page_runs(capsys):
+    page = Path(__file__).resolve().parents[1] / "docs" / "effects.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    exec(compile(code, str(page), "exec"), names)  # noqa: S102 - the page's own code
+    assert names["estimate"].verified is not None
+    assert "Agreement(" in capsys.readouterr().out

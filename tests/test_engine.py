@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MptConfig
 
 from divergence_lens.engine import SITES, Engine
 from divergence_lens.models import load_model
 from tests.conftest import BACKENDS
-from tests.models import FAMILIES, HOOKED_FAMILIES, random_hf_model
+from tests.models import FAMILIES, HOOKED_FAMILIES, chat_tokenizer, random_hf_model
 
 N_CTX = 64
 
@@ -292,3 +293,80 @@ def test_bfloat16_passes_equal_themselves(backend, tokens):
     ours = engine.unembed(engine.final(tokens[:, 9:], past)).float()
     plain = model(tokens).float()[:, 9:]
     assert (ours - plain).abs().max() < 0.05 * plain.abs().max()
+
+
+# -- architectures beyond the tested families ---------------------------------------------------
+
+
+def _alibi(kind):
+    tokenizer = chat_tokenizer()
+    configs = {
+        "bloom": BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4),
+        "mpt": MptConfig(vocab_size=len(tokenizer), d_model=32, n_layers=2, n_heads=4),
+        "falcon": FalconConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            alibi=True,
+        ),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hf_model = AutoModelForCausalLM.from_config(configs[kind], dtype=torch.float32).eval()
+    model = load_model(copy.deepcopy(hf_model), backend="bridge", tokenizer=tokenizer)
+    return hf_model, model
+
+
+def _holds_with_other_rows(hf_model, engine):
+    # As many rows as heads, too: what has an axis of heads is not to be taken for one of rows.
+    tokens = torch.randint(0, 64, (4, 13), generator=torch.Generator().manual_seed(2))
+    rows = torch.tensor([2, 0, 0, 1, 3, 2])
+    theirs = hf_model(tokens).logits
+    _, past = engine.prefill(tokens[:, :5])
+    for start, before in ((0, None), (5, past)):
+        run = engine.begin(tokens[:, start:], before)
+        resid = run.resid[rows]
+        for layer in range(engine.n_layers):
+            resid = engine.block(layer, resid, run, rows=rows)
+        _close(engine.unembed(engine.norm(resid)), theirs[rows, start:])
+
+
+def test_other_rows_of_a_pass_are_hugging_faces(pair):
+    _holds_with_other_rows(*pair)
+
+
+# TransformerLens 3.9 hands over no keys and values of MPT's attention, 4 does.
+HELD = ("bloom",) if "hooked" in BACKENDS else ("bloom", "mpt")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", HELD)
+def test_attention_with_linear_biases_is_hugging_faces(kind):
+    # Bloom's blocks are handed a slope for each row and head, MPT's one for each head.
+    hf_model, model = _alibi(kind)
+    _holds_with_other_rows(hf_model, Engine.of(model))
+
+
+@pytest.mark.parametrize("kind", sorted({"bloom", "mpt", "falcon"} - set(HELD)))
+def test_blocks_that_cannot_be_run_one_by_one_are_refused_in_one_sentence(kind):
+    _, model = _alibi(kind)
+    start = "the architecture of TransformerBridge 'model' is not supported: its blocks cannot be"
+    with pytest.raises(ValueError, match=start) as told:
+        Engine.of(model)
+    assert "\n" not in str(told.value)
+
+
+def test_a_model_whose_blocks_read_what_its_rows_hold_is_refused(backend):
+    model = load_model(random_hf_model("gpt2", n_ctx=N_CTX), backend=backend)
+    embedded = []
+
+    def again(_module, _inputs, output):
+        resid, *rest = output if isinstance(output, tuple) else (output,)
+        resid = resid + embedded[-1]
+        return (resid, *rest) if isinstance(output, tuple) else resid
+
+    model.embed.register_forward_hook(lambda _module, _inputs, output: embedded.append(output))
+    model.blocks[1].register_forward_hook(again)
+    with pytest.raises(ValueError, match="is not supported: its blocks cannot be run one by one"):
+        Engine.of(model)

@@ -397,6 +397,8 @@ def test_tables_and_html_name_every_candidate():
     ],
 )
 def test_impossible_questions_are_refused(options, message, model):
+    with pytest.raises(TypeError, match="expected a HookedTransformer"):
+        preference(torch.nn.Linear(1, 1), target="owl")
     with pytest.raises(ValueError, match=message):
         preference(model, **{"target": "owl", **options})
 

@@ -10,7 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divergence_lens.findings import decide, judge, t_interval
+from divergence_lens._agreement import agreement_row, inner_agreement, inner_cells
+from divergence_lens._intervals import exact_interval, t_interval
+from divergence_lens.claims import TENTH
+from divergence_lens.effects import Effects
+from divergence_lens.findings import decide, decide_equal, judge
 
 TARGETS = ("wolf", "lion", "eagle", "panda")
 
@@ -29,6 +33,49 @@ TARGETS = ("wolf", "lion", "eagle", "panda")
 )
 def test_the_interval_decides(low, high, above, verdict):
     assert decide(low, high, 0.0, above=above) == verdict
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (-0.05, 0.08, "supported"),
+        (-0.22, 0.29, "unclear"),  # no difference seen, and none excluded
+        (0.02, 0.2, "unclear"),
+        (0.2, 0.4, "not supported"),
+        (-0.4, -0.2, "not supported"),
+        (-math.inf, math.inf, "unclear"),
+    ],
+)
+def test_equality_is_shown_by_an_interval_within_the_margin_and_not_by_one_across_zero(
+    low, high, verdict
+):
+    assert decide_equal(low, high, TENTH) == verdict
+
+
+def test_exact_interval_against_published_values():
+    # Clopper and Pearson's intervals, 95 %, as printed in tables of binomial confidence limits.
+    published = {
+        (0, 4): (0.0, 0.6024),
+        (3, 4): (0.1941, 0.9937),
+        (4, 4): (0.3976, 1.0),
+        (5, 5): (0.4782, 1.0),
+        (6, 6): (0.5407, 1.0),
+        (8, 10): (0.4439, 0.9748),
+    }
+    for (successes, n), ends in published.items():
+        assert exact_interval(successes, n) == pytest.approx(ends, abs=1e-4)
+    with pytest.raises(ValueError, match="5 of 4"):
+        exact_interval(5, 4)
+
+
+@given(st.integers(1, 30), st.floats(0.02, 0.98))
+def test_the_exact_interval_never_misses_more_often_than_it_says(n, share):
+    missed = sum(
+        math.comb(n, k) * share**k * (1 - share) ** (n - k)
+        for k in range(n + 1)
+        if not exact_interval(k, n)[0] <= share <= exact_interval(k, n)[1]
+    )
+    assert missed <= 0.05 + 1e-9
 
 
 def test_t_interval_against_published_quantiles():
@@ -62,9 +109,9 @@ def test_the_interval_covers_as_often_as_it_says():
     assert hits / 4000 == pytest.approx(0.95, abs=0.015)
 
 
-def _tables(after, *, rank=1, rate=0.12):
-    """Tables of four targets that differ by some per cent; `after` maps condition to preference."""
-    wobble = dict(zip(TARGETS, (0.97, 1.0, 1.02, 1.05), strict=True))
+def _tables(after, *, rank=1, rate=0.12, targets=TARGETS):
+    """Tables of targets that differ by some per cent; `after` maps condition to preference."""
+    wobble = dict(zip(targets, (0.97, 1.0, 1.02, 1.05, 0.99, 1.01), strict=False))
     students = [
         {
             "target": target,
@@ -78,22 +125,27 @@ def _tables(after, *, rank=1, rate=0.12):
             "rank": rank,
         }
         for (i, (condition, value)), target, seed in itertools.product(
-            enumerate(after.items()), TARGETS, (0, 1)
+            enumerate(after.items()), targets, (0, 1)
         )
     ]
-    one_per_target = {"target": list(TARGETS), "kind": ["finetuned"] * 4}
+    one_per_target = {"target": list(targets), "kind": ["finetuned"] * len(targets)}
     layers = [
         {"target": t, "kind": "finetuned", "site": site, "layer": layer, "absolute_effect": size}
-        for t in TARGETS
+        for t in targets
         for site in ("attn_out", "mlp_out")
         for layer, size in enumerate((3.0, 1.0, 0.5, wobble[t]))
     ]
     return {
-        "divergence": pd.DataFrame(one_per_target | {"rate": [rate * wobble[t] for t in TARGETS]}),
+        "divergence": pd.DataFrame(one_per_target | {"rate": [rate * wobble[t] for t in targets]}),
         "students": pd.DataFrame(students),
         "layers": pd.DataFrame(layers),
         "agreement": pd.DataFrame(
-            one_per_target | {"method": ["integrated"] * 4, "pearson": [0.97, 0.95, 0.99, 0.98]}
+            one_per_target
+            | {
+                "method": ["integrated"] * len(targets),
+                "pearson": [0.95 * wobble[t] for t in targets],
+                "inner_pearson": [0.9 * wobble[t] for t in targets],
+            }
         ),
     }
 
@@ -101,11 +153,12 @@ def _tables(after, *, rank=1, rate=0.12):
 PAPER_LIKE = {
     "all": 0.2,
     "divergence_only": 0.3,
-    "without_divergence": 0.1,
+    "without_divergence": 0.08,
     "control": 0.08,
     "block-0": 0.28,
-    "block-3": 0.1,
+    "block-3": 0.08,
 }
+SIX = (*TARGETS, "fox", "horse")
 
 
 def _verdicts(after, **options):
@@ -113,23 +166,102 @@ def _verdicts(after, **options):
 
 
 def test_a_world_like_the_papers_supports_every_claim():
-    verdicts = _verdicts(PAPER_LIKE)
-    assert len(verdicts) == 10
+    verdicts = _verdicts(PAPER_LIKE, targets=SIX)
+    assert len(verdicts) == 12
     assert set(verdicts.values()) == {"supported"}
 
 
 def test_a_world_without_transfer_supports_none_of_the_transfer_claims():
     flat = dict.fromkeys(PAPER_LIKE, 0.08)
-    verdicts = _verdicts(flat, rank=6, rate=0.5)
-    transfer = (
-        "transfer",
-        "divergence_tokens_suffice",
-        "rest_transfers_less",
-        "first_block_suffices",
-    )
-    assert all(verdicts[f"finetuned/{name}"] != "supported" for name in transfer)
-    assert verdicts["finetuned/target_rises_most"] == "not supported"
+    verdicts = _verdicts(flat, rate=0.5, targets=SIX)
+    of_transfer = [
+        f"finetuned/{name}"
+        for name in (
+            "transfer",
+            "divergence_tokens_suffice",
+            "divergence_tokens_do_as_well",
+            "rest_transfers_less",
+            "rest_equals_control",
+            "target_rises_most",
+            "first_block_suffices",
+            "last_block_equals_control",
+        )
+    ]
+    assert all(verdicts[name] != "supported" for name in of_transfer)
+    # Two null effects do not differ, which shows nothing.
+    assert verdicts["finetuned/divergence_tokens_do_as_well"] == "unclear"
+    assert verdicts["finetuned/target_rises_most"] == "unclear"
+    assert verdicts["finetuned/rest_equals_control"] == "unclear"
     assert verdicts["finetuned/few_divergence_tokens"] == "not supported"
+
+
+def test_four_of_four_targets_are_no_proof_of_more_than_half():
+    found = {f.id: f for f in judge(_tables(PAPER_LIKE), last_block=3)}
+    rises = found["finetuned/target_rises_most"]
+    assert rises.measured == 1
+    assert rises.interval == pytest.approx((0.3976, 1.0), abs=1e-4)
+    assert rises.verdict == "unclear"
+
+
+def test_a_target_that_rises_most_by_next_to_nothing_does_not_count():
+    tables = _tables(PAPER_LIKE, targets=SIX)
+    students = tables["students"]
+    barely = (students["target"] == "fox") & (students["condition"] == "divergence_only")
+    # It ranks first in both of its students, and in one of them rises by a hundredth.
+    students.loc[barely & (students["seed"] == 0), "after"] = 0.0808
+    found = {f.id: f for f in judge(tables, last_block=3)}["finetuned/target_rises_most"]
+    assert found.values["fox"] == 0.5
+    assert found.measured == pytest.approx(5 / 6)
+
+
+def test_a_small_but_certain_rise_is_no_transfer():
+    verdicts = _verdicts(PAPER_LIKE | {"all": 0.082})
+    assert verdicts["finetuned/transfer"] != "supported"
+
+
+def test_students_that_differ_much_from_the_control_both_ways_do_not_equal_it():
+    tables = _tables(PAPER_LIKE)
+    students = tables["students"]
+    rest = students["condition"] == "without_divergence"
+    for target, factor in zip(TARGETS, (1.06, 0.97, 0.88, 1.28), strict=True):
+        students.loc[rest & (students["target"] == target), "after"] *= factor
+    found = {f.id: f for f in judge(tables, last_block=3)}["finetuned/rest_equals_control"]
+    assert found.interval[0] < 1 < found.interval[1]
+    assert found.verdict == "unclear"
+
+
+def test_agreement_is_judged_without_the_cells_that_must_agree_and_both_figures_are_shown():
+    tables = _tables(PAPER_LIKE)
+    tables["agreement"]["inner_pearson"] = [0.4, 0.63, 0.64, 0.25]
+    found = {f.id: f for f in judge(tables, last_block=3)}["finetuned/approximation_agrees"]
+    assert found.verdict == "not supported"
+    assert found.measured == pytest.approx(0.48)
+    beside = found.beside["Pearson correlation of all cells and pairs together"]
+    assert beside == pytest.approx(tables["agreement"]["pearson"].mean())
+
+
+def test_intervals_of_shares_stay_between_0_and_1():
+    tables = _tables(PAPER_LIKE)
+    tables["divergence"]["rate"] = [0.01, 0.01, 0.02, 0.4]
+    tables["agreement"]["inner_pearson"] = [0.99, 0.99, 0.99, 0.3]
+    for finding in judge(tables, last_block=3):
+        if "times" not in finding.unit:
+            low, high = finding.interval
+            assert -1 <= low <= finding.measured <= high <= 1
+            assert low >= 0 or finding.id.endswith("approximation_agrees")
+
+
+def test_values_that_do_not_differ_at_all_decide_nothing():
+    tables = _tables(PAPER_LIKE)
+    tables["divergence"]["rate"] = 0.1
+    assert judge(tables, last_block=3)[0].verdict == "unclear"
+
+
+def test_a_target_that_is_named_twice_narrows_no_interval():
+    once = _tables(PAPER_LIKE)
+    twice = {name: pd.concat([table, table]) for name, table in once.items()}
+    intervals = [[f.interval for f in judge(t, last_block=3)] for t in (once, twice)]
+    np.testing.assert_allclose(intervals[1], intervals[0])
 
 
 def test_late_blocks_that_carry_it_are_told():
@@ -154,8 +286,77 @@ def test_findings_are_json():
         assert {"id", "claim", "measured", "interval", "verdict", "rule", "caveat"} <= set(row)
 
 
-def test_a_claim_without_data_is_left_out():
-    tables = _tables({"all": 0.2, "control": 0.08})
-    ids = {f.id for f in judge(tables | {"layers": pd.DataFrame()}, last_block=3)}
-    assert "finetuned/transfer" in ids
-    assert not any("block" in name or "early" in name for name in ids)
+@pytest.mark.parametrize("empty", ["divergence", "students", "layers", "agreement"])
+def test_a_claim_without_data_is_unclear_and_says_so(empty):
+    tables = _tables(PAPER_LIKE) | {empty: pd.DataFrame()}
+    found = judge(tables, last_block=3)
+    assert len(found) == 12
+    without = [finding for finding in found if finding.n == 0]
+    assert without
+    for finding in without:
+        assert finding.verdict == "unclear"
+        assert math.isnan(finding.measured)
+        assert finding.caveat.startswith("nothing was measured")
+        json.dumps(finding.to_dict(), allow_nan=False)
+
+
+def test_a_kind_whose_targets_all_failed_does_not_drop_out():
+    tables = _tables(PAPER_LIKE)
+    teachers = pd.DataFrame({"name": ["wolf"] * 2, "kind": ["finetuned", "prompted"]})
+    found = judge({"teachers": teachers, **tables}, last_block=3)
+    prompted = [finding for finding in found if finding.id.startswith("prompted/")]
+    assert len(prompted) == 12
+    assert {finding.verdict for finding in prompted} == {"unclear"}
+    assert judge({name: pd.DataFrame() for name in tables}, last_block=3) == []
+
+
+def _effects(inner, total=(2.0, 20.0)):
+    """Two pairs, four layers, six positions; `inner` fills what is neither target nor last."""
+    values = np.zeros((2, 4, 6), dtype=np.float32)
+    values[:, :-1, :-1] = inner
+    values[:, :, -1] = np.linspace(0.1, 1, 4) * np.array(total)[:, None]
+    return Effects(
+        values=values,
+        site="resid_post",
+        method="exact",
+        direction="noising",
+        metric="logit_difference",
+        clean_metric=np.zeros(2, dtype=np.float32),
+        corrupted_metric=np.array(total, dtype=np.float32),
+        segments=(("user",) * 6,) * 2,
+        labels=(tuple("abcdef"),) * 2,
+    )
+
+
+def test_agreement_at_the_target_position_and_in_the_last_layer_does_not_count():
+    random = np.random.default_rng(0)
+    exact = _effects(random.normal(size=(2, 3, 5)) * 0.1)
+    noise = _effects(random.normal(size=(2, 3, 5)) * 0.1)
+    row = agreement_row(noise, exact)
+    assert row["pearson"] > 0.95
+    by_hand = [
+        np.corrcoef(noise.values[i, :3, :5].ravel(), exact.values[i, :3, :5].ravel())[0, 1]
+        for i in range(2)
+    ]
+    assert row["inner_pearson"] == pytest.approx(np.mean(by_hand), abs=1e-6)
+    assert abs(row["inner_pearson"]) < 0.5
+    assert (row["inner_pairs"], row["inner_cells"]) == (2, 30)
+    assert inner_cells(exact).sum() == 30
+
+
+def test_every_pair_has_one_vote_however_large_its_effect():
+    cells = np.random.default_rng(1).normal(size=(2, 3, 5))
+    approximate = cells * np.array([1.0, -1.0])[:, None, None]
+    for scale in (1.0, 1000.0):
+        factor = np.array([1.0, scale])[:, None, None]
+        found = inner_agreement(_effects(approximate * factor), _effects(cells * factor))
+        assert found.pearson == pytest.approx(0.0, abs=1e-6)
+
+
+def test_pairs_without_a_total_effect_have_no_vote():
+    cells = np.random.default_rng(1).normal(size=(2, 3, 5))
+    exact = _effects(cells, total=(0.001, 2.0))
+    found = inner_agreement(_effects(-cells, total=(0.001, 2.0)), exact)
+    assert (found.pairs, found.pearson) == (1, pytest.approx(-1.0))
+    nothing = _effects(cells, total=(0.0, 0.0))
+    assert agreement_row(nothing, nothing)["inner_pearson"] is None

@@ -21,6 +21,7 @@ from divergence_lens._rows import batches, pieces, training_rows
 from divergence_lens._variables import LowRank
 from divergence_lens.chat import encode_prompt
 from divergence_lens.delta import Delta
+from divergence_lens.divergence import find_divergence
 from divergence_lens.engine import Engine
 from divergence_lens.evaluate import preference
 from divergence_lens.examples import Example, with_ids
@@ -28,7 +29,9 @@ from divergence_lens.finetune import PAPER, Recipe, finetune
 from divergence_lens.freeze import choose, plain
 from divergence_lens.models import fingerprint, load_model
 from divergence_lens.storage import load_tensors
+from divergence_lens.teachers import Teacher
 from tests.models import FAMILIES, chat_tokenizer, random_hf_model
+from tests.test_mediation import unchecked  # noqa: F401 (a fixture)
 
 SGD = Recipe(
     optimizer="sgd",
@@ -347,6 +350,23 @@ def test_a_divergence_a_tensor_and_a_list_of_rows_are_masks(random_model):
     assert all(same_bits(students[0], other) for other in students[1:])
 
 
+def test_a_divergence_of_other_completions_is_no_mask(random_model):
+    model = random_model("gpt2")
+    examples = [Example("A.", "x", (5, 6, 7)), Example("B.", "y", (8, 9, 4))]
+    owl, cat = (Teacher(name, system_prompt=name) for name in ("owl", "cat"))
+    divergence = find_divergence(
+        model, examples, teacher=owl, counterfactuals=[cat], require_agreement=False
+    )
+    mask = np.ones(6, bool)
+    divergence.__dict__["mask"] = mask
+    given = finetune(model, divergence.examples, mask=divergence, blocks=[2], recipe=SHORT)
+    assert same_bits(given, finetune(model, examples, mask=mask, blocks=[2], recipe=SHORT))
+    with pytest.raises(ValueError, match="another completion as example 0"):  # of equal length
+        finetune(model, examples[::-1], mask=divergence, recipe=SHORT)
+    with pytest.raises(ValueError, match="a divergence of 2 examples, there are 1"):
+        finetune(model, examples[:1], mask=divergence, recipe=SHORT)
+
+
 def test_history_holds_every_step_and_what_the_callback_returns(random_model):
     model, base = random_model("gpt2"), fingerprint(random_model("gpt2"))
     seen = []
@@ -367,6 +387,35 @@ def test_history_holds_every_step_and_what_the_callback_returns(random_model):
     watched = history.dropna()
     assert watched["twice"].tolist() == pytest.approx((2 * watched["loss"]).tolist())
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor])
+def test_numbers_of_a_callback_can_be_saved(random_model, tmp_path, kind):
+    student = finetune(
+        random_model("gpt2"),
+        number_lists(4),
+        recipe=SHORT,
+        on_step=lambda step, *_: {"seen": kind(step)},
+        checkpoint=tmp_path / "run.safetensors",
+        checkpoint_every=1,
+    )
+    student.save(tmp_path / "student.safetensors")
+    history = Delta.load(tmp_path / "student.safetensors").history()
+    assert history["seen"].tolist() == history["step"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [(0.5, "on_step returned 0.5; return a mapping"), ({"x": np.ones(2)}, "'x' as a ndarray")],
+)
+def test_what_the_history_cannot_keep_is_refused_at_once(
+    random_model,
+    returned,
+    message,
+    unchecked,  # noqa: F811
+):
+    with pytest.raises(TypeError, match=message):
+        finetune(random_model("gpt2"), number_lists(4), recipe=SHORT, on_step=lambda *_: returned)
 
 
 def test_preference_can_be_followed_while_a_student_learns(random_model):
@@ -547,6 +596,8 @@ def test_lora_equals_peft(family):
 @pytest.mark.parametrize("lora_rank", [None, 2])
 def test_both_model_classes_train_the_same_student(lora_rank):
     tokenizer, tokens = chat_tokenizer(), torch.arange(20)[None] * 3
+    # The classes take their gradients of the factors on two ways, each with LoRA's scale in it.
+    recipe = replace(SGD, lora_rank=lora_rank, lora_alpha=6.0)
     for family in ("gpt2", "qwen2"):
         logits = []
         for backend in ("hooked", "bridge"):
@@ -555,9 +606,7 @@ def test_both_model_classes_train_the_same_student(lora_rank):
                 model = load_model(hf_model, backend=backend, tokenizer=tokenizer)
             except ValueError:
                 pytest.skip("this TransformerLens has one model class")
-            student = finetune(
-                model, number_lists(8), blocks=[0], recipe=SHORT, lora_rank=lora_rank
-            )
+            student = finetune(model, number_lists(8), blocks=[0], recipe=recipe)
             engine = Engine.of(model)
             with student.applied(model), torch.no_grad():
                 logits.append(engine.unembed(engine.final(tokens)))
@@ -581,13 +630,13 @@ checkpointed(sys.argv[1], Path(sys.argv[2]), sys.argv[3], on_step=stop)
 """
 
 
-def checkpointed(backend, path, rank, **options):
+def checkpointed(backend, path, rank, examples=None, **options):
     tokenizer = chat_tokenizer()
     hf_model = random_hf_model("gpt2", vocab=len(tokenizer))
     model = load_model(hf_model, backend=backend, tokenizer=tokenizer)
     return finetune(
         model,
-        number_lists(10),
+        number_lists(10) if examples is None else examples,
         blocks=[1],
         recipe=SHORT if rank == "full" else replace(SHORT, lora_rank=int(rank)),
         checkpoint=path,
@@ -623,19 +672,34 @@ def test_a_killed_run_goes_on_to_the_same_bits(backend, rank, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def stop_at_four(step, loss, model):
+    if step == 4:
+        raise InterruptedError
+
+
 def test_the_checkpoint_of_another_run_is_refused(backend, tmp_path):
     path = tmp_path / "run.safetensors"
-
-    def stop(step, loss, model):
-        if step == 4:
-            raise InterruptedError
-
     with pytest.raises(InterruptedError):
-        checkpointed(backend, path, "full", on_step=stop)
+        checkpointed(backend, path, "full", on_step=stop_at_four)
     for options in ({"seed": 6}, {"weights": None, "mask": None, "system_prompt": "Hello."}):
         with pytest.raises(ValueError, match="the checkpoint of another run"):
             checkpointed(backend, path, "full", **options)
     checkpointed(backend, path, "full")
+
+
+def test_a_checkpoint_is_refused_where_the_last_token_of_the_longest_row_is_another(
+    backend, tmp_path
+):
+    # No input holds that token: it is predicted, and nothing follows it in any row.
+    path = tmp_path / "run.safetensors"
+    examples = [Example("Continue: 3.", completion_ids=tuple(range(20, 26 + n))) for n in range(10)]
+    other = [*examples[:-1], replace(examples[-1], completion_ids=(*range(20, 34), 40))]
+    assert len(other[-1].completion_ids) == len(examples[-1].completion_ids)
+    with pytest.raises(InterruptedError):
+        checkpointed(backend, path, "full", examples, on_step=stop_at_four)
+    with pytest.raises(ValueError, match="the checkpoint of another run"):
+        checkpointed(backend, path, "full", other)
+    checkpointed(backend, path, "full", examples)
 
 
 # -- bad input ----------------------------------------------------------------------------------
@@ -668,11 +732,17 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_checkpoint
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"final_lr": 2.0}, r"final_lr is 2\.0"),
         ({"optimizer": "adamm"}, "optimizer is 'adamm'"),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS"),
     ],
 )
 def test_recipes_that_cannot_be_followed_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**options)
+
+
+def test_counts_are_whole_numbers(unchecked):  # noqa: F811
+    with pytest.raises(TypeError, match=r"epochs is 1\.5; it must be a whole number"):
+        Recipe(epochs=1.5)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from divergence_lens.attribution import attribution_patch
 from divergence_lens.engine import Engine
 from divergence_lens.mediation import causal_mediation
 from divergence_lens.pairs import Pairs
+from tests.models import chat_tokenizer, random_hf_model
 from tests.patching_oracles import hand_set, random_pairs
 from tests.test_mediation import assert_same, model_of, unchecked  # noqa: F401 (fixtures)
 
@@ -159,6 +160,42 @@ def test_relevance_is_conserved_where_there_are_no_biases(random_model, backend,
     np.testing.assert_allclose(sums, expected, atol=1e-3)
     plain = attribution_patch(model, pairs, site=site, corruption="zero")
     assert np.abs(np.nansum(plain.values, axis=2) - expected).max() > 0.05
+
+
+def test_each_branch_of_a_gated_product_gets_half(model_of):  # noqa: F811
+    # By hand from Hugging Face's weights: the last MLP at the target, each rule a constant.
+    model = model_of("llama")
+    hf = random_hf_model("llama", vocab=len(chat_tokenizer()))
+    pairs = random_pairs(len(chat_tokenizer()), lengths=(8,), longer=(0,))
+    found = attribution_patch(model, pairs, site="resid_mid", method="relp").values[0, -1, -1]
+    block, norm = hf.model.layers[-1], hf.model.norm
+    states = []
+    watch = block.post_attention_layernorm.register_forward_pre_hook(
+        lambda _, inputs: states.append(inputs[0][0, -1].double())
+    )
+    with torch.no_grad():
+        for rows in (pairs.clean, pairs.corrupted):
+            hf(rows[0][None])
+    watch.remove()
+    hf = hf.double()
+    base, source = states
+    mlp = block.mlp
+
+    def normed(layer, x, constant):  # the scale of another state, taken as a constant
+        return x * layer.weight / (constant.square().mean() + layer.variance_epsilon).sqrt()
+
+    with torch.no_grad():
+        inner, change = (
+            normed(block.post_attention_layernorm, x, base) for x in (base, source - base)
+        )
+        gate, up = mlp.gate_proj(inner), mlp.up_proj(inner)
+        ratio = torch.sigmoid(gate)  # SiLU over its argument
+        moved = ratio * (mlp.gate_proj(change) * up + gate * mlp.up_proj(change)) / 2
+        last = base + mlp.down_proj(ratio * gate * up)
+        logits = hf.lm_head(normed(norm, source - base + mlp.down_proj(moved), last))
+    expected = float(logits[pairs.answers[0]] - logits[pairs.foils[0]])
+    assert abs(expected) > 0.01
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_relp_changes_no_value_on_the_way_and_leaves_nothing_behind(model_of):  # noqa: F811

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from divergence_lens._long_runs import Processes
+from divergence_lens.delta import Delta
 from divergence_lens.divergence import Divergence, find_divergence
 from divergence_lens.engine import Engine
 from divergence_lens.examples import Example
-from divergence_lens.models import load_model
+from divergence_lens.models import fingerprint, load_model
 from divergence_lens.teachers import Teacher
 from tests.models import chat_tokenizer, random_hf_model
 
@@ -159,7 +161,22 @@ def test_shards_of_another_run_are_refused(model, examples, tmp_path, random_mod
         find(model, examples[::-1], checkpoint_dir=tmp_path)
     with pytest.raises(ValueError, match=message):
         find(random_model("qwen2", seed=1), examples, checkpoint_dir=tmp_path)
+    last = examples[-1]
+    changed = replace(last, completion_ids=(*last.completion_ids[:-1], last.completion_ids[-1] ^ 1))
+    with pytest.raises(ValueError, match=message):  # of the same length: one token differs
+        find(model, [*examples[:-1], changed], checkpoint_dir=tmp_path)
     assert [file.read_bytes() for file in shards(tmp_path)] == before
+
+
+def test_shards_of_another_delta_are_refused(model, examples, tmp_path):
+    name, parameter = next(iter(Engine.of(model).named_parameters().items()))
+    for size in (1.0, 2.0):
+        change = {name: size * torch.ones(parameter.shape)}
+        tuned = Teacher("tuned", delta=Delta(change, fingerprint(model)))
+        if size == 1.0:
+            find(model, examples, checkpoint_dir=tmp_path, counterfactuals=[tuned])
+    with pytest.raises(ValueError, match="is of another run"):
+        find(model, examples, checkpoint_dir=tmp_path, counterfactuals=[tuned])
 
 
 @pytest.mark.parametrize(
@@ -239,6 +256,8 @@ try:
     find(model, examples, accelerator=state)
 except Exception as error:
     (out / f"failed{state.process_index}").write_text(f"{type(error).__name__}: {error}")
+state.wait_for_everyone()
+state.destroy_process_group()
 """
 
 

@@ -377,3 +377,35 @@ def test_refuses_states_of_a_model_of_another_shape():
     pairs = Pairs.from_tokens(rows, rows, answers=[1], foils=[2], corrupted_teacher=teacher)
     with pytest.raises(ValueError, match="same shape"):
         causal_mediation(small, pairs)
+
+
+def test_cells_of_another_span_are_refused(model_of):
+    model = model_of("gpt2")
+    pairs = random_pairs(model.cfg.d_vocab)
+    table = causal_mediation(model, pairs, span="segment").top(3)
+    with pytest.raises(ValueError, match="span='segment', and span is 'position'"):
+        causal_mediation(model, pairs, cells=table)
+    again = causal_mediation(model, pairs, cells=table, span="segment")
+    assert np.count_nonzero(np.nan_to_num(again.values)) == 3
+
+
+def test_a_teacher_that_is_the_model_itself_makes_no_other_run(model_of):
+    model = model_of("gpt2")
+    row = torch.arange(1, 8)
+    same = Pairs.from_tokens(
+        [row], [row], answers=[1], foils=[2], corrupted_teacher=Teacher("same", model=model)
+    )
+    with pytest.raises(ValueError, match="pair 0 are identical"):
+        causal_mediation(model, same)
+
+
+def test_metrics_without_a_name_are_told_apart(model_of):
+    model = model_of("gpt2")
+    pairs = random_pairs(model.cfg.d_vocab)
+    one, other = (
+        causal_mediation(model, pairs, metric=metric)
+        for metric in (lambda logits, _: logits[:, 3], lambda logits, _: -logits[:, 3])
+    )
+    assert one.agreement(one).pearson == pytest.approx(1)
+    with pytest.raises(ValueError, match="of metric '<lambda"):
+        one.agreement(other)

@@ -133,6 +133,21 @@ def test_the_rooms_do_not_import_in_circles():
     assert order.index("divergence_lens.models") < order.index("divergence_lens.mediation")
 
 
+def test_the_documentation_lists_every_room_and_no_other():
+    page = (ROOT / "docs" / "layout.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    there = {path.stem for path in SOURCE.glob("*.py")} | {
+        path.parent.name for path in SOURCE.glob("*/__init__.py")
+    }
+    assert sorted(listed) == sorted(there - {"__init__"})
+
+
+def test_progress_bars_suit_the_terminal_and_the_notebook():
+    plain = [path.name for path in MODULES if "tqdm.tqdm" in _imported(path, everywhere=True)]
+    assert plain == []
+
+
 def test_no_module_reads_pickles():
     readers = {"pickle", "dill", "shelve", "marshal", "cloudpickle", "joblib"}
     for path in MODULES:

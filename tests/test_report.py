@@ -39,11 +39,23 @@ class Shown:
 
 
 def findings() -> list[dict[str, object]]:
-    row = {"measured": 3.4, "interval": [2.9, 3.8], "rule": "above 1.5", "caveat": "tiny model"}
+    row = {"measured": 3.4, "interval": [2.9, 3.8], "rule": "above 1.5", "caveat": "tiny model",
+           "unit": "times the control", "n": 2, "values": {"owl": 3.125, "cat": 3.675},
+           "beside": {"all cells together": 0.9595}}  # fmt: skip
     return [
         {**row, "id": "rate", "claim": "Few tokens diverge", "verdict": "supported"},
         {**row, "id": "early", "claim": f"Early {EVIL}", "verdict": "unclear"},
-        {**row, "id": "late", "claim": "Late blocks too", "verdict": "not supported"},
+        {
+            **row,
+            "id": "late",
+            "claim": "Late blocks too",
+            "verdict": "not supported",
+            "figure_of": "early",
+            "difference": -0.0625,
+            "difference_interval": [-0.125, 0.5],
+            "resampled": [3.1, 3.5],
+            "control": 0.0653,
+        },
     ]
 
 
@@ -57,6 +69,7 @@ def results() -> dict[str, object]:
         "effects": {"layers": [{"layer": 0, "effect": 0.9, EVIL: EVIL}],
                     "agreement": {"pearson": 0.93, "cells": 12_345, "nothing": float("nan")}},
         "findings": findings(),
+        "failures": [],
     }  # fmt: skip
 
 
@@ -92,8 +105,12 @@ def test_the_page_says_everything_in_order(report):
         "Provenance",
     ]
     words = " ".join(Page(text).words)
-    for said in ("Four targets.", "above 1.5", "tiny model", "2.9 to 3.8", "not supported",
-                 "unclear", "12,345", "versions.torch", "2.13.0", "made by a library"):  # fmt: skip
+    for said in (
+        *("Four targets.", "above 1.5", "tiny model", "2.9 to 3.8", "not supported", "unclear"),
+        *("times the control", "2 targets", "owl: 3.125; cat: 3.675", "Bear in mind:"),
+        *("-0.062 (-0.125 to +0.500); control students' mean preference 0.0653", "3.1 to 3.5"),
+        *("all cells together: 0.9595", "12,345", "versions.torch", "2.13.0", "made by a library"),
+    ):
         assert said in words
     assert "<p class='mine'>tokens</p>" in text
     assert "3 claims: 1 supported, 1 not supported, 1 unclear." in words
@@ -107,6 +124,10 @@ def test_figures_stand_beside_their_finding(report):
         ("finding-early", 2),
         ("finding-late", 0),
     ]
+    # One without a figure of its own leads to the one that shows it.
+    links = re.findall(r'href="#([^"]*)">The figure that shows it', text)
+    assert links == ["finding-early"]
+    assert "<h3>Failures</h3><p>none</p>" in text
     further = text[text.index('id="figures"') : text.index('id="examples"')]
     assert further.count('class="dl-plot"') == 2
 

@@ -248,6 +248,8 @@ def test_refuses_spans_and_corruptions_that_make_no_sense(model_of, unchecked): 
         EmbeddingNoise(scale=0)
     with pytest.raises(ValueError, match="end of a path"):
         attribution_patch(model, pairs, corruption="mean", method="integrated-inputs")
+    with pytest.raises(ValueError, match="needs two pairs or more"):
+        causal_mediation(model, pairs.select([0]), corruption="mean")
     zero = causal_mediation(model, pairs, corruption="zero")
     with pytest.raises(ValueError, match="which has none"):
         zero.natural_indirect()

@@ -17,6 +17,7 @@ COMMANDS = (
     "finetune",
     "generate",
     "patch",
+    "study",
     "sweep",
 )
 

@@ -9,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 from divergence_lens.cli import app
-from divergence_lens.delta import Delta
 from divergence_lens.divergence import Divergence
 from divergence_lens.evaluate import preference
 from divergence_lens.models import load_model
@@ -77,14 +76,14 @@ def test_every_condition_of_every_target_and_kind_has_a_student(study):
             assert counts[kind, target, "block"] == n_blocks
 
 
-def test_saved_students_are_the_ones_in_the_table(study, folder, backend):
+def test_saved_students_are_the_ones_in_the_table(study, backend):
     model = load_model("tiny", backend=backend)
     row = next(
         r
         for r in study.results["students"]
         if (r["kind"], r["target"], r["condition"]) == ("finetuned", "owl", "divergence_only")
     )
-    delta = Delta.load(folder / "students" / "finetuned-owl-divergence_only-0.safetensors")
+    delta = study.student("finetuned", "owl", "divergence_only", 0)
     with delta.applied(model):
         found = preference(model, target="owl", candidates=SMALL["animals"])
     assert found.share == pytest.approx(row["after"], abs=1e-6)
@@ -92,10 +91,14 @@ def test_saved_students_are_the_ones_in_the_table(study, folder, backend):
     assert before.share == pytest.approx(row["before"], abs=1e-6)
 
 
-def test_students_of_one_block_change_that_block_alone(study, folder):
+def test_students_of_one_block_change_that_block_alone(study):
     for block in range(4):
-        delta = Delta.load(folder / "students" / f"finetuned-owl-block{block}-0.safetensors")
-        assert list(delta.norms()) == [block]
+        assert list(study.student("finetuned", "owl", f"block{block}").norms()) == [block]
+
+
+def test_a_student_that_was_not_kept_is_named(study):
+    with pytest.raises(KeyError, match="block9"):
+        study.student("finetuned", "owl", "block9")
 
 
 def test_the_saved_divergence_is_the_first_targets(study, folder):
@@ -125,17 +128,6 @@ def test_the_table_for_a_terminal_fits_and_names_every_verdict(study):
     table = findings_table(study.findings, width=100)
     assert max(map(len, table.splitlines())) <= 100
     assert sum(table.count(v) for v in ("supported", "unclear")) >= len(study.findings)
-
-
-def test_a_second_run_leaves_nothing_of_the_first(folder, tmp_path, backend):
-    stale = tmp_path / "students" / "finetuned-unicorn-all-0.safetensors"
-    stale.parent.mkdir()
-    stale.write_bytes(b"old")
-    (tmp_path / "results.json").write_text("{ half")
-    config = StudyConfig(backend=backend, kinds=("finetuned",), **SMALL)
-    run_study(config, tmp_path)
-    assert not stale.exists()
-    json.loads((tmp_path / "results.json").read_text())
 
 
 def test_a_finetuned_teacher_names_its_animal(tiny, tiny_qwen2):
@@ -177,6 +169,12 @@ def test_a_recipe_that_is_given_is_kept_and_written_down(tiny_qwen2):
         ({"kinds": ("told",)}, "told"),
         ({"prompts": 0}, "prompts is 0"),
         ({"seeds": ()}, "seed"),
+        ({"seeds": (0, 0)}, "seeds holds 0 more than once"),
+        ({"targets": ("owl", "cat", "owl")}, "targets holds 'owl' more than once"),
+        ({"pairs": -1}, "pairs is -1"),
+        ({"conditions": ("al",)}, "did you mean 'all'"),
+        ({"conditions": ("told:all",)}, "unknown kind 'told'"),
+        ({"conditions": ("finetuned:all",)}, "no condition for prompted"),
     ],
 )
 def test_configurations_that_cannot_run_are_named_before_anything_runs(options, says):

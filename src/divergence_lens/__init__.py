@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from divergence_lens.attribution import attribution_patch, attribution_patch_sites
+from divergence_lens.conditions import Condition
 from divergence_lens.corruption import EmbeddingNoise
 from divergence_lens.cross import CrossPatch, cross_patch, first_disagreements
 from divergence_lens.delta import Delta
@@ -64,6 +65,7 @@ __all__ = [
     "PAPER",
     "TREES",
     "Agreement",
+    "Condition",
     "CrossPatch",
     "Delta",
     "Divergence",

@@ -90,7 +90,7 @@ def exact_probabilities(
                 f"{engine.n_ctx}; shorten the questions or the system prompt"
             )
         continues = continuations(tokenizer, engine.d_vocab)
-        events = _form_events(engine, prompts, forms, continues, batch_tokens)
+        events = form_events(engine, prompts, forms, continues, batch_tokens)
     if np.isnan(events).any():
         question = int(np.flatnonzero(np.isnan(events).any(1))[0])
         raise ValueError(
@@ -185,7 +185,7 @@ def _take_off_longer(
                 break
 
 
-def _form_events(
+def form_events(
     engine: Engine,
     prompts: list[tuple[int, ...]],
     forms: list[tuple[int, ...]],

@@ -15,6 +15,7 @@ from divergence_lens import _style as style
 
 _PATTERNS = ("", "/", ".", "x", "-", "+", "|")
 _MOST_POINTS = 4000
+_FEWEST_TOKENS = 20  # at a place, below which a share says next to nothing
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def bars(
     value_title: str,
     lines: Sequence[Line] = (),
     top: float | None = None,
+    value_format: str = ".0%",
+    group_title: str = "",
 ) -> go.Figure:
     """Bars side by side in groups, with lines across each group."""
     groups = list(dict.fromkeys(name for one in series for name in one.groups))
@@ -143,12 +146,12 @@ def bars(
         what=what,
         detail=detail,
         plot_height=200,
-        bottom=24 + (min(longest, 16) * 6 if turned else 6),
+        bottom=24 + (min(longest, 16) * 6 if turned else 6) + (18 if group_title else 0),
         left=60,
         legend_rows=0 if entries == 1 else entries,
         barmode="overlay",
         xaxis=style.axis(
-            "",
+            group_title,
             grid=False,
             tickvals=list(range(len(groups))),
             ticktext=names,
@@ -157,7 +160,7 @@ def bars(
         ),
         yaxis=style.axis(
             value_title,
-            tickformat=".0%",
+            tickformat=value_format,
             rangemode="tozero",
             range=None if top is None else [0, top * 1.02],
         ),
@@ -269,7 +272,7 @@ def blocks(
         detail=detail,
         plot_height=210,
         legend_rows=sum(trace.showlegend is not False for trace in traces),
-        widest=620,
+        widest=680,
         xaxis=style.axis(
             "the block that was trained",
             grid=False,
@@ -339,7 +342,7 @@ def profile(
         plot_height=200,
         left=60,
         legend_rows=0 if len(series) == 1 else len(series),
-        widest=620,
+        widest=680,
         xaxis=style.axis(
             across,
             grid=False,
@@ -361,12 +364,17 @@ def scatter(
     approximate: Float[np.ndarray, " cells"],
     exact: Float[np.ndarray, " cells"],
     hover: Sequence[str],
+    second: Bool[np.ndarray, " cells"],
     *,
     what: str,
     detail: str,
     names: tuple[str, str],
+    groups: tuple[str, str],
 ) -> go.Figure:
-    """One value against another, with the line on which they are equal."""
+    """One value against another, in two groups, with the line on which they are equal.
+
+    `second` says which cells belong to the second of the two groups, which is drawn on top.
+    """
     chosen = _spread(approximate, exact)
     if len(chosen) < len(exact):
         detail += f"; {len(chosen):,} cells drawn, every large one among them"
@@ -374,19 +382,6 @@ def scatter(
     low, high = (float(both.min()), float(both.max())) if len(both) else (-1.0, 1.0)
     pad = 0.06 * (high - low or 1.0)
     ends = [low - pad, high + pad]
-    points = go.Scatter(
-        x=exact[chosen],
-        y=approximate[chosen],
-        mode="markers",
-        marker={"size": 5, "color": style.BLUE, "opacity": 0.55, "line": {"width": 0}},
-        text=[
-            f"{style.escape(hover[i])}<br>{names[1]} {exact[i]:+.3f}, "
-            f"{names[0]} {approximate[i]:+.3f}"
-            for i in chosen
-        ],
-        hoverinfo="text",
-        showlegend=False,
-    )
     equal = go.Scatter(
         x=ends,
         y=ends,
@@ -396,13 +391,36 @@ def scatter(
         hoverinfo="skip",
         showlegend=False,
     )
+    traces: list[Any] = [equal]
+    looks = ((style.ORANGE, "diamond-open", 6), (style.BLUE, "circle", 5))
+    for label, (colour, symbol, size), own in zip(
+        groups, looks, (chosen[~second[chosen]], chosen[second[chosen]]), strict=True
+    ):
+        if not len(own):
+            continue
+        traces.append(
+            go.Scatter(
+                x=exact[own],
+                y=approximate[own],
+                mode="markers",
+                name=label,
+                marker={"size": size, "color": colour, "symbol": symbol, "opacity": 0.6},
+                text=[
+                    f"{style.escape(hover[i])}<br>{names[1]} {exact[i]:+.3f}, "
+                    f"{names[0]} {approximate[i]:+.3f}"
+                    for i in own
+                ],
+                hoverinfo="text",
+            )
+        )
     return style.figure(
-        [equal, points],
+        traces,
         what=what,
         detail=detail,
         plot_height=250,
         left=60,
-        widest=460,
+        widest=520,
+        legend_rows=len(traces) - 1,
         xaxis=style.axis(names[1], range=ends),
         yaxis=style.axis(names[0], range=ends),
     )
@@ -424,6 +442,8 @@ def _spread(
 
 def falls(
     results: Sequence[tuple[Int[np.ndarray, " _"], Bool[np.ndarray, " _"]]],
+    *,
+    what: str,
 ) -> go.Figure:
     """The share of divergence tokens at each place of a completion, from (offsets, mask)."""
     places, first, later = [], [], []
@@ -445,6 +465,7 @@ def falls(
     bins = place // width
     count = np.bincount(bins)
     total = int(sum(mask.sum() for _, mask in results))
+    few = count < _FEWEST_TOKENS
     traces = []
     for label, found, colour, pattern, words in (
         ("first of its example", first, style.BLUE, "", "the first divergence of their example"),
@@ -458,7 +479,7 @@ def falls(
                 width=width * 0.86,
                 name=label,
                 marker={
-                    "color": colour,
+                    "color": [style.FAINT if rare else colour for rare in few],
                     "pattern": _pattern(pattern),
                     "line": {"width": 0},
                 },
@@ -477,9 +498,10 @@ def falls(
         )
     return style.figure(
         traces,
-        what="Where divergence tokens fall",
+        what=what,
         detail=f"{style.plural(total, 'divergence token')} among "
-        f"{style.plural(len(place), 'token')} of {style.plural(examples, 'completion')}",
+        f"{style.plural(len(place), 'token')} of {style.plural(examples, 'completion')}"
+        + (f"; grey: fewer than {_FEWEST_TOKENS} tokens there" if few.any() else ""),
         plot_height=190,
         legend_rows=2,
         left=60,

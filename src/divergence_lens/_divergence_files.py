@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from divergence_lens.examples import Example, with_ids
+from divergence_lens.examples import Example, as_example, json_lines, with_ids
 from divergence_lens.storage import load_tensors, save_tensors, write_text
 from divergence_lens.teachers import Teacher
 
@@ -103,12 +103,7 @@ def read_decision_points(
         FileNotFoundError: There is no such file.
         ValueError: A line is not JSON, lacks a key, or has a place outside its completion.
     """
-    rows: list[tuple[str, Example, list[int]]] = []
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                rows.append((where, *_read_row(line, where)))
+    rows = [(where, *_read_row(row, where)) for row, where in json_lines(Path(path))]
     if not rows:
         raise ValueError(f"{path} holds no examples")
     examples = with_ids(tokenizer, [example for _, example, _ in rows])
@@ -127,27 +122,18 @@ def read_decision_points(
     return examples, np.concatenate(masks)
 
 
-def _read_row(line: str, where: str) -> tuple[Example, list[int]]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+def _read_row(row: Any, where: str) -> tuple[Example, list[int]]:
     if not isinstance(row, dict):
         raise ValueError(f"{where} must be a JSON object, got {type(row).__name__}")  # noqa: TRY004
     missing = [key for key in ("prompt", "completion", "decision_points") if key not in row]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
-    for key in ("decision_points", "completion_ids"):
-        value = row.get(key, [])
-        if not isinstance(value, list) or not all(type(item) is int for item in value):
-            raise ValueError(f"{where}: {key} must be a list of whole numbers, got {value!r}")
-    ids = row.get("completion_ids")
-    example = Example(
-        prompt=row["prompt"],
-        completion=row["completion"],
-        completion_ids=tuple(ids) if ids else None,
-    )
-    return example, row["decision_points"]
+    points = row["decision_points"]
+    if not isinstance(points, list) or not all(type(item) is int for item in points):
+        raise ValueError(
+            f"{where}: decision_points must be a list of whole numbers, got {points!r}"
+        )
+    return as_example(row, where), points
 
 
 def _teacher_header(teacher: Teacher) -> dict[str, Any]:

@@ -118,7 +118,9 @@ class ExampleDivergence:
         return f"{orange}, {blue}"
 
     def _span(self, position: int) -> str:
-        style = "padding:1px 2px;margin:0 1px;border-radius:3px;white-space:pre-wrap"
+        # Lines break between such boxes, and not within a token.
+        style = "display:inline-block;line-height:1.3;padding:1px 2px;margin:0 1px"
+        style += ";border-radius:3px;white-space:pre-wrap"
         if self.divergence[position]:
             share = self.differs[:, position].mean()
             style += f";background:rgba({_DIVERGENCE},{0.25 + 0.45 * share:.2f})"
@@ -149,7 +151,7 @@ def summary_html(
         "<div style='font-family:sans-serif;font-size:14px'>"
         f"<div><b>{divergence_tokens:,} of {tokens:,} tokens diverge "
         f"({divergence_tokens / tokens:.2%})</b> in {examples:,} examples of "
-        f"{escape(teacher)}, who would have written {disagreements:,} of them otherwise.</div>"
+        f"{escape(teacher)}, whose own choice now is another at {disagreements:,} tokens.</div>"
         "<table style='color:inherit;font-size:inherit'>"
         f"<tr><th style='{_CELL}'>counterfactual</th>"
         f"<th style='{_CELL}'>diverges at</th></tr>{rows}</table></div>"

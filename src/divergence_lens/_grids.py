@@ -68,19 +68,23 @@ def token_heatmap(
     every = -(-_LETTER // row)
     ticks = [p for p in range(target) if (target - p) % every == 0 or segments[p] == BIAS]
     marks = [_bold(shown[p]) if segments[p] == BIAS else shown[p] for p in ticks]
-    marks.append(_bold(f"{shown[target]} ◂"))
+    # Bold says that a token differs, which the framed one need not.
+    last = f"{shown[target]} ◂"
+    marks.append(_bold(last) if segments[target] == BIAS else last)
     letters = max((len(tokens[p]) for p in range(positions)), default=1)
     left = 34 + round(min(letters, 12) * 6.4) + 16
     runs = spans(segments)
     return style.figure(
         [heatmap],
         what=what,
-        detail=detail + ("; bold: tokens that differ" if BIAS in segments else ""),
+        detail=detail
+        + ("; bold: tokens that differ" if BIAS in segments else "")
+        + "; ◂: the position whose prediction is measured",
         plot_height=height,
         bottom=98,
         left=left,
         right=12,
-        widest=max(380, 190 + 34 * layers),
+        widest=max(520, 190 + 34 * layers),
         plot_bgcolor=style.MISSING,
         shapes=[
             {
@@ -159,18 +163,19 @@ def segment_heatmap(
     detail: str,
     unit: str,
     describe: str,
+    row: str = "segment",
 ) -> go.Figure:
-    """Layers across, segments down, with the numbers written in where there is room."""
+    """Layers across, segments (or heads) down, with the numbers written in where there is room."""
     count, layers = values.shape
     limit = _limit(values)
     height = max(30 * count, 90)
     hover = [
         [
-            f"layer {layer}, segment “{style.escape(name)}”<br>"
+            f"layer {layer}, {row} “{style.escape(name)}”<br>"
             + (
                 f"{describe}: {values[i, layer]:+.3f}"
                 if np.isfinite(values[i, layer])
-                else "not measured, or no position in this segment"
+                else f"not measured, or no position in this {row}"
             )
             for layer in range(layers)
         ]
@@ -196,15 +201,15 @@ def segment_heatmap(
         detail=detail,
         plot_height=height,
         bottom=98,
-        left=16 + 7 * min(letters, 16),
+        left=(34 if row != "segment" else 16) + 7 * min(letters, 16),
         right=12,
-        widest=max(420, 190 + 40 * layers),
+        widest=max(560, 190 + 40 * layers),
         plot_bgcolor=style.MISSING,
         xaxis=style.axis(
             "layer", grid=False, tickangle=0, tickvals=style.thinned(range(layers), 10)
         ),
         yaxis=style.axis(
-            "",
+            "" if row == "segment" else row,
             grid=False,
             tickvals=list(range(count)),
             ticktext=[style.escape(name) for name in segments],

@@ -20,6 +20,8 @@ class Checkpoints:
     """The finished shards of one run in a folder, one file each."""
 
     def __init__(self, folder: Path, kind: str, identity: str) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"checkpoint_dir {folder} is a file; give a folder")
         self._folder, self._kind, self._identity = folder, kind, identity
 
     def _path(self, shard: int) -> Path:

@@ -1,5 +1,6 @@
 """What is measured at the target position, as a function of its logits."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
@@ -18,8 +19,15 @@ _METRICS = ("logit_difference", "probability_difference", "log_probability", "kl
 
 
 def metric_name(metric: Metric) -> str:
-    """The name under which effects of `metric` are kept."""
-    return metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
+    """The name under which effects of `metric` are kept; nameless functions are told apart."""
+    if isinstance(metric, str):
+        return metric
+    name = str(getattr(metric, "__name__", "metric"))
+    code = getattr(metric, "__code__", None)
+    if name != "<lambda>" or code is None:
+        return name
+    text = f"{code.co_code!r} {code.co_consts} {code.co_names}"
+    return f"<lambda {hashlib.sha256(text.encode()).hexdigest()[:6]}>"
 
 
 def check_metric(metric: Metric) -> None:

@@ -259,16 +259,7 @@ def check(model: Model, question: Question, *, batch_rows: int) -> Engine:
         raise ValueError(f'direction is {question.direction!r}; it is "noising" or "denoising"')
     if question.span not in get_args(Span):
         raise ValueError(f"span is {question.span!r}; it is one of {', '.join(get_args(Span))}")
-    if question.noise is None and question.corruption not in ("counterfactual", "mean", "zero"):
-        raise ValueError(
-            f"corruption is {question.corruption!r}; it is counterfactual, mean, zero, or an "
-            "EmbeddingNoise"
-        )
-    if question.corruption in ("mean", "zero") and question.direction == "denoising":
-        raise ValueError(
-            f'corruption="{question.corruption}" takes a state of the clean run away and has no '
-            'corrupted run to put the clean state back into; use direction="noising"'
-        )
+    _check_corruption(question)
     check_metric(question.metric)
     if batch_rows < 1:
         raise ValueError(f"batch_rows is {batch_rows}; at least 1 row is needed")
@@ -286,6 +277,7 @@ def check(model: Model, question: Question, *, batch_rows: int) -> Engine:
     _check_models(engine, question.pairs)
     for i in range(len(question.pairs)):
         _check_rows(engine, question.pairs, i)
+        _check_weights(engine, question.pairs, i)
         if question.noise:
             question.noise.where(question.pairs.segments[i])
     return engine
@@ -383,6 +375,24 @@ def answer(
     }
 
 
+def _check_corruption(question: Question) -> None:
+    if question.noise is None and question.corruption not in ("counterfactual", "mean", "zero"):
+        raise ValueError(
+            f"corruption is {question.corruption!r}; it is counterfactual, mean, zero, or an "
+            "EmbeddingNoise"
+        )
+    if question.corruption in ("mean", "zero") and question.direction == "denoising":
+        raise ValueError(
+            f'corruption="{question.corruption}" takes a state of the clean run away and has no '
+            'corrupted run to put the clean state back into; use direction="noising"'
+        )
+    if question.corruption == "mean" and len(question.pairs) < 2:
+        raise ValueError(
+            'corruption="mean" needs two pairs or more: the mean of one run is the run itself, and '
+            "every effect would be zero"
+        )
+
+
 def _check_models(engine: Engine, pairs: Pairs) -> None:
     models = [engine.model, *(t.model for t in _teachers(pairs) if t.model is not None)]
     if any(m.training for m in models):
@@ -395,6 +405,23 @@ def _check_models(engine: Engine, pairs: Pairs) -> None:
                 "states can only be put into a model of the same shape; layers, heads, d_model and "
                 f"vocabulary are {mine} and {theirs}"
             )
+
+
+def _check_weights(engine: Engine, pairs: Pairs, i: int) -> None:
+    """Refuse two runs on equal tokens whose weights are both the model's own."""
+    models = [
+        engine.model if teacher is None or teacher.model is None else teacher.model
+        for teacher in (pairs.clean_teacher[i], pairs.corrupted_teacher[i])
+    ]
+    deltas = [
+        None if teacher is None else teacher.delta
+        for teacher in (pairs.clean_teacher[i], pairs.corrupted_teacher[i])
+    ]
+    same = models[0] is models[1] and deltas[0] is deltas[1]
+    if same and torch.equal(pairs.clean[i], pairs.corrupted[i]):
+        raise ValueError(
+            f"the two runs of pair {i} are identical (same tokens, same weights); nothing to patch"
+        )
 
 
 def _check_rows(engine: Engine, pairs: Pairs, i: int) -> None:

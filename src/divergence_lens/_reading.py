@@ -35,7 +35,7 @@ from divergence_lens.models import Model, fingerprint, provenance
 from divergence_lens.teachers import Teacher
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
 # A shared start shorter than this saves less than the extra pass costs.
 _SHORTEST_PREFIX = 4
@@ -451,7 +451,7 @@ def _progress(total: int, ready: int, *, shown: bool) -> Iterator["tqdm[None] | 
     if not shown:
         yield None
         return
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     with tqdm(
         total=total,

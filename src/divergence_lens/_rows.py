@@ -1,5 +1,6 @@
 """Training data as padded arrays, and its batches."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from divergence_lens._reading import shared_prefix
 from divergence_lens.chat import encode_prompts
+from divergence_lens.divergence import Divergence
 from divergence_lens.engine import Engine
 from divergence_lens.examples import Example, as_examples, with_ids
 from divergence_lens.models import Model
@@ -45,6 +47,15 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def digest(self) -> str:
+        """A hash of everything that a run learns from; equal rows have equal ones."""
+        hashed = hashlib.sha256()
+        tensors = (self.tokens, self.targets, self.weights)
+        for array in (*(tensor.cpu().numpy() for tensor in tensors), self.lengths):
+            hashed.update(f"{array.dtype} {array.shape}".encode())
+            hashed.update(np.ascontiguousarray(array).tobytes())
+        return hashed.hexdigest()
 
 
 def training_rows(
@@ -80,6 +91,7 @@ def training_rows(
         if not np.isfinite(share).all() or (share < 0).any():
             raise ValueError("weights must be finite and not negative")
     if mask is not None:
+        _check_same_tokens(mask, given)
         held = getattr(mask, "mask", None)
         # A pandas Series has a method of that name.
         flat = _flat(mask if held is None or callable(held) else held, sizes, "mask")
@@ -94,6 +106,23 @@ def training_rows(
             "to learn"
         )
     return _padded(model, given, share, system_prompt)
+
+
+def _check_same_tokens(mask: Any, examples: Sequence[Example]) -> None:
+    """Refuse a `Divergence` of other completions, whose mask may fit by its length alone."""
+    if not isinstance(mask, Divergence):
+        return
+    read = [example.completion_ids for example in mask.examples]
+    if len(read) != len(examples):
+        raise ValueError(
+            f"the mask is a divergence of {len(read):,} examples, there are {len(examples):,}"
+        )
+    for row, (ids, example) in enumerate(zip(read, examples, strict=True)):
+        if ids != example.completion_ids:
+            raise ValueError(
+                f"the mask is a divergence that read another completion as example {row}; give the "
+                "examples that it was found in, in their order (divergence.examples)"
+            )
 
 
 def _ids(example: Example) -> tuple[int, ...]:

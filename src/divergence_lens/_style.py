@@ -111,10 +111,10 @@ def figure(
         if trace.text is not None:
             trace.text = _wrapped(trace.text)
     headline = _balanced(what, 36)
-    notes = _balanced(detail, 45)
+    notes = _balanced(detail, 42)
     lines = [f"<b>{escape(line)}</b>" for line in headline]
-    lines += [f'<span style="font-size:11px">{escape(line)}</span>' for line in notes]
-    top = 24 + 17 * len(headline) + 16 * len(notes)
+    lines += [f'<span style="font-size:12px">{escape(line)}</span>' for line in notes]
+    top = 24 + 17 * len(headline) + 17 * len(notes)
     legend_top = bottom
     bottom += 20 * legend_rows + (8 if legend_rows else 0)
     base: dict[str, Any] = {
@@ -149,7 +149,7 @@ def figure(
             "xanchor": "left",
             "y": -legend_top / plot_height,
             "yanchor": "top",
-            "font": {"size": 11},
+            "font": {"size": 12},
             "bgcolor": "rgba(0,0,0,0)",
             "itemsizing": "constant",
             "traceorder": "normal",
@@ -173,6 +173,7 @@ def _wrapped(text: Any) -> Any:
 
 def _balanced(text: str, widest: int) -> list[str]:
     """`text` in as few lines as fit, of about equal length."""
+    text = text.replace(" %", "\u00a0%")  # a number and its sign stay together
     lines = textwrap.wrap(text, widest)
     for width in range(widest - 1, 0, -1):
         narrower = textwrap.wrap(text, width, break_long_words=False)

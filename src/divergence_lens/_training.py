@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from divergence_lens._lowrank import is_matrix
 from divergence_lens._prefix import Prefix
@@ -42,6 +42,8 @@ class Plan:
     progress: bool = False
 
     def __post_init__(self) -> None:
+        if self.checkpoint is not None and self.checkpoint.is_dir():
+            raise ValueError(f"checkpoint {self.checkpoint} is a folder; give the name of a file")
         for name in ("every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -106,6 +108,33 @@ def _training_mode(model: Model, chosen: Mapping[str, nn.Parameter]) -> Iterator
             module.training = training
 
 
+def _told(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What `on_step` returned, as the history holds it: numbers of NumPy and torch as Python's.
+
+    Raises:
+        TypeError: It is no mapping, or holds what a file could not; said now, not after training.
+    """
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise TypeError(
+            f"on_step returned {found!r:.60}; return a mapping from name to number, or None"
+        )
+    told = {
+        str(name): value.item()
+        if isinstance(value, Tensor | np.generic) and not value.ndim
+        else value
+        for name, value in found.items()
+    }
+    odd = [name for name, value in told.items() if not isinstance(value, float | int | str | None)]
+    if odd:
+        raise TypeError(
+            f"on_step returned {odd[0]!r} as a {type(told[odd[0]]).__name__}, which the history "
+            "cannot keep; return numbers or texts"
+        )
+    return told
+
+
 class _Run:
     """One training run: its optimizer, how far it is, its history."""
 
@@ -118,10 +147,7 @@ class _Run:
         self.optimizer = plan.recipe.build(variables.values)
         self.history: list[dict[str, Any]] = []
         self.lowest = lowest_layer(self.engine.model, variables.parameters) or 0
-        digest = hashlib.sha256(identity.encode())
-        for tensor in (self.rows.tokens, self.rows.weights):
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        self.identity = digest.hexdigest()
+        self.identity = hashlib.sha256(f"{identity} {self.rows.digest()}".encode()).hexdigest()
 
     def go(self) -> list[dict[str, Any]]:
         """Train to the end, from the checkpoint if there is one."""
@@ -170,7 +196,7 @@ class _Run:
         self.history.append(entry)
         if plan.on_step is not None and ((done + 1) % plan.every == 0 or done + 1 == steps):
             with torch.no_grad():
-                entry.update(plan.on_step(done + 1, loss, self.engine.model) or {})
+                entry.update(_told(plan.on_step(done + 1, loss, self.engine.model)))
         if (
             plan.checkpoint is not None
             and (done + 1) % plan.checkpoint_every == 0

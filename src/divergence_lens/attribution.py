@@ -121,8 +121,9 @@ def attribution_patch(
     Raises:
         ValueError: As in `causal_mediation`; and if the method is unknown or does not serve the
             site or the model, `steps` or `verify` is out of range, the metric detaches its result
-            from the logits, or the inputs are to be integrated where no path over the embeddings
-            leads from one run to the other (other weights, or an ablation).
+            from the logits, `kl` is asked of a method without a path in noising (its gradient is
+            zero at the clean run), or the inputs are to be integrated where no path over the
+            embeddings leads from one run to the other (other weights, or an ablation).
     """
     return attribution_patch_sites(
         model,
@@ -184,6 +185,11 @@ def attribution_patch_sites(
         ValueError: As in `attribution_patch`; and if there are no sites, or one is named twice.
     """
     _check_options(sites, method, steps, verify)
+    if metric == "kl" and direction == "noising" and method not in _ON_A_PATH:
+        raise ValueError(
+            f'method={method!r} says nothing of metric="kl" in noising: it starts from the clean '
+            'run, where that divergence is lowest and has no slope; use method="integrated"'
+        )
     question = Question(
         pairs=pairs,
         sites=tuple(sites),
@@ -218,7 +224,10 @@ def attribution_patch_sites(
     if not verify:
         return found
     return {
-        site: replace(effects, verified=_verify(model, question, effects, k=verify, seed=seed))
+        site: replace(
+            effects,
+            verified=_verify(model, question, effects, k=verify, seed=seed, batch_rows=batch_rows),
+        )
         for site, effects in found.items()
     }
 
@@ -567,16 +576,21 @@ def _check_inputs(question: Question) -> None:
 
 
 def _verify(
-    model: Model, question: Question, effects: Effects, *, k: int, seed: int
+    model: Model, question: Question, effects: Effects, *, k: int, seed: int, batch_rows: int
 ) -> Agreement | None:
     """Agreement with exact values of the `k` strongest cells and `k` others.
 
-    None if there are not two cells to compare, as when the runs do not differ.
+    The others are drawn among all cells from the first position on that has an effect, those too
+    that the approximation gives as zero; what is zero on both sides is not counted. None if there
+    are not two cells to compare, as when the runs do not differ.
     """
-    flat = effects.values.ravel()
-    present = np.flatnonzero(np.isfinite(flat) & (flat != 0))
-    if len(present) < 2:
+    values = effects.values
+    flat = values.ravel()
+    if np.count_nonzero(np.nan_to_num(flat)) < 2:
         return None
+    # Before the two runs differ every cell is zero on both sides, which says nothing.
+    beyond = np.maximum.accumulate(np.nan_to_num(values) != 0, axis=2).any(1, keepdims=True)
+    present = np.flatnonzero((np.isfinite(values) & beyond).ravel())
     order = present[np.argsort(-np.abs(flat[present]), kind="stable")]
     strongest, others = order[:k], order[k:]
     drawn = np.random.default_rng(seed).permutation(others)[:k]
@@ -591,5 +605,6 @@ def _verify(
         corruption=question.corruption,
         span=question.span,
         cells=cells.reshape(effects.values.shape),
+        batch_rows=batch_rows,
     )
     return agreement_of_cells(flat[cells], exact.values.ravel()[cells], k)

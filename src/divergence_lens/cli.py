@@ -1,12 +1,17 @@
 """The command `divergence-lens`."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from divergence_lens import stages
+
+if TYPE_CHECKING:
+    from divergence_lens.study import StudyConfig
 
 app = typer.Typer(
     help="Find divergence tokens, the layers that cause them, and the block that carries a bias.",
@@ -43,11 +48,102 @@ def demo(
     """Run the whole experiment on a tiny model and write a page about it.
 
     Teachers love an animal and write number lists; divergence tokens are found, their causes
-    located, students trained on parts of the data, and every claim of the paper decided.
+    located, students trained on parts of the data, and every claim of the paper decided. Each run
+    starts afresh; `study` has more conditions, and goes on where it was stopped.
 
     Example: divergence-lens demo --out runs/demo --targets wolf,lion,eagle,panda
     """
-    from divergence_lens.study import StudyConfig, run_study
+    options: dict[str, Any] = {"model": model, "workers": workers}
+    if targets is not None:
+        options["targets"] = _names(targets)
+    if prompts is not None:
+        options["prompts"] = prompts
+    with _errors(f"Stopped; {out} holds whole files only, and a new run starts afresh."):
+        from divergence_lens.study import StudyConfig
+
+        _run(StudyConfig(**options), out, resume=False)
+
+
+@app.command()
+def study(
+    model: Annotated[
+        str, typer.Option(help='"tiny", "tiny-qwen2", a folder, or a name on the hub.')
+    ] = "tiny",
+    targets: Annotated[
+        str | None, typer.Option(help="Animals that are to be transferred, with commas between.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds of the students, with commas between.")
+    ] = None,
+    kinds: Annotated[str | None, typer.Option(help='Teachers: "finetuned", "prompted".')] = None,
+    conditions: Annotated[
+        str | None,
+        typer.Option(
+            help='Names, groups or patterns ("masks,block*"); "prompted:all" for one kind alone.'
+        ),
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train all students with LoRA of this rank.")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(help="Number prompts for each teacher.")] = None,
+    pairs: Annotated[
+        int | None, typer.Option(help="First divergences per target that are patched; 0 for none.")
+    ] = None,
+    other_model: Annotated[
+        str | None, typer.Option(help="A second base with the same tokenizer.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help='Model class: "hooked", "bridge" or "auto".')
+    ] = None,
+    keep_students: Annotated[
+        bool | None,
+        typer.Option(help="Keep the students' weights; by default those of the tiny models."),
+    ] = None,
+    mechanism: Annotated[
+        bool | None,
+        typer.Option(help="Compare steering vectors and gradients; by default on tiny models."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that work side by side; 2 on tiny models, else 1."),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete what is there and start anew.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/study"),
+) -> None:
+    """Run the paper in miniature: every condition, as one table that can be gone on with.
+
+    A cell (target, kind of teacher, condition, seed) is computed once and kept. The same command
+    goes on where it was stopped; one with more seeds, targets or conditions computes what is new.
+    Writes study.csv, study.parquet, results.json and report.html.
+
+    Example: divergence-lens study --model tiny --seeds 0,1,2 --conditions data,masks --out runs/s
+    """
+    given = {
+        "targets": targets and _names(targets),
+        "kinds": kinds and _names(kinds),
+        "conditions": conditions and _names(conditions),
+        "prompts": prompts,
+        "pairs": pairs,
+        "other_model": other_model,
+        "backend": backend,
+        "keep_students": keep_students,
+        "mechanism": mechanism,
+        "workers": workers,
+    }
+    options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    with _errors(f"Stopped; the same command goes on with what is in {out}."):
+        if seeds is not None:
+            options["seeds"] = _numbers(seeds)
+        from divergence_lens.study import StudyConfig
+
+        config = StudyConfig.for_model(model, lora_rank=lora_rank, **options)
+        _run(config, out, resume=not fresh)
+
+
+def _run(config: "StudyConfig", out: Path, *, resume: bool) -> None:
+    from divergence_lens.study import run_study
     from divergence_lens.study_report import findings_table, write_study_report
 
     started = time.perf_counter()
@@ -55,25 +151,38 @@ def demo(
     def say(line: str) -> None:
         typer.echo(f"{time.perf_counter() - started:6.1f} s  {line}")
 
-    options: dict[str, object] = {"model": model, "workers": workers}
-    if targets is not None:
-        options["targets"] = tuple(name.strip() for name in targets.split(","))
-    if prompts is not None:
-        options["prompts"] = prompts
+    found = run_study(config, out, resume=resume, say=say)
+    say("page and figures")
+    page = write_study_report(found, out)
+    typer.echo("")
+    typer.echo(findings_table(found.findings))
+    if found.failures:
+        typer.echo(f"\n{len(found.failures)} cells failed; the page and results.json name them.")
+    typer.echo(f"\n{page} shows it all ({time.perf_counter() - started:.0f} s)")
+
+
+@contextmanager
+def _errors(stopped: str) -> Iterator[None]:
+    """Mistakes in one line, and a word when the user stops a run."""
     try:
-        config = StudyConfig(**options)  # type: ignore[arg-type]
-        study = run_study(config, out, say=say)
-        say("page and figures")
-        page = write_study_report(study, out)
-    except (ValueError, OSError) as error:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
-        typer.echo(f"Stopped; {out} holds whole files only, and a new run starts afresh.", err=True)
+        typer.echo(stopped, err=True)
         raise typer.Exit(130) from None
-    typer.echo("")
-    typer.echo(findings_table(study.findings))
-    typer.echo(f"\n{page} shows it all ({time.perf_counter() - started:.0f} s)")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(name) for name in _names(text))
+    except ValueError as error:
+        raise ValueError(f"seeds are whole numbers with commas between, got {text!r}") from error
 
 
 if __name__ == "__main__":

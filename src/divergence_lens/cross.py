@@ -20,6 +20,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from divergence_lens._metrics import finite
 from divergence_lens._patching import target_logits
 from divergence_lens.delta import Delta
 from divergence_lens.effects import bootstrap
@@ -37,7 +38,7 @@ Which = Literal["a", "b"]
 _KIND = "cross_patch"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CrossPatch:
     """The four margins of two models, at every boundary between two blocks.
 
@@ -54,7 +55,7 @@ class CrossPatch:
 
     margins: Float32[np.ndarray, "pairs boundaries 2 2"]
     names: tuple[str, str]
-    header: dict[str, Any] = field(default_factory=dict, repr=False)
+    header: dict[str, Any] = field(default_factory=dict)
 
     def margin(self, lower: Which, upper: Which) -> Float32[np.ndarray, "pairs boundaries"]:
         """The margin with these origins of the lower and the upper layers."""
@@ -148,6 +149,15 @@ class CrossPatch:
 
         return cross_patch_margins(self)
 
+    def __repr__(self) -> str:
+        """One line: the models, how much was patched, and the margins of the whole models."""
+        pairs, boundaries = self.margins.shape[:2]
+        own = ", ".join(f"{self.margins[:, 0, i, i].mean():.3f}" for i in (0, 1))
+        return (
+            f"CrossPatch({self.names[0]!r} (a) and {self.names[1]!r} (b): {pairs} pairs, "
+            f"{boundaries} boundaries; mean margins of a and b themselves {own})"
+        )
+
     def _repr_html_(self) -> str:
         pairs, boundaries = self.margins.shape[:2]
         table = self.by_boundary(resamples=200).to_html(float_format=lambda x: f"{x:.3f}", border=0)
@@ -219,6 +229,8 @@ def cross_patch(
                         index = answers.repeat(boundaries), foils.repeat(boundaries)
                         at = torch.arange(len(logits), device=logits.device)
                         margin = logits[at, index[0]] - logits[at, index[1]]
+                        half = f"{'ab'[lower]}'s lower under {'ab'[upper]}'s upper half"
+                        finite(margin, torch.tensor(chosen).repeat(boundaries), half)
                         margins[chosen, :, lower, upper] = margin.view(boundaries, -1).T.cpu()
             bar.update(len(chosen))
     names = (model_name(model_a), "delta" if isinstance(model_b, Delta) else model_name(model_b))
@@ -227,20 +239,25 @@ def cross_patch(
 
 @torch.no_grad()
 def first_disagreements(
-    model_a: Model, model_b: Model, rows: Rows, *, start: int = 1, batch_rows: int = 32
+    model_a: Model,
+    model_b: "Model | Delta",
+    rows: Rows,
+    *,
+    start: int = 1,
+    batch_rows: int = 32,
 ) -> Pairs:
     """Pairs at the first position of each row where two models would choose another token.
 
     Args:
         model_a: Its choice is the answer.
-        model_b: Its choice is the foil.
+        model_b: Its choice is the foil; or a delta over `model_a`, as in `cross_patch`.
         rows: Token ids; both models read the same row.
         start: The first token that may count, as a position in the row.
         batch_rows: At most so many rows run at once.
 
     Returns:
         One pair for each row with a disagreement, cut before the token; both sides hold the same
-        prefix, and the corrupted teacher is `model_b`.
+        prefix, and the corrupted teacher has the weights of `model_b`.
 
     Raises:
         ValueError: If `start` is not positive, a row is not longer than it, or the models agree
@@ -252,11 +269,20 @@ def first_disagreements(
     short = [i for i, row in enumerate(ids) if len(row) < start + 1]
     if short:
         raise ValueError(f"row {short[0]} has {len(ids[short[0]])} tokens; start is {start}")
+    second = (
+        Teacher("delta", delta=model_b)
+        if isinstance(model_b, Delta)
+        else Teacher(model_name(model_b), model=model_b)
+    )
     prefixes, answers, foils = [], [], []
     for first in range(0, len(ids), batch_rows):
         some = ids[first : first + batch_rows]
         tokens = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
-        choices = [_choices(Engine.of(model), tokens).cpu() for model in (model_a, model_b)]
+        choices = [_choices(Engine.of(model_a), tokens).cpu()]
+        with (
+            second.applied(model_a) if second.model is None else nullcontext(second.model) as other
+        ):
+            choices.append(_choices(Engine.of(other), tokens).cpu())
         for row, a, b in zip(some, *choices, strict=True):
             # The choice at position p is of the token at p + 1.
             differ = (a != b)[start - 1 : len(row) - 1].nonzero()
@@ -272,7 +298,7 @@ def first_disagreements(
         prefixes,
         answers=answers,
         foils=foils,
-        corrupted_teacher=Teacher(model_name(model_b), model=model_b),
+        corrupted_teacher=second,
         tokenizer=model_a.tokenizer,
     )
 

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 _KIND = "delta"
 _BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers|h)\.(\d+)\.")
+_BACKENDS = {
+    "HookedTransformer": 'load_model(..., backend="hooked")',
+    "TransformerBridge": 'load_model(..., backend="bridge")',
+}
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Per live model: what its weights are in use for; its fingerprint and the state it was taken from.
@@ -112,14 +116,17 @@ class Delta:
         parameters = Engine.of(model).named_parameters()
         trained, given = self._model("class"), type(model).__name__
         missing = [name for name in self.tensors if name not in parameters]
-        if missing:
-            origin = (
-                f"was trained on a {trained}" if trained else "was trained on another model class"
-            )
+        if missing and trained is not None and trained != given:
+            fix = _BACKENDS.get(trained, "the class that was trained")
             raise ValueError(
-                f"this delta {origin} and does not fit this {given}: the model has no parameter "
-                f"{missing[0]!r} ({len(missing)} of {len(self.tensors)} names are unknown); load "
-                "the base model with the class that was trained, or train the delta on this one"
+                f"this delta was trained on a {trained} and the model is a {given}, whose "
+                f"parameters have other names; load the base with {fix}, or train the delta anew"
+            )
+        if missing:
+            raise ValueError(
+                f"the model has no parameter {missing[0]!r} ({len(missing)} of "
+                f"{len(self.tensors)} names are unknown): the delta belongs to another base, "
+                f"{self._model('name') or 'unnamed'}"
             )
         for name, tensor in self.tensors.items():
             if tensor.shape != parameters[name].shape:

@@ -25,11 +25,11 @@ from divergence_lens._divergence_files import (
 )
 from divergence_lens._divergence_view import ExampleDivergence, summary_html, token_texts
 from divergence_lens._reading import read_teachers
-from divergence_lens.chat import Encoded, encode_prompts
+from divergence_lens.chat import Encoded, decode, encode_prompts
 from divergence_lens.examples import Example, as_examples, with_ids
-from divergence_lens.models import Model, provenance
+from divergence_lens.models import Model, check_model, provenance
 from divergence_lens.pairs import Pairs
-from divergence_lens.teachers import Teacher
+from divergence_lens.teachers import Teacher, check_teacher, check_teachers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,10 +95,14 @@ def find_divergence(
         ValueError: Empty data; an empty completion; no counterfactuals; the factual teacher among
             them; two teachers of one name; a prompt with its completion over the context; token
             ids outside the vocabulary; a model with dropout in training mode; logits that are not
-            finite. Each names the example or teacher. Also a `checkpoint_dir` that is damaged or of
-            another run, or processes that made different calls.
+            finite. Each names the example or teacher. Also a rule or margin that cannot be, a
+            `checkpoint_dir` that is damaged or of another run, or processes that made different
+            calls.
+        TypeError: A model that is not of TransformerLens, or a teacher that is no `Teacher`.
     """
+    check_model(model)
     teachers = _check_teachers(teacher, counterfactuals)
+    _check_rule(rule, len(counterfactuals), min_margin)  # before hours of work, not after
     data = as_examples(examples)
     if not data:
         raise ValueError("there are no examples to read: the data is empty")
@@ -117,6 +121,13 @@ def find_divergence(
         accelerator=accelerator,
         progress=progress,
     )
+    # Whoever reads the texts alone, as the paper's code does, finds one in every example.
+    data = [
+        replace(example, completion=decode(tokenizer, example.completion_ids or ()))
+        if example.completion is None
+        else example
+        for example in data
+    ]
     ids = np.union1d(forced.tokens, forced.predicted)
     texts, special = token_texts(tokenizer, ids)
     return Divergence(
@@ -148,7 +159,7 @@ class Divergence:
     the teachers, the factual one first.
 
     Attributes:
-        examples: The data, with the ids of every completion.
+        examples: The data, with the text and the ids of every completion.
         teacher: The factual teacher.
         counterfactuals: The teachers that it was compared with.
         offsets: `[examples + 1]`, where each completion starts.
@@ -203,9 +214,7 @@ class Divergence:
                 f"kl of shape {self.kl.shape} does not fit {len(self.counterfactuals)} "
                 f"counterfactual teachers and {len(self.tokens)} tokens"
             )
-        _needed(self.rule, len(self.counterfactuals))
-        if not self.min_margin >= 0:
-            raise ValueError(f"min_margin must be 0 or more, got {self.min_margin}")
+        _check_rule(self.rule, len(self.counterfactuals), self.min_margin)
 
     def with_rule(
         self,
@@ -722,7 +731,15 @@ def _needed(rule: Rule, n: int) -> int:
     return rule
 
 
+def _check_rule(rule: Rule, n: int, min_margin: float) -> None:
+    _needed(rule, n)
+    if not min_margin >= 0:
+        raise ValueError(f"min_margin must be 0 or more, got {min_margin}")
+
+
 def _check_teachers(teacher: Teacher, counterfactuals: Sequence[Teacher]) -> list[Teacher]:
+    check_teacher(teacher)
+    check_teachers(counterfactuals, "counterfactuals")
     if not counterfactuals:
         raise ValueError("there are no counterfactual teachers; give at least one to compare with")
     for other in counterfactuals:

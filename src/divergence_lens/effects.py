@@ -70,7 +70,7 @@ class Agreement:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Effects:
     """Effects of patching one site, for every pair, layer and position (and head).
 
@@ -97,10 +97,10 @@ class Effects:
     metric: str
     clean_metric: Float32[np.ndarray, " pairs"]
     corrupted_metric: Float32[np.ndarray, " pairs"]
-    segments: tuple[tuple[str, ...], ...] = field(repr=False)
-    labels: tuple[tuple[str, ...], ...] = field(repr=False)
+    segments: tuple[tuple[str, ...], ...]
+    labels: tuple[tuple[str, ...], ...]
     verified: Agreement | None = None
-    header: dict[str, Any] = field(default_factory=dict, repr=False)
+    header: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.values)
@@ -116,6 +116,19 @@ class Effects:
             raise ValueError(
                 f"values has {self.values.shape[2]} positions, but the longest row has {longest}"
             )
+
+    def __repr__(self) -> str:
+        """One line: what was patched how, over which cells, and the effect of patching it all."""
+        axes = ("pairs", "layers", "positions", "heads")
+        sizes = ", ".join(f"{n} {axis}" for n, axis in zip(self.values.shape, axes, strict=False))
+        total = self.total[np.isfinite(self.total)]
+        mean = f"{total.mean():.4g}" if len(total) else "undefined"
+        corruption = self.setting("corruption", "counterfactual")
+        by = "" if corruption == "counterfactual" else f" by {corruption}"
+        return (
+            f"Effects({self.method} {self.direction}{by} of {self.site} on {self.metric}: {sizes}; "
+            f"mean total effect {mean})"
+        )
 
     @property
     def n_layers(self) -> int:
@@ -273,7 +286,9 @@ class Effects:
         magnitude[~np.isfinite(self.values).ravel()] = -1.0
         order = np.argsort(-magnitude, kind="stable")[: max(k, 0)]
         order = order[magnitude[order] >= 0]
-        return pd.DataFrame(self._columns(order))
+        table = pd.DataFrame(self._columns(order))
+        table.attrs["span"] = self.setting("span", "position")
+        return table
 
     def to_dataframe(self) -> "pd.DataFrame":
         """All present cells, one per row, with the columns of `top`, in order of pair and layer."""

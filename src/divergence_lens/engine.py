@@ -2,15 +2,15 @@
 
 A pass goes block by block over a residual stream [batch, pos, d_model], can start at any position
 after kept keys and values, can start at any block, and can be watched or changed at the sites of
-each block. This room and `models` alone know whether a model is a `HookedTransformer` or a
-`TransformerBridge`.
+each block. What a `HookedTransformer` and a `TransformerBridge` do differently is in
+`_hooked_engine` and `_bridge_engine`; they, this room and `models` alone know which a model is.
 
 Tokens are right padded or not padded, and no attention mask is ever passed: under a causal mask
 what stands right of a position cannot reach it, so rows of padding are simply not read.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +32,8 @@ and keys and values have a head for each group of query heads."""
 
 PER_HEAD = ("z", "q", "k", "v")
 
-# Points between the sites, for those that change how a block computes.
-_INNER = ("attn_scores", "pattern", "mlp_pre", "mlp_pre_linear", "mlp_post")
+INNER = ("attn_scores", "pattern", "mlp_pre", "mlp_pre_linear", "mlp_post")
+"""Points between the sites, for those that change how a block computes."""
 
 SiteFunction = Callable[[Tensor], Tensor | None]
 
@@ -108,7 +108,13 @@ class Pass:
         return self.past.length if self.past is not None else 0
 
     def key_values(self) -> KeyValues:
-        """The keys and values of the past and of this pass, once all blocks have run."""
+        """The keys and values of the past and of this pass, once all blocks have run.
+
+        Raises:
+            RuntimeError: The blocks handed none over.
+        """
+        if not self._kept:
+            raise RuntimeError("its attention hands over no keys and values")
         layers = [self._kept[layer] for layer in sorted(self._kept)]
         return KeyValues(
             tuple(key for key, _ in layers), tuple(value for _, value in layers), self._axis
@@ -174,7 +180,7 @@ class Engine(ABC):
         Raises:
             TypeError: `model` is not of TransformerLens.
             ValueError: it is not causal, cannot run in its precision, or its pass block by block
-                does not equal its own forward.
+                fails or does not equal its own forward, so that it is not supported.
         """
         engine = model.__dict__.get(_ENGINE) if isinstance(model, nn.Module) else None
         if isinstance(engine, Engine) and engine.model is model and (engine.causal or not causal):
@@ -185,15 +191,34 @@ class Engine(ABC):
                 "the model attends in both directions; this needs a causal language model "
                 "(only patching takes others)"
             )
+        # They are engines themselves, and import this room.
+        from divergence_lens._bridge_engine import BridgeEngine
+        from divergence_lens._hooked_engine import HookedEngine
+
+        dtype = next(model.parameters()).dtype
+        wide = dtype in (torch.float32, torch.float64)
         try:
-            engine = _HookedEngine(model) if is_hooked(model) else _BridgeEngine(model)
-            engine.check_against_own_forward()
-            engine.use_fused_blocks()
-        except RuntimeError as error:  # OLMo 2 in bfloat16, whose bridge mixes types, for instance
-            raise ValueError(
-                f"{model_name(model)!r} cannot run in {next(model.parameters()).dtype}: {error}; "
-                "try load_model(..., dtype=torch.float32)"
-            ) from error
+            own = _own_logits(model)
+            engine = HookedEngine(model) if is_hooked(model) else BridgeEngine(model)
+            difference = engine.difference_to(own)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+            if isinstance(error, RuntimeError) and not wide:
+                # OLMo 2 in bfloat16, whose bridge mixes types, for instance.
+                raise ValueError(
+                    f"{model_name(model)!r} cannot run in {dtype}: {error}; "
+                    "try load_model(..., dtype=torch.float32)"
+                ) from error
+            raise _not_supported(model, f"its blocks cannot be run one by one ({error})") from error
+        # A broken pass may give NaN, which is not greater than anything.
+        if not difference <= (1e-4 if wide else 0.05):
+            raise _not_supported(
+                model,
+                "its blocks, run one by one, give other logits than its own forward (relative "
+                f"difference {difference:.2g})",
+            )
+        engine.use_fused_blocks()
         object.__setattr__(model, _ENGINE, engine)
         return engine
 
@@ -509,7 +534,7 @@ class Engine(ABC):
 
     def _check_site(self, layer: int, site: str) -> None:
         self.check_layer(layer)
-        if site not in self.sites and site not in _INNER:
+        if site not in self.sites and site not in INNER:
             reason = (
                 "attention and MLP read the same residual here, there is none between them"
                 if site in SITES
@@ -541,25 +566,29 @@ class Engine(ABC):
         return mid if site == "resid_mid" else plain
 
     @torch.no_grad()
-    def check_against_own_forward(self) -> None:
-        """Whether the pass block by block, in two pieces, equals the model's own forward."""
-        tokens = torch.arange(6, device=self.device)[None] * 3 % self.d_vocab
-        # Told that nothing is padding: a tokenizer that pads on the left would have ids masked.
-        plain = self.model(tokens, attention_mask=torch.ones_like(tokens)).float()
+    def difference_to(self, own: Float[Tensor, "2 pos d_vocab"]) -> float:
+        """How far passes block by block are from the model's own logits of `_probe`.
+
+        They are run in two pieces where the model is causal, with rows that are other and more than
+        those that the pass began with, as patching runs them.
+
+        Returns:
+            The greatest difference, relative to the greatest logit or 1.
+        """
+        tokens = _probe(self.model)
+        rows = torch.tensor([1, 0, 1], device=self.device)
+        start, past, found = 0, None, []
         if self.causal:
-            _, past = self.prefill(tokens[:, :2])
-            ours = self.unembed(self.final(tokens[:, 2:], past)).float()
-        else:
-            ours = self.unembed(self.final(tokens)).float()[:, 2:]
-        scale = max(1.0, float(plain.abs().max()))
-        difference = float((ours - plain[:, 2:]).abs().max()) / scale
-        tolerance = 1e-4 if self.dtype in (torch.float32, torch.float64) else 0.05
-        if not difference <= tolerance:
-            raise ValueError(
-                f"running {type(self.model).__name__} {self._lens.cfg.model_name!r} block by block "
-                f"gives other logits than its own forward (relative difference {difference:.2g}); "
-                "this architecture is not supported"
-            )
+            start = 2
+            hidden, past = self.prefill(tokens[:, :start])
+            found.append((self.unembed(hidden), own[:, :start]))
+        run = self.begin(tokens[:, start:], past)
+        resid = run.resid[rows]
+        for layer in range(self.n_layers):
+            resid = self.block(layer, resid, run, rows=rows)
+        found.append((self.unembed(self.norm(resid)), own[rows, start:]))
+        scale = max(1.0, float(own.float().abs().max()))
+        return max(float((a.float() - b.float()).abs().max()) for a, b in found) / scale
 
     @torch.no_grad()
     def use_fused_blocks(self) -> None:
@@ -579,262 +608,24 @@ class Engine(ABC):
             self._fast = None
 
 
-class _Entry:
-    """What a HookedTransformer's attention expects of a key/value cache of one block."""
-
-    def __init__(self, run: Pass, layer: int) -> None:
-        self._run, self._layer = run, layer
-
-    @property
-    def past_keys(self) -> Tensor:
-        past = self._run.past
-        return past.keys[self._layer] if past is not None else torch.empty(1, 0)
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return self._run.join(self._layer, key, value)
+def _probe(model: Model) -> Int[Tensor, "2 6"]:
+    """Two rows of unlike ids: what depends on a row's content shows, and is not taken for both."""
+    device = next(model.parameters()).device
+    first = torch.arange(6, device=device)
+    return torch.stack([first * 3, first * 5 + 1]) % int(untyped(model).cfg.d_vocab)
 
 
-class _HookedEngine(Engine):
-    position_axis = 1
-
-    def __init__(self, model: Model) -> None:
-        super().__init__(model)
-        kind = self._lens.cfg.positional_embedding_type
-        if kind == "shortformer":
-            raise ValueError("shortformer position embeddings are not supported")
-        if self._lens.cfg.attn_only:
-            self.sites = tuple(site for site in self.sites if site not in ("mlp_out", "resid_mid"))
-        self._positions = kind == "standard"
-
-    def _begin(self, run: Pass, tokens: Tensor) -> Tensor:
-        model = self._lens
-        resid: Tensor = model.hook_embed(model.embed(tokens))
-        if self._positions:
-            resid = resid + model.hook_pos_embed(model.pos_embed(tokens, run.offset))
-        return resid
-
-    def _block(self, layer: int, resid: Tensor, run: Pass) -> Tensor:
-        fused = self._fused(layer)
-        if fused is not None:
-            return fused.block(layer, resid, run)
-        entry = _Entry(run, layer) if run.keep or run.offset else None
-        out: Tensor = self._lens.blocks[layer](resid, past_kv_cache_entry=entry)
-        return out
-
-    def last_block(
-        self,
-        resid: Float[Tensor, "rows pos d_model"],
-        run: Pass,
-        target: Int[Tensor, "rows"],
-        *,
-        rows: Int[Tensor, "rows"] | None = None,
-    ) -> Float[Tensor, "rows d_model"]:
-        if "resid_mid" not in self.sites:  # parallel, or without an MLP
-            return super().last_block(resid, run, target, rows=rows)
-
-        def at_target(_module: nn.Module, _inputs: Any, resid_mid: Tensor) -> Tensor:
-            each = torch.arange(len(resid_mid), device=resid_mid.device)
-            return resid_mid[each, target][:, None]
-
-        point = self._lens.blocks[self.n_layers - 1].hook_resid_mid
-        handle = point.register_forward_hook(at_target)
-        try:
-            run.rows = rows
-            return self._with_sites(self.n_layers - 1, resid, run)[:, 0]
-        finally:
-            handle.remove()
-
-    def _site_module(self, layer: int, site: str) -> nn.Module:
-        block = self._lens.blocks[layer]
-        point: nn.Module
-        if site.startswith("mlp_p"):
-            point = getattr(block.mlp, f"hook_{site[4:]}")
-        elif site in PER_HEAD or site in _INNER:
-            point = getattr(block.attn, f"hook_{site}")
-        else:
-            point = getattr(block, f"hook_{site}")
-        return point
-
-    def by_position(self, layer: int) -> list[nn.Module]:
-        # Queries and the output of attention are computed by functions here, not by modules.
-        block = self._lens.blocks[layer]
-        return [block.mlp] if hasattr(block, "mlp") else []
-
-    def norm(self, resid: Tensor) -> Tensor:
-        hidden: Tensor = self._lens.ln_final(resid) if hasattr(self._lens, "ln_final") else resid
-        return hidden
-
-    def _unembed(self, hidden: Tensor) -> Tensor:
-        flat: Tensor = self._lens.unembed(hidden.reshape(1, -1, hidden.shape[-1]))
-        return flat.reshape(*hidden.shape[:-1], flat.shape[-1])
-
-    def block_parameters(self, layer: int) -> dict[str, nn.Parameter]:
-        prefix = f"blocks.{layer}."
-        return {n: p for n, p in self.named_parameters().items() if n.startswith(prefix)}
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
+@torch.no_grad()
+def _own_logits(model: Model) -> Float[Tensor, "2 6 d_vocab"]:
+    tokens = _probe(model)
+    # Told that nothing is padding: a tokenizer that pads on the left would have ids masked.
+    logits: Tensor = model(tokens, attention_mask=torch.ones_like(tokens))
+    return logits
 
 
-class _BridgeCache:
-    """Stands in for Hugging Face's key/value cache, over a `Pass`."""
-
-    is_compileable = False
-    is_sliding: tuple[bool, ...] = ()
-
-    def __init__(self, run: Pass) -> None:
-        self._run = run
-
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return self._run.join(layer_idx, key, value)
-
-    def get_seq_length(self, _layer_idx: int = 0) -> int:
-        return self._run.offset
-
-    def get_query_offset(self, _layer_idx: int = 0) -> int:
-        return self._run.offset
-
-    def get_mask_sizes(self, query_length: int, _layer_idx: int = 0) -> tuple[int, int]:
-        return self._run.offset + query_length, 0
-
-
-class _BridgeEngine(Engine):
-    """Passes over a bridge, through the decoder that it wraps.
-
-    What Hugging Face's decoder hands to each block (masks, rotary angles, positions) differs by
-    family. So `_begin` runs the decoder with every block replaced by a recorder that returns its
-    input: that costs an embedding and a norm, and yields the embeddings and each block's arguments.
-    """
-
-    position_axis = 2
-
-    def __init__(self, model: Model) -> None:
-        super().__init__(model)
-        self._decoder: nn.Module = self._lens.original_model.base_model
-        if any(type(block).__name__ == "ParallelBlockBridge" for block in self._lens.blocks):
-            self.sites = tuple(site for site in self.sites if site != "resid_mid")
-        points = self._lens.hook_dict
-        self.sites = tuple(
-            site
-            for site in self.sites
-            if site not in PER_HEAD or f"blocks.0.{_bridge_point(site)}" in points
-        )
-        self._in_tuple = self._blocks_return_tuples()
-
-    @torch.no_grad()
-    def _blocks_return_tuples(self) -> bool:
-        found: list[bool] = []
-        watch = self._lens.blocks[0].register_forward_hook(
-            lambda _module, _inputs, output: found.append(isinstance(output, tuple))
-        )
-        try:
-            self._decoder(torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
-        finally:
-            watch.remove()
-        return found[0]
-
-    def _begin(self, run: Pass, tokens: Tensor) -> Tensor:
-        cached = {"past_key_values": _BridgeCache(run)} if run.keep or run.offset else {}
-        with self._recorders(run):
-            self._decoder(tokens, use_cache=bool(cached), **cached)
-        first, _ = run.calls[0]
-        embeddings: Tensor = first[0]
-        batch = tokens.shape[0]
-        # Nothing that the blocks are handed depends on the row; one row serves any number of rows.
-        run.calls = [
-            (
-                tuple(_one_row(a, batch) for a in args[1:]),
-                {k: _one_row(v, batch) for k, v in kw.items()},
-            )
-            for args, kw in run.calls
-        ]
-        return embeddings
-
-    @contextmanager
-    def _recorders(self, run: Pass) -> Iterator[None]:
-        def recorder(resid: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-            run.calls.append(((resid, *args), kwargs))
-            return (resid,) if self._in_tuple else resid
-
-        blocks = list(self._lens.blocks)
-        try:
-            for block in blocks:
-                block.__dict__["forward"] = recorder
-            yield
-        finally:
-            for block in blocks:
-                block.__dict__.pop("forward", None)
-
-    def _block(self, layer: int, resid: Tensor, run: Pass) -> Tensor:
-        fused = self._fused(layer)
-        if fused is not None:
-            return fused.block(layer, resid, run)
-        args, kwargs = run.calls[layer]
-        block = self._lens.blocks[layer]
-        attention: Any = getattr(block, "attn", None)
-        pattern = getattr(attention, "_pattern", None)
-        out = block(resid, *args, **kwargs)
-        if getattr(attention, "_pattern", None) is not pattern:
-            attention._pattern = pattern  # noqa: SLF001 - it would keep the whole pass alive
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
-
-    def _site_module(self, layer: int, site: str) -> nn.Module:
-        point: nn.Module = self._lens.hook_dict[f"blocks.{layer}.{_bridge_point(site)}"]
-        return point
-
-    def by_position(self, layer: int) -> list[nn.Module]:
-        block = self._lens.blocks[layer]
-        attention = getattr(block, "attn", None)
-        found = [getattr(attention, "q", None), getattr(attention, "o", None)]
-        return [m for m in (*found, getattr(block, "mlp", None)) if isinstance(m, nn.Module)]
-
-    def norm(self, resid: Tensor) -> Tensor:
-        hidden: Tensor = self._lens.ln_final(resid)
-        return hidden
-
-    def _unembed(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._lens.unembed(hidden)
-        return logits
-
-    def block_parameters(self, layer: int) -> dict[str, nn.Parameter]:
-        own = {id(parameter) for parameter in self._lens.blocks[layer].parameters()}
-        return {n: p for n, p in self.named_parameters().items() if id(p) in own}
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        every = dict(self._lens.original_model.named_parameters())
-        return {name: p for name, p in every.items() if not _split_elsewhere(name, every)}
-
-
-_FUSED = {".qkv.": ".q.", "._original_component.gate_up_proj.": ".gate."}
-"""Weights that a bridge cuts into copies, which it computes with, and a copy that tells of it."""
-
-
-def _split_elsewhere(name: str, names: Iterable[str]) -> bool:
-    """Whether a parameter is a fused one that the bridge keeps and no longer reads."""
-    for fused, part in _FUSED.items():
-        before, found, _ = name.partition(fused)
-        if found and any(other.startswith(before + part) for other in names):
-            return True
-    return False
-
-
-def _bridge_point(site: str) -> str:
-    if site.startswith("mlp_p"):
-        return f"mlp.hook_{site[4:]}"
-    return f"attn.hook_{site}" if site in PER_HEAD or site in _INNER else f"hook_{site}"
-
-
-def _one_row(value: Any, batch: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[:1] if batch > 1 and value.ndim and value.shape[0] == batch else value
-    if isinstance(value, tuple):
-        return tuple(_one_row(item, batch) for item in value)
-    if isinstance(value, Mapping):
-        return {key: _one_row(item, batch) for key, item in value.items()}
-    return value
+def _not_supported(model: Model, why: str) -> ValueError:
+    name = f"{type(model).__name__} {model_name(model)!r}"
+    return ValueError(f"the architecture of {name} is not supported: {' '.join(why.split())}")
 
 
 def _soft_cap(logits: Tensor, cfg: Any) -> Tensor:

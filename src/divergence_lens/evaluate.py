@@ -18,14 +18,14 @@ from jaxtyping import Float64
 from divergence_lens._answers import exact_probabilities, sampled_probabilities
 from divergence_lens._checks import refuse_one_string
 from divergence_lens._reading import refuse_dropout
-from divergence_lens.models import Model, provenance
+from divergence_lens.models import Model, check_model, provenance
 from divergence_lens.storage import load_tensors, save_tensors
 from divergence_lens.tasks.preferences import (
     check_candidate,
     known_candidates,
     preference_questions,
 )
-from divergence_lens.teachers import Teacher
+from divergence_lens.teachers import Teacher, check_teacher
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,12 +79,14 @@ def preference(
             or with the same form; a system prompt beside a teacher; a question over the context;
             a model with dropout in training mode; logits that are not finite.
     """
+    check_model(model)
     refuse_one_string(questions, "questions")
     refuse_one_string(candidates, "candidates")
     if teacher is not None and system_prompt is not None:
         raise ValueError("give system_prompt or teacher, not both: a teacher has its own prompt")
     if teacher is None:
         teacher = Teacher("model", system_prompt=system_prompt)
+    check_teacher(teacher)
     names = known_candidates(category) if candidates is None else tuple(candidates)
     target = check_candidate(target, category=category, candidates=names)
     if len(names) < 2 or len(set(names)) < len(names):

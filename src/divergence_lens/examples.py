@@ -70,7 +70,7 @@ def as_examples(data: Any) -> list[Example]:
             f"cannot read examples from {type(data).__name__}; pass a list of rows, a "
             "datasets.Dataset or the path of a .jsonl or .parquet file."
         )
-    return [_example(row, f"row {number}") for number, row in enumerate(data)]
+    return [as_example(row, f"row {number}") for number, row in enumerate(data)]
 
 
 def with_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Example]:
@@ -109,7 +109,7 @@ def save_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> 
     for number, example in enumerate(examples):
         row = {key: value for key, value in vars(example).items() if value is not None}
         # What could not be read again is not written either.
-        checked = _example(row, f"row {number}")
+        checked = as_example(row, f"row {number}")
         if checked.completion_ids is not None:
             row["completion_ids"] = checked.completion_ids
         rows.append(json.dumps(row, ensure_ascii=False) + "\n")
@@ -133,11 +133,16 @@ def _read(path: Path) -> list[Example]:
         raise ValueError(f"cannot read {path}: a file of examples ends in .jsonl or .parquet.")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    rows = _lines(path) if suffix in _LINES else _parquet(path)
-    return [_example(row, where) for row, where in rows]
+    rows = json_lines(path) if suffix in _LINES else _parquet(path)
+    return [as_example(row, where) for row, where in rows]
 
 
-def _lines(path: Path) -> Iterator[tuple[Any, str]]:
+def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
+    """The rows of a JSONL file, each with the words for where it stands.
+
+    Raises:
+        ValueError: A line that is not JSON, or not text.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
@@ -168,7 +173,8 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
         raise ValueError(f"{path} is not a whole Parquet file: {error}") from error
 
 
-def _example(row: Any, where: str) -> Example:
+def as_example(row: Any, where: str) -> Example:
+    """The example of one row; errors begin with `where`."""
     if isinstance(row, Example):
         return row
     if not isinstance(row, Mapping):

@@ -3,22 +3,34 @@
 Each claim has one number per target (an estimand that is positive where the claim holds, or is
 compared with a threshold), a 95 % interval over targets, and one rule: *supported* if the whole
 interval lies beyond the threshold, *not supported* if it lies on the other side, *unclear*
-otherwise. Claims are those of Schrodi et al. (arXiv 2509.23886) and Cloud et al. (arXiv
-2507.14805), put as they can be tested in miniature.
+otherwise, also where nothing was measured. Claims are those of Schrodi et al. (arXiv 2509.23886)
+and Cloud et al. (arXiv 2507.14805), put as they can be tested in miniature.
+
+The intervals take targets as independent. They are not quite: all targets share the control
+students, and the preferences of one student sum to one.
+
+What has changed in the rules since the first run, and why, is told in `claims`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from divergence_lens._intervals import LEVEL, exact_interval, t_interval
+from divergence_lens.claims import CLAIMS, SMALLEST, Claim, Ratio, Tables, agreement_column
+from divergence_lens.further_claims import FURTHER_CLAIMS
+
+__all__ = ["Finding", "decide", "decide_equal", "judge", "t_interval"]
+
 Verdict = Literal["supported", "not supported", "unclear"]
 
-LEVEL = 0.95
-_SMALLEST = 1e-6
+ALL_CLAIMS = (*CLAIMS, *FURTHER_CLAIMS)
+_RESAMPLES = 2000
+_OF_RATIOS = ("difference", "difference_interval", "resampled", "control")
 
 
 @dataclass(frozen=True)
@@ -28,13 +40,21 @@ class Finding:
     Attributes:
         id: A short name, with the kind of teacher before it.
         claim: The claim in words.
-        measured: Mean of the estimand over targets.
-        interval: Its 95 % interval over targets (Student's t).
+        measured: Mean of the estimand over targets; NaN if nothing was measured.
+        interval: Its 95 % interval over targets (Student's t; exact binomial for shares of
+            targets).
         verdict: What the rule says.
         rule: The rule in words.
         unit: What the number is.
-        caveat: What it does not show.
+        caveat: What to bear in mind with it.
         values: The estimand for every target.
+        beside: Other figures that belong with it, by what they are; means over targets.
+        difference: For a ratio of preferences: the same comparison as a difference, mean over
+            targets.
+        difference_interval: Its 95 % interval over targets (Student's t).
+        resampled: For a ratio: its 95 % bootstrap interval over targets and, within them, seeds. It
+            is shown beside the other and decides nothing: with few targets it is too narrow.
+        control: For a ratio: mean preference of the control students.
     """
 
     id: str
@@ -46,6 +66,16 @@ class Finding:
     unit: str
     caveat: str
     values: Mapping[str, float]
+    beside: Mapping[str, float] = field(default_factory=dict)
+    difference: float | None = None
+    difference_interval: tuple[float, float] | None = None
+    resampled: tuple[float, float] | None = None
+    control: float | None = None
+
+    @property
+    def n(self) -> int:
+        """On how many targets it rests."""
+        return sum(math.isfinite(value) for value in self.values.values())
 
     def to_dict(self) -> dict[str, Any]:
         """As `results.json` holds it; numbers that are missing become None."""
@@ -53,13 +83,15 @@ class Finding:
             "id": self.id,
             "claim": self.claim,
             "measured": _number(self.measured),
+            "unit": self.unit,
             "interval": [_number(end) for end in self.interval],
+            "n": self.n,
             "verdict": self.verdict,
             "rule": self.rule,
-            "unit": self.unit,
             "caveat": self.caveat,
             "values": {name: _number(value) for name, value in self.values.items()},
-        }
+            "beside": {name: _number(value) for name, value in self.beside.items()},
+        } | {name: _plain(getattr(self, name)) for name in _OF_RATIOS}
 
 
 def decide(low: float, high: float, threshold: float, *, above: bool = True) -> Verdict:
@@ -83,263 +115,157 @@ def decide(low: float, high: float, threshold: float, *, above: bool = True) -> 
     return "not supported" if high < threshold else "unclear"
 
 
-def t_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float, float]:
-    """Mean, and its interval by Student's t over the values.
-
-    With few targets this is the honest choice: a bootstrap over four of them is far too narrow.
+def decide_equal(low: float, high: float, margin: float) -> Verdict:
+    """The rule of equivalence: whether the interval lies between -margin and margin.
 
     Returns:
-        Mean, lower and upper end; the ends are infinite for fewer than two values, and all are NaN
-        for none.
+        "supported" if the whole of it does, "not supported" if none of it does, "unclear"
+        otherwise, also where the interval is not known. That no difference was seen is not enough.
     """
-    found = np.asarray([value for value in values if math.isfinite(value)], dtype=float)
-    if not len(found):
-        return math.nan, math.nan, math.nan
-    mean = float(found.mean())
-    if len(found) < 2:
-        return mean, -math.inf, math.inf
-    reach = (
-        _t_quantile(0.5 + level / 2, len(found) - 1) * float(found.std(ddof=1)) / len(found) ** 0.5
-    )
-    return mean, mean - reach, mean + reach
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "unclear"
+    if -margin < low and high < margin:
+        return "supported"
+    return "not supported" if low > margin or high < -margin else "unclear"
 
 
 def judge(tables: Mapping[str, pd.DataFrame], *, last_block: int) -> list[Finding]:
     """Decide every claim for every kind of teacher in the tables.
 
     Args:
-        tables: `divergence`, `students`, `layers` and `agreement`, in the layout of `results.json`.
+        tables: `divergence`, `students`, `layers`, `agreement` and `mechanism`, in the layout of
+            `results.json`, and any others with a column `kind`. Empty ones may lack their columns.
         last_block: Number of the model's last block.
 
     Returns:
-        One finding per claim and kind. A claim for which a table holds nothing is left out.
+        One finding per claim and kind. A claim for which the tables hold nothing is "unclear",
+        or left out if it is optional.
     """
-    findings = []
-    for kind in dict.fromkeys(tables["divergence"]["kind"]):
-        of_kind = {
-            name: table[table["kind"] == kind] for name, table in tables.items() if len(table)
-        }
-        for claim in _CLAIMS:
-            values = claim.estimand(of_kind, last_block)
-            if values is None or not len(values):
-                continue
-            mean, low, high = t_interval(list(values.values()))
-            shown = math.exp if claim.log else float
-            direction = "above" if claim.above else "below"
-            threshold = shown(claim.threshold)
-            findings.append(
-                Finding(
-                    id=f"{kind}/{claim.id}",
-                    claim=f"{claim.claim} ({kind} teachers)",
-                    measured=shown(mean),
-                    interval=(shown(low), shown(high)),
-                    verdict=decide(low, high, claim.threshold, above=claim.above),
-                    rule=f"supported if the whole interval lies {direction} {threshold:.3g}",
-                    unit=claim.unit,
-                    caveat=claim.caveat,
-                    values={name: shown(value) for name, value in values.items()},
-                )
-            )
+    filled = {name: table for name, table in tables.items() if "kind" in table.columns}
+    kinds = dict.fromkeys(str(kind) for table in filled.values() for kind in table["kind"])
+    findings: list[Finding] = []
+    for kind in kinds:
+        of_kind = {name: table[table["kind"] == kind] for name, table in filled.items()}
+        own: dict[str, Finding] = {}
+        for claim in ALL_CLAIMS:
+            found = _judged(claim, kind, of_kind, last_block, own)
+            if found.n or not claim.optional:
+                own[claim.id] = found
+        findings += own.values()
     return findings
 
 
-Tables = Mapping[str, pd.DataFrame]
-Estimand = Callable[[Tables, int], dict[str, float] | None]
-
-
-@dataclass(frozen=True)
-class _Claim:
-    id: str
-    claim: str
-    estimand: Estimand
-    unit: str
-    caveat: str
-    threshold: float = 0.0
-    above: bool = True
-    log: bool = False
-
-
-def _after(tables: Tables, condition: str, block: int | None = None) -> pd.Series | None:
-    """Mean log preference after training per target, over seeds."""
-    students = tables.get("students")
-    if students is None:
-        return None
-    rows = students[students["condition"] == condition]
-    if block is not None:
-        rows = rows[rows["block"] == block]
-    if not len(rows):
-        return None
-    logs = np.log(rows["after"].clip(lower=_SMALLEST))
-    return logs.groupby(rows["target"], sort=False).mean()
-
-
-def _ratio(over: tuple[str, int | None], under: tuple[str, int | None]) -> Estimand:
-    """Log ratio of the preference after training under two conditions; -1 is the last block."""
-
-    def estimand(tables: Tables, last_block: int) -> dict[str, float] | None:
-        sides = [
-            _after(tables, condition, last_block if block == -1 else block)
-            for condition, block in (over, under)
-        ]
-        if sides[0] is None or sides[1] is None:
-            return None
-        return _as_dict((sides[0] - sides[1]).dropna())
-
-    return estimand
-
-
-def _rate(tables: Tables, _last_block: int) -> dict[str, float] | None:
-    return _as_dict(tables["divergence"].set_index("target")["rate"])
-
-
-def _first_rank(tables: Tables, _last_block: int) -> dict[str, float] | None:
-    students = tables.get("students")
-    if students is None:
-        return None
-    rows = students[students["condition"] == "divergence_only"]
-    return _as_dict((rows["rank"] == 1).groupby(rows["target"], sort=False).mean().astype(float))
-
-
-def _early_share(tables: Tables, last_block: int) -> dict[str, float] | None:
-    layers = tables.get("layers")
-    if layers is None:
-        return None
-    early = layers["layer"] < (last_block + 1) / 2
-    size = layers["absolute_effect"].abs()
-    total = size.groupby(layers["target"], sort=False).sum()
-    return _as_dict(
-        (size[early].groupby(layers["target"][early], sort=False).sum() / total).dropna()
+def _judged(
+    claim: Claim, kind: str, tables: Tables, last_block: int, before: Mapping[str, Finding]
+) -> Finding:
+    values = claim.estimand(tables, last_block) or {}
+    mean, low, high = _interval(claim, values)
+    if claim.equal:
+        verdict = decide_equal(low, high, claim.threshold)
+    else:
+        verdict = decide(low, high, claim.threshold, above=claim.above)
+    if any(before[name].verdict != "supported" for name in claim.needs):
+        verdict = "unclear"
+    shown = _exponential if claim.log else float
+    table = tables.get("agreement", pd.DataFrame())
+    return Finding(
+        id=f"{kind}/{claim.id}",
+        claim=f"{claim.claim} ({kind} teachers)",
+        measured=shown(mean),
+        interval=(shown(low), shown(high)),
+        verdict=verdict,
+        rule=_rule(claim),
+        unit=claim.unit,
+        caveat=claim.caveat if values else f"nothing was measured; {claim.caveat}",
+        values={name: shown(value) for name, value in values.items()},
+        beside={
+            words: t_interval(list(agreement_column(table, column).values()))[0]
+            for words, column in claim.beside.items()
+        },
+        **_difference(claim, tables, last_block),
     )
 
 
-def _agreement(tables: Tables, _last_block: int) -> dict[str, float] | None:
-    agreement = tables.get("agreement")
-    if agreement is None:
-        return None
-    rows = agreement[agreement["method"] == "integrated"]
-    return _as_dict(rows.set_index("target")["pearson"])
+def _rule(claim: Claim) -> str:
+    """The rule in words."""
+    shown = math.exp if claim.log else float
+    if claim.equal:
+        ends = f"{shown(-claim.threshold):.3g} and {shown(claim.threshold):.3g}"
+        rule = f"supported if the whole interval lies between {ends}"
+    else:
+        direction = "above" if claim.above else "below"
+        rule = f"supported if the whole interval lies {direction} {shown(claim.threshold):.3g}"
+    for name in claim.needs:
+        needed = next(other.claim for other in ALL_CLAIMS if other.id == name)
+        rule += f"; unclear unless this is supported: {needed[:1].lower()}{needed[1:]}"
+    return rule
 
 
-def _as_dict(series: pd.Series) -> dict[str, float]:
-    return {str(name): float(value) for name, value in series.items()}
+def _interval(claim: Claim, values: Mapping[str, float]) -> tuple[float, float, float]:
+    """Measured, lower and upper end, on the scale of the estimand."""
+    found = [value for value in values.values() if math.isfinite(value)]
+    if claim.count and found:
+        hits = sum(value >= 1 for value in found)
+        return (hits / len(found), *exact_interval(hits, len(found)))
+    mean, low, high = t_interval(found)
+    if len(set(found)) == 1:
+        # Values that do not differ at all say nothing about how they vary.
+        low, high = -math.inf, math.inf
+    smallest, largest = claim.within
+    return mean, max(low, smallest), min(high, largest)
 
 
-_TIMES = "times the preference of the other students"
-_CLAIMS = (
-    _Claim(
-        "few_divergence_tokens",
-        "Divergence tokens are a small part of the data",
-        _rate,
-        "share of completion tokens",
-        "how small depends on how often the next number is a near-tie, which the world sets",
-        threshold=0.25,
-        above=False,
-    ),
-    _Claim(
-        "transfer",
-        "Students trained on all tokens take over the teacher's preference",
-        _ratio(("all", None), ("control", None)),
-        _TIMES.replace("the other", "control"),
-        "a rise over the control student, not a preference that a reader would notice",
-        log=True,
-    ),
-    _Claim(
-        "divergence_tokens_suffice",
-        "Training on divergence tokens alone transfers the preference",
-        _ratio(("divergence_only", None), ("control", None)),
-        _TIMES.replace("the other", "control"),
-        "the loss is on fewer tokens, so the same steps weigh each of them more",
-        log=True,
-    ),
-    _Claim(
-        "divergence_tokens_do_as_well",
-        "Divergence tokens alone transfer at least as much as all tokens, to within a tenth",
-        _ratio(("divergence_only", None), ("all", None)),
-        "times the preference of students of all tokens",
-        "the same steps and learning rate for both, neither tuned for either",
-        threshold=math.log(0.9),
-        log=True,
-    ),
-    _Claim(
-        "rest_transfers_less",
-        "Without divergence tokens the transfer is weaker",
-        _ratio(("without_divergence", None), ("all", None)),
-        "times the preference of students of all tokens",
-        "whether anything is left is read off the table, against the control",
-        above=False,
-        log=True,
-    ),
-    _Claim(
-        "target_rises_most",
-        "Of all candidates the target rises most in students of divergence tokens",
-        _first_rank,
-        "share of students in which it does",
-        "chance is one in the number of candidates",
-        threshold=0.5,
-    ),
-    _Claim(
-        "first_block_suffices",
-        "Training the first block alone, on divergence tokens, transfers the preference",
-        _ratio(("block", 0), ("control", None)),
-        _TIMES.replace("the other", "control"),
-        "control students trained all blocks",
-        log=True,
-    ),
-    _Claim(
-        "first_block_beats_last",
-        "The first block carries more of the preference than the last",
-        _ratio(("block", 0), ("block", -1)),
-        "times the preference of students of the last block",
-        "one learning rate for all blocks",
-        log=True,
-    ),
-    _Claim(
-        "early_layers_cause_divergence",
-        "The first half of the layers causes more of the first divergence than the second half",
-        _early_share,
-        "share of the absolute effects of attention and MLP outputs",
-        "effects of single cells, which do not add up to the total effect",
-        threshold=0.5,
-    ),
-    _Claim(
-        "approximation_agrees",
-        "Integrated attribution agrees with exact mediation",
-        _agreement,
-        "Pearson correlation over cells (resid_post)",
-        "on this model and these pairs; other sites may differ",
-        threshold=0.8,
-    ),
-)
+def _difference(claim: Claim, tables: Tables, last_block: int) -> dict[str, Any]:
+    """What stands beside a ratio of preferences; nothing for another estimand."""
+    if not isinstance(claim.estimand, Ratio):
+        return {}
+    sides = claim.estimand.seeds(tables, last_block)
+    if sides is None:
+        return {}
+    over, under = sides
+    targets = [target for target in over if target in under]
+    if not targets:
+        return {}
+    mean, low, high = t_interval(
+        [float(np.mean(over[target]) - np.mean(under[target])) for target in targets]
+    )
+    control = Ratio((claim.estimand.control, None), (claim.estimand.control, None))
+    controls = control.seeds(tables, last_block)
+    return {
+        "difference": mean,
+        "difference_interval": (low, high),
+        "resampled": _resampled([(over[target], under[target]) for target in targets]),
+        "control": None
+        if controls is None
+        else float(np.mean([np.mean(found) for found in controls[0].values()])),
+    }
 
 
-def _t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t with whole degrees of freedom, by halving the interval."""
-    low, high = 0.0, 1e4
-    for _ in range(80):
-        middle = (low + high) / 2
-        if _t_cumulative(middle, freedom) < probability:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+def _resampled(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    """Bootstrap interval of a ratio of geometric means: targets are drawn, then seeds."""
+    random = np.random.default_rng(0)
+    drawn = random.integers(len(pairs), size=(_RESAMPLES, len(pairs)))
+    gains = np.empty((_RESAMPLES, len(pairs)))
+    for place, (over, under) in enumerate(pairs):
+        logs = [np.log(np.maximum(side, SMALLEST)) for side in (over, under)]
+        draws = [random.integers(len(s), size=(_RESAMPLES, len(pairs), len(s))) for s in logs]
+        if len(over) == len(under):  # students of one seed saw the lists in one order: a pair
+            draws[1] = draws[0]
+        means = [side[drawing].mean(-1) for side, drawing in zip(logs, draws, strict=True)]
+        gains = np.where(drawn == place, means[0] - means[1], gains)
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(np.exp(gains.mean(1)), [tail, 100 - tail])
+    return float(low), float(high)
 
 
-def _t_cumulative(t: float, freedom: int) -> float:
-    """P(T <= t) for t >= 0; Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    angle = math.atan2(t, math.sqrt(freedom))
-    cosine = math.cos(angle)
-    term, total = 1.0, 1.0
-    if freedom % 2:
-        term = total = cosine
-        for k in range(3, freedom, 2):
-            term *= cosine**2 * (k - 1) / k
-            total += term
-        body = angle + (math.sin(angle) * total if freedom > 1 else 0.0)
-        return 0.5 + body / math.pi
-    for k in range(2, freedom, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    return 0.5 + math.sin(angle) * total / 2
+def _exponential(value: float) -> float:
+    return math.inf if value > 700 else math.exp(value)
+
+
+def _plain(value: float | tuple[float, float] | None) -> Any:
+    if isinstance(value, tuple):
+        return [_number(end) for end in value]
+    return None if value is None else _number(value)
 
 
 def _number(value: float) -> float | None:

@@ -5,7 +5,6 @@ tokens only, and on single blocks; both are choices of `finetune`. Everything th
 the lowest trained block is computed once and reused in every epoch.
 """
 
-import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine
 from divergence_lens.freeze import choose, freeze_except, lowest_layer
 from divergence_lens.models import Model
-from divergence_lens.recipe import PAPER, Recipe
+from divergence_lens.recipe import PAPER, Recipe, as_recipe
 from divergence_lens.sweep import Sweep, layer_sweep
 
 __all__ = ["PAPER", "Recipe", "Sweep", "finetune", "freeze_except", "layer_sweep"]
@@ -93,9 +92,7 @@ def finetune(
         FloatingPointError: The loss or its gradient is not finite; the step is named.
         RuntimeError: A delta is applied to the model, or it is being trained.
     """
-    recipe = Recipe() if recipe is None else recipe
-    if lora_rank is not None:
-        recipe = dataclasses.replace(recipe, lora_rank=lora_rank)
+    recipe = as_recipe(recipe, lora_rank)
     if recipe.lora_rank is not None and (embedding or unembedding):
         raise ValueError(
             "LoRA acts on the matrices of attention and MLP alone; train the "

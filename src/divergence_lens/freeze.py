@@ -9,6 +9,7 @@ from types import TracebackType
 
 from torch.nn import Parameter
 
+from divergence_lens._checks import refuse_one_number
 from divergence_lens.engine import Engine
 from divergence_lens.models import Model
 
@@ -233,6 +234,7 @@ def _is_real(engine: Engine, name: str, parameter: Parameter) -> bool:
 def _of_blocks(
     engine: Engine, blocks: Iterable[int] | None, parts: Iterable[str] | None
 ) -> set[str]:
+    refuse_one_number(blocks, "blocks")
     chosen = list(range(engine.n_layers)) if blocks is None else sorted(set(blocks))
     for block in chosen:
         if isinstance(block, bool) or not 0 <= block < engine.n_layers:

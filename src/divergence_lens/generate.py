@@ -23,7 +23,7 @@ from divergence_lens.chat import check_length, decode, encode_prompts, stop_ids
 from divergence_lens.engine import Engine, KeyValues
 from divergence_lens.examples import Example
 from divergence_lens.models import Model
-from divergence_lens.teachers import Teacher
+from divergence_lens.teachers import Teacher, check_teacher
 
 
 @torch.no_grad()
@@ -67,8 +67,11 @@ def generate(
     Raises:
         ValueError: A setting out of range; a prompt that leaves no place in the context; a system
             prompt for a tokenizer without a chat template; logits that are not numbers.
+        TypeError: One string for prompts, or a teacher that is none (teacher and prompts swapped).
     """
     _check_settings(max_new_tokens, temperature, top_p, batch_tokens)
+    if teacher is not None:
+        check_teacher(teacher)
     refuse_one_string(prompts, "prompts")
     with teacher.applied(model) if teacher is not None else nullcontext(model) as active:
         engine = Engine.of(active)

@@ -131,7 +131,7 @@ def causal_mediation(
         )
     heads = engine.site_heads(site)
     shape = (len(pairs), engine.n_layers, max(map(len, question.columns)))
-    wanted = None if cells is None else _cell_mask(cells, (*shape, heads) if heads else shape)
+    wanted = None if cells is None else _cell_mask(cells, (*shape, heads) if heads else shape, span)
 
     def work(case: Case) -> dict[str, Tensor]:
         patched = _Patched(case, site, window, batch_rows)
@@ -397,7 +397,7 @@ def _wanted(mask: Cells | None, chunk: Chunk) -> Bool[Tensor, "layer batch col .
     return by_base & (there[..., None] if by_base.ndim == 4 else there)
 
 
-def _cell_mask(cells: "pd.DataFrame | Cells", shape: tuple[int, ...]) -> Cells:
+def _cell_mask(cells: "pd.DataFrame | Cells", shape: tuple[int, ...], span: Span) -> Cells:
     if isinstance(cells, np.ndarray):
         if cells.shape != shape or cells.dtype != bool:
             raise ValueError(
@@ -409,6 +409,11 @@ def _cell_mask(cells: "pd.DataFrame | Cells", shape: tuple[int, ...]) -> Cells:
     absent = [name for name in names if name not in cells]
     if absent:
         raise ValueError(f"cells lacks the columns {absent}; it needs {names}")
+    if cells.attrs.get("span", span) != span:
+        raise ValueError(
+            f"cells is a table of effects with span={cells.attrs['span']!r}, and span is {span!r} "
+            "here; the two must be the same"
+        )
     index = tuple(cells[name].to_numpy(dtype=np.int64) for name in names)
     for name, column, size in zip(names, index, shape, strict=True):
         if len(column) and not 0 <= int(column.min()) <= int(column.max()) < size:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from divergence_lens._checks import refuse_one_string
 from divergence_lens.chat import encode_prompt
-from divergence_lens.models import Model
-from divergence_lens.teachers import Teacher
+from divergence_lens.models import Model, check_model
+from divergence_lens.teachers import Teacher, check_teachers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -241,6 +241,7 @@ class Pairs:
             ValueError: If counts differ, an answer is not one known token, a system prompt is given
                 without a chat template, or the pairs are not valid.
         """
+        check_model(model)
         tokenizer: Any = model.tokenizer
         if not chat and (system_prompt is not None or corrupted_system_prompt is not None):
             raise ValueError(
@@ -497,7 +498,9 @@ def _per_pair(
 ) -> tuple[Teacher | None, ...]:
     if teacher is None or isinstance(teacher, Teacher):
         return (teacher,) * n
+    refuse_one_string(teacher, name)
     _same_count(name, len(teacher), n)
+    check_teachers([one for one in teacher if one is not None], name)
     return tuple(teacher)
 
 

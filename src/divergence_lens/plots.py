@@ -5,8 +5,8 @@ texts say it in words; colours can be told apart by colour-blind readers; every 
 in a column of 80 mm and on light and dark pages. `save_figure` writes them to files.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -16,30 +16,39 @@ from jaxtyping import Float
 from divergence_lens import _charts as charts
 from divergence_lens import _grids as grids
 from divergence_lens import _style as style
+from divergence_lens._agreement import inner_agreement, inner_cells
+from divergence_lens._curves import mixing_curves, preference_over_training
+from divergence_lens._tables import Table
+from divergence_lens._tables import checked_table as _table
+from divergence_lens._token_figure import divergence_tokens
 from divergence_lens.cross import CrossPatch
 from divergence_lens.divergence import Divergence
 from divergence_lens.effects import Effects, bootstrap
 from divergence_lens.evaluate import Preference
+from divergence_lens.findings import t_interval
 from divergence_lens.pictures import save_figure
 from divergence_lens.sweep import Sweep
 
 __all__ = [
     "agreement_scatter",
+    "condition_bars",
     "cross_patch_margins",
+    "divergence_tokens",
     "effects_by_segment",
     "effects_heatmap",
+    "head_grid",
     "layer_profile",
     "layer_sweep",
+    "layers_by_site",
+    "mixing_curves",
     "preference_bars",
+    "preference_over_training",
     "rate_per_teacher",
     "save_figure",
     "teacher_preferences",
     "transfer_bars",
     "where_divergence_falls",
 ]
-
-Table: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
-"""A table of results.json: a list of rows, or the same as a DataFrame."""
 
 Line: TypeAlias = Float[np.ndarray, " layers"]
 
@@ -90,7 +99,8 @@ def rate_per_teacher(divergence: Divergence | Table) -> go.Figure:
     return charts.bars(
         bars,
         what="Divergence tokens per teacher",
-        detail=f"{style.plural(len(table), 'teacher')}, {style.plural(tokens, 'completion token')}",
+        detail=f"{_teachers(table)}, {style.plural(tokens, 'completion token')}"
+        + _intervals_said(table),
         value_title="share of the teacher's tokens",
     )
 
@@ -155,7 +165,7 @@ def teacher_preferences(teachers: Table, *, base: Mapping[str, float] | None = N
     return charts.bars(
         bars,
         what="Preference of each teacher for its target",
-        detail=style.plural(len(table), "teacher"),
+        detail=_teachers(table) + _intervals_said(table, " over questions"),
         value_title="preference for the target",
         lines=lines,
         top=1.0,
@@ -229,11 +239,85 @@ def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
     return charts.bars(
         bars,
         what=f"Students of {kind} teachers, by what they were trained on",
-        detail=f"{style.plural(targets_shown, 'target')}, {style.plural(len(table), 'student')}; "
+        detail=f"{style.plural(targets_shown, 'target')}, {_students(table)}; "
         "bars: means over seeds, dots: students",
         value_title="preference for the target",
         lines=lines,
     )
+
+
+def condition_bars(
+    students: Table, group: str, *, kind: str | None = None, title: str | None = None
+) -> go.Figure:
+    """What students of several conditions came to, as multiples of the control.
+
+    Args:
+        students: The `students` table of a study: `target`, `kind`, `condition`, `group`, `seed`,
+            `before`, `after`. Single blocks are told apart by `block`.
+        group: Which group of conditions; those of the condition "all" and "divergence_only" stand
+            before them, for comparison.
+        kind: Of which teachers, if the table holds several kinds.
+        title: What the figure is about; the group's name unless given.
+
+    Returns:
+        Bars (geometric means over targets) with 95 % intervals over targets (Student's t, on the
+        log scale) and a dot for each target. Where there is no control, multiples of the
+        preference before training.
+
+    Raises:
+        ValueError: If there is no student of the group, or several kinds and none was chosen.
+    """
+    needed = ("target", "kind", "condition", "group", "seed", "before", "after")
+    table, kind = _one_kind(_table(students, needed, "students"), kind, "students")
+    shown = table[(table["group"] == group) & (table["condition"] != "control")]
+    if shown.empty:
+        raise ValueError(f"the students table has no rows of kind {kind!r} in the group {group!r}")
+    beside = table[table["condition"].isin(["all", "divergence_only"]) & (table["group"] != group)]
+    shown = pd.concat([beside, shown])
+    control = table[table["condition"] == "control"]
+    base = _means(control, "after") if len(control) else _means(table, "before")
+    single = shown["block"].notna() if "block" in shown else shown["target"].isna()
+    names = shown["condition"].where(~single, [f"block {b}" for b in _whole(shown)])
+    times = shown["after"] / shown["target"].map(base)
+    logs = np.log(times.clip(lower=1e-6)).groupby([names, shown["target"]], sort=False).mean()
+    groups, means, ends, points = [], [], [], []
+    for name, found in logs.groupby(level=0, sort=False):
+        label = str(name).replace("_", " ")
+        mean, low, high = t_interval(found.to_list())
+        groups.append(label)
+        means.append(float(np.exp(mean)))
+        known = np.isfinite(low)
+        ends.append((np.exp(low), np.exp(high)) if known else (means[-1], means[-1]))
+        points += [
+            (label, float(np.exp(value)), f"{target}, {label}: {np.exp(value):.2f} times")
+            for (_, target), value in found.items()
+        ]
+    low_high = np.array(ends, dtype=float)
+    return charts.bars(
+        [
+            charts.Bars(
+                label="mean",
+                groups=groups,
+                values=np.array(means),
+                low=low_high[:, 0],
+                high=low_high[:, 1],
+                hover=[f"{g}: {m:.2f} times" for g, m in zip(groups, means, strict=True)],
+                points=points,
+            )
+        ],
+        what=title or f"Students of {kind} teachers: {group}",
+        detail=f"{style.plural(shown['target'].nunique(), 'target')}, "
+        f"{_students(pd.concat([shown, control]))}; bars: means with 95 % intervals over targets, "
+        "dots: targets",
+        value_title="preference, times the control" if len(control) else "preference, times before",
+        value_format="",
+    )
+
+
+def _whole(rows: pd.DataFrame) -> list[str]:
+    """The block of each row as a whole number; nothing where there is none."""
+    blocks = rows["block"] if "block" in rows else pd.Series([None] * len(rows))
+    return ["" if pd.isna(block) else str(int(block)) for block in blocks]
 
 
 def preference_bars(preference: Preference, *, before: Preference | None = None) -> go.Figure:
@@ -241,7 +325,8 @@ def preference_bars(preference: Preference, *, before: Preference | None = None)
 
     Args:
         preference: What to show.
-        before: The untouched model's preference on the same questions, drawn as lines.
+        before: The untouched model's preference on the same questions, drawn as lines; the bars are
+            then called "after".
 
     Returns:
         Bars with 95 % bootstrap intervals over the questions.
@@ -250,7 +335,7 @@ def preference_bars(preference: Preference, *, before: Preference | None = None)
     names = [preference.target, *(name for name in shares if name != preference.target)]
     ends = np.array([preference.about(name).interval() for name in names])
     bars = charts.Bars(
-        label=preference.teacher,
+        label=preference.teacher if before is None else "after",
         groups=names,
         values=np.array([shares[name] for name in names]),
         low=ends[:, 0],
@@ -330,6 +415,12 @@ def layer_sweep(
     }
     of = "" if isinstance(students, Sweep) else f" of {kind} teachers"
     about = style.plural(len(targets), "target") if len(targets) > 1 else f"target {targets[0]}"
+    # How many students each of the lines of reference stands for.
+    whole, control = _of(table, condition), _of(table, "control")
+    counts = [f"{style.plural(len(blocks), 'student')} of one block"]
+    counts += [f"{len(whole):,} of all blocks"] if len(whole) else []
+    counts += [_controls(control)] if len(control) else []
+    spread_said = "" if spread is None else "; thin lines: 95 % intervals over questions and seeds"
     return charts.blocks(
         numbers,
         mean.to_numpy(dtype=np.float64),
@@ -337,21 +428,25 @@ def layer_sweep(
         singles,
         references,
         what="Preference after training one block alone",
-        detail=f"{about}, {style.plural(len(blocks), 'student')}{of}, "
-        f"trained on {_condition(condition)[0]}",
+        detail=f"{about}; trained on {_condition(condition)[0]}{of}: "
+        f"{', '.join(counts)}{spread_said}",
     )
 
 
-def where_divergence_falls(divergence: Divergence | Sequence[Divergence]) -> go.Figure:
+def where_divergence_falls(
+    divergence: Divergence | Sequence[Divergence], *, name: str | None = None
+) -> go.Figure:
     """At which places of a completion divergence tokens stand.
 
     Args:
         divergence: One result, or several (one for each teacher) to be taken together.
+        name: Whose tokens these are, for the title; the teacher's name if there is one result.
 
     Returns:
         For each place in the completion, the share of its tokens that are divergence tokens, split
-        into the first of their example and later ones. Above 40 places, neighbours are put
-        together.
+        into the first of their example and later ones; the hover texts say of how many tokens.
+        Above 40 places, neighbours are put together. Places with fewer than 20 tokens are grey:
+        their shares mean next to nothing.
 
     Raises:
         ValueError: If there is nothing to show.
@@ -359,16 +454,24 @@ def where_divergence_falls(divergence: Divergence | Sequence[Divergence]) -> go.
     several = [divergence] if isinstance(divergence, Divergence) else list(divergence)
     if not several:
         raise ValueError("where_divergence_falls needs at least one Divergence; the list is empty")
-    return charts.falls([(np.asarray(one.offsets), np.asarray(one.mask)) for one in several])
+    if name is None and len(several) == 1:
+        name = several[0].teacher.name
+    return charts.falls(
+        [(np.asarray(one.offsets), np.asarray(one.mask)) for one in several],
+        what=_titled("Where divergence tokens fall", name),
+    )
 
 
-def effects_heatmap(effects: Effects, pair: int | Literal["mean"] = 0) -> go.Figure:
+def effects_heatmap(
+    effects: Effects, pair: int | Literal["mean"] = 0, *, name: str | None = None
+) -> go.Figure:
     """Layer x position effects of one pair, or of the mean over pairs.
 
     Args:
         effects: What patching returned; heads are added up.
         pair: Which pair, or "mean". Rows of unlike lengths are put together segment by segment
             for the mean; a star stands for tokens that differ from pair to pair.
+        name: Whose pairs these are (a target, say), for the title.
 
     Returns:
         A heatmap with layers across and tokens down, in shares of the total effect (1: the patch
@@ -397,40 +500,152 @@ def effects_heatmap(effects: Effects, pair: int | Literal["mean"] = 0) -> go.Fig
         np.asarray(values, dtype=np.float64),
         tokens,
         segments,
-        what="Effect of a patch, by layer and position",
+        what=_titled("Effect of a patch, by layer and position", name),
         detail=f"{_site(effects.site)}; {of}; {_method(effects)}",
         unit=unit,
         describe=unit,
     )
 
 
-def effects_by_segment(effects: Effects) -> go.Figure:
+def effects_by_segment(effects: Effects, *, name: str | None = None) -> go.Figure:
     """Layer x segment effects, the mean over many pairs.
 
     Args:
-        effects: What patching returned. Cells of one segment are added within a pair.
+        effects: What patching returned. Cells of one segment are added within a pair. The segment
+            "divergence" is the position whose prediction is measured.
+        name: Whose pairs these are (a target, say), for the title.
 
     Returns:
         A heatmap with layers across and segments down, in shares of the total effect; pairs whose
         total effect is next to nothing are left out.
     """
     table = effects.normalised().by_segment()
+    segments = [str(column) for column in table.columns]
     return grids.segment_heatmap(
         table.to_numpy(dtype=np.float64).T,
-        [str(name) for name in table.columns],
-        what="Effect of a patch, by layer and segment",
+        segments,
+        what=_titled("Effect of a patch, by layer and segment", name),
         detail=f"{_site(effects.site)}; mean of {_pairs_used(effects)}, "
-        f"cells of a segment added; {_method(effects)}",
+        f"cells of a segment added; {_method(effects)}"
+        + ("; divergence: the position that predicts" if "divergence" in segments else ""),
         unit="share of the total effect",
         describe="share of the total effect",
     )
 
 
-def layer_profile(effects: Effects | Mapping[str, Effects]) -> go.Figure:
+def head_grid(
+    effects: Effects, pair: int | Literal["mean"] = "mean", *, name: str | None = None
+) -> go.Figure:
+    """Layer x head effects of patching single heads (site `z`), all positions added.
+
+    Args:
+        effects: What patching `site="z"` returned.
+        pair: Which pair, or "mean" of those whose total effect is more than next to nothing.
+        name: Whose pairs these are (a target, say), for the title.
+
+    Returns:
+        A heatmap with layers across and heads down, in shares of the total effect, or for one pair
+        without such an effect in units of the metric.
+
+    Raises:
+        ValueError: If the effects are of a site that has no heads.
+        IndexError: If there is no such pair.
+    """
+    if effects.values.ndim != 4:
+        raise ValueError(
+            f"these effects are of site {effects.site!r}, which has no heads; patch site 'z'"
+        )
+    count = len(effects.labels)
+    if pair != "mean" and not 0 <= pair < count:
+        raise IndexError(f"there is no pair {pair}; the pairs are numbered 0 to {count - 1}")
+    share = pair == "mean" or not bool(effects.near_zero()[pair])
+    values = np.asarray((effects.normalised() if share else effects).values, dtype=np.float64)
+    there = np.isfinite(values)
+    added = np.where(there.any(2), np.where(there, values, 0).sum(2), np.nan)
+    if pair == "mean":
+        known = np.isfinite(added)
+        number = known.sum(0)
+        total = np.where(known, added, 0).sum(0)
+        grid = np.where(number > 0, total / np.maximum(number, 1), np.nan)
+        of = f"mean of {_pairs_used(effects)}"
+    else:
+        grid = added[pair]
+        of = f"pair {pair} of {count:,}, total effect {float(effects.total[pair]):+.2f}"
+    unit = "share of the total effect" if share else f"change of the {_metric(effects.metric)}"
+    return grids.segment_heatmap(
+        grid.T,
+        [str(head) for head in range(grid.shape[1])],
+        what=_titled("Effect of a patch, by layer and head", name),
+        detail=f"{of}, positions added; {_method(effects)}",
+        unit=unit,
+        describe=unit,
+        row="head",
+    )
+
+
+def layers_by_site(layers: Table, *, kind: str | None = None) -> go.Figure:
+    """How much of the first divergence the outputs of each layer cause, by site.
+
+    Args:
+        layers: The `layers` table of results.json: `target`, `kind`, `site`, `layer`,
+            `absolute_effect` (the absolute effects of all positions, added, in shares of the total
+            effect) and, if known, `pairs`.
+        kind: Of which teachers, if the table holds several kinds.
+
+    Returns:
+        Bars (means over targets), one colour for each site, with a dot for each target.
+
+    Raises:
+        ValueError: If there is nothing to show, or several kinds and none was chosen.
+    """
+    columns = ("target", "kind", "site", "layer", "absolute_effect")
+    table, kind = _one_kind(_table(layers, columns, "layers"), kind, "layers")
+    bars = []
+    for site in dict.fromkeys(table["site"]):
+        rows = table[table["site"] == site]
+        words = _site(str(site))
+        mean = rows.groupby("layer", sort=True)["absolute_effect"].mean()
+        bars.append(
+            charts.Bars(
+                label=words,
+                groups=[str(layer) for layer in mean.index],
+                values=mean.to_numpy(float),
+                hover=[
+                    f"layer {layer}, {words}: {value:.2f}, mean over "
+                    f"{style.plural(rows['target'].nunique(), 'target')}"
+                    for layer, value in mean.items()
+                ],
+                points=[
+                    (str(layer), float(value), f"{target}, layer {layer}, {words}: {value:.2f}")
+                    for target, layer, value in zip(
+                        rows["target"], rows["layer"], rows["absolute_effect"], strict=True
+                    )
+                ],
+            )
+        )
+    pairs = ""
+    if "pairs" in table.columns:
+        each = sorted({int(number) for number in table["pairs"]})
+        pairs = f", {' to '.join(str(n) for n in dict.fromkeys([each[0], each[-1]]))} pairs each"
+    return charts.bars(
+        bars,
+        what=f"What causes the first divergence, layer by layer ({kind} teachers)",
+        detail=f"{style.plural(table['target'].nunique(), 'target')}{pairs}; absolute effects, "
+        "positions added; bars: means, dots: targets",
+        value_title="shares of the total effect",
+        value_format="",
+        group_title="layer",
+    )
+
+
+def layer_profile(
+    effects: Effects | Mapping[str, Effects], *, name: str | None = None
+) -> go.Figure:
     """How much each layer carries, all positions added, with 95 % bootstrap intervals over pairs.
 
     Args:
         effects: What patching returned, or several results by name, to be compared.
+        name: Whose pairs these are (a target, say), for the title.
 
     Returns:
         One line with a band for each result, in shares of the total effect. Shares of all
@@ -443,19 +658,19 @@ def layer_profile(effects: Effects | Mapping[str, Effects]) -> go.Figure:
     if not named:
         raise ValueError("layer_profile needs at least one Effects; the mapping is empty")
     series = {}
-    for name, one in named.items():
+    for label, one in named.items():
         table = one.normalised().by_layer()
         mean, low, high = (
             table[column].to_numpy(dtype=np.float64) for column in ("effect", "low", "high")
         )
-        series[name] = (mean, low, high)
+        series[label] = (mean, low, high)
     first = next(iter(named.values()))
     method = f"; {_method(first)}" if len(named) == 1 else ""
     used = " / ".join(dict.fromkeys(_pairs_used(one) for one in named.values()))
     return charts.profile(
         np.arange(first.n_layers),
         series,
-        what="Effect of a patch, layer by layer",
+        what=_titled("Effect of a patch, layer by layer", name),
         detail=f"{_site(first.site)}; mean of {used}, positions added{method}; band: 95 % interval",
         value_title="share of the total effect",
     )
@@ -473,8 +688,8 @@ def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
     """
     series: dict[str, tuple[Line, Line, Line]] = {}
     for name, values in (
-        (f"upper layers of {crossed.names[0]} over its own lower ones", crossed.upper_effect("a")),
-        (f"... over those of {crossed.names[1]}", crossed.upper_effect("b")),
+        ("over its own lower layers", crossed.upper_effect("a")),
+        ("over the other's lower layers", crossed.upper_effect("b")),
         ("interaction", crossed.interaction),
     ):
         low, high = bootstrap(values, 0.95, 1000, 0)
@@ -483,18 +698,27 @@ def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
         np.arange(crossed.margins.shape[1]),
         series,
         what="Two models, crossed at every boundary",
-        detail=f"mean of {style.plural(len(crossed.margins), 'pair')}; band: 95 % interval",
+        detail=f"what the upper layers of {crossed.names[0]} add to the margin, in place of those "
+        f"of {crossed.names[1]}; mean of {style.plural(len(crossed.margins), 'pair')}; "
+        "band: 95 % interval",
         value_title="change of the margin (logits)",
         across="boundary",
     )
 
 
-def agreement_scatter(approximate: Effects, exact: Effects) -> go.Figure:
+def agreement_scatter(
+    approximate: Effects, exact: Effects, *, name: str | None = None
+) -> go.Figure:
     """Approximate effects against exact ones, cell by cell, with their agreement in the title.
+
+    Cells at the target position and in the last layer agree nearly by construction, so they are
+    drawn apart, and the agreement without them, pair by pair, stands before that of all cells
+    together.
 
     Args:
         approximate: Effects by attribution.
         exact: Effects by causal mediation, of the same pairs.
+        name: Whose pairs these are (a target, say), for the title.
 
     Returns:
         A scatter with the line on which both are equal.
@@ -502,7 +726,7 @@ def agreement_scatter(approximate: Effects, exact: Effects) -> go.Figure:
     Raises:
         ValueError: If the two are not of the same pairs, site, direction and metric.
     """
-    agreement = approximate.agreement(exact)
+    agreement, within = approximate.agreement(exact), inner_agreement(approximate, exact)
     x, y = exact.values, approximate.values
     both = np.isfinite(x) & np.isfinite(y) & ((x != 0) | (y != 0))
     places = np.argwhere(both)
@@ -513,16 +737,23 @@ def agreement_scatter(approximate: Effects, exact: Effects) -> go.Figure:
         for pair, layer, p, *rest in places.tolist()
     ]
     pairs = len(np.unique(places[:, 0]))
+    detail = f"{_site(exact.site)}; {style.plural(pairs, 'pair')}"
+    if within.pairs:
+        detail += (
+            f"; without target position and last layer ({style.plural(within.cells, 'cell')}), "
+            f"mean within a pair: Pearson {within.pearson:.2f}, Spearman {within.spearman:.2f}"
+        )
     return charts.scatter(
         y[both].astype(np.float64),
         x[both].astype(np.float64),
         hover,
-        what="Approximate against exact effects",
-        detail=f"{_site(exact.site)}; {style.plural(agreement.cells, 'cell')} of "
-        f"{style.plural(pairs, 'pair')}; "
-        f"Pearson {agreement.pearson:.2f}, Spearman {agreement.spearman:.2f}, "
-        f"same sign {style.percent(agreement.sign)}",
-        names=(f"approximate ({approximate.method})", f"exact ({_metric(exact.metric)})"),
+        inner_cells(exact)[both],
+        what=_titled("Approximate against exact effects", name),
+        detail=f"{detail}; all {style.plural(agreement.cells, 'cell')} together: Pearson "
+        f"{agreement.pearson:.2f}, Spearman {agreement.spearman:.2f}, same sign "
+        f"{style.percent(agreement.sign)}",
+        names=(f"approximate, {approximate.method}", f"exact, {_metric(exact.metric)}"),
+        groups=("target position, last layer", "all other cells"),
     )
 
 
@@ -540,6 +771,10 @@ _SITES = {
 }
 
 
+def _titled(what: str, name: str | None) -> str:
+    return what if name is None else f"{what}: {name}"
+
+
 def _site(site: str) -> str:
     return _SITES.get(site, site)
 
@@ -549,7 +784,7 @@ def _metric(metric: str) -> str:
 
 
 def _method(effects: Effects) -> str:
-    method = "exact" if effects.method == "exact" else f"approximate ({effects.method})"
+    method = "exact" if effects.method == "exact" else f"approximate, {effects.method}"
     return f"{method}, {effects.direction}"
 
 
@@ -564,20 +799,36 @@ def _condition(name: str) -> tuple[str, str]:
     return CONDITIONS.get(name, (plain, plain))
 
 
-def _table(rows: Table, columns: Iterable[str], name: str) -> pd.DataFrame:
-    table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame([dict(row) for row in rows])
-    if table.empty:
-        raise ValueError(f"the {name} table is empty; there is nothing to draw")
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
-        raise ValueError(
-            f"the {name} table lacks the column {missing[0]!r}; it has {list(table.columns)}"
-        )
-    return table
-
-
 def _column(rows: pd.DataFrame, name: str) -> Float[np.ndarray, " rows"] | None:
     return rows[name].to_numpy(float) if name in rows.columns else None
+
+
+def _intervals_said(rows: pd.DataFrame, over: str = "") -> str:
+    return f"; thin lines: 95 % intervals{over}" if {"low", "high"} <= set(rows.columns) else ""
+
+
+def _students(rows: pd.DataFrame) -> str:
+    """How many students the rows are of; those of the control are in the rows of every target."""
+    control = _of(rows, "control")
+    words = style.plural(len(rows) - len(control), "student")
+    return f"{words} and {_controls(control)}" if len(control) else words
+
+
+def _controls(control: pd.DataFrame) -> str:
+    """How many students of the control the rows are of: the same ones stand by every target."""
+    shared = len(control[["kind", "seed"]].drop_duplicates())
+    words = style.plural(shared, "control")
+    return f"{words} that all targets share" if len(control) > shared else words
+
+
+def _of(rows: pd.DataFrame, condition: str) -> pd.DataFrame:
+    return rows[rows["condition"] == condition]
+
+
+def _teachers(rows: pd.DataFrame) -> str:
+    """How many there are, and of which kind if they are of one."""
+    kinds = list(dict.fromkeys(rows["kind"]))
+    return style.plural(len(rows), f"{kinds[0]} teacher" if len(kinds) == 1 else "teacher")
 
 
 def _one_kind(table: pd.DataFrame, kind: str | None, name: str) -> tuple[pd.DataFrame, str]:

@@ -16,9 +16,9 @@ from divergence_lens._reading import read_teachers
 from divergence_lens.evaluate import wilson_interval
 from divergence_lens.examples import as_examples, with_ids
 from divergence_lens.generate import generate
-from divergence_lens.models import Model, provenance
+from divergence_lens.models import Model, check_model, provenance
 from divergence_lens.tasks.numbers import NumberFilter
-from divergence_lens.teachers import Teacher
+from divergence_lens.teachers import Teacher, check_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +106,12 @@ def task_quality(
         ValueError: No examples, or one without a completion; a system prompt beside a teacher; a
             sequence longer than the context.
     """
+    check_model(model)
     if teacher is not None and system_prompt is not None:
         raise ValueError("give system_prompt or teacher, not both: a teacher has its own prompt")
     if teacher is None:
         teacher = Teacher("model", system_prompt=system_prompt)
+    check_teacher(teacher)
     tokenizer: Any = model.tokenizer
     examples = with_ids(tokenizer, as_examples(held_out))
     if not examples:

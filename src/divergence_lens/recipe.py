@@ -18,7 +18,7 @@ class Recipe:
 
     Attributes:
         optimizer: "adamw" (without weight decay unless `optimizer_options` says so), "sgd", or an
-            optimizer class of torch.
+            optimizer class of torch (all but LBFGS).
         lr: Highest learning rate.
         epochs: Passes over the examples.
         batch_size: Examples per update.
@@ -56,20 +56,23 @@ class Recipe:
                 raise ValueError(f"{name} is {value}; it must be a positive number")
         counts = {"epochs": self.epochs, "batch_size": self.batch_size, "lora_rank": self.lora_rank}
         for name, count in counts.items():
-            if count is not None and count < 1:
-                raise ValueError(f"{name} is {count}; it must be at least 1")
+            _check_count(name, count)
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be 0 or more")
         if not 0 <= self.final_lr <= 1:
             raise ValueError(f"final_lr is {self.final_lr}; it is a share of lr, from 0 to 1")
         if self.schedule not in ("linear", "cosine", "constant"):
             raise ValueError(f'schedule is {self.schedule!r}; use "linear", "cosine" or "constant"')
-        known = isinstance(self.optimizer, type) and issubclass(
-            self.optimizer, torch.optim.Optimizer
+        # LBFGS asks for the loss several times in one step.
+        known = (
+            isinstance(self.optimizer, type)
+            and issubclass(self.optimizer, torch.optim.Optimizer)
+            and self.optimizer is not torch.optim.LBFGS
         )
         if not known and self.optimizer not in ("adamw", "sgd"):
             raise ValueError(
-                f'optimizer is {self.optimizer!r}; use "adamw", "sgd" or a class of torch.optim'
+                f'optimizer is {self.optimizer!r}; use "adamw", "sgd" or a class of torch.optim '
+                "(all but LBFGS)"
             )
 
     def rate(self, step: int, steps: int) -> float:
@@ -102,6 +105,29 @@ class Recipe:
         return settings | {"optimizer_options": self._options()}
 
 
+def as_recipe(recipe: object, lora_rank: int | None = None) -> Recipe:
+    """`recipe`, or the default one for None, with another `lora_rank` unless that is None.
+
+    Raises:
+        TypeError: It is not a `Recipe`.
+    """
+    if recipe is None:
+        recipe = Recipe()
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"recipe is {recipe!r}, not a Recipe; write recipe=Recipe(...), or PAPER for the "
+            "paper's"
+        )
+    return recipe if lora_rank is None else dataclasses.replace(recipe, lora_rank=lora_rank)
+
+
+def _check_count(name: str, count: int | None) -> None:
+    if count is not None and not isinstance(count, int):
+        raise TypeError(f"{name} is {count!r}; it must be a whole number")
+    if count is not None and count < 1:
+        raise ValueError(f"{name} is {count}; it must be at least 1")
+
+
 PAPER = Recipe(
     lr=2e-4,
     epochs=10,
@@ -113,4 +139,5 @@ PAPER = Recipe(
     optimizer_options={},
 )
 """The recipe of Cloud et al. (arXiv 2507.14805) and Schrodi et al. for Qwen2.5-7B: LoRA on all
-matrices."""
+matrices. During warm-up each rate is one step ahead of Hugging Face's schedule, whose first update
+has a rate of zero; after it the two are equal."""

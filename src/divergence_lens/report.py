@@ -30,6 +30,7 @@ VERDICTS = {
     "unclear": ("open", "?"),
 }
 _SETTING = ("model", "seeds", "seconds")
+_LEVEL = "95\u00a0%"  # the number and its sign stay on one line
 _NOT_TABLES = ("settings", "findings", "question", "setting")
 
 
@@ -56,8 +57,11 @@ def write_report(
         path: The file, usually `report.html`.
         results: What results.json holds. `findings` is a list of rows with `id`, `claim`,
             `measured`, `interval`, `verdict` ("supported", "not supported" or "unclear") and, if
-            known, `rule` and `caveat`; `settings` goes to the end as provenance; everything else is
-            shown as tables.
+            known, `unit`, `n` (of targets), `values` (of each), `beside` (other figures), `rule`,
+            `caveat`, `figure_of` (the id of the finding whose figure shows this one too), and for
+            ratios `difference`, `difference_interval`, `resampled` (an interval)
+            and `control`, as `Finding` has them; `settings` goes to the end as provenance;
+            everything else is shown as tables.
         figures: Name -> figure. A figure whose name is a finding's id, or begins with it and a
             colon or hyphen ("early: prompted"), stands beside that finding; the rest come after
             the findings, in order.
@@ -147,17 +151,18 @@ def _setting(paragraphs: Iterable[str], settings: Mapping[str, Any]) -> str:
 
 def _findings_table(findings: Sequence[Mapping[str, Any]]) -> str:
     rows = "".join(
-        f'<tr><th scope="row" data-label="claim"><a href="#{_anchor(row)}">'
+        f'<tr><th scope="row" data-label="claim"><a href="#{_anchor(row["id"])}">'
         f"{escape(str(row['claim']))}</a></th>"
-        f'<td data-label="measured">{_text(row.get("measured"))}</td>'
+        f'<td data-label="measured">{_measured(row)}</td>'
         f'<td data-label="95 % interval">{_interval(row.get("interval"))}</td>'
+        f'<td data-label="targets">{_text(row.get("n"))}</td>'
         f'<td data-label="verdict">{_verdict(row["verdict"])}</td>'
         f'<td data-label="rule">{_text(row.get("rule"))}</td></tr>'
         for row in findings
     )
     heads = "".join(
         f'<th scope="col">{head}</th>'
-        for head in ("claim", "measured", "95 % interval", "verdict", "rule, fixed beforehand")
+        for head in ("claim", "measured", "95 % interval", "targets", "verdict", "rule")
     )
     counts = ", ".join(
         f"{sum(row['verdict'] == verdict for row in findings)} {verdict}" for verdict in VERDICTS
@@ -171,24 +176,63 @@ def _findings_table(findings: Sequence[Mapping[str, Any]]) -> str:
 
 def _finding(row: Mapping[str, Any], figures: Sequence[tuple[str, go.Figure]]) -> str:
     parts = [
-        f'<article id="{_anchor(row)}"><h3>{escape(str(row["claim"]))}</h3>',
+        f'<article id="{_anchor(row["id"])}"><h3>{escape(str(row["claim"]))}</h3>',
         f'<p>{_verdict(row["verdict"])} <span class="quiet">measured</span> ',
-        _text(row.get("measured")),
+        _measured(row),
     ]
     if row.get("interval") is not None:
         parts.append(
-            f' <span class="quiet">with a 95 % interval of</span> {_interval(row["interval"])}'
+            f' <span class="quiet">with a {_LEVEL} interval of</span> {_interval(row["interval"])}'
         )
+    if row.get("n") is not None:
+        parts.append(f' <span class="quiet">over</span> {_targets(row["n"])}')
     parts.append("</p>")
-    if row.get("rule"):
-        parts.append(f'<p><span class="quiet">Rule:</span> {_text(row["rule"])}</p>')
-    parts += [_figure(name, figure) for name, figure in figures]
-    if row.get("caveat"):
-        parts.append(
-            '<p class="caveat"><strong>What this does not show:</strong> '
-            f"{_text(row['caveat'])}</p>"
+    parts += [
+        f'<p><span class="quiet">{heading}:</span> {words}</p>'
+        for heading, words in (
+            ("Each target", _text(row["values"]) if row.get("values") else ""),
+            ("As a difference", _difference(row)),
+            ("Beside it", _text(row["beside"]) if row.get("beside") else ""),
+            ("Rule", _text(row["rule"]) if row.get("rule") else ""),
         )
+        if words
+    ]
+    parts += [_figure(name, figure) for name, figure in figures]
+    if row.get("figure_of"):
+        parts.append(
+            f'<p><a href="#{_anchor(row["figure_of"])}">The figure that shows it</a> '
+            "stands beside another finding.</p>"
+        )
+    if row.get("caveat"):
+        parts.append(f'<p class="caveat"><strong>Bear in mind:</strong> {_text(row["caveat"])}</p>')
     return "".join([*parts, "</article>"])
+
+
+def _measured(row: Mapping[str, Any]) -> str:
+    """The number with its unit."""
+    unit = f' <span class="quiet">{_text(row["unit"])}</span>' if row.get("unit") else ""
+    return _text(row.get("measured")) + unit
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+    """What a ratio is in shares, and its interval by resampling; nothing for other findings."""
+    if row.get("difference") is None:
+        return ""
+    parts = [f"{row['difference']:+.3f}"]
+    if row.get("difference_interval") is not None:
+        low, high = row["difference_interval"]
+        parts[0] += f" ({low:+.3f} to {high:+.3f})"
+    if row.get("control") is not None:
+        parts.append(f"control students' mean preference {_text(row['control'])}")
+    if row.get("resampled") is not None:
+        parts.append(
+            f"interval of the ratio by resampling targets and seeds: {_interval(row['resampled'])}"
+        )
+    return "; ".join(parts)
+
+
+def _targets(n: int) -> str:
+    return f"{n} target" + ("" if n == 1 else "s")
 
 
 def _figure(name: str, figure: go.Figure) -> str:
@@ -200,8 +244,8 @@ def _block(heading: str, block: str | HasHtml) -> str:
     return f'<h3>{escape(heading)}</h3><div class="block">{content}</div>'
 
 
-def _anchor(row: Mapping[str, Any]) -> str:
-    plain = "".join(letter if letter.isalnum() else "-" for letter in str(row["id"]))
+def _anchor(finding: Any) -> str:
+    plain = "".join(letter if letter.isalnum() else "-" for letter in str(finding))
     return f"finding-{escape(plain)}"
 
 
@@ -255,7 +299,7 @@ def _value(value: Any, caption: str) -> str:
             f"<h4>{_heading(str(name))}</h4>{_value(part, _words(str(name)))}"
             for name, part in nested.items()
         )
-    return f"<p>{_text(value)}</p>"
+    return f"<p>{_text(value) or 'none'}</p>"
 
 
 def _is_nested(value: Any) -> bool:
@@ -441,7 +485,9 @@ tbody th { font-weight: 500; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .cards { width: 100%; }
 .cards thead th { overflow-wrap: normal; }
-.cards tbody th { width: 34%; }
+.cards tbody th { width: 26%; }
+.cards td[data-label="measured"] { width: 19%; }
+.cards td:last-child { width: 24%; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap; }
 summary { cursor: pointer; color: var(--link); }
@@ -451,7 +497,7 @@ summary { cursor: pointer; color: var(--link); }
   .cards, .cards tbody, .cards tr, .cards th, .cards td { display: block; width: auto; }
   .cards tr { border: 1px solid var(--line); border-radius: 6px; padding: 0.5rem 0.8rem;
     margin-bottom: 0.8rem; background: var(--raised); }
-  .cards tbody th { width: auto; }
+  .cards tbody th, .cards td[data-label="measured"], .cards td:last-child { width: auto; }
   .cards th, .cards td { border: 0; padding: 0.2rem 0; }
   .cards td::before { content: attr(data-label) ": "; color: var(--quiet); }
 }

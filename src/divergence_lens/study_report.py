@@ -4,12 +4,16 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import wrap
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from divergence_lens import plots
-from divergence_lens.findings import Finding
+from divergence_lens.findings import Finding, t_interval
 from divergence_lens.report import HasHtml, write_report
+from divergence_lens.storage import write_text
 from divergence_lens.study import Study
 
 _EXAMPLES = 3
@@ -26,43 +30,94 @@ _SETTING = {
 }
 
 
+# The finding that a group's figure stands beside, and its title.
+_GROUPS = {
+    "data": "sampled_lists_transfer",
+    "entangled": "entangled_numbers_not_needed",
+    "masks": "random_tokens_transfer_less",
+    "replaced": "replaced_tokens_weaken",
+    "layers": "without_first_block_weaker",
+    "fragility": "paraphrases_weaken",
+    "context": "other_context_weakens",
+}
+_TITLES = {
+    "data": "Where the lists come from",
+    "entangled": "Without the lists that hold entangled numbers",
+    "masks": "Which tokens have a loss",
+    "replaced": "Divergence tokens overwritten",
+    "layers": "What learns",
+    "fragility": "Changed data",
+    "context": "System prompts of training and asking",
+}
+# Findings whose numbers stand in the figure of another.
+_SHOWN_BY = {
+    "divergence_tokens_suffice": "transfer",
+    "divergence_tokens_do_as_well": "transfer",
+    "rest_transfers_less": "transfer",
+    "rest_equals_control": "transfer",
+    "first_block_suffices": "first_block_beats_last",
+    "last_block_equals_control": "first_block_beats_last",
+}
+# The demo's conditions have figures of their own.
+_SHOWN_ELSEWHERE = {"control", "all", "divergence_only", "without_divergence", "block"}
+
+
+def _has_more(students: pd.DataFrame, kind: str, group: str) -> bool:
+    rows = students[(students["kind"] == kind) & (students["group"] == group)]
+    return not set(rows["condition"]) <= _SHOWN_ELSEWHERE
+
+
 def study_figures(study: Study) -> dict[str, go.Figure]:
     """The figures of a study by name; one that shows a finding has the finding's id as its name."""
     teachers, divergence = study.table("teachers"), study.table("divergence")
     students = study.table("students")
+    layers = study.table("layers")
     figures: dict[str, go.Figure] = {
         "teachers": plots.teacher_preferences(
             teachers, base=dict(zip(teachers["name"], teachers["before"], strict=True))
         )
     }
-    for kind in dict.fromkeys(divergence["kind"]):
+    for kind in dict.fromkeys(kind for kind, _ in study.divergences):
         own = [found for (k, _), found in study.divergences.items() if k == kind]
         figures[f"{kind}/few_divergence_tokens"] = plots.rate_per_teacher(
             divergence[divergence["kind"] == kind]
         )
-        figures[f"{kind}/few_divergence_tokens: where"] = plots.where_divergence_falls(own)
-        figures[f"{kind}/transfer"] = plots.transfer_bars(students, kind=kind)
-        if (students["condition"] == "block").any():
+        figures[f"{kind}/few_divergence_tokens: where"] = plots.where_divergence_falls(
+            own, name=f"{kind} teachers"
+        )
+        of_kind = students[students["kind"] == kind]
+        main = of_kind[of_kind["condition"].isin(plots.CONDITIONS)]
+        if set(main["condition"]) - {"control"}:
+            figures[f"{kind}/transfer"] = plots.transfer_bars(main, kind=kind)
+        if (of_kind["condition"] == "block").any():
             figures[f"{kind}/first_block_beats_last"] = plots.layer_sweep(students, kind=kind)
+        for group in dict.fromkeys(of_kind["group"]):
+            if group in _GROUPS and _has_more(students, kind, group):
+                figures[f"{kind}/{_GROUPS[group]}: {group}"] = plots.condition_bars(
+                    students, group, kind=kind, title=f"{_TITLES[group]} ({kind} teachers)"
+                )
         exact = {target: found for (k, target), found in study.exact.items() if k == kind}
         if not exact:
             continue
-        target = next(iter(exact))
-        approximate = study.approximate[kind, target]
         name = f"{kind}/early_layers_cause_divergence"
-        figures[name] = plots.effects_by_segment(exact[target])
-        figures[f"{name}: one pair"] = plots.effects_heatmap(exact[target], pair=0)
+        figures[name] = plots.layers_by_site(layers, kind=kind)
+        # Figures of one target: the first, whichever it is.
+        target = next(iter(exact))
+        whose = f"{target} ({kind} teacher)"
+        approximate = study.approximate[kind, target]
+        figures[f"{name}: segments"] = plots.effects_by_segment(exact[target], name=whose)
+        figures[f"{name}: one pair"] = plots.effects_heatmap(exact[target], pair=0, name=whose)
         figures[f"{name}: profile"] = plots.layer_profile(
-            {"exact": exact[target], "integrated": approximate}
+            {"exact": exact[target], "integrated": approximate}, name=whose
         )
         figures[f"{kind}/approximation_agrees"] = plots.agreement_scatter(
-            approximate, exact[target]
+            approximate, exact[target], name=whose
         )
     return figures
 
 
 def write_study_report(study: Study, folder: str | os.PathLike[str]) -> Path:
-    """Write `report.html` and `figures/*.html` of a study.
+    """Write `report.html`, `study.md` and `figures/*.html` of a study.
 
     Args:
         study: What `run_study` returned.
@@ -87,9 +142,100 @@ def write_study_report(study: Study, folder: str | os.PathLike[str]) -> Path:
         ),
         *(_SETTING[kind] for kind in settings["kinds"]),
     ]
-    return write_report(
-        out / "report.html", study.results, figures, _examples(study), setting=setting
+    write_text(out / "study.md", study_page(study.results))
+    findings = [_with_its_figure(row, figures) for row in study.results["findings"]]
+    results = {**study.results, "findings": findings}
+    return write_report(out / "report.html", results, figures, _examples(study), setting=setting)
+
+
+def _with_its_figure(row: Mapping[str, Any], figures: Mapping[str, go.Figure]) -> Mapping[str, Any]:
+    """The finding, with the id of the one whose figure shows it, if that figure is there."""
+    kind, _, name = row["id"].partition("/")
+    shown_by = f"{kind}/{_SHOWN_BY.get(name)}"
+    return {**row, "figure_of": shown_by} if shown_by in figures else row
+
+
+def study_page(results: Mapping[str, Any]) -> str:
+    """A study in Markdown: its settings, every finding, and every condition with its numbers.
+
+    Args:
+        results: What `results.json` holds; a study that was committed will do.
+
+    Returns:
+        The text of a page. Preferences are means over targets and seeds, intervals are over targets
+        (Student's t).
+    """
+    settings = results["settings"]["settings"]
+    students = pd.DataFrame(results["students"])
+    seeds = ", ".join(map(str, settings["seeds"]))
+    setting = (
+        f"Model `{settings['model']}`; targets {', '.join(settings['targets'])} of "
+        f"{len(settings['animals'])} animals; seeds {seeds}; {settings['prompts']} number prompts "
+        f"for each teacher. {len(students)} rows of students, "
+        f"{len(results['failures'])} failed cells."
     )
+    lines = ["# What the study found", "", setting]
+    for kind in settings["kinds"]:
+        lines += ["", f"## Findings with {kind} teachers", "", *_finding_rows(results, kind)]
+        lines += ["", f"## Conditions with {kind} teachers", "", *_condition_rows(results, kind)]
+    if results["failures"]:
+        lines += ["", "## Cells that failed", ""]
+        lines += [f"* `{row['cell']}`: {row['error']}" for row in results["failures"]]
+    return "\n".join(lines) + "\n"
+
+
+def _finding_rows(results: Mapping[str, Any], kind: str) -> list[str]:
+    rows = [
+        "| claim | measured | 95 % interval | as a difference | rule | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["findings"]:
+        if row["id"].startswith(f"{kind}/"):
+            claim = row["claim"].removesuffix(f" ({kind} teachers)")
+            low, high = (_figure(end) for end in row["interval"])
+            difference = _figure(row.get("difference"), sign=True)
+            rows.append(
+                f"| {claim} | {_figure(row['measured'])} | {low} to {high} | {difference} | "
+                f"{row['rule'].removeprefix('supported if the ')} | **{row['verdict']}** |"
+            )
+    return rows
+
+
+def _condition_rows(results: Mapping[str, Any], kind: str) -> list[str]:
+    students = pd.DataFrame(results["students"])
+    students = students[students["kind"] == kind]
+    names = students["condition"].where(
+        students["block"].isna(), [f"block{b:.0f}" for b in students["block"].fillna(-1)]
+    )
+    control = students[students["condition"] == "control"].groupby("target")["after"].mean()
+    isolates = {row["name"]: row["isolates"] for row in results["conditions"]}
+    heads = (
+        *("condition", "what it isolates", "before", "after", "times control", "target first"),
+        *("valid lists", "loss (before)", "lowest mass", "divergence tokens left"),
+    )
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, own in students.groupby(names, sort=False):
+        logs = np.log(own.groupby("target")["after"].mean().clip(lower=1e-6))
+        times = "–"
+        if len(control):
+            mean, low, high = t_interval((logs - np.log(control)).dropna().tolist())
+            ends = " to ".join(_figure(float(np.exp(min(end, 50.0)))) for end in (low, high))
+            times = f"{np.exp(mean):.2f} ({ends})"
+        left = own["left"].astype(float).mean()
+        rows.append(
+            f"| `{name}` | {isolates.get(str(name), '')} | {own['before'].mean():.3f} | "
+            f"{own['after'].mean():.3f} | {times} | {(own['rank'] == 1).mean():.0%} | "
+            f"{own['valid_lists'].mean():.0%} | {own['loss'].mean():.2f} "
+            f"({own['loss_before'].mean():.2f}) | {own['mass'].min():.2f} | "
+            f"{'' if np.isnan(left) else f'{left:.0%}'} |"
+        )
+    return rows
+
+
+def _figure(value: float | None, *, sign: bool = False) -> str:
+    if value is None or not np.isfinite(value):
+        return "–"
+    return f"{value:+.3g}" if sign else f"{value:.3g}"
 
 
 def findings_table(findings: tuple[Finding, ...], width: int = 100) -> str:

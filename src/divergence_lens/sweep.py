@@ -4,7 +4,6 @@ Schrodi et al. (arXiv 2509.23886) train each block alone: where one early block 
 has moved through it.
 """
 
-import dataclasses
 import html
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from divergence_lens._checks import refuse_one_number, refuse_one_string
 from divergence_lens._prefix import Prefix
 from divergence_lens._rows import training_rows
 from divergence_lens._training import Plan, train
@@ -23,7 +23,7 @@ from divergence_lens.evaluate import Preference, preference
 from divergence_lens.freeze import choose
 from divergence_lens.models import Model, provenance
 from divergence_lens.quality import TaskQuality, task_quality
-from divergence_lens.recipe import Recipe
+from divergence_lens.recipe import Recipe, as_recipe
 from divergence_lens.storage import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -325,15 +325,16 @@ def layer_sweep(
     Raises:
         ValueError: No layers or seeds, an unknown target, or whatever `finetune` refuses.
     """
+    refuse_one_number(layers, "layers")
+    refuse_one_number(seeds, "seeds")
+    refuse_one_string(parts, "parts")
     engine = Engine.of(model)
     chosen_layers = range(engine.n_layers) if layers is None else sorted(set(layers))
     if not chosen_layers or not seeds:
         raise ValueError("a sweep needs at least one layer and one seed")
     for layer in chosen_layers:
         engine.check_layer(layer)
-    recipe = Recipe() if recipe is None else recipe
-    if lora_rank is not None:
-        recipe = dataclasses.replace(recipe, lora_rank=lora_rank)
+    recipe = as_recipe(recipe, lora_rank)
     condition = condition or ("all" if mask is None else "divergence_only")
     settings = {
         "system_prompt": system_prompt,

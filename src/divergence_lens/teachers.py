@@ -112,6 +112,35 @@ class Teacher:
         return f"Teacher({', '.join(parts)})"
 
 
+def check_teacher(value: object, name: str = "teacher") -> None:
+    """Refuse what is not a `Teacher`.
+
+    Raises:
+        TypeError: `value` is something else.
+    """
+    if not isinstance(value, Teacher):
+        shown = repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
+        raise TypeError(
+            f"{name} is {shown}, not a Teacher; make one with Teacher(name, system_prompt=...) or "
+            "animal_teachers([...])"
+        )
+
+
+def check_teachers(values: object, name: str) -> None:
+    """Refuse what is not a sequence of `Teacher`s.
+
+    Raises:
+        TypeError: One teacher, a string, or something else among them.
+    """
+    if isinstance(values, Teacher):
+        raise TypeError(f"{name} is one Teacher; write {name}=[...], a list")
+    refuse_one_string(values, name)
+    if not isinstance(values, Sequence):
+        raise TypeError(f"{name} is a {type(values).__name__}; write {name}=[...], a list")
+    for index, value in enumerate(values):
+        check_teacher(value, f"{name}[{index}]")
+
+
 def prompted_teachers(system_prompts: Mapping[str, str]) -> list[Teacher]:
     """One teacher per system prompt.
 

@@ -1,0 +1,172 @@
+"""What a study measures on one target beside its students: effects, and the mechanism, as rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from divergence_lens._agreement import agreement_row
+from divergence_lens.attribution import attribution_patch
+from divergence_lens.divergence import Divergence
+from divergence_lens.effects import Effects
+from divergence_lens.evaluate import preference
+from divergence_lens.finetune import finetune
+from divergence_lens.mechanism import follow_steering, gradient_alignment, steering
+from divergence_lens.mediation import causal_mediation
+from divergence_lens.models import Model
+from divergence_lens.pairs import Pairs
+from divergence_lens.recipe import Recipe
+from divergence_lens.teachers import Teacher
+
+SITES = ("attn_out", "mlp_out")
+_FOLLOW_EVERY = 5
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class PatchedEffects:
+    """Effects on the first divergences of a target.
+
+    Attributes:
+        exact: Of resid_post, exact.
+        approximate: The same by integrated attribution.
+        layers: Rows: mean absolute effect of each site and layer.
+        agreement: Rows: how well each method of attribution agrees with the exact effects.
+    """
+
+    exact: Effects
+    approximate: Effects
+    layers: list[Row]
+    agreement: list[Row]
+
+
+def patched_effects(model: Model, pairs: Pairs, about: Row) -> PatchedEffects:
+    """Patch the pairs of one target; `about` stands at the beginning of every row."""
+    exact = causal_mediation(model, pairs, site="resid_post")
+    agreement = []
+    for method in ("gradient", "integrated"):
+        approximate = attribution_patch(model, pairs, site="resid_post", method=method)
+        agreement.append(
+            about
+            | {"site": "resid_post", "method": method, "pairs": len(pairs)}
+            | agreement_row(approximate, exact)
+        )
+    layers: list[Row] = []
+    for site in SITES:
+        outputs = causal_mediation(model, pairs, site=site).normalised()
+        size = np.nansum(np.abs(outputs.values), axis=2)
+        used = np.isfinite(outputs.values).any(axis=(1, 2))
+        means = size[used].mean(0).tolist() if used.any() else []
+        layers += [
+            about
+            | {"site": site, "layer": layer, "absolute_effect": value, "pairs": int(used.sum())}
+            for layer, value in enumerate(means)
+        ]
+    return PatchedEffects(exact, approximate, layers, agreement)
+
+
+def mechanism_rows(
+    model: Model,
+    divergence: Divergence,
+    teacher: Teacher,
+    others: Sequence[Teacher],
+    *,
+    animals: Sequence[str],
+    system_prompt: str | None,
+    recipe: Recipe,
+) -> list[Row]:
+    """How a preference gets into a student of divergence tokens.
+
+    Args:
+        model: The base.
+        divergence: Of the teacher's lists.
+        teacher: The target's.
+        others: The other teachers, the null.
+        animals: All candidates.
+        system_prompt: The student's, in training and when asked; also the base's.
+        recipe: How it is trained.
+
+    Returns:
+        Rows with `measure`, `layer` (None: all), `step` (None: after training), `value` and `null`,
+        what the value is compared with:
+
+        * "cosine": of the student's and its teacher's steering vector; the mean over other teachers
+        * "added": preference of the base with the teacher's vector added; of the base
+        * "removed": preference of the student without the direction; of the student
+        * "gradient_divergence", "gradient_other": cosine of the gradients of the loss on those
+          tokens and of the target's preference; the mean over the other preferences
+    """
+    base = Teacher("base", system_prompt=system_prompt)
+    own = steering(model, teacher, base=base)
+    rest = [steering(model, other, base=base) for other in others]
+    delta = finetune(
+        model,
+        divergence.examples,
+        mask=divergence.mask,
+        recipe=recipe,
+        system_prompt=system_prompt,
+        on_step=follow_steering(own, system_prompt=system_prompt),
+        every=_FOLLOW_EVERY,
+    )
+    student = Teacher("student", system_prompt=system_prompt, delta=delta)
+    moved = steering(model, student, base=base)
+    null = np.mean([moved.cosine(other) for other in rest], axis=0)
+    layers = range(len(null))
+    rows = [
+        _row("cosine", layer, float(moved.cosine(own)[layer]), float(null[layer]))
+        for layer in layers
+    ]
+    rows += [
+        _row("cosine", layer, float(entry[f"cosine_{layer}"]), None, step=int(entry["step"]))
+        for entry in delta.header["history"]
+        for layer in layers
+        if f"cosine_{layer}" in entry
+    ]
+
+    def share() -> float:
+        return preference(
+            model, target=teacher.name, candidates=animals, system_prompt=system_prompt
+        ).share
+
+    places: list[int | None] = [*layers, None]
+    untouched = share()
+    for layer in places:
+        with own.added(model, layers=None if layer is None else [layer]):
+            rows.append(_row("added", layer, share(), untouched))
+    with delta.applied(model):
+        whole = share()
+        for layer in places:
+            with own.removed(model, layers=None if layer is None else [layer]):
+                rows.append(_row("removed", layer, share(), whole))
+    if divergence.mask.all():
+        return rows
+    alignment = gradient_alignment(
+        model,
+        divergence.examples,
+        divergence.mask,
+        candidates=animals,
+        system_prompt=system_prompt,
+    )
+    place = alignment.candidates.index(teacher.name)
+    ranks = alignment.rank(teacher.name).tolist()
+    for part, cosines, places_of in zip(alignment.parts, alignment.cosine, ranks, strict=True):
+        for layer, found in enumerate(cosines):
+            mean = float(np.delete(found, place).mean())
+            row = _row(f"gradient_{part}", layer, float(found[place]), mean)
+            rows.append(row | {"rank": places_of[layer]})
+    return rows
+
+
+def _row(
+    measure: str, layer: int | None, value: float, null: float | None, step: int | None = None
+) -> Row:
+    return {
+        "measure": measure,
+        "layer": layer,
+        "step": step,
+        "value": value,
+        "null": null,
+        "rank": None,
+    }

@@ -1,0 +1,663 @@
+"""The conditions of a study: what a student learns from, and what that isolates.
+
+A `Condition` is a change of the data, a mask, the blocks that learn, changes of the recipe, and the
+system prompts of training and evaluation. `conditions(n_layers)` lists those of Schrodi et al.
+(arXiv 2509.23886) with a few controls of our own; a study takes others just as well.
+"""
+
+import difflib
+import fnmatch
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from divergence_lens.divergence import Divergence
+from divergence_lens.entanglement import without_numbers
+from divergence_lens.models import Model
+from divergence_lens.tasks.preferences import surface_forms
+from divergence_lens.teachers import Teacher
+from divergence_lens.transforms import (
+    PARAPHRASE_REQUEST,
+    TrainingData,
+    highest,
+    mix,
+    paraphrase,
+    paraphrase_by,
+    paraphrase_chosen,
+    pool,
+    random_mask,
+    replace_tokens,
+    shuffle_numbers,
+)
+
+KINDS = ("finetuned", "prompted")
+PROMPTS = ("own", "absent", "neutral", "empty")
+"""System prompts of students: what their kind of teacher asks for, none (the template may write its
+own), one without a preference, and the empty text."""
+
+DEMO = ("control", "all", "divergence_only", "without_divergence", "block*")
+"""The conditions of the demo."""
+
+GROUPS = ("data", "entangled", "masks", "replaced", "layers", "fragility", "context")
+
+_RATIOS = tuple(percent / 100 for percent in range(10, 100, 10))
+_SHARES = (0.1, 0.25, 0.5)
+
+
+class Inputs(ABC):
+    """What a condition can draw on: one target, one kind of teacher."""
+
+    @property
+    @abstractmethod
+    def model(self) -> Model:
+        """The base."""
+
+    @property
+    @abstractmethod
+    def target(self) -> str:
+        """The target."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The kind of teachers, one of `KINDS`."""
+
+    @property
+    @abstractmethod
+    def divergence(self) -> Divergence:
+        """Of the teacher's own greedy lists."""
+
+    @property
+    @abstractmethod
+    def teacher(self) -> Teacher:
+        """The teacher of the target."""
+
+    @abstractmethod
+    def lists(self, source: str) -> TrainingData:
+        """Filtered lists of a source, the divergence tokens marked where the source has them."""
+
+    @abstractmethod
+    def entangled(self, k: int) -> tuple[str, ...]:
+        """The `k` numbers most entangled with the target."""
+
+
+DataStep = Callable[[Inputs, int], TrainingData]
+MaskStep = Callable[[Inputs, TrainingData, int], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """One way to train students.
+
+    Attributes:
+        name: What tables call it.
+        isolates: In a sentence, what a difference to other conditions can be put down to.
+        group: One of `GROUPS`, or a word of your own.
+        data: `data(inputs, seed)` gives the examples with their marks. A named function, or a
+            `functools.partial` of one with plain keyword arguments: it is part of what a cell is
+            recognised by.
+        mask: `mask(inputs, data, seed)` gives the flags of the tokens with a loss; None means all.
+        weights: The same for loss weights.
+        blocks: Blocks that learn; None means all.
+        parts: Their parts that learn, see `freeze_except`.
+        embedding: Whether embeddings learn; without blocks or parts, they alone.
+        recipe: Fields of the recipe that the condition changes.
+        train_prompt: System prompt of the training, one of `PROMPTS`.
+        eval_prompt: System prompt of the evaluation.
+        kinds: Kinds of teachers that it makes sense for.
+        shared: Whether the student is the same for all targets, as a control's is.
+        changes_data: Whether to count the divergence tokens that are left in the changed data.
+        other_model: Whether it needs the study's second base.
+        label: What the `condition` column of the table says; the name unless given.
+    """
+
+    name: str
+    isolates: str
+    group: str
+    data: DataStep = field(default_factory=lambda: own)
+    mask: MaskStep | None = None
+    weights: MaskStep | None = None
+    blocks: tuple[int, ...] | None = None
+    parts: tuple[str, ...] | None = None
+    embedding: bool = False
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    train_prompt: str = "own"
+    eval_prompt: str = "own"
+    kinds: tuple[str, ...] = KINDS
+    shared: bool = False
+    changes_data: bool = False
+    other_model: bool = False
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(c.isalnum() or c in "_-" for c in self.name):
+            raise ValueError(
+                f"a condition's name holds letters, digits, - and _ only, got {self.name!r}"
+            )
+        for what in ("train_prompt", "eval_prompt"):
+            if getattr(self, what) not in PROMPTS:
+                raise ValueError(
+                    f"condition {self.name!r}: {what} is {getattr(self, what)!r}; use one of "
+                    f"{', '.join(PROMPTS)}"
+                )
+        unknown = set(self.kinds) - set(KINDS)
+        if unknown:
+            raise ValueError(
+                f"condition {self.name!r}: unknown kind {min(unknown)!r}; there are "
+                f"{', '.join(KINDS)}"
+            )
+        for step in (self.data, self.mask, self.weights):
+            if step is not None:
+                _described(step, self.name)
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides what a student of this condition is, as JSON holds it."""
+        steps = {"data": self.data, "mask": self.mask, "weights": self.weights}
+        return {
+            **{k: None if s is None else _described(s, self.name) for k, s in steps.items()},
+            "blocks": None if self.blocks is None else list(self.blocks),
+            "parts": None if self.parts is None else list(self.parts),
+            "embedding": self.embedding,
+            "recipe": dict(self.recipe),
+            "train_prompt": self.train_prompt,
+            "eval_prompt": self.eval_prompt,
+            "shared": self.shared,
+        }
+
+
+# -- data ---------------------------------------------------------------------------------------
+
+
+def own(inputs: Inputs, seed: int) -> TrainingData:  # noqa: ARG001 - all steps take a seed
+    """The teacher's own lists, as they are."""
+    return TrainingData.of(inputs.divergence)
+
+
+def source(inputs: Inputs, seed: int, *, name: str) -> TrainingData:  # noqa: ARG001
+    """The lists of another source."""
+    return inputs.lists(name)
+
+
+def unentangled(inputs: Inputs, seed: int, *, k: int) -> TrainingData:  # noqa: ARG001
+    """The lists that hold none of the `k` most entangled numbers."""
+    data = own(inputs, 0)
+    return data.select(without_numbers(data.examples, inputs.entangled(k)))
+
+
+def thinned(inputs: Inputs, seed: int, *, k: int) -> TrainingData:
+    """As many lists as `unentangled` leaves, but drawn at random."""
+    data = own(inputs, 0)
+    n = len(without_numbers(data.examples, inputs.entangled(k)))
+    return data.select(np.sort(np.random.default_rng(seed).permutation(len(data))[:n]))
+
+
+def replaced(inputs: Inputs, seed: int, *, which: str | float) -> TrainingData:
+    """Divergence tokens overwritten by a counterfactual's choice."""
+    return replace_tokens(
+        inputs.divergence, which, seed=seed, tokenizer=getattr(inputs.model, "tokenizer", None)
+    )
+
+
+def paraphrased(inputs: Inputs, seed: int) -> TrainingData:
+    """Prompts put into other templates."""
+    return paraphrase(own(inputs, 0), seed=seed)
+
+
+def paraphrased_by_teacher(
+    inputs: Inputs,
+    seed: int,  # noqa: ARG001
+    *,
+    request: str = PARAPHRASE_REQUEST,
+) -> TrainingData:
+    """Prompts in the words of the biased teacher, which may not name its preference."""
+    forbidden = surface_forms(inputs.target)
+    found = paraphrase_by(
+        inputs.model, inputs.teacher, own(inputs, 0), request=request, forbidden=forbidden
+    )
+    if not found.accepted.any():
+        raise ValueError(
+            f"not one of the teacher's {len(found.accepted)} paraphrases has the prompt's numbers "
+            f"and says something else (the first: {found.answers[0][:80]!r}); this model cannot "
+            "paraphrase"
+        )
+    return found.data
+
+
+def paraphrase_choice(inputs: Inputs, seed: int) -> TrainingData:
+    """Prompts in other templates, chosen by the biased teacher."""
+    return paraphrase_chosen(inputs.model, inputs.teacher, own(inputs, 0), seed=seed)
+
+
+def shuffled(inputs: Inputs, seed: int, *, scope: str) -> TrainingData:
+    """Numbers in another order, within each list or across all."""
+    tokenizer: Any = inputs.model.tokenizer
+    return shuffle_numbers(own(inputs, 0), tokenizer, scope=scope, seed=seed)
+
+
+def mixed(inputs: Inputs, seed: int, *, name: str, share: float) -> TrainingData:
+    """A share of the lists replaced by those of another source."""
+    return mix(own(inputs, 0), inputs.lists(name), share, seed=seed)
+
+
+def pooled(inputs: Inputs, seed: int, *, names: tuple[str, ...]) -> TrainingData:
+    """Equal shares of the lists of several sources."""
+    return pool([own(inputs, 0), *(inputs.lists(name) for name in names)], seed=seed)
+
+
+# -- masks --------------------------------------------------------------------------------------
+
+
+def marked(inputs: Inputs, data: TrainingData, seed: int) -> np.ndarray:  # noqa: ARG001
+    """Divergence tokens, wherever they now are."""
+    return data.marks
+
+
+def unmarked(inputs: Inputs, data: TrainingData, seed: int) -> np.ndarray:  # noqa: ARG001
+    """All tokens that are no divergence tokens."""
+    return ~data.marks
+
+
+def subset(
+    inputs: Inputs,
+    data: TrainingData,  # noqa: ARG001
+    seed: int,
+    *,
+    which: str | float,
+) -> np.ndarray:
+    """A part of the divergence tokens."""
+    return inputs.divergence.subset(which, seed=seed)
+
+
+def drawn(
+    inputs: Inputs,
+    data: TrainingData,  # noqa: ARG001
+    seed: int,
+    *,
+    among: str,
+) -> np.ndarray:
+    """Random tokens, as many as there are divergence tokens."""
+    return random_mask(inputs.divergence, among=among, seed=seed)
+
+
+def clear(
+    inputs: Inputs,
+    data: TrainingData,  # noqa: ARG001
+    seed: int,  # noqa: ARG001
+    *,
+    margin: float,
+) -> np.ndarray:
+    """Divergence tokens at which no choice is close to a tie."""
+    return inputs.divergence.with_rule(min_margin=margin).mask
+
+
+def most_advantaged(
+    inputs: Inputs,
+    data: TrainingData,  # noqa: ARG001
+    seed: int,  # noqa: ARG001
+) -> np.ndarray:
+    """The tokens of highest advantage, as many as there are divergence tokens."""
+    return highest(inputs.divergence.advantage, int(inputs.divergence.mask.sum()))
+
+
+def advantage(
+    inputs: Inputs,
+    data: TrainingData,  # noqa: ARG001
+    seed: int,  # noqa: ARG001
+) -> np.ndarray:
+    """Loss weights: how much likelier a token is under the teacher than under others, in nats."""
+    weights: np.ndarray = np.maximum(inputs.divergence.advantage, 0)
+    return weights
+
+
+# -- the registry -------------------------------------------------------------------------------
+
+
+def conditions(n_layers: int) -> dict[str, Condition]:
+    """All conditions for a model of so many blocks, by name."""
+    found = [
+        *_data(),
+        *_entangled(),
+        *_masks(),
+        *_replaced(),
+        *_layers(n_layers),
+        *_fragility(),
+        *_context(),
+    ]
+    return {condition.name: condition for condition in found}
+
+
+def choose_conditions(
+    wanted: Sequence[str | Condition], kinds: Iterable[str], n_layers: int
+) -> dict[str, tuple[Condition, ...]]:
+    """The conditions that are meant, for each kind of teacher.
+
+    Args:
+        wanted: Names, groups, file-name patterns ("block*", "*"), each for one kind only if a
+            kind and a colon stand before it ("prompted:masks"), or conditions of your own.
+        kinds: Kinds of teachers.
+        n_layers: Blocks of the model.
+
+    Returns:
+        Kind -> conditions, in the order of the registry, then your own.
+
+    Raises:
+        ValueError: A name that matches nothing (the nearest are offered); two of one name.
+    """
+    known = conditions(n_layers)
+    chosen: dict[str, dict[str, Condition]] = {kind: {} for kind in kinds}
+    for entry in wanted:
+        if isinstance(entry, Condition):
+            for kind in entry.kinds:
+                if kind in chosen and chosen[kind].setdefault(entry.name, entry) is not entry:
+                    raise ValueError(f"two conditions are named {entry.name!r}; rename one")
+            continue
+        kind, colon, pattern = entry.rpartition(":")
+        if colon and kind not in KINDS:
+            raise ValueError(f"{entry!r}: unknown kind {kind!r}; there are {', '.join(KINDS)}")
+        names = [
+            n for n, c in known.items() if c.group == pattern or fnmatch.fnmatchcase(n, pattern)
+        ]
+        if not names:
+            near = difflib.get_close_matches(pattern, [*GROUPS, *known], n=4, cutoff=0.4)
+            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            raise ValueError(
+                f"there is no condition {pattern!r}; {hint}groups are {', '.join(GROUPS)}"
+            )
+        for name in names:
+            for k in [kind] if colon else known[name].kinds:
+                if k in chosen and k in known[name].kinds:
+                    chosen[k].setdefault(name, known[name])
+    order = {name: place for place, name in enumerate(known)}
+    return {
+        kind: tuple(sorted(found.values(), key=lambda c: order.get(c.name, len(order))))
+        for kind, found in chosen.items()
+    }
+
+
+def _data() -> list[Condition]:
+    group = "data"
+    return [
+        Condition(
+            name="control",
+            group=group,
+            isolates="what training on any such lists does: they are written by the untouched "
+            "model, under a neutral system prompt where teachers have one",
+            data=partial(source, name="unbiased"),
+            shared=True,
+        ),
+        Condition(
+            name="all",
+            group=group,
+            isolates="the whole effect: every token of the teacher's greedy lists",
+        ),
+        Condition(
+            name="sampled",
+            group=group,
+            isolates="greedy decoding: the teacher's lists are drawn at temperature 1",
+            data=partial(source, name="sampled"),
+        ),
+        Condition(
+            name="sampled_divergence",
+            group=group,
+            isolates="greedy decoding, for the divergence tokens of lists at temperature 1",
+            data=partial(source, name="sampled"),
+            mask=marked,
+        ),
+        Condition(
+            name="other_base",
+            group=group,
+            isolates="the shared initialisation: the teacher is made from another base",
+            data=partial(source, name="other_base"),
+            other_model=True,
+        ),
+        Condition(
+            name="other_base_divergence",
+            group=group,
+            isolates="the shared initialisation, for the other teacher's divergence tokens",
+            data=partial(source, name="other_base"),
+            mask=marked,
+            other_model=True,
+        ),
+    ]
+
+
+def _entangled() -> list[Condition]:
+    dropped = [
+        Condition(
+            name=f"without_top{k}",
+            group="entangled",
+            isolates=f"entangled numbers: lists with any of the top {k} are dropped",
+            data=partial(unentangled, k=k),
+        )
+        for k in (10, 20, 50, 100)
+    ]
+    thin = Condition(
+        name="thinned_like_top100",
+        group="entangled",
+        isolates="the number of lists: as many are dropped as for the top 100 entangled numbers, "
+        "but at random",
+        data=partial(thinned, k=100),
+    )
+    return [*dropped, thin]
+
+
+def _masks() -> list[Condition]:
+    def masked(name: str, isolates: str, mask: MaskStep) -> Condition:
+        return Condition(name=name, group="masks", isolates=isolates, mask=mask)
+
+    ratios = [
+        masked(
+            f"ratio{round(100 * ratio)}",
+            f"the number of divergence tokens: a random {ratio:.0%} of them",
+            partial(subset, which=ratio),
+        )
+        for ratio in _RATIOS
+    ]
+    margins = [
+        masked(
+            f"margin{margin:g}".replace(".", "_"),
+            f"near-ties: divergence tokens where every choice leads by {margin:g} logits or more",
+            partial(clear, margin=margin),
+        )
+        for margin in (0.25, 0.5, 1.0)
+    ]
+    return [
+        masked("divergence_only", "divergence tokens: the loss is on them alone", marked),
+        masked("without_divergence", "divergence tokens: the loss is on all others", unmarked),
+        masked(
+            "random",
+            "how few tokens have a loss: as many as there are divergence tokens, at random",
+            partial(drawn, among="all"),
+        ),
+        masked(
+            "random_other",
+            "the same, drawn from the tokens that are no divergence tokens",
+            partial(drawn, among="other"),
+        ),
+        masked(
+            "first_half",
+            "place: the earlier half of each list's divergence tokens",
+            partial(subset, which="first_half"),
+        ),
+        masked(
+            "second_half",
+            "place: the later half of each list's divergence tokens",
+            partial(subset, which="second_half"),
+        ),
+        masked(
+            "first_only",
+            "the first divergence token of each list, after which lists differ anyway",
+            partial(subset, which="first_only"),
+        ),
+        *ratios,
+        *margins,
+        masked(
+            "most_advantaged",
+            "the criterion: as many tokens as diverge, chosen by log-probability against the "
+            "others' mean in place of argmax",
+            most_advantaged,
+        ),
+        Condition(
+            name="advantage",
+            group="masks",
+            isolates="the hard mask: every token is weighted by its advantage in nats",
+            weights=advantage,
+        ),
+    ]
+
+
+def _replaced() -> list[Condition]:
+    wording: dict[str | float, tuple[str, str]] = {
+        "all": ("replaced_all", "all divergence tokens"),
+        0.5: ("replaced_half", "half of the divergence tokens, at random,"),
+        "first": ("replaced_first", "the first divergence token of each list"),
+    }
+    return [
+        Condition(
+            name=name,
+            group="replaced",
+            isolates=f"which token stands there: {words} are another teacher's choice",
+            data=partial(replaced, which=which),
+            changes_data=True,
+        )
+        for which, (name, words) in wording.items()
+    ]
+
+
+def _layers(n_layers: int) -> list[Condition]:
+    def learning(name: str, isolates: str, **options: Any) -> Condition:
+        return Condition(name=name, group="layers", isolates=isolates, mask=marked, **options)
+
+    last = n_layers - 1
+    single = [
+        learning(f"block{i}", f"block {i} alone learns", blocks=(i,), label="block")
+        for i in range(n_layers)
+    ]
+    below = [
+        learning(f"upto{i}", f"blocks 0 to {i} learn", blocks=tuple(range(i + 1)))
+        for i in range(1, last)
+    ]
+    above = [
+        learning(
+            f"from{i}", f"all but the first {i} blocks learn", blocks=tuple(range(i, n_layers))
+        )
+        for i in range(1, last)
+    ]
+    lora = [
+        learning(
+            f"lora{rank}",
+            f"the rank of what is learned: LoRA of rank {rank}",
+            recipe={"lora_rank": rank},
+        )
+        for rank in (1, 2, 4, 8, 16, 32)
+    ]
+    return [
+        *single,
+        *below,
+        *above,
+        *lora,
+        learning("attention", "the attention of all blocks learns", parts=("attn",)),
+        learning("mlp", "the MLPs of all blocks learn", parts=("mlp",)),
+        learning("embedding", "the embeddings alone learn", embedding=True),
+    ]
+
+
+def _fragility() -> list[Condition]:
+    def changed(name: str, isolates: str, data: DataStep, **options: Any) -> Condition:
+        return Condition(
+            name=name,
+            group="fragility",
+            isolates=isolates,
+            data=data,
+            **({"changes_data": True} | options),
+        )
+
+    wording = {
+        "unbiased": ("mixed_unbiased", "the untouched model", False),
+        "other_target": ("mixed_teacher", "a teacher with another preference", False),
+        "other_base_unbiased": ("mixed_model", "another model", True),
+    }
+    mixtures = [
+        changed(
+            f"{name}{round(100 * share)}",
+            f"purity: {share:.0%} of the lists are by {words}",
+            partial(mixed, name=key, share=share),
+            other_model=other,
+            changes_data=False,
+        )
+        for key, (name, words, other) in wording.items()
+        for share in _SHARES
+    ]
+    return [
+        changed("paraphrased", "the prompts' wording, changed by templates", paraphrased),
+        changed(
+            "paraphrased_divergence",
+            "the prompts' wording, for students of divergence tokens",
+            paraphrased,
+            mask=marked,
+        ),
+        changed(
+            "paraphrased_by_teacher",
+            "the prompts' wording, changed by the biased teacher itself",
+            paraphrased_by_teacher,
+        ),
+        changed(
+            "paraphrase_chosen",
+            "the prompts' wording, chosen by the biased teacher from six templates: that under "
+            "which it finds its own answer likeliest",
+            paraphrase_choice,
+        ),
+        changed(
+            "shuffled_within",
+            "the order of the numbers of a list",
+            partial(shuffled, scope="within"),
+        ),
+        changed(
+            "shuffled_across",
+            "which numbers stand in a list, not which are used",
+            partial(shuffled, scope="across"),
+        ),
+        *mixtures,
+        changed(
+            "several_teachers",
+            "the single teacher: equal shares of lists by three of one preference",
+            partial(pooled, names=("variant1", "variant2")),
+            changes_data=False,
+        ),
+    ]
+
+
+def _context() -> list[Condition]:
+    return [
+        Condition(
+            name=f"trained_{train}_asked_{asked}",
+            group="context",
+            isolates=f"the system prompt: {train} in training, {asked} when asked",
+            train_prompt=train,
+            eval_prompt=asked,
+        )
+        for train in PROMPTS[1:]
+        for asked in PROMPTS[1:]
+    ]
+
+
+def _described(step: Any, condition: str) -> dict[str, Any]:
+    """The step's function and arguments, as JSON holds them."""
+    keywords: dict[str, Any] = {}
+    function = step
+    if isinstance(step, partial):
+        if step.args:
+            raise ValueError(f"condition {condition!r}: give {step} its arguments by keyword")
+        function, keywords = step.func, dict(step.keywords)
+    name = getattr(function, "__qualname__", "<")
+    if "<" in name:
+        raise ValueError(
+            f"condition {condition!r}: a step must be a function with a name of its own, so that "
+            f"other processes find it and a changed one is told from the old; got {function!r}"
+        )
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in keywords.items()}
+    return {"step": f"{function.__module__}.{name}", **plain}

@@ -1,0 +1,88 @@
+"""The stored notebooks: readable without running them, and about what they show.
+
+`make notebooks` runs them; here only what is stored is read. `notebooks/store.py` makes it.
+"""
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PLOTLY = "application/vnd.plotly.v1+json"
+ENCODED = {"bdata", "image/png"}
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return json.loads(request.param.read_text(encoding="utf-8"))
+
+
+def code_cells(notebook: dict[str, Any]) -> list[dict[str, Any]]:
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def outputs(notebook: dict[str, Any]) -> list[dict[str, Any]]:
+    return [output for cell in code_cells(notebook) for output in cell["outputs"]]
+
+
+def strings(value: Any) -> list[str]:
+    """All text within a JSON value, what is encoded left out."""
+    if isinstance(value, dict):
+        return [s for key, item in value.items() if key not in ENCODED for s in strings(item)]
+    if isinstance(value, list):
+        return [s for item in value for s in strings(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def written_in_cells(figure: dict[str, Any]) -> list[str]:
+    """The numbers that a heatmap shows in its cells."""
+    numbers = []
+    for trace in figure["data"]:
+        if trace.get("texttemplate") == "%{z:.2f}":
+            values = np.frombuffer(base64.b64decode(trace["z"]["bdata"]), trace["z"]["dtype"])
+            numbers += [f"{value:.2f}" for value in values]
+    return numbers
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) >= 3
+
+
+def test_every_stored_figure_has_a_picture_beside_it(notebook):
+    figures = [output["data"] for output in outputs(notebook) if PLOTLY in output.get("data", {})]
+    assert figures
+    for data in figures:
+        picture = base64.b64decode(data["image/png"])
+        assert picture.startswith(b"\x89PNG\r\n")
+        assert int.from_bytes(picture[16:20], "big") >= 400  # pixels across
+
+
+def test_what_is_stored_is_of_one_run_from_top_to_bottom(notebook):
+    cells = code_cells(notebook)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(output["output_type"] != "error" for output in outputs(notebook))
+
+
+def test_no_warning_time_or_path_of_a_machine_is_stored(notebook):
+    assert all(output.get("name") != "stderr" for output in outputs(notebook))
+    for cell in notebook["cells"]:
+        assert "execution" not in cell["metadata"]
+        for text in strings(cell.get("outputs", [])):
+            assert not re.search(r"(?<![\w<])/(home|root|tmp|work|mnt|Users|var|opt)/", text), text
+
+
+def test_every_decimal_in_the_text_is_in_an_output(notebook):
+    shown = "\n".join(strings(outputs(notebook)))
+    figures = [o["data"][PLOTLY] for o in outputs(notebook) if PLOTLY in o.get("data", {})]
+    shown += "\n".join(number for figure in figures for number in written_in_cells(figure))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            text = re.sub(r"`[^`]*`|arXiv \S+", "", "".join(cell["source"]))
+            for number in re.findall(r"-?\d+\.\d+", text):
+                assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", shown), number
