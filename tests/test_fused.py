@@ -86,13 +86,52 @@ def test_whoever_looks_gets_the_models_own_blocks(backend, calls):
     _, model = build("llama", backend)
     engine = Engine.of(model)
     calls.clear()
-    engine.final(TOKENS)  # a gradient may be wanted
+    engine.final(TOKENS)  # all parameters could learn
     assert calls == []
     seen = []
     with torch.no_grad(), engine.hooked([(1, "attn_out", lambda x: seen.append(x.shape))]):
         engine.final(TOKENS)
     assert calls == [0, 2]
     assert seen == [(2, 9, 32)]
+
+
+@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("past", [False, True])
+def test_gradients_that_pass_are_hugging_faces(family, past, backend, calls):
+    hf, model = build(family, backend)
+    engine, first = Engine.of(model), 4 if past else 0
+    shape = (*TOKENS.shape, hf.get_input_embeddings().weight.shape[1])
+    nudge = torch.zeros(shape, requires_grad=True)
+    handle = hf.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out + nudge)
+    (expected,) = torch.autograd.grad(hf(TOKENS).logits[:, first:].square().sum(), nudge)
+    handle.remove()
+
+    before = None
+    if past:  # it takes no part in the graph
+        with torch.no_grad():
+            _, before = engine.prefill(TOKENS[:, :first])
+    with engine.frozen():
+        calls.clear()
+        run = engine.begin(TOKENS[:, first:], before)
+        felt = resid = run.resid.detach().requires_grad_()
+        for layer in range(engine.n_layers):
+            resid = engine.block(layer, resid, run)
+        assert calls == [0, 1, 2]
+        logits = engine.unembed(engine.norm(resid))
+        (gradient,) = torch.autograd.grad(logits.square().sum(), felt)
+    torch.testing.assert_close(gradient, expected[:, first:], atol=1e-3, rtol=1e-3)
+
+
+def test_a_block_that_learns_or_whose_gradients_are_watched_is_the_models_own(backend, calls):
+    _, model = build("llama", backend)
+    engine = Engine.of(model)
+    with engine.frozen():
+        next(iter(engine.block_parameters(1).values())).requires_grad_(True)
+        handle = model.blocks[2].mlp.register_full_backward_hook(lambda *_: None)
+        calls.clear()
+        engine.final(TOKENS)
+        handle.remove()
+    assert calls == [0]
 
 
 @pytest.mark.parametrize("layer", [0, 2])

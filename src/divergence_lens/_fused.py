@@ -1,10 +1,10 @@
 """A transformer block in as few operations as torch has for it, for passes that nobody watches.
 
 Both model classes of TransformerLens compute a block through dozens of hook points, and write out
-attention scores and patterns so that they can be hooked. Where no gradient is taken and no hook is
-set, none of that is seen. `FusedBlocks` then computes the same from the same parameters: one
+attention scores and patterns so that they can be hooked. Where no hook is set and no parameter
+learns, none of that is seen. `FusedBlocks` then computes the same from the same parameters: one
 product for queries, keys and values, `scaled_dot_product_attention` in place of the patterns, and
-the element-wise steps in place.
+the element-wise steps in place. Gradients may pass through it, and then nothing is done in place.
 
 It knows plain causal decoders (GPT-2, Llama, Qwen2, and Mistral without a window): a norm before
 attention and MLP, learned or rotary positions, query groups, gated or plain MLPs. What it computes
@@ -14,6 +14,7 @@ is compared with the model's own blocks before it is used; other models go witho
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
 }
+_IN_A_GRAPH: dict[str, Callable[[Tensor], Tensor]] = {
+    name: partial(F.gelu, approximate="tanh") if function is _gelu_tanh else function
+    for name, function in _ACTIVATIONS.items()
+} | dict.fromkeys(("silu", "swish"), F.silu)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class FusedBlocks(ABC):
 
     def __init__(self, engine: "Engine", lens: Any, activation: str, eps: float) -> None:
         self._engine, self._lens = engine, lens
-        self._activation = _ACTIVATIONS[activation]
+        self._activation = activation
         self._eps = eps
         self._rms = "RMS" in str(lens.cfg.normalization_type)
         self._kv_heads = int(getattr(lens.cfg, "n_key_value_heads", None) or engine.n_heads)
@@ -112,17 +117,20 @@ class FusedBlocks(ABC):
     # -- the block --------------------------------------------------------------------------
 
     def fit(self, layer: int) -> bool:
-        """Whether nobody would notice: no gradient, no dropout, no hook within the block."""
+        """Whether nobody would notice: nothing learns, is dropped out or hooked in the block."""
+        if torch.is_grad_enabled() and (
+            torch.is_autocast_enabled(self._engine.device.type)
+            or any(map(_takes_gradients, self._modules[layer]))
+        ):
+            return False
         return self._unseen(self._modules[layer])
 
     def fit_unembed(self) -> bool:
-        """Likewise for the unembedding."""
-        return self._unseen(self._unembed_modules)
+        """Likewise for the unembedding, where no gradient is taken at all."""
+        return not torch.is_grad_enabled() and self._unseen(self._unembed_modules)
 
     def _unseen(self, modules: list[nn.Module]) -> bool:
-        return not (
-            torch.is_grad_enabled() or self._lens.training or any(map(_is_watched, modules))
-        )
+        return not (self._lens.training or any(map(_is_watched, modules)))
 
     def unembed(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Logits of normed hidden states, before any soft cap."""
@@ -132,7 +140,8 @@ class FusedBlocks(ABC):
         self, layer: int, resid: Float[Tensor, "batch pos d_model"], run: "Pass", since: int = 0
     ) -> Float[Tensor, "batch asked d_model"]:
         """`resid_post` of a block, at the positions from `since` on."""
-        weights = self.weights_of(layer)
+        weights, graph = self.weights_of(layer), torch.is_grad_enabled()
+        activation = (_IN_A_GRAPH if graph else _ACTIVATIONS)[self._activation]
         batch, length = resid.shape[:2]
         normed = self._norm(resid, weights.norm_1)
         asked = normed[:, since:]
@@ -157,11 +166,13 @@ class FusedBlocks(ABC):
         resid = resid[:, since:] + _affine(mixed.flatten(2), weights.out)
         normed = self._norm(resid, weights.norm_2)
         inner = _affine(normed, weights.up)
-        if weights.gate is not None:
-            inner.mul_(self._activation(_affine(normed, weights.gate)))
+        if weights.gate is None:
+            inner = activation(inner)
         else:
-            inner = self._activation(inner)
-        return resid.add_(_affine(inner, weights.down))
+            gate = activation(_affine(normed, weights.gate))
+            inner = inner * gate if graph else inner.mul_(gate)
+        added = _affine(inner, weights.down)
+        return resid + added if graph else resid.add_(added)
 
     def _apart(self, qkv: tuple[Affine, ...]) -> tuple[Affine, ...]:
         if len(qkv) == 3:
@@ -332,6 +343,16 @@ def _is_watched(module: nn.Module) -> bool:
         "_maybe_wire_capture_hooks" not in getattr(hook, "__qualname__", "")
         for kind in hooks
         for hook in kind.values()
+    )
+
+
+def _takes_gradients(module: nn.Module) -> bool:
+    """Whether a module's parameters learn, or gradients are looked at as they pass it."""
+    return (
+        any(p is not None and p.requires_grad for p in module._parameters.values())  # noqa: SLF001
+        or bool(module._backward_hooks)  # noqa: SLF001
+        or bool(module._backward_pre_hooks)  # noqa: SLF001
+        or "forward" in module.__dict__
     )
 
 
