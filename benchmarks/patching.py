@@ -87,8 +87,12 @@ def loop(model: Any, pairs: Pairs, site: str) -> np.ndarray:
     return np.asarray(LOOPS[site](model, clean, cache, metric))
 
 
-def trace_per_step(model: Any, pairs: Pairs, steps: int) -> np.ndarray:
-    """Integrated gradients of resid_post: a forward and a backward per layer, step and pair."""
+def trace_per_step(model: Any, pairs: Pairs, steps: int, *, weights: bool) -> np.ndarray:
+    """Integrated gradients of resid_post: a forward and a backward per layer, step and pair.
+
+    With `weights`, by `backward()`, which makes the weights' gradients as well, as a trace does
+    whose author did not take care.
+    """
     engine = Engine.of(model)
     values = np.zeros((len(pairs), engine.n_layers, len(pairs.clean[0])), dtype=np.float32)
     for i in range(len(pairs)):
@@ -103,7 +107,13 @@ def trace_per_step(model: Any, pairs: Pairs, steps: int) -> np.ndarray:
                 hook = (name, lambda _, leaf=leaf, **__: leaf)
                 logits = model.run_with_hooks(pairs.clean[i][None], fwd_hooks=[hook])
                 metric = logits[0, -1, 1] - logits[0, -1, 2]
-                total += torch.autograd.grad(metric, leaf)[0]
+                if weights:
+                    metric.backward()
+                    assert leaf.grad is not None
+                    total += leaf.grad
+                    model.zero_grad()
+                else:
+                    total += torch.autograd.grad(metric, leaf)[0]
             values[i, layer] = (total * change).sum(-1)[0] / steps
     return values
 
@@ -142,9 +152,11 @@ def main() -> None:
         effects, *ours = timed(
             lambda: attribution_patch(model, pairs, site="resid_post", method="integrated")
         )
-        values, *theirs = timed(lambda: trace_per_step(model, pairs, 10))
-        difference = float(np.abs(effects.values - values).max())
-        report("integrated resid_post", tuple(ours), tuple(theirs), difference)
+        for weights in (False, True):
+            values, *theirs = timed(lambda w=weights: trace_per_step(model, pairs, 10, weights=w))
+            difference = float(np.abs(effects.values - values).max())
+            name = "backward()" if weights else "state alone"
+            report(f"integrated, {name}", tuple(ours), tuple(theirs), difference)
         return
     for site in options.sites:
         effects, *ours = timed(lambda site=site: causal_mediation(model, pairs, site=site))

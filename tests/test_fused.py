@@ -6,6 +6,7 @@ import torch
 from divergence_lens._fused import FusedBlocks
 from divergence_lens.engine import Engine
 from divergence_lens.models import load_model
+from tests.conftest import BACKENDS
 from tests.models import FAMILIES, chat_tokenizer, random_hf_model
 
 FUSED = ("gpt2", "llama", "qwen2")
@@ -42,6 +43,33 @@ def test_known_families_are_fused_and_give_hugging_faces_logits(family, backend,
         logits = engine.unembed(engine.final(TOKENS))
         assert calls == [0, 1, 2]
         torch.testing.assert_close(logits, hf(TOKENS).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif("hooked" not in BACKENDS, reason="TransformerLens 4 has no HookedTransformer")
+@pytest.mark.parametrize(
+    ("change", "fast"),
+    [
+        ({}, True),
+        ({"positional_embedding_type": "rotary", "rotary_dim": 8, "gated_mlp": True}, True),
+        ({"n_key_value_heads": 2, "normalization_type": "RMS"}, True),
+        ({"normalization_type": None}, False),
+        ({"attn_only": True}, False),
+        ({"attention_dir": "bidirectional"}, False),
+        ({"use_local_attn": True, "window_size": 3, "attn_types": ["local"] * 3}, False),
+    ],
+)
+def test_models_built_from_a_configuration_are_fused_where_they_are_plain(change, fast, calls):
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    sizes = {"n_layers": 3, "d_model": 32, "n_ctx": 16, "d_head": 8, "n_heads": 4, "d_vocab": 60}
+    plain = {"act_fn": "gelu_new", "d_mlp": 64, "seed": 1}
+    model = HookedTransformer(HookedTransformerConfig(**{**sizes, **plain, **change})).eval()
+    engine = Engine.of(model, causal=False)
+    calls.clear()
+    with torch.no_grad():
+        logits = engine.unembed(engine.final(TOKENS))
+        torch.testing.assert_close(logits, model(TOKENS), atol=1e-5, rtol=1e-4)
+    assert calls == ([0, 1, 2] if fast else [])
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in FUSED])

@@ -6,7 +6,8 @@ learns, none of that is seen. `FusedBlocks` then computes the same from the same
 product for queries, keys and values, `scaled_dot_product_attention` in place of the patterns, and
 the element-wise steps in place. Gradients may pass through it, and then nothing is done in place.
 
-It knows plain causal decoders (GPT-2, Llama, Qwen2, and Mistral without a window): a norm before
+It knows plain causal decoders (GPT-2, Llama, Qwen2, Mistral without a window, and a
+HookedTransformer of that kind built from a configuration): a norm before
 attention and MLP, learned or rotary positions, query groups, gated or plain MLPs. What it computes
 is compared with the model's own blocks before it is used; other models go without.
 """
@@ -207,7 +208,8 @@ class FusedBlocks(ABC):
     def of(engine: "Engine", lens: Any, *, hooked: bool) -> "FusedBlocks | None":
         """The fused blocks of a model, or None if it is not one that they know."""
         name = lens.cfg.original_architecture if hooked else type(lens.original_model).__name__
-        if name not in _ARCHITECTURES:
+        # A HookedTransformer that was built from a configuration names no architecture.
+        if name is not None and name not in _ARCHITECTURES:
             return None
         try:
             fused = (_FusedHooked if hooked else _FusedBridge)(engine, lens)
@@ -225,6 +227,7 @@ class _FusedHooked(FusedBlocks):
             *(cfg.parallel_attn_mlp, cfg.attn_only, cfg.use_local_attn, cfg.use_qk_norm),
             *(cfg.use_normalization_before_and_after, cfg.scale_attn_by_inverse_layer_idx),
             *(cfg.num_experts, cfg.rotary_adjacent_pairs, cfg.attn_scores_soft_cap > 0),
+            cfg.attention_dir != "causal",
             cfg.positional_embedding_type not in ("standard", "rotary"),
             cfg.normalization_type not in ("LN", "LNPre", "RMS", "RMSPre"),
             not cfg.use_attn_scale or abs(float(cfg.attn_scale) - cfg.d_head**0.5) > 1e-6,
