@@ -17,10 +17,11 @@ import torch
 from typer.testing import CliRunner
 
 from divergence_lens.cli import app
-from divergence_lens.conditions import Condition, conditions, drawn, marked, own
+from divergence_lens.conditions import Condition, conditions
 from divergence_lens.delta import Delta
 from divergence_lens.models import load_model
 from divergence_lens.recipe import PAPER
+from divergence_lens.steps import drawn, marked, own
 from divergence_lens.study import StudyConfig, run_study
 from divergence_lens.study_report import study_page
 from divergence_lens.tiny.recipe import STUDENT
@@ -288,6 +289,23 @@ def test_a_seed_draws_another_mask(config, folder, tmp_path):
     rows = rows[(rows["condition"] == "drawing") & (rows["target"] == "owl")]
     assert len(set(rows["tokens"])) == 1
     assert len(set(rows["after"])) == 2
+
+
+def test_distributions_are_read_once_a_target_and_only_if_a_condition_asks(
+    config, folder, tmp_path
+):
+    out = _copy(folder, tmp_path / "kl")
+    assert not list(out.glob("cells/kl/**/*"))
+    asking = replace(config, conditions=("control", "divergence_only", "kl_same", "kl_half"))
+    study = run_study(asking, out)
+    assert not study.failures
+    assert {p.name.split(".")[0] for p in out.glob("cells/kl/finetuned/*.json")} == {"owl", "cat"}
+    tokens = study.table("students").pivot_table(index="target", columns="condition", values="tokens")
+    assert (tokens["kl_same"] == tokens["divergence_only"]).all()
+    assert (tokens["kl_half"] == (tokens["divergence_only"] / 2).round()).all()
+    # Divergence tokens were not read anew for it.
+    before = _times(folder)
+    assert {name: when for name, when in _times(out).items() if name in before} == before
 
 
 def test_the_mechanism_has_rows_for_every_layer_and_its_null(config, folder, tmp_path):

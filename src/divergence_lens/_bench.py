@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 
 from divergence_lens._cells import Cell, CellError, Store
 from divergence_lens._reading import read_teachers
 from divergence_lens._study_parts import mechanism_rows, patched_effects
-from divergence_lens.conditions import Condition, Inputs, marked
+from divergence_lens.conditions import Condition
 from divergence_lens.delta import Delta, base_fingerprint
 from divergence_lens.divergence import Divergence, find_divergence
 from divergence_lens.effects import Effects
@@ -28,6 +29,8 @@ from divergence_lens.finetune import finetune
 from divergence_lens.generate import generate
 from divergence_lens.models import Model, load_model
 from divergence_lens.recipe import Recipe
+from divergence_lens.steps import Inputs, marked
+from divergence_lens.storage import load_tensors, save_tensors
 from divergence_lens.study_config import StudyConfig
 from divergence_lens.tasks.numbers import NumberFilter, number_prompts
 from divergence_lens.tasks.preferences import persona_prompt, plural
@@ -80,6 +83,7 @@ class Bench:
         if config.other_model is not None:
             self.other = load_model(config.other_model, backend=backend)
         self._divergences: dict[str, Divergence] = {}
+        self._kl: tuple[str, np.ndarray] | None = None
         self._teachers: dict[str, Teacher] = {}
         self._preferences: dict[str | None, Preference] = {}
         self._losses: dict[tuple[str, str | None], float] = {}
@@ -324,6 +328,22 @@ class Bench:
             )
         return self._divergences[cell.key]
 
+    def kl(self, kind: str, name: str) -> Float32[np.ndarray, "counterfactuals tokens"]:
+        """The whole distributions of a target's lists compared; read only if a condition asks."""
+        settings = dict(self.divergence_cell(kind, name).settings)
+        cell = Cell(f"kl/{kind}/{name}", settings)
+        if self._kl is None or self._kl[0] != cell.key:
+            self.store.get(cell, partial(self._find_kl, kind, name))
+            tensors, _ = load_tensors(self.store.path(cell, ".safetensors"), "kl")
+            self._kl = (cell.key, tensors["kl"].numpy())
+        return self._kl[1]
+
+    def _find_kl(self, kind: str, name: str, cell: Cell) -> dict[str, Any]:
+        found = self.read(kind, name, self.divergence(kind, name).examples, kl=True)
+        scores = found.soft("kl")
+        save_tensors(self.store.path(cell, ".safetensors"), {"kl": scores}, {}, "kl")
+        return {"target": name, "kind": kind, "mean": float(scores.mean())}
+
     def _compared(self, kind: str, name: str, *, other: bool = False) -> list[Teacher]:
         """The teacher of a target and its counterfactuals."""
         rest = [animal for animal in self.config.animals if animal != name]
@@ -342,12 +362,18 @@ class Bench:
         }
 
     def read(
-        self, kind: str, name: str, examples: Sequence[Example], *, other: bool = False
+        self,
+        kind: str,
+        name: str,
+        examples: Sequence[Example],
+        *,
+        other: bool = False,
+        kl: bool = False,
     ) -> Divergence:
         """`find_divergence` of some lists among the teachers of the study."""
         teacher, *rest = self._compared(kind, name, other=other)
         base = self.other if other and self.other is not None else self.model
-        return find_divergence(base, examples, teacher=teacher, counterfactuals=rest)
+        return find_divergence(base, examples, teacher=teacher, counterfactuals=rest, kl=kl)
 
     def entangled(self, kind: str, name: str) -> Entanglement:
         """The numbers entangled with a target; measured once."""
@@ -509,6 +535,10 @@ class _Inputs(Inputs):
     @property
     def divergence(self) -> Divergence:
         return self.bench.divergence(self.kind, self.target)
+
+    @property
+    def kl(self) -> Float32[np.ndarray, "counterfactuals tokens"]:
+        return self.bench.kl(self.kind, self.target)
 
     @property
     def teacher(self) -> Teacher:

@@ -179,6 +179,7 @@ _CONTROL = "times the preference of control students"
 _ALL = "times the preference of students of all tokens"
 _DIVERGENCE = "times the preference of students of divergence tokens"
 _ENTANGLED = "numbers are ranked by single tokens at the preference questions"
+_LATER = "written after the first whole study, before any student of this condition was trained"
 _CHANGED = "one way of changing the data, one strength"
 
 
@@ -254,6 +255,42 @@ def _further() -> tuple[Claim, ...]:
             "divergence_only",
             _DIVERGENCE,
             "the weights use probabilities, which the mask does not",
+        ),
+        _as_well(
+            "kl_does_as_well",
+            "As many tokens chosen by KL divergence in place of argmax transfer at least as much "
+            "as divergence tokens",
+            "kl_same",
+            "divergence_only",
+            _DIVERGENCE,
+            "the two choices have tokens in common; " + _LATER,
+        ),
+        Claim(
+            "largest_kl_beats_random_half",
+            "The tokens of the largest KL divergence, half as many as diverge, transfer more than "
+            "a random half of the divergence tokens",
+            Ratio(("kl_half", None), ("ratio50", None)),
+            "times the preference of students of a random half of the divergence tokens",
+            _LATER,
+            log=True,
+            needs=("divergence_tokens_suffice",),
+            optional=True,
+        ),
+        _transfers(
+            "kl_beyond_argmax_transfers",
+            "Tokens of large KL divergence that argmax does not mark are enough for some transfer",
+            "kl_beyond_argmax",
+            _LATER,
+        ),
+        _as_well(
+            "near_ties_not_needed",
+            "Divergence tokens that are no near-ties transfer at least as much as as many random "
+            "divergence tokens",
+            "margin0_5",
+            "random_like_margin0_5",
+            "times the preference of students of as many random divergence tokens",
+            "a margin of half a logit; students with the margin, not those beside them, had been "
+            "seen when the claim was written",
         ),
         _less(
             "replaced_tokens_weaken",

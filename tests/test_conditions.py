@@ -1,0 +1,93 @@
+"""What the conditions of a study do to masks, blocks and recipes, counted on one small target."""
+
+import pytest
+
+from divergence_lens.conditions import conditions
+from divergence_lens.divergence import find_divergence
+from divergence_lens.generate import generate
+from divergence_lens.steps import Inputs
+from divergence_lens.tasks import number_prompts
+from divergence_lens.teachers import animal_teachers
+from divergence_lens.transforms import TrainingData
+
+
+class OneTarget(Inputs):
+    """The inputs of one target, read once."""
+
+    model = target = kind = divergence = kl = teacher = None
+
+    def __init__(self, model, divergence):
+        self.model, self.divergence = model, divergence
+        self.teacher, self.kl = divergence.teacher, divergence.kl
+        self.target, self.kind = "owl", "prompted"
+
+    def lists(self, source):
+        raise NotImplementedError(source)
+
+    def entangled(self, k):
+        raise NotImplementedError(k)
+
+
+@pytest.fixture(scope="module")
+def backend():
+    """Masks are made of arrays that both classes give alike (test_soft_scores)."""
+    return "bridge"
+
+
+@pytest.fixture(scope="module")
+def inputs(backend):
+    from divergence_lens.models import load_model
+
+    model = load_model("tiny", backend=backend)
+    owl, *others = animal_teachers(["owl", "cat", "wolf"])
+    examples = generate(model, owl, number_prompts(20, instructions=False), max_new_tokens=20)
+    found = find_divergence(model, examples, teacher=owl, counterfactuals=others, kl=True)
+    return OneTarget(model, found)
+
+
+def mask(inputs, name, seed=0):
+    return conditions(4)[name].mask(inputs, TrainingData.of(inputs.divergence), seed)
+
+
+@pytest.mark.parametrize(("name", "share"), [("kl_same", 1), ("kl_half", 0.5), ("kl_double", 2)])
+def test_tokens_chosen_by_kl_are_a_set_share_of_the_divergence_tokens_and_the_farthest(
+    inputs, name, share
+):
+    chosen = mask(inputs, name)
+    farthest = inputs.kl.max(0)
+    assert chosen.sum() == round(share * int(inputs.divergence.mask.sum()))
+    assert farthest[chosen].min() >= farthest[~chosen].max()
+    assert (chosen != inputs.divergence.mask).any()
+
+
+def test_larger_choices_by_kl_hold_the_smaller(inputs):
+    half, same, double = (mask(inputs, f"kl_{n}") for n in ("half", "same", "double"))
+    assert not (half & ~same).any()
+    assert not (same & ~double).any()
+
+
+@pytest.mark.parametrize(("name", "nats"), [("kl0_1", 0.1), ("kl0_5", 0.5)])
+def test_a_threshold_of_kl_asks_for_one_counterfactual_that_is_so_far(inputs, name, nats):
+    chosen = mask(inputs, name)
+    by_hand = [any(score >= nats for score in scores) for scores in inputs.kl.T]
+    assert chosen.tolist() == by_hand
+    assert 0 < chosen.sum() < len(chosen)
+
+
+def test_what_argmax_misses_is_in_the_choice_by_kl_and_no_divergence_token(inputs):
+    missed = mask(inputs, "kl_beyond_argmax")
+    same, marks = mask(inputs, "kl_same"), inputs.divergence.mask
+    assert missed.any()
+    assert (missed | (same & marks)).tolist() == same.tolist()
+    assert not (missed & marks).any()
+
+
+def test_the_control_of_a_margin_has_its_size_and_other_divergence_tokens_for_each_seed(inputs):
+    clear = mask(inputs, "margin0_5")
+    drawn = [mask(inputs, "random_like_margin0_5", seed) for seed in (0, 0, 1)]
+    assert 0 < clear.sum() < inputs.divergence.mask.sum()
+    for found in drawn:
+        assert found.sum() == clear.sum()
+        assert not (found & ~inputs.divergence.mask).any()
+    assert (drawn[0] == drawn[1]).all()
+    assert (drawn[0] != drawn[2]).any()
