@@ -5,7 +5,8 @@ import pytest
 from divergence_lens.conditions import conditions
 from divergence_lens.divergence import find_divergence
 from divergence_lens.generate import generate
-from divergence_lens.steps import Inputs
+from divergence_lens.steps import Inputs, marked
+from divergence_lens.study_config import StudyConfig
 from divergence_lens.tasks import number_prompts
 from divergence_lens.teachers import animal_teachers
 from divergence_lens.transforms import TrainingData
@@ -91,3 +92,38 @@ def test_the_control_of_a_margin_has_its_size_and_other_divergence_tokens_for_ea
         assert not (found & ~inputs.divergence.mask).any()
     assert (drawn[0] == drawn[1]).all()
     assert (drawn[0] != drawn[2]).any()
+
+
+# -- layers -------------------------------------------------------------------------------------
+
+
+def test_blocks_are_taken_one_by_one_and_cumulatively_from_both_ends():
+    known = conditions(4)
+    blocks = {name: known[name].blocks for name in known if known[name].group == "layers"}
+    assert [blocks[f"block{i}"] for i in range(4)] == [(0,), (1,), (2,), (3,)]
+    assert [blocks[f"lora_block{i}"] for i in range(4)] == [(0,), (1,), (2,), (3,)]
+    assert (blocks["upto1"], blocks["upto2"]) == ((0, 1), (0, 1, 2))
+    # Cumulative from above is all but the first k.
+    assert (blocks["from1"], blocks["from2"]) == ((1, 2, 3), (2, 3))
+    assert {known[name].mask for name in blocks} == {marked}
+    parts = {name: (known[name].parts, known[name].embedding) for name in blocks}
+    assert parts["attention"] == (("attn",), False)
+    assert parts["mlp"] == (("mlp",), False)
+    assert parts["embedding"] == (None, True)
+
+
+def test_ranks_of_lora_are_had_at_the_full_rate_and_at_one_that_suits_them(inputs):
+    known, config = conditions(4), StudyConfig()
+    full = config.recipe_of(inputs.model, "finetuned")
+    found = {
+        (recipe.lora_rank, round(recipe.lr / full.lr))
+        for name in known
+        if name.startswith("lora") and "block" not in name
+        for recipe in [config.recipe_of(inputs.model, "finetuned", known[name])]
+    }
+    ranks = (1, 2, 4, 8, 16, 32)
+    assert found == {(r, t) for r in ranks for t in (1, 8)} | {(8, 2), (8, 4), (8, 16)}
+    narrow = config.recipe_of(inputs.model, "finetuned", known["lora_block2"])
+    assert (narrow.lora_rank, narrow.lr) == (8, 8 * full.lr)
+    untouched = config.recipe_of(inputs.model, "finetuned", known["all"])
+    assert untouched == full

@@ -360,3 +360,55 @@ def test_pairs_without_a_total_effect_have_no_vote():
     assert (found.pairs, found.pearson) == (1, pytest.approx(-1.0))
     nothing = _effects(cells, total=(0.0, 0.0))
     assert agreement_row(nothing, nothing)["inner_pearson"] is None
+
+
+def test_lora_is_compared_at_the_rate_that_fits_like_full_training_whatever_it_transfers():
+    conditions = {  # training loss and preference
+        "control": (1.5, 0.08),
+        "divergence_only": (1.2, 0.3),
+        "lora8": (1.6, 0.1),
+        "lora8_rate8": (1.25, 0.24),
+        "lora8_rate16": (1.1, 0.6),
+    }
+    rows = [
+        {"target": t, "kind": "finetuned", "condition": c, "block": None, "seed": s, "before": 0.08}
+        | {"after": after, "rank": 1, "fit": fit + 0.01 * s}
+        for t in TARGETS
+        for c, (fit, after) in conditions.items()
+        for s in (0, 1)
+    ]
+    # For one target another rate is nearer.
+    for row in rows:
+        if row["target"] == "panda" and row["condition"] == "lora8_rate16":
+            row["fit"] = 1.21
+    found = {f.id: f for f in judge({"students": pd.DataFrame(rows)}, last_block=3)}
+    values = found["finetuned/lora_that_fits_does_as_well"].values
+    assert values == pytest.approx({"wolf": 0.8, "lion": 0.8, "eagle": 0.8, "panda": 2.0})
+    # Tables of a study without that column say nothing of it.
+    without = pd.DataFrame(rows).drop(columns="fit")
+    ids = {f.id for f in judge({"students": without}, last_block=3)}
+    assert "finetuned/lora_that_fits_does_as_well" not in ids
+    assert "finetuned/lora_does_as_well" in ids
+
+
+def test_a_direction_is_needed_throughout_only_if_it_is_at_every_step_after_the_rise():
+    def row(target, measure, step, value, null):
+        place = {"target": target, "kind": "finetuned", "measure": measure, "layer": None}
+        return place | {"step": step, "value": value, "null": null, "rank": None}
+
+    rows = []
+    for target, shares in zip(
+        TARGETS, ((0.5, 0.6), (0.5, 0.7), (0.5, 0.8), (1.2, 0.5)), strict=True
+    ):
+        rows.append(row(target, "added", None, 0.5, 0.1))
+        rows.append(row(target, "removed", 5, 0.2, 0.105))  # not risen by a tenth yet
+        rows += [
+            row(target, "removed", s, 0.3 * x, 0.3) for s, x in zip((10, 15), shares, strict=True)
+        ]
+    students = _tables(PAPER_LIKE)["students"]
+    tables = {"mechanism": pd.DataFrame(rows), "students": students}
+    found = {f.id: f for f in judge(tables, last_block=3)}[
+        "finetuned/direction_is_needed_throughout"
+    ]
+    assert found.values == pytest.approx({"wolf": 0.6, "lion": 0.7, "eagle": 0.8, "panda": 1.2})
+    assert found.verdict == "unclear"

@@ -281,6 +281,29 @@ def test_a_condition_of_ones_own_gets_its_data_mask_and_blocks(config, folder, t
     assert list(study.student("finetuned", "owl", "mine").norms()) == [2]
 
 
+def test_the_fit_of_a_student_is_the_training_loss_of_its_last_epoch(config, folder):
+    study = run_study(config, folder)
+    row = next(r for r in study.results["students"] if r["condition"] == "divergence_only")
+    history = study.student("finetuned", row["target"], "divergence_only").history()
+    last = history[history["epoch"] == history["epoch"].max()]
+    assert row["fit"] == pytest.approx(last["loss"].mean())
+
+
+def test_students_of_single_blocks_with_lora_have_their_block_and_a_name_of_their_own(
+    config, folder, tmp_path
+):
+    out = _copy(folder, tmp_path / "narrow")
+    study = run_study(
+        replace(config, conditions=("control", "block0", "lora_block0", "lora_block3")), out
+    )
+    rows = study.table("students").dropna(subset=["block"])
+    found = rows[rows["target"] == "owl"][["condition", "block"]].to_numpy().tolist()
+    assert found == [["block", 0], ["lora_block", 0], ["lora_block", 3]]
+    assert list(study.student("finetuned", "owl", "lora_block3").norms()) == [3]
+    page = study_page(study.results)
+    assert all(f"| `{name}` |" in page for name in ("block0", "lora_block0", "lora_block3"))
+
+
 def test_a_seed_draws_another_mask(config, folder, tmp_path):
     out = _copy(folder, tmp_path / "seeds")
     drawing = _own("drawing", mask=partial(drawn, among="all"))
@@ -300,7 +323,8 @@ def test_distributions_are_read_once_a_target_and_only_if_a_condition_asks(
     study = run_study(asking, out)
     assert not study.failures
     assert {p.name.split(".")[0] for p in out.glob("cells/kl/finetuned/*.json")} == {"owl", "cat"}
-    tokens = study.table("students").pivot_table(index="target", columns="condition", values="tokens")
+    rows = study.table("students")
+    tokens = {name: own.set_index("target")["tokens"] for name, own in rows.groupby("condition")}
     assert (tokens["kl_same"] == tokens["divergence_only"]).all()
     assert (tokens["kl_half"] == (tokens["divergence_only"] / 2).round()).all()
     # Divergence tokens were not read anew for it.
@@ -324,7 +348,25 @@ def test_the_mechanism_has_rows_for_every_layer_and_its_null(config, folder, tmp
     before = study.table("students")["before"][0]
     assert added["null"].to_numpy() == pytest.approx(before, abs=1e-6)
     assert (added["value"] > added["null"]).any()
-    assert len(table[table["step"].notna()]) > 0
+    # Over training: a cosine for each layer, and one necessity for all, at the same steps.
+    own = table[(table["target"] == "owl") & table["step"].notna()]
+    steps = sorted(set(own["step"]))
+    assert set(own["measure"]) == {"cosine", "removed"}
+    assert (
+        own[own["measure"] == "cosine"].groupby("step")["layer"].apply(list) == [[*range(4)]]
+    ).all()
+    removed = own[own["measure"] == "removed"]
+    assert removed["step"].tolist() == steps
+    assert removed["layer"].isna().all()
+    # The last of them is measured on the student as it is in the end.
+    last = after[(after["measure"] == "removed") & (after["target"] == "owl")]
+    last = last[last["layer"].isna()].iloc[0]
+    assert removed["value"].iloc[-1] == pytest.approx(last["value"], rel=1e-4)
+    assert removed["null"].iloc[-1] == pytest.approx(last["null"], rel=1e-4)
+    first = after[(after["measure"] == "cosine") & (after["target"] == "owl")]
+    assert own[(own["measure"] == "cosine") & (own["step"] == steps[-1])][
+        ["value", "null"]
+    ].to_numpy() == pytest.approx(first[["value", "null"]].to_numpy(), abs=1e-3)
     ids = {finding.id for finding in study.findings}
     assert "finetuned/direction_suffices" in ids
 
@@ -413,6 +455,9 @@ def test_the_settings_for_a_large_model_are_the_papers(backend):
     assert config.instructions
     assert config.recipes(model).prompted_student == replace(PAPER, lora_rank=4)
     assert config.system_prompt("prompted", "own") is None
+    names = {condition.name for condition in config.conditions_of("prompted", 28)}
+    assert {"lora1", "lora32", "block27", "from26", "kl_same"} <= names
+    assert not [name for name in names if "rate" in name or name.startswith("lora_")]
     used = StudyConfig.for_model("tiny", lora_rank=4).recipes(model)
     assert used.student == replace(STUDENT, lora_rank=4)
     assert used.teacher.lora_rank is None

@@ -434,6 +434,7 @@ class Bench:
             "examples": len(data),
             "tokens": learned,
             "left": left,
+            "fit": _last_epoch(delta),
             **self._looked_at(kind, condition, delta),
         }
 
@@ -512,6 +513,12 @@ class Bench:
             recipe=self.config.recipe_of(self.model, kind, only),
         )
         return {"rows": [{"target": target, "kind": kind} | row for row in rows]}
+
+
+def _last_epoch(student: Delta) -> float:
+    """Mean loss of the last epoch's updates, on the tokens that have one, in nats."""
+    history = student.header["history"]
+    return float(np.mean([e["loss"] for e in history if e["epoch"] == history[-1]["epoch"]]))
 
 
 class _Inputs(Inputs):

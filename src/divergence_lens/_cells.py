@@ -25,8 +25,8 @@ try:
 except ImportError:  # Windows has no such locks: cells may be computed twice, to the same end
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 1
-"""Part of every key: raised when the same settings come to mean another computation."""
+FORMAT = 2
+"""Part of every key: raised when the same settings come to mean another result."""
 
 
 class CellError(RuntimeError):

@@ -1,7 +1,8 @@
 """What a study measures on one target beside its students: effects, and the mechanism, as rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ from divergence_lens.divergence import Divergence
 from divergence_lens.effects import Effects
 from divergence_lens.evaluate import preference
 from divergence_lens.finetune import finetune
-from divergence_lens.mechanism import follow_steering, gradient_alignment, steering
+from divergence_lens.mechanism import Steering, gradient_alignment, mean_residuals, steering
 from divergence_lens.mediation import causal_mediation
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs
 from divergence_lens.recipe import Recipe
+from divergence_lens.tasks.preferences import preference_questions
 from divergence_lens.teachers import Teacher
 
 SITES = ("attn_out", "mlp_out")
@@ -89,8 +91,9 @@ def mechanism_rows(
         recipe: How it is trained.
 
     Returns:
-        Rows with `measure`, `layer` (None: all), `step` (None: after training), `value` and `null`,
-        what the value is compared with:
+        Rows with `measure`, `layer` (None: all), `step` (None: after training; otherwise the update
+        after which it was measured, "cosine" and "removed" every few), `value` and `null`, what the
+        value is compared with:
 
         * "cosine": of the student's and its teacher's steering vector; the mean over other teachers
         * "added": preference of the base with the teacher's vector added; of the base
@@ -101,13 +104,19 @@ def mechanism_rows(
     base = Teacher("base", system_prompt=system_prompt)
     own = steering(model, teacher, base=base)
     rest = [steering(model, other, base=base) for other in others]
+
+    def share() -> float:
+        return preference(
+            model, target=teacher.name, candidates=animals, system_prompt=system_prompt
+        ).share
+
     delta = finetune(
         model,
         divergence.examples,
         mask=divergence.mask,
         recipe=recipe,
         system_prompt=system_prompt,
-        on_step=follow_steering(own, system_prompt=system_prompt),
+        on_step=partial(_looked_at, own, rest, share, base),
         every=_FOLLOW_EVERY,
     )
     student = Teacher("student", system_prompt=system_prompt, delta=delta)
@@ -118,18 +127,13 @@ def mechanism_rows(
         _row("cosine", layer, float(moved.cosine(own)[layer]), float(null[layer]))
         for layer in layers
     ]
-    rows += [
-        _row("cosine", layer, float(entry[f"cosine_{layer}"]), None, step=int(entry["step"]))
-        for entry in delta.header["history"]
-        for layer in layers
-        if f"cosine_{layer}" in entry
-    ]
-
-    def share() -> float:
-        return preference(
-            model, target=teacher.name, candidates=animals, system_prompt=system_prompt
-        ).share
-
+    for entry in delta.header["history"]:
+        if "whole" in entry:
+            step = int(entry["step"])
+            rows += [
+                _row("cosine", i, entry[f"cosine_{i}"], entry[f"null_{i}"], step) for i in layers
+            ]
+            rows.append(_row("removed", None, entry["removed"], entry["whole"], step))
     places: list[int | None] = [*layers, None]
     untouched = share()
     for layer in places:
@@ -157,6 +161,25 @@ def mechanism_rows(
             row = _row(f"gradient_{part}", layer, float(found[place]), mean)
             rows.append(row | {"rank": places_of[layer]})
     return rows
+
+
+def _looked_at(
+    own: Steering,
+    rest: Sequence[Steering],
+    share: Callable[[], float],
+    base: Teacher,
+    _step: int,
+    _loss: float,
+    model: Model,
+) -> dict[str, float]:
+    """Where a student in training has moved, and what it prefers with and without the direction."""
+    moved = mean_residuals(model, base, preference_questions()) - own.base
+    student = Steering("student", moved, own.base)
+    nulls = np.mean([student.cosine(other) for other in rest], axis=0)
+    found = {f"cosine_{i}": float(c) for i, c in enumerate(student.cosine(own))}
+    found |= {f"null_{i}": float(c) for i, c in enumerate(nulls)} | {"whole": share()}
+    with own.removed(model):
+        return found | {"removed": share()}
 
 
 def _row(

@@ -3,6 +3,8 @@
 A study that leaves such a condition out says nothing about it, so these are optional.
 """
 
+import math
+
 import numpy as np
 
 from divergence_lens.claims import (
@@ -40,6 +42,28 @@ def _other_context(tables: Tables, _last_block: int) -> dict[str, float] | None:
     return {t: float(np.mean(other[t]) - np.mean(same[t])) for t in same if t in other} or None
 
 
+LORA_OF_RANK_8 = ("lora8", *(f"lora8_rate{times}" for times in (2, 4, 8, 16)))
+
+
+def _fitted_lora(tables: Tables, last_block: int) -> dict[str, float] | None:
+    """Log ratio of LoRA to full training, at the rate at which both fit alike, for each target."""
+    students = filled(tables, "students")
+    if students is None or "fit" not in students:
+        return None
+    known = students.dropna(subset=["fit"])
+    fit = known.groupby(["target", "condition"], sort=False)["fit"].mean()
+    logs: dict[str, float] = {}
+    for target in dict.fromkeys(known["target"]):
+        full = fit.get((target, "divergence_only"))
+        rates = [name for name in LORA_OF_RANK_8 if (target, name) in fit.index]
+        if full is None or not rates:
+            continue
+        chosen = min(rates, key=lambda name: abs(fit[target, name] - full))
+        found = Ratio((chosen, None), ("divergence_only", None))(tables, last_block) or {}
+        logs |= {target: found[target]} if target in found else {}
+    return logs or None
+
+
 def _measured(measure: str, *, log: bool = False) -> Estimand:
     """Mean over layers of a measure minus its null (as logarithms), after training."""
 
@@ -59,6 +83,22 @@ def _measured(measure: str, *, log: bool = False) -> Estimand:
     return estimand
 
 
+def _needed_throughout(tables: Tables, _last_block: int) -> dict[str, float] | None:
+    """Log ratio without the direction, at the step of training at which it is needed least.
+
+    Steps count at which the student prefers the target by a tenth more than the base does.
+    """
+    table = filled(tables, "mechanism")
+    if table is None:
+        return None
+    base = table[table["measure"] == "added"].groupby("target")["null"].first()
+    rows = table[(table["measure"] == "removed") & table["step"].notna()]
+    risen = rows["null"] >= rows["target"].map(base) * math.exp(TENTH)
+    sides = np.log(rows[risen][["value", "null"]].astype(float).clip(lower=SMALLEST))
+    ratios = sides["value"] - sides["null"]
+    return as_dict(ratios.groupby(rows["target"][risen], sort=False).max()) or None
+
+
 def _gradient_first(tables: Tables, _last_block: int) -> dict[str, float] | None:
     """Share of blocks in which the target's gradient is the nearest of all."""
     table = filled(tables, "mechanism")
@@ -67,6 +107,9 @@ def _gradient_first(tables: Tables, _last_block: int) -> dict[str, float] | None
     rows = table[table["measure"] == "gradient_divergence"]
     first = (rows["rank"] == 1).astype(float)
     return as_dict(first.groupby(rows["target"], sort=False).mean()) if len(rows) else None
+
+
+_LATER_STEPS = "written after the first whole study, before any student was looked at in training"
 
 
 def _mechanism() -> tuple[Claim, ...]:
@@ -96,6 +139,18 @@ def _mechanism() -> tuple[Claim, ...]:
             _measured("removed", log=True),
             "times the preference of the student, mean over layers",
             "the direction is removed at every position, not at the last alone",
+            above=False,
+            log=True,
+            needs=("divergence_tokens_suffice",),
+            optional=True,
+        ),
+        Claim(
+            "direction_is_needed_throughout",
+            "From when the preference has risen by a tenth to the end of training, holding the "
+            "teacher's direction at the base's mean lowers it",
+            _needed_throughout,
+            "times the preference of the student, at the step where it is lowered least",
+            "every fifth step, after all blocks at once; " + _LATER_STEPS,
             above=False,
             log=True,
             needs=("divergence_tokens_suffice",),
@@ -316,6 +371,34 @@ def _further() -> tuple[Claim, ...]:
             "divergence_only",
             _DIVERGENCE,
             "the learning rate of full training, not tuned for LoRA",
+        ),
+        Claim(
+            "lora_that_fits_does_as_well",
+            "LoRA of rank 8, at the rate at which it fits its tokens most like full training, "
+            "transfers as much, to within a tenth",
+            _fitted_lora,
+            _DIVERGENCE,
+            "of five rates, for each target that with the training loss nearest to full "
+            "training's; no preference takes part in the choice; " + _LATER,
+            threshold=-TENTH,
+            log=True,
+            needs=("divergence_tokens_suffice",),
+            optional=True,
+        ),
+        _transfers(
+            "rank_one_transfers",
+            "LoRA of rank 1 is enough for some transfer",
+            "lora1_rate8",
+            "at 8 times the rate of full training; " + _LATER,
+        ),
+        Claim(
+            "first_block_beats_last_with_lora",
+            "With LoRA, too, the first block carries more of the preference than the last",
+            Ratio(("lora_block", 0), ("lora_block", -1)),
+            "times the preference of students of the last block",
+            "one rate for all blocks, at which the last block fits its tokens better; " + _LATER,
+            log=True,
+            optional=True,
         ),
         Claim(
             "attention_beats_mlp",

@@ -277,7 +277,9 @@ def condition_bars(
     control = table[table["condition"] == "control"]
     base = _means(control, "after") if len(control) else _means(table, "before")
     single = shown["block"].notna() if "block" in shown else shown["target"].isna()
-    names = shown["condition"].where(~single, [f"block {b}" for b in _whole(shown)])
+    names = shown["condition"].where(
+        ~single, shown["condition"] + " " + pd.Series(_whole(shown), index=shown.index)
+    )
     times = shown["after"] / shown["target"].map(base)
     logs = np.log(times.clip(lower=1e-6)).groupby([names, shown["target"]], sort=False).mean()
     groups, means, ends, points = [], [], [], []

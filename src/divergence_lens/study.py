@@ -244,7 +244,7 @@ def _student_rows(
     task: Task, condition: Condition, result: Mapping[str, Any], targets: Sequence[str]
 ) -> list[dict[str, Any]]:
     """A row for the target, or for each target where the student serves all."""
-    single = condition.label == "block" and condition.blocks is not None
+    single = bool(condition.label) and len(condition.blocks or ()) == 1
     return [
         {
             "target": target,
@@ -259,6 +259,7 @@ def _student_rows(
             "valid_lists": result["valid_lists"],
             "loss_before": result["loss_before"],
             "loss": result["loss"],
+            "fit": result["fit"],
             "examples": result["examples"],
             "tokens": result["tokens"],
             "left": result["left"],

@@ -48,6 +48,14 @@ STUDY = (
 paraphrases in a teacher's own words (a tiny model has none), for prompted teachers, whose effect is
 weaker there, the main ones."""
 
+LARGE = (
+    *("data", "entangled", "masks", "replaced", "fragility"),
+    *("block*", "upto*", "from*", "attention", "mlp", "embedding", "lora?", "lora??"),
+)
+"""The conditions of `divergence-lens study` on any other model. Its students are LoRA's at a rate
+for LoRA, so those at multiples of a full rate are left out; what needs a second base cannot be had
+without the user's choice of one."""
+
 _DEEPEST = 1000  # to look for a block's name before the model is loaded
 
 
@@ -170,8 +178,7 @@ class StudyConfig:
                 "student_recipe": PAPER,
                 "prompted_recipe": PAPER,
                 "keep_students": False,
-                # What needs a second base cannot be had without the user's choice of one.
-                "conditions": ("data", "entangled", "masks", "replaced", "layers", "fragility"),
+                "conditions": LARGE,
             }
         return cls(model=model, **(defaults | options))
 
@@ -216,7 +223,10 @@ class StudyConfig:
         """How students of a condition, or of none in particular, are trained."""
         used = self.recipes(model)
         recipe = used.prompted_student if kind == "prompted" else used.student
-        return recipe if condition is None else dataclasses.replace(recipe, **condition.recipe)
+        if condition is None:
+            return recipe
+        recipe = dataclasses.replace(recipe, **condition.recipe)
+        return dataclasses.replace(recipe, lr=condition.rate * recipe.lr)
 
     def system_prompt(self, kind: str, which: str) -> str | None:
         """A student's system prompt: one of `conditions.PROMPTS`."""

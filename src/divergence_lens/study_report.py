@@ -205,7 +205,8 @@ def _condition_rows(results: Mapping[str, Any], kind: str) -> list[str]:
     students = pd.DataFrame(results["students"])
     students = students[students["kind"] == kind]
     names = students["condition"].where(
-        students["block"].isna(), [f"block{b:.0f}" for b in students["block"].fillna(-1)]
+        students["block"].isna(),
+        students["condition"] + [f"{b:.0f}" for b in students["block"].fillna(-1)],
     )
     control = students[students["condition"] == "control"].groupby("target")["after"].mean()
     isolates = {row["name"]: row["isolates"] for row in results["conditions"]}
