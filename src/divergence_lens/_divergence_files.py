@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from divergence_lens.chat import after_turn, stop_ids
 from divergence_lens.examples import Example, as_example, json_lines, with_ids
 from divergence_lens.storage import load_tensors, save_tensors, write_text
 from divergence_lens.teachers import Teacher
@@ -99,6 +100,9 @@ def read_decision_points(
 ) -> tuple[list[Example], Bool[np.ndarray, " tokens"]]:
     """Read examples, with their ids, and the mask that their decision points make.
 
+    The paper's code counts on into what the template writes behind the end of the turn; a point
+    there is left out, as it is no token of the completion.
+
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: A line is not JSON, lacks a key, or has a place outside its completion.
@@ -108,16 +112,19 @@ def read_decision_points(
         raise ValueError(f"{path} holds no examples")
     examples = with_ids(tokenizer, [example for _, example, _ in rows])
     masks = []
+    end, behind = stop_ids(tokenizer), len(after_turn(tokenizer))
     for example, (where, _, points) in zip(examples, rows, strict=True):
         length = len(example.completion_ids or ())
-        outside = [point for point in points if not 0 <= point < length]
+        # Ids of a list that was cut off have no end of turn; a text that is tokenized gets one.
+        cut_off = 0 if (example.completion_ids or (None,))[-1] in end else 1
+        outside = [point for point in points if not 0 <= point < length + cut_off + behind]
         if outside:
             raise ValueError(
                 f"{where}: decision point {outside[0]} lies outside the completion of {length} "
                 "tokens; is this the tokenizer that it was made with?"
             )
         mask = np.zeros(length, dtype=bool)
-        mask[points] = True
+        mask[[point for point in points if point < length]] = True
         masks.append(mask)
     return examples, np.concatenate(masks)
 

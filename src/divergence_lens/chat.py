@@ -233,6 +233,15 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     return found
 
 
+def after_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that the template writes behind the end of an assistant's turn, often a newline.
+
+    They are no part of a completion: no model is asked to write them.
+    """
+    _check_fast(tokenizer)
+    return _CompletionTemplate(tokenizer).behind
+
+
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The ids at which generation stops: end of turn and end of sequence, as far as they exist."""
     _check_fast(tokenizer)
@@ -390,6 +399,7 @@ class _CompletionTemplate:
         self._tokenizer = tokenizer
         eos = tokenizer.eos_token_id
         self.end = eos if isinstance(eos, int) else None
+        self.behind: tuple[int, ...] = ()
         if not tokenizer.chat_template:
             return
         prompt, spans = _PromptTemplate(tokenizer, None).render(_USER)
@@ -399,9 +409,12 @@ class _CompletionTemplate:
         start, stop = self._find(_ASSISTANT, text)
         self._head, self._tail = text[:start], text[stop:]
         marked = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        closing = next((i for i in _tokenize(tokenizer, [self._tail])[0][0] if i in marked), None)
+        tail = _tokenize(tokenizer, [self._tail])[0][0]
+        closing = next((place for place, i in enumerate(tail) if i in marked), None)
         self._closed = closing is not None
-        self.end = self.end if closing is None else closing
+        if closing is not None:
+            self.end = tail[closing]
+            self.behind = tail[closing + 1 :]
         # Llama 2 writes a space that is not in the generation prompt: the model must write it.
         self._lead = self._head.removeprefix(prompt) if self._head.startswith(prompt) else ""
 
