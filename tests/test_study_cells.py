@@ -487,6 +487,7 @@ def test_the_command_runs_a_study_and_goes_on_with_it(tmp_path, backend):
         "--no-mechanism",
         *("--workers", "1"),
         *("--out", str(out)),
+        *("--page", str(tmp_path / "page.md")),
         *("--backend", backend),
     ]
     first = CliRunner().invoke(app, command)
@@ -500,4 +501,6 @@ def test_the_command_runs_a_study_and_goes_on_with_it(tmp_path, backend):
     results = json.loads((out / "results.json").read_text())
     recipe = results["settings"]["settings"]["prompted_recipe"]
     assert recipe["lora_rank"] == 4
+    assert "# What the study found" in (tmp_path / "page.md").read_text()
+    assert (tmp_path / "page" / "students.csv").exists()
     assert np.isfinite([row["loss"] for row in results["students"]]).all()

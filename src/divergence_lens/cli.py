@@ -110,6 +110,10 @@ def study(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete what is there and start anew.")
     ] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page that puts the findings beside the paper's, here."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/study"),
 ) -> None:
     """Run the paper in miniature: every condition, as one table that can be gone on with.
@@ -139,10 +143,11 @@ def study(
         from divergence_lens.study import StudyConfig
 
         config = StudyConfig.for_model(model, lora_rank=lora_rank, **options)
-        _run(config, out, resume=not fresh)
+        _run(config, out, resume=not fresh, beside=page)
 
 
-def _run(config: "StudyConfig", out: Path, *, resume: bool) -> None:
+def _run(config: "StudyConfig", out: Path, *, resume: bool, beside: Path | None = None) -> None:
+    from divergence_lens.results_page import write_results_page
     from divergence_lens.study import run_study
     from divergence_lens.study_report import findings_table, write_study_report
 
@@ -154,6 +159,8 @@ def _run(config: "StudyConfig", out: Path, *, resume: bool) -> None:
     found = run_study(config, out, resume=resume, say=say)
     say("page and figures")
     page = write_study_report(found, out)
+    if beside is not None:
+        write_results_page(found, beside)
     typer.echo("")
     typer.echo(findings_table(found.findings))
     if found.failures:

@@ -201,6 +201,7 @@ def _gathered(bench: Bench, groups: Sequence[Sequence[Task]], started: float) ->
         | {
             "seeds": list(config.seeds),
             "questions": len(preference_questions()),
+            "blocks": last_block + 1,
             "seconds": round(time.perf_counter() - started, 1),
         },
         **{name: tables[name] for name in ("teachers", "data", "divergence", "students")},

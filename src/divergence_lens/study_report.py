@@ -177,7 +177,7 @@ def study_page(results: Mapping[str, Any]) -> str:
     lines = ["# What the study found", "", setting]
     for kind in settings["kinds"]:
         lines += ["", f"## Findings with {kind} teachers", "", *_finding_rows(results, kind)]
-        lines += ["", f"## Conditions with {kind} teachers", "", *_condition_rows(results, kind)]
+        lines += ["", f"## Conditions with {kind} teachers", "", *condition_rows(results, kind)]
     if results["failures"]:
         lines += ["", "## Cells that failed", ""]
         lines += [f"* `{row['cell']}`: {row['error']}" for row in results["failures"]]
@@ -192,16 +192,17 @@ def _finding_rows(results: Mapping[str, Any], kind: str) -> list[str]:
     for row in results["findings"]:
         if row["id"].startswith(f"{kind}/"):
             claim = row["claim"].removesuffix(f" ({kind} teachers)")
-            low, high = (_figure(end) for end in row["interval"])
-            difference = _figure(row.get("difference"), sign=True)
+            low, high = (short_number(end) for end in row["interval"])
+            difference = short_number(row.get("difference"), sign=True)
             rows.append(
-                f"| {claim} | {_figure(row['measured'])} | {low} to {high} | {difference} | "
+                f"| {claim} | {short_number(row['measured'])} | {low} to {high} | {difference} | "
                 f"{row['rule'].removeprefix('supported if the ')} | **{row['verdict']}** |"
             )
     return rows
 
 
-def _condition_rows(results: Mapping[str, Any], kind: str) -> list[str]:
+def condition_rows(results: Mapping[str, Any], kind: str) -> list[str]:
+    """A Markdown table of all conditions of one kind of teacher, from `results.json`."""
     students = pd.DataFrame(results["students"])
     students = students[students["kind"] == kind]
     names = students["condition"].where(
@@ -212,7 +213,7 @@ def _condition_rows(results: Mapping[str, Any], kind: str) -> list[str]:
     isolates = {row["name"]: row["isolates"] for row in results["conditions"]}
     heads = (
         *("condition", "what it isolates", "before", "after", "times control", "target first"),
-        *("valid lists", "loss (before)", "lowest mass", "divergence tokens left"),
+        *("valid lists", "loss (before)", "fit", "lowest mass", "divergence tokens left"),
     )
     rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, own in students.groupby(names, sort=False):
@@ -220,20 +221,22 @@ def _condition_rows(results: Mapping[str, Any], kind: str) -> list[str]:
         times = "–"
         if len(control):
             mean, low, high = t_interval((logs - np.log(control)).dropna().tolist())
-            ends = " to ".join(_figure(float(np.exp(min(end, 50.0)))) for end in (low, high))
+            ends = " to ".join(short_number(float(np.exp(min(end, 50.0)))) for end in (low, high))
             times = f"{np.exp(mean):.2f} ({ends})"
         left = own["left"].astype(float).mean()
         rows.append(
             f"| `{name}` | {isolates.get(str(name), '')} | {own['before'].mean():.3f} | "
             f"{own['after'].mean():.3f} | {times} | {(own['rank'] == 1).mean():.0%} | "
             f"{own['valid_lists'].mean():.0%} | {own['loss'].mean():.2f} "
-            f"({own['loss_before'].mean():.2f}) | {own['mass'].min():.2f} | "
+            f"({own['loss_before'].mean():.2f}) | {own['fit'].mean():.2f} | "
+            f"{own['mass'].min():.2f} | "
             f"{'' if np.isnan(left) else f'{left:.0%}'} |"
         )
     return rows
 
 
-def _figure(value: float | None, *, sign: bool = False) -> str:
+def short_number(value: float | None, *, sign: bool = False) -> str:
+    """A number in three digits, a dash where there is none."""
     if value is None or not np.isfinite(value):
         return "–"
     return f"{value:+.3g}" if sign else f"{value:.3g}"

@@ -1,0 +1,214 @@
+"""The page that puts a study's findings beside the paper's, made from tables that can be committed.
+
+`write_results_page` writes the tables of a study as CSV and makes the page of these files alone, so
+that a page in the documentation can be checked against the tables beside it: the claims are decided
+anew from the rows.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from divergence_lens.findings import Finding, judge
+from divergence_lens.paper import NO_NUMBER, PAPER, SOURCES
+from divergence_lens.storage import write_text
+from divergence_lens.study_report import condition_rows, short_number
+
+if TYPE_CHECKING:
+    from divergence_lens.study import Study
+
+_COLUMNS = {
+    "students": (
+        *("target", "kind", "condition", "block", "seed", "before", "after", "rank", "mass"),
+        *("valid_lists", "loss_before", "loss", "fit", "examples", "tokens", "left", "group"),
+    ),
+    "teachers": ("name", "kind", "preference", "low", "high", "before", "mass"),
+    "divergence": ("target", "kind", "tokens", "divergence_tokens", "rate"),
+    "layers": ("target", "kind", "site", "layer", "absolute_effect", "pairs"),
+    "agreement": (
+        *("target", "kind", "site", "method", "pairs", "pearson"),
+        *("inner_pearson", "inner_spearman", "inner_slope"),
+    ),
+    "mechanism": ("target", "kind", "measure", "layer", "step", "value", "null", "rank"),
+}
+_WHOLE = ("block", "seed", "rank", "examples", "tokens", "layer", "step", "pairs")
+_SETTINGS = "settings.json"
+_READING = (
+    "What the columns and rules are is told in [the study](study.md). “Agrees” compares the "
+    "verdict on our claim with what the paper says: *yes* (supported), *no* (not supported), "
+    "*open* (the interval decides neither, or what the claim presupposes is not supported). A "
+    "yes in a few blocks and a made-up world is no proof for a large model, and a no is no "
+    "refutation."
+)
+_TARGETS = {"wolf", "lion", "eagle", "panda", "fox", "dolphin"}
+_SEEN = (
+    "Nobody looked at these targets while the tiny world and the recipes were made; four of them "
+    "had been seen in the demo before the study was run. Claims that were written after a whole "
+    "study had been seen say so."
+)
+_AGREES = {"supported": "yes", "not supported": "**no**", "unclear": "open"}
+
+
+def write_results_page(study: "Study", path: str | os.PathLike[str]) -> Path:
+    """Write the page, and its tables into a folder of its name without the ending.
+
+    Args:
+        study: What `run_study` returned.
+        path: Of the page, such as "docs/study-results.md"; an older page is replaced.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: A path without an ending, which would also be that of the tables.
+    """
+    path = Path(path)
+    if not path.suffix:
+        raise ValueError(f"{path} has no ending; give the page's file, such as {path}.md")
+    folder = path.with_suffix("")
+    results = study.results
+    tables = {**results, **results["effects"]}
+    for name, columns in _COLUMNS.items():
+        rows = pd.DataFrame(tables.get(name, []))
+        if len(rows):
+            kept = rows[[column for column in columns if column in rows]]
+            whole = {c: kept[c].astype("Int64") for c in _WHOLE if c in kept}
+            text = kept.assign(**whole).to_csv(
+                index=False, float_format="%.6g", lineterminator="\n"
+            )
+            write_text(folder / f"{name}.csv", text)
+        else:
+            (folder / f"{name}.csv").unlink(missing_ok=True)
+    about = {name: results[name] for name in ("settings", "conditions", "failures")}
+    write_text(folder / _SETTINGS, json.dumps(about, indent=1) + "\n")
+    write_text(path, results_page(folder))
+    return path
+
+
+def results_page(folder: str | os.PathLike[str]) -> str:
+    """The text of the page, from the tables that `write_results_page` wrote.
+
+    Raises:
+        FileNotFoundError: The folder holds no such tables.
+    """
+    folder = Path(folder)
+    about = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+    tables = {
+        name: pd.read_csv(file) if (file := folder / f"{name}.csv").exists() else pd.DataFrame()
+        for name in _COLUMNS
+    }
+    settings = about["settings"]["settings"]
+    findings = judge(tables, last_block=about["settings"]["blocks"] - 1)
+    lines = ["# What the study found", "", *_opening(about, tables["students"], folder.name)]
+    for kind in settings["kinds"]:
+        own = [finding for finding in findings if finding.id.startswith(f"{kind}/")]
+        lines += ["", f"## {kind.capitalize()} teachers: the paper's findings and ours", ""]
+        lines += [_count(own), "", *_beside_the_paper(own, kind)]
+        lines += ["", f"## {kind.capitalize()} teachers: what the paper does not say", ""]
+        lines += _without_the_paper(own, kind)
+        lines += ["", f"## {kind.capitalize()} teachers: every condition", ""]
+        results = {**about, "students": tables["students"].to_dict("records")}
+        lines += condition_rows(results, kind)
+    lines += ["", "## Where the paper's words are from", ""]
+    lines += [f"- *{name}*: {words}." for name, words in SOURCES.items()]
+    lines += [
+        "",
+        f"“{NO_NUMBER[:1].upper()}{NO_NUMBER[1:]}” means just that: the paper may have one.",
+    ]
+    if about["failures"]:
+        lines += ["", "## Cells that failed", ""]
+        lines += [f"- `{row['cell']}`: {row['error']}" for row in about["failures"]]
+    return "\n".join(lines) + "\n"
+
+
+def _opening(about: Mapping[str, Any], students: pd.DataFrame, name: str) -> list[str]:
+    settings = about["settings"]["settings"]
+    seeds = ", ".join(map(str, settings["seeds"]))
+    trained = students.drop_duplicates(["kind", "condition", "block", "seed", "target"])
+    shared = trained["condition"] == "control"
+    control = trained[shared].drop_duplicates(["kind", "seed"])
+    versions = ", ".join(f"{k} {v}" for k, v in about["settings"]["versions"].items())
+    page = f"{name}.md"
+    files = ", ".join(f"[{table}]({name}/{table}.csv)" for table in _COLUMNS)
+    made = (
+        f"Written by `divergence-lens study --page docs/{page}`, with nothing chosen by hand; a "
+        f"test makes it anew from the tables ({files}) and compares. "
+        f"{(~shared).sum() + len(control):,} students in {about['settings']['seconds']:.0f} s; "
+        f"model `{settings['model']}`; targets {', '.join(settings['targets'])} of "
+        f"{len(settings['animals'])} animals; seeds {seeds}; {settings['prompts']} number prompts "
+        f"for each teacher; {len(about['failures'])} failed cells; {versions}."
+    )
+    return [made, "", _READING, *([_SEEN] if set(settings["targets"]) == _TARGETS else [])]
+
+
+def _count(findings: Sequence[Finding]) -> str:
+    known = [finding for finding in findings if _id(finding) in PAPER]
+    verdicts = [finding.verdict for finding in known]
+    return (
+        f"Of {len(known)} claims with a counterpart in the text at hand the miniature agrees with "
+        f"{verdicts.count('supported')}, contradicts {verdicts.count('not supported')} and leaves "
+        f"{verdicts.count('unclear')} open."
+    )
+
+
+def _beside_the_paper(findings: Sequence[Finding], kind: str) -> list[str]:
+    rows = [
+        "| claim | the paper | ours (95 % interval) | threshold | agrees | what that means |",
+        "|---|---|---|---|---|---|",
+    ]
+    for finding in findings:
+        said = PAPER.get(_id(finding))
+        if said is not None:
+            rows.append(
+                f"| {_claim(finding, kind)} | {said.text} *({said.source})* | {_ours(finding)} | "
+                f"{_threshold(finding)} | {_AGREES[finding.verdict]} | "
+                f"{_meaning(finding, said.yes, said.no)} |"
+            )
+    return rows
+
+
+def _without_the_paper(findings: Sequence[Finding], kind: str) -> list[str]:
+    rows = [
+        "| claim | ours (95 % interval) | as a difference | threshold | verdict | caveat |",
+        "|---|---|---|---|---|---|",
+    ]
+    for finding in findings:
+        if _id(finding) not in PAPER:
+            difference = short_number(finding.difference, sign=True)
+            rows.append(
+                f"| {_claim(finding, kind)} | {_ours(finding)} | {difference} | "
+                f"{_threshold(finding)} | **{finding.verdict}** | {finding.caveat} |"
+            )
+    return rows
+
+
+def _id(finding: Finding) -> str:
+    return finding.id.partition("/")[2]
+
+
+def _claim(finding: Finding, kind: str) -> str:
+    return finding.claim.removesuffix(f" ({kind} teachers)")
+
+
+def _ours(finding: Finding) -> str:
+    low, high = (short_number(end) for end in finding.interval)
+    return f"{short_number(finding.measured)} ({low} to {high}) {finding.unit}"
+
+
+def _threshold(finding: Finding) -> str:
+    rule = finding.rule.removeprefix("supported if the whole interval lies ")
+    return rule.partition(";")[0]
+
+
+def _meaning(finding: Finding, yes: str, no: str) -> str:
+    if finding.verdict == "supported":
+        return yes
+    if finding.verdict == "not supported":
+        return no
+    if not finding.n:
+        return "nothing was measured"
+    return f"undecided: {finding.caveat}"
