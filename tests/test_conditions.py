@@ -105,6 +105,7 @@ def test_blocks_are_taken_one_by_one_and_cumulatively_from_both_ends():
     assert (blocks["upto1"], blocks["upto2"]) == ((0, 1), (0, 1, 2))
     # Cumulative from above is all but the first k.
     assert (blocks["from1"], blocks["from2"]) == ((1, 2, 3), (2, 3))
+    assert all(blocks[f"lora_{n}"] == blocks[n] for n in ("upto1", "upto2", "from1", "from2"))
     assert {known[name].mask for name in blocks} == {marked}
     parts = {name: (known[name].parts, known[name].embedding) for name in blocks}
     assert parts["attention"] == (("attn",), False)
@@ -118,12 +119,13 @@ def test_ranks_of_lora_are_had_at_the_full_rate_and_at_one_that_suits_them(input
     found = {
         (recipe.lora_rank, round(recipe.lr / full.lr))
         for name in known
-        if name.startswith("lora") and "block" not in name
+        if name.startswith("lora") and not name.startswith("lora_")
         for recipe in [config.recipe_of(inputs.model, "finetuned", known[name])]
     }
     ranks = (1, 2, 4, 8, 16, 32)
     assert found == {(r, t) for r in ranks for t in (1, 8)} | {(8, 2), (8, 4), (8, 16)}
-    narrow = config.recipe_of(inputs.model, "finetuned", known["lora_block2"])
-    assert (narrow.lora_rank, narrow.lr) == (8, 8 * full.lr)
+    for name in ("lora_block2", "lora_upto1", "lora_from2"):
+        narrow = config.recipe_of(inputs.model, "finetuned", known[name])
+        assert (narrow.lora_rank, narrow.lr) == (8, 8 * full.lr)
     untouched = config.recipe_of(inputs.model, "finetuned", known["all"])
     assert untouched == full

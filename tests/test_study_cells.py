@@ -23,7 +23,7 @@ from divergence_lens.models import load_model
 from divergence_lens.recipe import PAPER
 from divergence_lens.steps import drawn, marked, own
 from divergence_lens.study import StudyConfig, run_study
-from divergence_lens.study_report import study_page
+from divergence_lens.study_report import study_figures, study_page
 from divergence_lens.tiny.recipe import STUDENT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -358,6 +358,13 @@ def test_the_mechanism_has_rows_for_every_layer_and_its_null(config, folder, tmp
     removed = own[own["measure"] == "removed"]
     assert removed["step"].tolist() == steps
     assert removed["layer"].isna().all()
+    figure = study_figures(study)["finetuned/direction_is_needed_throughout"]
+    means = table[table["measure"] == "removed"].groupby("step")[["null", "value"]].mean()
+    drawn_lines = [
+        trace.y for trace in figure.data if trace.y is not None and len(trace.y) == len(means)
+    ]
+    for column in ("null", "value"):
+        assert any(np.allclose(line, means[column], rtol=1e-6) for line in drawn_lines)
     # The last of them is measured on the student as it is in the end.
     last = after[(after["measure"] == "removed") & (after["target"] == "owl")]
     last = last[last["layer"].isna()].iloc[0]

@@ -438,6 +438,20 @@ def _layers(n_layers: int) -> list[Condition]:
         )
         for i in range(n_layers)
     ]
+    narrow += [
+        learning(
+            f"lora_{name}",
+            f"depth with LoRA: rank 8, {words}, at {LORA_RATE} times the rate",
+            recipe={"lora_rank": 8},
+            rate=LORA_RATE,
+            blocks=blocks,
+        )
+        for i in range(1, last)
+        for name, words, blocks in (
+            (f"upto{i}", f"blocks 0 to {i}", tuple(range(i + 1))),
+            (f"from{i}", f"all but the first {i} blocks", tuple(range(i, n_layers))),
+        )
+    ]
     return [
         *single,
         *below,

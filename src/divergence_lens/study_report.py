@@ -96,6 +96,11 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
                 figures[f"{kind}/{_GROUPS[group]}: {group}"] = plots.condition_bars(
                     students, group, kind=kind, title=f"{_TITLES[group]} ({kind} teachers)"
                 )
+        followed = _followed(study, kind)
+        if followed:
+            figures[f"{kind}/direction_is_needed_throughout"] = plots.preference_over_training(
+                followed, before=float(of_kind["before"].mean())
+            )
         exact = {target: found for (k, target), found in study.exact.items() if k == kind}
         if not exact:
             continue
@@ -114,6 +119,19 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
             approximate, exact[target], name=whose
         )
     return figures
+
+
+def _followed(study: Study, kind: str) -> dict[str, pd.DataFrame]:
+    """Preference over training with and without the teacher's direction, mean over targets."""
+    table = pd.DataFrame(study.results.get("mechanism", ()))
+    if not len(table):
+        return {}
+    rows = table[(table["kind"] == kind) & (table["measure"] == "removed") & table["step"].notna()]
+    return {
+        name: rows.groupby("step")[column].mean().rename("preference").reset_index()
+        for name, column in (("student", "null"), ("without the teacher's direction", "value"))
+        if len(rows)
+    }
 
 
 def write_study_report(study: Study, folder: str | os.PathLike[str]) -> Path:
