@@ -119,6 +119,20 @@ def crossed() -> CrossPatch:
     return CrossPatch(margins + np.arange(3, dtype=np.float32)[:, None, None, None], ("owl", "cat"))
 
 
+def many() -> list[dict[str, object]]:
+    """As `masked`, with more conditions than have room side by side."""
+    rows = masked()
+    random = [row for row in rows if row["condition"] == "random_tokens"]
+    return [
+        *rows,
+        *(
+            {**row, "condition": f"a_condition_with_a_long_name_{i}", "after": 0.095 * 2**i}
+            for i in range(-1, 6)
+            for row in random
+        ),
+    ]
+
+
 def masked() -> list[dict[str, object]]:
     """Students of a study: those of the demo and two conditions of a further group."""
     rows = [{**row, "group": "data"} for row in students() if row["condition"] != "block"]
@@ -206,6 +220,7 @@ FIGURES = {
     ),
     "transfer_bars": lambda: plots.transfer_bars(students()),
     "condition_bars": lambda: plots.condition_bars(masked(), "masks"),
+    "condition_bars of many": lambda: plots.condition_bars(many(), "masks"),
     "cross_patch_margins": lambda: plots.cross_patch_margins(crossed()),
     "layer_sweep": lambda: plots.layer_sweep(students()),
     "layer_sweep of a sweep": lambda: plots.layer_sweep(sweep()),
@@ -492,6 +507,24 @@ def test_conditions_are_multiples_of_the_control_with_a_dot_for_every_target():
     assert (axis.title.text, axis.tickformat) == ("preference, times the control", "")
     with pytest.raises(ValueError, match="no rows of kind 'finetuned' in the group 'context'"):
         plots.condition_bars(masked(), "context")
+
+
+def test_many_conditions_stand_below_one_another_on_an_axis_of_ratios():
+    figure = plots.condition_bars(many(), "masks")
+    _, dots, means = figure.data
+    assert figure.layout.xaxis.type == "log"
+    names = list(figure.layout.yaxis.ticktext)
+    assert names[:4] == ["all", "divergence only", "first divergence", "random tokens"]
+    assert len(names) == len(means.x) == 11
+    # The first stands at the top.
+    assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]
+    expected = [np.sqrt(0.2 * 0.21) / 0.095, np.sqrt(0.3 * 0.31) / 0.095, 2.0, 1.0]
+    np.testing.assert_allclose(means.x, [*expected, *(2.0**i for i in range(-1, 6))], rtol=1e-6)
+    assert len(dots.x) == 11 * len(TARGETS)
+    low, high = figure.layout.xaxis.range
+    assert 10**low < 0.5
+    assert 10**high > 32
+    assert "diamonds: means" in plain_title(figure)
 
 
 def test_crossed_models_show_what_upper_layers_add_over_each_lower_half():

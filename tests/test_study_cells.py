@@ -423,6 +423,7 @@ def test_every_condition_is_in_the_documentation():
             missing.append(name)
         assert condition.isolates[0].islower()
         assert not condition.isolates.endswith(".")
+        assert "|" not in condition.isolates  # it stands in a cell of a table
     assert missing == []
 
 

@@ -297,8 +297,8 @@ def _masks() -> list[Condition]:
     kl = [
         masked(
             name,
-            f"the criterion: {words}, chosen by the largest KL(teacher || counterfactual) in place "
-            "of argmax",
+            f"the criterion: {words}, those where the KL divergence of a counterfactual from the "
+            "teacher is largest, in place of argmax",
             partial(by_kl, share=share),
         )
         for name, words, share in (

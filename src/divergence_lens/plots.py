@@ -18,6 +18,7 @@ from divergence_lens import _grids as grids
 from divergence_lens import _style as style
 from divergence_lens._agreement import inner_agreement, inner_cells
 from divergence_lens._curves import mixing_curves, preference_over_training
+from divergence_lens._ladder import ladder
 from divergence_lens._tables import Table
 from divergence_lens._tables import checked_table as _table
 from divergence_lens._token_figure import divergence_tokens
@@ -59,6 +60,8 @@ CONDITIONS = {
     "without_divergence": ("all but divergence tokens", "no divergence"),
     "control": ("lists by the untouched model", "control"),
 }
+
+_BESIDE = 8  # conditions whose names have room side by side
 
 
 def rate_per_teacher(divergence: Divergence | Table) -> go.Figure:
@@ -260,9 +263,10 @@ def condition_bars(
         title: What the figure is about; the group's name unless given.
 
     Returns:
-        Bars (geometric means over targets) with 95 % intervals over targets (Student's t, on the
-        log scale) and a dot for each target. Where there is no control, multiples of the
-        preference before training.
+        Geometric means over targets with 95 % intervals over targets (Student's t, on the log
+        scale) and a dot for each target; bars side by side, or of more than eight conditions rows
+        on an axis of ratios. Where there is no control, multiples of the preference before
+        training.
 
     Raises:
         ValueError: If there is no student of the group, or several kinds and none was chosen.
@@ -295,25 +299,26 @@ def condition_bars(
             for (_, target), value in found.items()
         ]
     low_high = np.array(ends, dtype=float)
-    return charts.bars(
-        [
-            charts.Bars(
-                label="mean",
-                groups=groups,
-                values=np.array(means),
-                low=low_high[:, 0],
-                high=low_high[:, 1],
-                hover=[f"{g}: {m:.2f} times" for g, m in zip(groups, means, strict=True)],
-                points=points,
-            )
-        ],
-        what=title or f"Students of {kind} teachers: {group}",
-        detail=f"{style.plural(shown['target'].nunique(), 'target')}, "
-        f"{_students(pd.concat([shown, control]))}; bars: means with 95 % intervals over targets, "
-        "dots: targets",
-        value_title="preference, times the control" if len(control) else "preference, times before",
-        value_format="",
+    series = charts.Bars(
+        label="mean",
+        groups=groups,
+        values=np.array(means),
+        low=low_high[:, 0],
+        high=low_high[:, 1],
+        hover=[f"{g}: {m:.2f} times" for g, m in zip(groups, means, strict=True)],
+        points=points,
     )
+    what = title or f"Students of {kind} teachers: {group}"
+    value_title = "preference, times the control" if len(control) else "preference, times before"
+    several = len(groups) > _BESIDE
+    detail = (
+        f"{style.plural(shown['target'].nunique(), 'target')}, "
+        f"{_students(pd.concat([shown, control]))}; {'diamonds' if several else 'bars'}: means "
+        "with 95 % intervals over targets, dots: targets"
+    )
+    if several:
+        return ladder(series, what=what, detail=detail, value_title=value_title)
+    return charts.bars([series], what=what, detail=detail, value_title=value_title, value_format="")
 
 
 def _whole(rows: pd.DataFrame) -> list[str]:

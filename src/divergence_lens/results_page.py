@@ -103,7 +103,7 @@ def results_page(folder: str | os.PathLike[str]) -> str:
     }
     settings = about["settings"]["settings"]
     findings = judge(tables, last_block=about["settings"]["blocks"] - 1)
-    lines = ["# What the study found", "", *_opening(about, tables["students"], folder.name)]
+    lines = ["# What the study found", "", *_opening(about, tables, folder.name)]
     for kind in settings["kinds"]:
         own = [finding for finding in findings if finding.id.startswith(f"{kind}/")]
         lines += ["", f"## {kind.capitalize()} teachers: the paper's findings and ours", ""]
@@ -117,7 +117,7 @@ def results_page(folder: str | os.PathLike[str]) -> str:
     lines += [f"- *{name}*: {words}." for name, words in SOURCES.items()]
     lines += [
         "",
-        f"“{NO_NUMBER[:1].upper()}{NO_NUMBER[1:]}” means just that: the paper may have one.",
+        f"Where {NO_NUMBER}, the paper itself may have one.",
     ]
     if about["failures"]:
         lines += ["", "## Cells that failed", ""]
@@ -125,15 +125,16 @@ def results_page(folder: str | os.PathLike[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _opening(about: Mapping[str, Any], students: pd.DataFrame, name: str) -> list[str]:
+def _opening(about: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], name: str) -> list[str]:
     settings = about["settings"]["settings"]
+    students = tables["students"]
     seeds = ", ".join(map(str, settings["seeds"]))
     trained = students.drop_duplicates(["kind", "condition", "block", "seed", "target"])
     shared = trained["condition"] == "control"
     control = trained[shared].drop_duplicates(["kind", "seed"])
     versions = ", ".join(f"{k} {v}" for k, v in about["settings"]["versions"].items())
     page = f"{name}.md"
-    files = ", ".join(f"[{table}]({name}/{table}.csv)" for table in _COLUMNS)
+    files = ", ".join(f"[{t}]({name}/{t}.csv)" for t, rows in tables.items() if len(rows))
     made = (
         f"Written by `divergence-lens study --page docs/{page}`, with nothing chosen by hand; a "
         f"test makes it anew from the tables ({files}) and compares. "
