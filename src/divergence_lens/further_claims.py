@@ -3,8 +3,8 @@
 A study that leaves such a condition out says nothing about it, so these are optional.
 
 Those about KL, near-ties, LoRA at rates of its own and the direction over training were written
-after the whole study had been run once, before any student that they are about was trained on a
-target; their caveats say so.
+after the whole study had been run once, before any student of their conditions was trained on a
+target; of near-ties one side had been seen. Their caveats say so.
 """
 
 import math
@@ -374,8 +374,8 @@ def _further() -> tuple[Claim, ...]:
             "lora8",
             "divergence_only",
             _DIVERGENCE,
-            "at the learning rate of full training LoRA has learned less of its tokens, so this says "
-            "little; the next claim takes a rate at which it has learned as much",
+            "at the learning rate of full training LoRA learns less of its tokens, so this says "
+            "little; the next claim takes a rate at which it learns as much",
         ),
         Claim(
             "lora_that_fits_does_as_well",
