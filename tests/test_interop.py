@@ -82,10 +82,9 @@ def test_the_code_on_the_page_runs_and_agrees_with_their_computation(
     write_lines(folder / "filtered_dataset.jsonl", their_lists)
     code = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(code) == 5
-    text = "\n".join(code).replace("recipe=dl.PAPER", "recipe=dl.Recipe(lora_rank=8, lr=0.02)")
     pytest.importorskip("peft")
     names: dict = {}
-    exec(compile(text, str(PAGE), "exec"), names)  # noqa: S102 - the page's own code
+    exec(compile("\n".join(code), str(PAGE), "exec"), names)  # noqa: S102 - the page's own code
 
     # The file that their training reads is the one that their script would have written.
     rows = read_lines(folder / "filtered_dataset_dpoints_only.jsonl")
