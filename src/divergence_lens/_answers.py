@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from divergence_lens._memory import run_halved
 from divergence_lens._reading import length_batches
 from divergence_lens._scoring import chunk_rows
 from divergence_lens.chat import decode, encode_completions, encode_prompts, stop_ids
@@ -202,22 +203,30 @@ def form_events(
     first = torch.tensor([ids[0] for ids in forms], device=engine.device)
     events = np.zeros((len(prompts), len(forms)))
     if not continues.any() and all(len(ids) == 1 for ids in forms):
-        for part in length_batches(lengths, batch_tokens):
+
+        def at_end(part: np.ndarray) -> None:
             hidden = engine.final(_right_padded([prompts[q] for q in part], engine.device))
             last = hidden[torch.arange(len(part)), torch.from_numpy(lengths[part] - 1)]
             events[part] = _log_softmax(engine, last)[:, first].double().exp().cpu().numpy()
+
+        for batch in length_batches(lengths, batch_tokens):
+            run_halved(batch, at_end)
         return events
     steps = _Steps.of(forms, continues, engine.device)
+
+    def behind(part: np.ndarray) -> None:
+        hidden, kept = engine.prefill(_right_padded([prompts[q] for q in part], engine.device))
+        logp = _log_softmax(engine, hidden[:, -1])[:, first]
+        logp = logp + _log_behind(engine, kept, steps)
+        events[part] = logp.double().exp().cpu().numpy()
+
     for length in np.unique(lengths):
         group = np.flatnonzero(lengths == length)
         # The keys and values of a question are repeated for each form: they take memory as well.
         row_tokens = steps.tokens.shape[1] + int(length) // _KEPT_PER_TOKEN
         size = max(1, batch_tokens // (len(forms) * row_tokens))
-        for part in np.split(group, range(size, len(group), size)):
-            hidden, kept = engine.prefill(_right_padded([prompts[q] for q in part], engine.device))
-            logp = _log_softmax(engine, hidden[:, -1])[:, first]
-            logp = logp + _log_behind(engine, kept, steps)
-            events[part] = logp.double().exp().cpu().numpy()
+        for batch in np.split(group, range(size, len(group), size)):
+            run_halved(batch, behind)
     return events
 
 

@@ -27,8 +27,8 @@ class Checkpoints:
     def _path(self, shard: int) -> Path:
         return self._folder / f"shard-{shard:06d}.safetensors"
 
-    def load(self, shard: int) -> dict[str, np.ndarray] | None:
-        """The arrays of a shard, or None where it is not finished.
+    def load(self, shard: int) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """The arrays of a shard and what was noted with them; None where it is not finished.
 
         Raises:
             ValueError: The file is damaged, or belongs to a run on other data or settings.
@@ -42,15 +42,18 @@ class Checkpoints:
                 f"{path} is of another run (other data, teachers, model, settings or versions); "
                 "delete its folder or give another checkpoint_dir"
             )
-        return {name: tensor.numpy() for name, tensor in tensors.items()}
+        return {name: tensor.numpy() for name, tensor in tensors.items()}, header["notes"]
 
-    def save(self, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
+    def save(
+        self, shard: int, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any] | None = None
+    ) -> None:
         """Write a finished shard; the folder is made if there is none."""
         path = self._path(shard)
         # What a run left behind that was killed while it wrote this shard.
         for part in self._folder.glob(f".{path.name}.*.part"):
             part.unlink(missing_ok=True)
-        save_tensors(path, arrays, {"identity": self._identity}, self._kind)
+        header = {"identity": self._identity, "notes": dict(notes or {})}
+        save_tensors(path, arrays, header, self._kind)
 
 
 class Processes:

@@ -4,10 +4,14 @@ Pairs are cut into chunks of like length, padded on the right. For each chunk bo
 once, and what a method does with them is handed in as a function.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -16,6 +20,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from divergence_lens._long_runs import Checkpoints, Processes
+from divergence_lens._memory import halved, run_halved
 from divergence_lens._metrics import (
     Metric,
     MetricFunction,
@@ -27,7 +33,7 @@ from divergence_lens._metrics import (
 from divergence_lens.corruption import Corruption, EmbeddingNoise
 from divergence_lens.effects import Direction, Effects
 from divergence_lens.engine import Engine, KeyValues, SiteFunction
-from divergence_lens.models import Model, provenance
+from divergence_lens.models import Model, fingerprint, provenance
 from divergence_lens.pairs import PAIR_SEGMENTS, Pairs, weights_key
 from divergence_lens.teachers import Teacher
 
@@ -35,6 +41,11 @@ Span = Literal["position", "segment", "all"]
 """What one cell covers: a position, all positions of a segment, or all positions."""
 
 ALL = "all positions"
+
+# The entry of a run's arrays that holds the metrics of both unpatched runs.
+_METRICS = "metrics"
+
+_MEANS_PAIRS = 32
 
 Cells: TypeAlias = Bool[np.ndarray, "pairs layers columns *heads"]
 
@@ -283,14 +294,30 @@ def check(model: Model, question: Question, *, batch_rows: int) -> Engine:
     return engine
 
 
+@dataclass(frozen=True, kw_only=True)
+class Long:
+    """How a long run is cut, shared, kept and watched, as the public functions take it.
+
+    Attributes:
+        size: At most so many pairs in a chunk.
+        checkpoint_dir: Where finished chunks are kept, and gone on from.
+        accelerator: Shares the chunks among the processes that it knows.
+        progress: Whether to show a progress bar, in the first process.
+    """
+
+    size: int
+    checkpoint_dir: str | os.PathLike[str] | None = None
+    accelerator: Any = None
+    progress: bool = False
+
+
 def answer(
     model: Model,
     question: Question,
     work: Callable[[Case], dict[str, Float[Tensor, "layer batch col ..."]]],
     *,
-    size: int,
+    long: Long,
     method: str,
-    progress: bool,
     base_run: Callable[[Engine, Chunk, Tensor | None], Trace] | None = None,
     **settings: Any,
 ) -> dict[str, Effects]:
@@ -300,9 +327,8 @@ def answer(
         model: The model, already checked.
         question: What is measured.
         work: Gives the values of one chunk by site; it is called under the base run's weights.
-        size: At most so many pairs in a chunk.
+        long: How the run is cut, shared and kept.
         method: What the effects call it.
-        progress: Whether to show a progress bar.
         base_run: What runs the base side in place of `trace`, given the noise on its embeddings.
         **settings: Further entries of the header.
 
@@ -310,47 +336,6 @@ def answer(
         The effects of each site.
     """
     pairs, sites, engine = question.pairs, question.sites, Engine.of(model, causal=False)
-    shape = (len(pairs), engine.n_layers, max(len(row) for row in question.columns))
-    values = {}
-    for site in sites:
-        heads = engine.site_heads(site)
-        values[site] = np.full((*shape, heads) if heads else shape, np.nan, dtype=np.float32)
-    metrics = np.zeros((2, len(pairs)), dtype=np.float32)  # base, source
-    ablation = _ablation(model, question, size)
-    name = f"{method} {', '.join(sites)}"
-    with tqdm(total=len(pairs), desc=name, unit="pair", disable=not progress) as bar:
-        for chunk, base_teacher, source_teacher in chunks(question, engine, size):
-            noise = (None, chunk.noise) if chunk.noising else (chunk.noise, None)
-            with weights(source_teacher, model) as source_model:
-                source = trace(
-                    Engine.of(source_model, causal=False),
-                    chunk.source,
-                    chunk.source_target,
-                    sites,
-                    noise=noise[1],
-                )
-            with weights(base_teacher, model) as base_model:
-                base_engine = Engine.of(base_model, causal=False)
-                if base_run is None:
-                    base = trace(
-                        base_engine, chunk.base, chunk.base_target, sites, noise=noise[0], keep=True
-                    )
-                else:
-                    base = base_run(base_engine, chunk, noise[0])
-                clean_logits = base.logits if chunk.noising else source.logits
-                measure = bind(question.metric, pairs, chunk.indices, clean_logits)
-                of_base, of_source = _baselines(measure, chunk, base.logits, source.logits)
-                chosen = chunk.indices.cpu().numpy()
-                metrics[0, chosen], metrics[1, chosen] = of_base.cpu(), of_source.cpu()
-                seen, states = (
-                    (chunk, source) if ablation is None else ablation(chunk, base, source)
-                )
-                seen = _with_members(seen, question)
-                found = work(Case(base_engine, seen, base, states, measure, of_base))
-            for site in sites:
-                _store(values[site], seen, found[site])
-            bar.update(len(chosen))
-    noising = question.direction == "noising"
     named = {
         "direction": question.direction,
         "metric": metric_name(question.metric),
@@ -358,21 +343,142 @@ def answer(
         "span": question.span,
         **settings,
     }
+    shape = (len(pairs), engine.n_layers, max(len(row) for row in question.columns))
+    found = {}
+    for site in sites:
+        heads = engine.site_heads(site)
+        found[site] = np.zeros((*shape, heads) if heads else shape, dtype=np.float32)
+    found[_METRICS] = np.zeros((len(pairs), 2), dtype=np.float32)  # base, source
+    processes = Processes(long.accelerator)
+    identity = ""
+    if processes.count > 1 or long.checkpoint_dir is not None:
+        identity = _identity(model, question, {"method": method, "size": long.size, **named})
+        processes.agree(identity)
+    with processes.together():
+        store = (
+            None
+            if long.checkpoint_dir is None
+            else Checkpoints(Path(long.checkpoint_dir), "patching shard", identity)
+        )
+        one = _Answer(model, question, work, base_run, found)
+        groups = list(enumerate(groups_of_pairs(question, engine, long.size)))
+        mine = groups[processes.index :: processes.count]
+        name = f"{method} {', '.join(sites)}"
+        shown = long.progress and processes.index == 0
+        total = sum(len(chosen) for _, chosen in mine)
+        with tqdm(total=total, desc=name, unit="pair", disable=not shown) as bar:
+            for number, chosen in mine:
+                kept = None if store is None else store.load(number)
+                if kept is not None:
+                    for name, array in kept[0].items():
+                        found[name][chosen] = array
+                    bar.update(len(chosen))
+                    continue
+                for part in halved(chosen, one):
+                    bar.update(part)
+                if store is not None:
+                    store.save(number, {name: array[chosen] for name, array in found.items()})
+    processes.add_up(list(found.values()))
+    base, source = found.pop(_METRICS).T
+    noising = question.direction == "noising"
     return {
         site: Effects(
-            values=values[site],
+            values=values,
             site=site,
             method=method,
             direction=question.direction,
             metric=metric_name(question.metric),
-            clean_metric=metrics[0 if noising else 1],
-            corrupted_metric=metrics[1 if noising else 0],
+            clean_metric=base if noising else source,
+            corrupted_metric=source if noising else base,
             segments=question.columns,
             labels=question.labels,
             header=provenance(model, site=site, **named),
         )
-        for site in sites
+        for site, values in found.items()
     }
+
+
+class _Answer:
+    """Finds the values of some pairs, and puts them into the arrays of the whole run."""
+
+    def __init__(
+        self,
+        model: Model,
+        question: Question,
+        work: Callable[[Case], dict[str, Tensor]],
+        base_run: Callable[[Engine, Chunk, Tensor | None], Trace] | None,
+        found: dict[str, np.ndarray],
+    ) -> None:
+        self._model, self._question, self._work = model, question, work
+        self._base_run, self._found = base_run, found
+        self._engine = Engine.of(model, causal=False)
+
+    @cached_property
+    def _ablation(self) -> Callable[[Chunk, Trace, Trace], tuple[Chunk, Trace]] | None:
+        return _ablation(self._model, self._question)
+
+    def __call__(self, chosen: list[int]) -> int:
+        """Run these pairs, which share both sides' weights; how many they are."""
+        question = self._question
+        chunk, base_teacher, source_teacher = _chunk(question, chosen, self._engine)
+        noise = (None, chunk.noise) if chunk.noising else (chunk.noise, None)
+        with weights(source_teacher, self._model) as source_model:
+            source = trace(
+                Engine.of(source_model, causal=False),
+                chunk.source,
+                chunk.source_target,
+                question.sites,
+                noise=noise[1],
+            )
+        with weights(base_teacher, self._model) as base_model:
+            engine = Engine.of(base_model, causal=False)
+            if self._base_run is None:
+                base = trace(
+                    engine,
+                    chunk.base,
+                    chunk.base_target,
+                    question.sites,
+                    noise=noise[0],
+                    keep=True,
+                )
+            else:
+                base = self._base_run(engine, chunk, noise[0])
+            clean_logits = base.logits if chunk.noising else source.logits
+            measure = bind(question.metric, question.pairs, chunk.indices, clean_logits)
+            of_base, of_source = _baselines(measure, chunk, base.logits, source.logits)
+            seen, states = (
+                (chunk, source) if self._ablation is None else self._ablation(chunk, base, source)
+            )
+            seen = _with_members(seen, question)
+            values = self._work(Case(engine, seen, base, states, measure, of_base))
+        for site in question.sites:
+            _store(self._found[site], seen, values[site])
+        self._found[_METRICS][chosen] = torch.stack([of_base, of_source], 1).cpu().numpy()
+        return len(chosen)
+
+
+def _identity(model: Model, question: Question, settings: Mapping[str, Any]) -> str:
+    """A hash over all that the values depend on; of a metric of one's own, its name and code."""
+    pairs, digest = question.pairs, hashlib.sha256()
+    prints: dict[int, str] = {id(model): fingerprint(model)}
+    for teacher in _teachers(pairs):
+        if teacher.model is not None and id(teacher.model) not in prints:
+            prints[id(teacher.model)] = fingerprint(teacher.model)
+    code = getattr(question.metric, "__code__", None)
+    record = [
+        *(provenance(model, **settings), question.sites, sorted(prints.values())),
+        "" if code is None else f"{code.co_code!r} {code.co_consts} {code.co_names}",
+        *(pairs.segments, [teacher.name for teacher in _teachers(pairs)]),
+    ]
+    digest.update(json.dumps(record, sort_keys=True).encode())
+    for row in (*pairs.clean, *pairs.corrupted, pairs.answers, pairs.foils):
+        digest.update(f"{len(row)} ".encode() + row.numpy().tobytes())
+    for alignment in pairs.alignment:
+        digest.update(alignment.tobytes())
+    for teacher in {id(t.delta): t for t in _teachers(pairs) if t.delta is not None}.values():
+        assert teacher.delta is not None
+        digest.update(teacher.delta.digest().encode())
+    return digest.hexdigest()
 
 
 def _check_corruption(question: Question) -> None:
@@ -451,15 +557,10 @@ def weights(teacher: Teacher | None, model: Model) -> AbstractContextManager[Mod
     return teacher.applied(model)
 
 
-def chunks(
-    question: Question, engine: Engine, size: int
-) -> Iterator[tuple[Chunk, Teacher | None, Teacher | None]]:
-    """Pairs in chunks of at most `size` that share both sides' weights and are of like length.
+def groups_of_pairs(question: Question, engine: Engine, size: int) -> list[list[int]]:
+    """Pairs in groups of at most `size` that share both sides' weights and are of like length.
 
     Where attention goes both ways, padding would be read: there the lengths are equal.
-
-    Yields:
-        The chunk, the teacher whose weights the base run has, and that of the source run.
     """
     pairs = question.pairs
     groups: dict[tuple[object, ...], list[int]] = {}
@@ -468,14 +569,11 @@ def chunks(
         if not engine.causal:
             key += (len(pairs.clean[i]), len(question.corrupted(i)[0]))
         groups.setdefault(key, []).append(i)
+    found = []
     for members in groups.values():
         members.sort(key=lambda i: (-len(pairs.clean[i]), i))
-        for first in range(0, len(members), size):
-            chosen = members[first : first + size]
-            clean, corrupted = question.teachers(chosen[0])
-            noising = question.direction == "noising"
-            base, source = (clean, corrupted) if noising else (corrupted, clean)
-            yield _chunk(question, chosen, engine), base, source
+        found += [members[first : first + size] for first in range(0, len(members), size)]
+    return found
 
 
 def _baselines(
@@ -495,12 +593,12 @@ def _baselines(
 
 
 def _ablation(
-    model: Model, question: Question, size: int
+    model: Model, question: Question
 ) -> Callable[[Chunk, Trace, Trace], tuple[Chunk, Trace]] | None:
     """What puts the states of an ablation in the place of the source run's, if it is one."""
     if question.corruption not in ("mean", "zero"):
         return None
-    means = _Means(model, question, size) if question.corruption == "mean" else None
+    means = _Means(model, question) if question.corruption == "mean" else None
 
     def ablate(chunk: Chunk, base: Trace, source: Trace) -> tuple[Chunk, Trace]:
         positions = torch.arange(chunk.base.shape[1], device=chunk.base.device)
@@ -524,7 +622,7 @@ class _Means:
     Two positions are in the same place if they have the same number within the same segment.
     """
 
-    def __init__(self, model: Model, question: Question, size: int) -> None:
+    def __init__(self, model: Model, question: Question) -> None:
         places: dict[tuple[str, int], int] = {}
         self._places = []
         for row in question.pairs.segments:
@@ -535,9 +633,11 @@ class _Means:
                 mine.append(places.setdefault((name, seen[name]), len(places)))
             self._places.append(torch.tensor(mine))
         engine = Engine.of(model, causal=False)
-        sums: dict[tuple[str, int], Tensor] = {}
-        counts = torch.zeros(len(places), device=engine.device)
-        for chunk, teacher, _ in chunks(question, engine, size):
+        self._sums: dict[tuple[str, int], Tensor] = {}
+        self._counts = torch.zeros(len(places), device=engine.device)
+
+        def add(chosen: list[int]) -> None:
+            chunk, teacher, _ = _chunk(question, chosen, engine)
             with weights(teacher, model) as clean_model:
                 run = trace(
                     Engine.of(clean_model, causal=False),
@@ -545,18 +645,26 @@ class _Means:
                     chunk.base_target,
                     question.sites,
                 )
-            rows, where = self._of(chunk)
-            places_there = where[rows]
-            counts.index_add_(0, places_there, torch.ones_like(places_there, dtype=counts.dtype))
-            for site, kept in run.sites.items():
-                for layer, activation in enumerate(kept):
-                    if (site, layer) not in sums:
-                        empty = activation.new_zeros(len(places), *activation.shape[2:]).float()
-                        sums[site, layer] = empty
-                    sums[site, layer].index_add_(0, places_there, activation[rows].float())
+            self._add(chunk, run)
+
+        # The same groups whatever else a run is cut into, so that its sums have the same bits.
+        for group in groups_of_pairs(question, engine, _MEANS_PAIRS):
+            run_halved(group, add)
         self._means = {
-            where: total / counts.view(-1, *[1] * (total.ndim - 1)) for where, total in sums.items()
+            where: total / self._counts.view(-1, *[1] * (total.ndim - 1))
+            for where, total in self._sums.items()
         }
+
+    def _add(self, chunk: Chunk, run: Trace) -> None:
+        rows, where = self._of(chunk)
+        there = where[rows]
+        self._counts.index_add_(0, there, torch.ones_like(there, dtype=self._counts.dtype))
+        for site, kept in run.sites.items():
+            for layer, activation in enumerate(kept):
+                if (site, layer) not in self._sums:
+                    empty = activation.new_zeros(len(self._counts), *activation.shape[2:]).float()
+                    self._sums[site, layer] = empty
+                self._sums[site, layer].index_add_(0, there, activation[rows].float())
 
     def _of(self, chunk: Chunk) -> tuple[Bool[Tensor, "batch pos"], Int64[Tensor, "batch pos"]]:
         """Which positions of the chunk are no padding, and the place of each."""
@@ -594,6 +702,7 @@ def _with_members(chunk: Chunk, question: Question) -> Chunk:
 def _store(values: np.ndarray, chunk: Chunk, found: Float[Tensor, "layer batch col ..."]) -> None:
     """Put a chunk's values into the result, which counts positions in the clean row."""
     result = found.float().cpu().numpy()
+    values[chunk.indices.cpu().numpy()] = np.nan
     clean = chunk.clean.cpu().numpy()
     for row, pair in enumerate(chunk.indices.tolist()):
         if chunk.members is None:
@@ -607,7 +716,10 @@ def _teachers(pairs: Pairs) -> list[Teacher]:
     return [t for t in (*pairs.clean_teacher, *pairs.corrupted_teacher) if t is not None]
 
 
-def _chunk(question: Question, chosen: list[int], engine: Engine) -> Chunk:
+def _chunk(
+    question: Question, chosen: list[int], engine: Engine
+) -> tuple[Chunk, Teacher | None, Teacher | None]:
+    """Some pairs, and the teachers whose weights the base and the source run have."""
     pairs, device, noising = question.pairs, engine.device, question.direction == "noising"
     clean = [pairs.clean[i] for i in chosen]
     corrupted, alignments = zip(*(question.corrupted(i) for i in chosen), strict=True)
@@ -624,7 +736,7 @@ def _chunk(question: Question, chosen: list[int], engine: Engine) -> Chunk:
             counterpart[row, other] = to_clean[row, other] = there
     start = [question.start(i) if engine.causal else 0 for i in chosen]
     noise = question.noise
-    return Chunk(
+    chunk = Chunk(
         indices=torch.tensor(chosen, device=device),
         base=_padded(base, device),
         source=_padded(source, device),
@@ -641,6 +753,9 @@ def _chunk(question: Question, chosen: list[int], engine: Engine) -> Chunk:
             batch_first=True,
         ),
     )
+    teachers = question.teachers(chosen[0])
+    base_teacher, source_teacher = teachers if noising else teachers[::-1]
+    return chunk, base_teacher, source_teacher
 
 
 def _padded(

@@ -27,6 +27,7 @@ from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 
 from divergence_lens._long_runs import Checkpoints, Processes
+from divergence_lens._memory import halved
 from divergence_lens._scoring import chunk_rows, in_chunks, kl_divergence, read_hidden
 from divergence_lens.chat import prompt_ids
 from divergence_lens.engine import Engine, KeyValues
@@ -120,11 +121,11 @@ def read_teachers(
         )
         waiting, ready = [], 0
         for number, span in list(enumerate(job.shards))[processes.index :: processes.count]:
-            arrays = None if store is None else store.load(number)
-            if arrays is None:
+            kept = None if store is None else store.load(number)
+            if kept is None:
                 waiting.append((number, span))
             else:
-                ready += _put(forced, span, arrays)
+                ready += _put(forced, span, kept[0])
         total = ready + sum(map(job.work, (span for _, span in waiting)))
         with _progress(total, ready, shown=progress and processes.index == 0) as bar:
             for number, span in waiting:
@@ -219,9 +220,7 @@ class _Job:
             digest.update(json.dumps([teacher.name, prints.get(id(base))]).encode())
             prompts = self._prompts[teacher.system_prompt]
             digest.update(prompts.lengths.tobytes() + prompts.flat.tobytes())
-            for name, tensor in sorted((teacher.delta.tensors if teacher.delta else {}).items()):
-                digest.update(json.dumps([name, list(tensor.shape)]).encode())
-                digest.update(tensor.contiguous().numpy().data)
+            digest.update(b"" if teacher.delta is None else teacher.delta.digest().encode())
         digest.update(self.forced.offsets.tobytes() + self.forced.tokens.tobytes())
         return digest.hexdigest()
 
@@ -261,10 +260,8 @@ class _Job:
         heads = prompts.lengths[span.start : span.stop] - prefix
         # The last completion token predicts nothing that is asked.
         lengths = heads + np.diff(offsets) - 1
-        found: Tensor | None = None
-        waiting = length_batches(lengths, self._budget)[::-1]
-        while waiting:
-            rows = waiting.pop()
+
+        def run(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, Tensor]:
             batch = np.zeros((len(rows), int(lengths[rows[0]])), dtype=np.int64)
             first = int(heads[rows].min()) - 1
             sources, places = [], []
@@ -275,20 +272,17 @@ class _Job:
                 at = line * (batch.shape[1] - first) + head - 1 - first
                 sources.append(np.arange(at, at + end - start))
                 places.append(np.arange(start, end) - offsets[0])
-            place = np.concatenate(places)
-            try:
-                hidden = engine.final(
-                    torch.from_numpy(batch).to(engine.device), past=past, since=first
-                )
-            except torch.OutOfMemoryError:
-                if len(rows) == 1:
-                    raise
-                waiting += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
-                continue
+            tokens = torch.from_numpy(batch).to(engine.device)
+            hidden = engine.final(tokens, past=past, since=first)
+            return np.concatenate(sources), np.concatenate(places), hidden.flatten(0, 1)
+
+        found: Tensor | None = None
+        batches = length_batches(lengths, self._budget)
+        for source, place, hidden in chain.from_iterable(halved(rows, run) for rows in batches):
             if found is None:
                 found = hidden.new_empty(int(offsets[-1] - offsets[0]), hidden.shape[-1])
-            source = torch.from_numpy(np.concatenate(sources)).to(hidden.device)
-            found[torch.from_numpy(place).to(hidden.device)] = hidden.flatten(0, 1)[source]
+            where = torch.from_numpy(place).to(hidden.device)
+            found[where] = hidden[torch.from_numpy(source).to(hidden.device)]
             if bar is not None:
                 bar.update(len(place))
         assert found is not None

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
+from divergence_lens._memory import is_out_of_memory
 from divergence_lens.engine import Engine
 
 T = TypeVar("T")
@@ -50,8 +51,8 @@ def in_chunks(length: int, size: int, run: Callable[[slice], T]) -> list[T]:
     while start < length:
         try:
             results.append(run(slice(start, min(start + size, length))))
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
                 raise
             size = (size + 1) // 2
             continue

@@ -2,9 +2,10 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from divergence_lens._lowrank import is_matrix
+from divergence_lens._memory import halved
 from divergence_lens._prefix import Prefix
 from divergence_lens._resume import load_checkpoint, save_checkpoint
 from divergence_lens._rows import batches, pieces
@@ -220,15 +222,20 @@ class _Run:
         whole = self.rows.weights[torch.from_numpy(batch).to(self.rows.weights.device)].sum()
         total: list[Tensor | None] = [None] * len(self.variables.leaves)
         loss = 0.0
-        for part in pieces(batch, lengths, self.prefix.piece_tokens):
+
+        def run(part: np.ndarray) -> tuple[float, Sequence[Tensor | None]]:
             with self.variables.attached():
                 value = self._loss(part, int(lengths[part].max())) / whole
             found = torch.autograd.grad(value, self.variables.leaves, allow_unused=True)
+            return float(value.detach()), found
+
+        parts = pieces(batch, lengths, self.prefix.piece_tokens)
+        for value, found in chain.from_iterable(halved(part, run) for part in parts):
             total = [
                 n if t is None else t if n is None else t + n
                 for t, n in zip(total, found, strict=True)
             ]
-            loss += float(value.detach())
+            loss += value
         self.variables.take(total)
         return loss
 

@@ -10,10 +10,11 @@ more passes. How far to trust it is a question of measurement: see `verify` and
 `Effects.agreement`.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from divergence_lens._metrics import Metric
 from divergence_lens._patching import (
     Case,
     Chunk,
+    Long,
     Question,
     Span,
     Trace,
@@ -60,6 +62,8 @@ def attribution_patch(
     verify: int = 0,
     seed: int = 0,
     batch_rows: int = 32,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    accelerator: Any = None,
     progress: bool = False,
 ) -> Effects:
     """The approximate effect of patching each layer and position (and head), from gradients.
@@ -112,7 +116,10 @@ def attribution_patch(
         verify: If positive, so many of the strongest cells and as many others, drawn at random,
             are computed exactly, and their agreement is attached as `Effects.verified`.
         seed: Of the random cells of `verify`.
-        batch_rows: At most so many rows (pairs times steps) run at once.
+        batch_rows: At most so many rows (pairs times steps) run at once; pairs that do not fit the
+            device are run in halves.
+        checkpoint_dir: As in `causal_mediation`.
+        accelerator: As in `causal_mediation`.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -138,6 +145,8 @@ def attribution_patch(
         verify=verify,
         seed=seed,
         batch_rows=batch_rows,
+        checkpoint_dir=checkpoint_dir,
+        accelerator=accelerator,
         progress=progress,
     )[site]
 
@@ -156,6 +165,8 @@ def attribution_patch_sites(
     verify: int = 0,
     seed: int = 0,
     batch_rows: int = 32,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    accelerator: Any = None,
     progress: bool = False,
 ) -> dict[str, Effects]:
     """`attribution_patch` of several sites from the same passes.
@@ -176,6 +187,8 @@ def attribution_patch_sites(
         verify: How many cells to check, for each site.
         seed: Of the cells to check.
         batch_rows: At most so many rows at once.
+        checkpoint_dir: Where finished pairs are kept.
+        accelerator: Whose processes share the pairs.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -215,9 +228,13 @@ def attribution_patch_sites(
         model,
         question,
         work,
-        size=max(1, batch_rows // nodes),
+        long=Long(
+            size=max(1, batch_rows // nodes),
+            checkpoint_dir=checkpoint_dir,
+            accelerator=accelerator,
+            progress=progress,
+        ),
         method=f"{method} ({steps} steps)" if method in _ON_A_PATH else method,
-        progress=progress,
         base_run=None if method in _ON_A_PATH else base_run,
         steps=nodes,
     )
@@ -226,7 +243,15 @@ def attribution_patch_sites(
     return {
         site: replace(
             effects,
-            verified=_verify(model, question, effects, k=verify, seed=seed, batch_rows=batch_rows),
+            verified=_verify(
+                model,
+                question,
+                effects,
+                k=verify,
+                seed=seed,
+                batch_rows=batch_rows,
+                accelerator=accelerator,
+            ),
         )
         for site, effects in found.items()
     }
@@ -576,7 +601,14 @@ def _check_inputs(question: Question) -> None:
 
 
 def _verify(
-    model: Model, question: Question, effects: Effects, *, k: int, seed: int, batch_rows: int
+    model: Model,
+    question: Question,
+    effects: Effects,
+    *,
+    k: int,
+    seed: int,
+    batch_rows: int,
+    accelerator: Any,
 ) -> Agreement | None:
     """Agreement with exact values of the `k` strongest cells and `k` others.
 
@@ -606,5 +638,6 @@ def _verify(
         span=question.span,
         cells=cells.reshape(effects.values.shape),
         batch_rows=batch_rows,
+        accelerator=accelerator,
     )
     return agreement_of_cells(flat[cells], exact.values.ravel()[cells], k)

@@ -6,7 +6,9 @@ finetuned teachers, each of which is swapped in for as long as a `with` block la
 again bit for bit.
 """
 
+import hashlib
 import html
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -168,6 +170,15 @@ class Delta:
         return {
             k: squares[k] ** 0.5 for k in sorted(squares, key=lambda k: (isinstance(k, str), k))
         }
+
+    def digest(self) -> str:
+        """A hash of the differences alone: equal deltas have equal ones, whatever made them."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].contiguous()
+            digest.update(json.dumps([name, list(tensor.shape)]).encode())
+            digest.update(tensor.numpy().data)
+        return digest.hexdigest()
 
     def _combined(self, tensors: Mapping[str, Tensor], operation: str) -> "Delta":
         kept: dict[str, Any] = {k: v for k, v in self.header.items() if k in ("model", "versions")}

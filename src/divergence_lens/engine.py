@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from divergence_lens._fused import FusedBlocks
+from divergence_lens._memory import is_out_of_memory
 from divergence_lens.models import Model, check_model, is_hooked, model_name, untyped
 
 SITES = (
@@ -201,9 +202,9 @@ class Engine(ABC):
             own = _own_logits(model)
             engine = HookedEngine(model) if is_hooked(model) else BridgeEngine(model)
             difference = engine.difference_to(own)
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             if isinstance(error, RuntimeError) and not wide:
                 # OLMo 2 in bfloat16, whose bridge mixes types, for instance.
                 raise ValueError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from divergence_lens._checks import refuse_one_string
+from divergence_lens._memory import run_halved
 from divergence_lens.chat import check_length, decode, encode_prompts, stop_ids
 from divergence_lens.engine import Engine, KeyValues
 from divergence_lens.examples import Example
@@ -85,12 +86,16 @@ def generate(
         stops = stop_ids(tokenizer)
         written: list[tuple[int, ...]] = [()] * len(rows)
         with tqdm(total=len(rows), desc="generate", unit="row", disable=not progress) as bar:
-            for batch in _batches(rows, max_new_tokens, batch_tokens):
+
+            def write(batch: list[int]) -> None:
                 states = [_Row(row, rows[row]) for row in batch]
                 decoding = _Decoding(engine, states, sampler, stops=stops, limit=max_new_tokens)
                 for row, ids in decoding.run():
+                    bar.update(not written[row])
                     written[row] = ids
-                    bar.update()
+
+            for batch in _batches(rows, max_new_tokens, batch_tokens):
+                run_halved(batch, write)
     return [
         Example(
             prompt,

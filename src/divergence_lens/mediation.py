@@ -23,21 +23,26 @@ The vocabulary follows Vig et al. (2020, arXiv 2004.12265); windows of layers fo
 2509.23886).
 """
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from divergence_lens._memory import halved
 from divergence_lens._metrics import Metric, finite
 from divergence_lens._patching import (
     Case,
     Cells,
     Chunk,
+    Long,
     Question,
     Span,
     answer,
@@ -74,6 +79,8 @@ def causal_mediation(
     window: int = 1,
     cells: "pd.DataFrame | Cells | None" = None,
     batch_rows: int = 128,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    accelerator: Any = None,
     progress: bool = False,
 ) -> Effects:
     """The exact effect of patching each layer and position (and head), one at a time.
@@ -105,7 +112,12 @@ def causal_mediation(
         cells: Only these cells: the table that `Effects.top` returns, or booleans in the shape of
             `Effects.values`. The others become NaN.
         batch_rows: At most so many patched rows run at once; also sets how many pairs are held in
-            memory at a time.
+            memory at a time. Rows that do not fit the device are run in halves.
+        checkpoint_dir: A folder of this run's own, where the values of finished pairs are kept. The
+            same call, made again after the run was stopped, goes on from there and gives the same
+            bits. A metric of your own counts as the same if its name and code are.
+        accelerator: An `accelerate.Accelerator` or `accelerate.PartialState`: the processes that it
+            knows share the pairs, and each returns the whole. All must make the same call.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -141,10 +153,15 @@ def causal_mediation(
         model,
         question,
         work,
-        size=max(1, batch_rows // (engine.n_layers * max(heads, 1))),
+        long=Long(
+            size=max(1, batch_rows // (engine.n_layers * max(heads, 1))),
+            checkpoint_dir=checkpoint_dir,
+            accelerator=accelerator,
+            progress=progress,
+        ),
         method="exact",
-        progress=progress,
         window=window,
+        cells="all" if wanted is None else hashlib.sha256(wanted.tobytes()).hexdigest(),
     )[site]
 
 
@@ -169,7 +186,7 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.batch)
 
-    def part(self, index: slice | Int64[Tensor, " some"]) -> "_Rows":
+    def __getitem__(self, index: slice | Int64[Tensor, " some"]) -> "_Rows":
         return _Rows(
             self.batch[index],
             self.column[index],
@@ -217,9 +234,12 @@ class _Patched:
             starts = [] if self.reaching else self._starts(several)
             slot, layer, row, column = changed.nonzero(as_tuple=True)
             rows = _Rows(row, column, self._first(row, column), layer, slot)
-            for part in self._passes(rows):
-                metric = self._run(part, starts, first) - self.case.base_metric[part.batch]
-                result[part.slot + first, part.layer, part.batch, part.column] = metric
+            run = partial(self._metric, starts=starts, head=first)
+            for part, metric in chain.from_iterable(
+                halved(part, run) for part in self._passes(rows)
+            ):
+                effect = metric - self.case.base_metric[part.batch]
+                result[part.slot + first, part.layer, part.batch, part.column] = effect
         missing = missing.expand_as(result)
         if wanted is not None:
             missing = missing | ~wanted
@@ -296,7 +316,7 @@ class _Patched:
     def _passes(self, rows: _Rows) -> Iterator[_Rows]:
         """Rows that run together: of like position, few enough, shallow layers first."""
         order = torch.argsort(rows.start * self.engine.n_layers + rows.layer, stable=True)
-        rows = rows.part(order)
+        rows = rows[order]
         positions, counts = torch.unique_consecutive(rows.start, return_counts=True)
         width = self.chunk.base.shape[1]
         first = end = 0
@@ -304,21 +324,23 @@ class _Patched:
         for position, count in zip(positions.tolist(), counts.tolist(), strict=True):
             tokens = (end + count - first) * (width - start)
             if end > first and (tokens > _SMALL_PASS or end + count - first > self.batch_rows):
-                yield from self._split(rows.part(slice(first, end)))
+                yield from self._split(rows[first:end])
                 first = end
             if first == end:
                 start = position
             end += count
         if end > first:
-            yield from self._split(rows.part(slice(first, end)))
+            yield from self._split(rows[first:end])
 
     def _split(self, rows: _Rows) -> Iterator[_Rows]:
-        rows = rows.part(torch.argsort(rows.layer, stable=True))
+        rows = rows[torch.argsort(rows.layer, stable=True)]
         for first in range(0, len(rows), self.batch_rows):
-            yield rows.part(slice(first, first + self.batch_rows))
+            yield rows[first : first + self.batch_rows]
 
-    def _run(self, rows: _Rows, starts: list[Tensor], head: int) -> Float[Tensor, " rows"]:
-        """The metric of each row: one staggered pass. Rows come sorted by layer."""
+    def _metric(
+        self, rows: _Rows, *, starts: list[Tensor], head: int
+    ) -> tuple[_Rows, Float[Tensor, " rows"]]:
+        """Rows, and the metric of each: one staggered pass. They come sorted by layer."""
         engine, chunk, base = self.engine, self.chunk, self.case.base
         assert base.past is not None
         first = int(rows.start.min())
@@ -336,7 +358,7 @@ class _Patched:
             while joined < len(entries) and entries[joined] == layer:
                 joined += 1
             if joined > running:
-                new, where = rows.part(slice(running, joined)), patched[running:joined]
+                new, where = rows[running:joined], patched[running:joined]
                 fresh = base.resid[layer][new.batch, first:stop]
                 if not self.reaching:
                     state = starts[layer - self.shift]
@@ -346,7 +368,7 @@ class _Patched:
                 running = joined
             if layer == engine.n_layers:
                 break
-            under_way = rows.part(slice(running))
+            under_way = rows[:running]
             hooks = self._on_the_way(layer, under_way, patched, first, head)
             if layer == engine.n_layers - 1 and not hooks:
                 at = (targets - first)[:running]
@@ -358,7 +380,7 @@ class _Patched:
         late = torch.arange(len(x), device=x.device)
         done.append(x[late, (targets - first)[len(rows) - len(x) :]])
         metric = self.case.measure(logits_at(engine, torch.cat(done)), rows.batch)
-        return finite(metric, chunk.indices[rows.batch], "a patched run")
+        return rows, finite(metric, chunk.indices[rows.batch], "a patched run")
 
     def _on_the_way(
         self, layer: int, rows: _Rows, patched: Bool[Tensor, "more pos"], first: int, head: int

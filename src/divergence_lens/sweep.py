@@ -4,24 +4,29 @@ Schrodi et al. (arXiv 2509.23886) train each block alone: where one early block 
 has moved through it.
 """
 
+import hashlib
 import html
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from divergence_lens._checks import refuse_one_number, refuse_one_string
+from divergence_lens._long_runs import Checkpoints, Processes
 from divergence_lens._prefix import Prefix
 from divergence_lens._rows import training_rows
 from divergence_lens._training import Plan, train
 from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine
 from divergence_lens.evaluate import Preference, preference
+from divergence_lens.examples import as_examples
 from divergence_lens.freeze import choose
-from divergence_lens.models import Model, provenance
+from divergence_lens.models import Model, fingerprint, provenance
 from divergence_lens.quality import TaskQuality, task_quality
 from divergence_lens.recipe import Recipe, as_recipe
 from divergence_lens.storage import load_tensors, save_tensors
@@ -289,6 +294,8 @@ def layer_sweep(
     keep_deltas: bool = False,
     batch_tokens: int = 8192,
     cache_bytes: int = 2**31,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    accelerator: Any = None,
     progress: bool = False,
 ) -> Sweep:
     """Train one student per block and seed, and measure what each prefers.
@@ -320,10 +327,17 @@ def layer_sweep(
         keep_deltas: Keep every student.
         batch_tokens: Padded tokens in one forward pass.
         cache_bytes: Memory for the residuals, as in `finetune`.
-        progress: Show a progress bar.
+        checkpoint_dir: A folder of this sweep's own, where what is known of each finished student is
+            kept (and the student, with `keep_deltas`). The same call, made again after the run was
+            stopped, trains those that are missing, and gives the same bits.
+        accelerator: An `accelerate.Accelerator` or `accelerate.PartialState`: the processes that it
+            knows share the students, and each returns the whole. It needs a `checkpoint_dir` that
+            all of them see, and all must make the same call.
+        progress: Show a progress bar, in the first process.
 
     Raises:
-        ValueError: No layers or seeds, an unknown target, or whatever `finetune` refuses.
+        ValueError: No layers or seeds, an unknown target, an accelerator without `checkpoint_dir`,
+            a `checkpoint_dir` that is damaged or of another sweep, or whatever `finetune` refuses.
     """
     refuse_one_number(layers, "layers")
     refuse_one_number(seeds, "seeds")
@@ -356,35 +370,6 @@ def layer_sweep(
         return found, _quality(model, held_out, system_prompt, batch_tokens)
 
     base, base_quality = measure()
-    jobs: list[tuple[str, int | None]] = [("block", layer) for layer in chosen_layers]
-    if references:
-        # First, because the shared residuals move up from block to block afterwards.
-        jobs.insert(0, (condition, None))
-    students: list[SweepStudent] = []
-    total = (len(jobs) + (control is not None)) * len(seeds)
-    with tqdm(total=total, desc="students", disable=not progress) as bar:
-
-        def run(prefix: Prefix, jobs: Iterable[tuple[str, int | None]]) -> None:
-            for name, block in jobs:
-                chosen = choose(model, blocks=None if block is None else [block], parts=parts)
-                for seed in seeds:
-                    plan = Plan(recipe=recipe, settings=settings, seed=seed)
-                    delta = train(prefix, chosen, plan)
-                    with delta.applied(model):
-                        found, quality = measure()
-                    kept = delta if keep_deltas else None
-                    students.append(SweepStudent(name, block, seed, found, kept, quality))
-                    bar.update()
-
-        rows = training_rows(
-            model, examples, mask=mask, weights=weights, system_prompt=system_prompt
-        )
-        with Prefix(engine, rows, cache_bytes=cache_bytes, batch_tokens=batch_tokens) as prefix:
-            run(prefix, jobs)
-        if control is not None:
-            rows = training_rows(model, control, system_prompt=system_prompt)
-            with Prefix(engine, rows, cache_bytes=cache_bytes, batch_tokens=batch_tokens) as prefix:
-                run(prefix, [("control", None)])
     record = provenance(
         model,
         **settings,
@@ -395,4 +380,104 @@ def layer_sweep(
         recipe=recipe.describe(),
         condition=condition,
     )
-    return Sweep(base, tuple(students), condition, record, base_quality)
+    # First the reference, because the shared residuals move up from block to block afterwards.
+    jobs: list[_Job] = [_Job(condition, None, s) for s in seeds if references]
+    jobs += [_Job("block", layer, s) for layer in chosen_layers for s in seeds]
+    rows = training_rows(model, examples, mask=mask, weights=weights, system_prompt=system_prompt)
+    data = [(rows, jobs)]
+    if control is not None:
+        rows = training_rows(model, control, system_prompt=system_prompt)
+        data.append((rows, [_Job("control", None, s) for s in seeds]))
+    processes = Processes(accelerator)
+    if processes.count > 1 and checkpoint_dir is None:
+        raise ValueError(
+            f"{processes.count} processes share a sweep through a folder that all of them see; "
+            "give checkpoint_dir"
+        )
+    store = None
+    if checkpoint_dir is not None:
+        held = None if held_out is None else [asdict(e) for e in as_examples(held_out)]
+        settled = [record, base.provenance, base.questions, base.candidates, held, keep_deltas]
+        settled += [rows.digest() for rows, _ in data]
+        text = f"{fingerprint(model)} {json.dumps(settled, sort_keys=True)}"
+        identity = hashlib.sha256(text.encode()).hexdigest()
+        processes.agree(identity)
+        store = _Students(Path(checkpoint_dir), identity, base, keep_deltas=keep_deltas)
+    students: dict[_Job, SweepStudent] = {}
+    numbers = {job: n for n, job in enumerate(job for _, jobs in data for job in jobs)}
+    with processes.together():  # so that all see the same students, and share the rest
+        if store is not None:
+            students = {job: kept for job, n in numbers.items() if (kept := store.load(job, n))}
+    waiting = [job for job in numbers if job not in students]
+    mine = set(waiting[processes.index :: processes.count])
+    shown = progress and processes.index == 0
+    with (
+        processes.together(),
+        tqdm(total=len(numbers), initial=len(students), desc="students", disable=not shown) as bar,
+    ):
+        for rows, jobs in data:
+            wanted = [job for job in jobs if job in mine]
+            if not wanted:
+                continue
+            with Prefix(engine, rows, cache_bytes=cache_bytes, batch_tokens=batch_tokens) as prefix:
+                for job in wanted:
+                    blocks = None if job.block is None else [job.block]
+                    chosen = choose(model, blocks=blocks, parts=parts)
+                    plan = Plan(recipe=recipe, settings=settings, seed=job.seed)
+                    delta = train(prefix, chosen, plan)
+                    with delta.applied(model):
+                        found, quality = measure()
+                    kept = delta if keep_deltas else None
+                    students[job] = SweepStudent(*job, found, kept, quality)
+                    if store is not None:
+                        store.save(students[job], numbers[job])
+                    bar.update()
+    if store is not None:
+        for job in set(numbers) - set(students):  # what the other processes trained
+            there = store.load(job, numbers[job])
+            if there is None:
+                raise RuntimeError(
+                    f"the student of block {job.block}, seed {job.seed} is not in {checkpoint_dir}; "
+                    "do all processes see the same folder?"
+                )
+            students[job] = there
+    return Sweep(base, tuple(students[job] for job in numbers), condition, record, base_quality)
+
+
+class _Job(NamedTuple):
+    """One student: what it learns, which block, and its seed."""
+
+    condition: str
+    block: int | None
+    seed: int
+
+
+class _Students:
+    """The finished students of a sweep in a folder."""
+
+    def __init__(self, folder: Path, identity: str, base: Preference, *, keep_deltas: bool) -> None:
+        self._folder, self._base, self._deltas = folder, base, keep_deltas
+        self._store = Checkpoints(folder, "sweep shard", identity)
+
+    def _delta(self, number: int) -> Path:
+        return self._folder / f"student-{number:06d}.safetensors"
+
+    def load(self, job: _Job, number: int) -> SweepStudent | None:
+        """A finished student, or None."""
+        kept = self._store.load(number)
+        if kept is None:
+            return None
+        arrays, notes = kept
+        found = replace(self._base, probabilities=arrays["probabilities"])
+        quality = None if notes["quality"] is None else TaskQuality(**notes["quality"])
+        delta = Delta.load(self._delta(number)) if self._deltas else None
+        return SweepStudent(*job, found, delta, quality)
+
+    def save(self, student: SweepStudent, number: int) -> None:
+        """Keep a finished student; its shard comes last, and says that all is there."""
+        if student.delta is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            student.delta.save(self._delta(number))
+        quality = None if student.quality is None else student.quality.describe()
+        arrays = {"probabilities": student.preference.probabilities}
+        self._store.save(number, arrays, {"quality": quality})

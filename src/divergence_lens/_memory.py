@@ -1,0 +1,57 @@
+"""What to do when memory runs out: the same in smaller parts."""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
+
+import torch
+from typing_extensions import Self
+
+R = TypeVar("R")
+S = TypeVar("S", bound="_Sliceable")
+
+# A CPU's allocator and Apple's GPUs raise a plain RuntimeError.
+_SAYS = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+class _Sliceable(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> Self: ...
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no memory left, on whatever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SAYS)
+
+
+def run_halved(items: S, run: Callable[[S], object]) -> None:
+    """`halved`, for what `run` does in place of what it gives."""
+    for _ in halved(items, run):
+        pass
+
+
+def halved(items: S, run: Callable[[S], R]) -> Iterator[R]:
+    """`run(items)`; where memory runs out, that of its halves, down to single items.
+
+    Args:
+        items: A list, range, array or tensor, not empty.
+        run: Leaves nothing behind when it fails.
+
+    Yields:
+        What it gives, in the order of the items.
+    """
+    waiting = [items]
+    while waiting:
+        part = waiting.pop()
+        try:
+            result = run(part)
+        except (RuntimeError, MemoryError) as error:
+            if len(part) < 2 or not is_out_of_memory(error):
+                raise
+            middle = (len(part) + 1) // 2
+            waiting += [part[middle:], part[:middle]]
+            continue  # outside of the handler, whose traceback still holds what filled the memory
+        yield result
+        del result
