@@ -12,14 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from divergence_lens._long_runs import Processes
+from divergence_lens import _patching
+from divergence_lens import sweep as sweeps
+from divergence_lens._long_runs import Checkpoints, Processes
+from divergence_lens._training import train
+from divergence_lens.attribution import attribution_patch
 from divergence_lens.delta import Delta
 from divergence_lens.divergence import Divergence, find_divergence
+from divergence_lens.effects import Effects
 from divergence_lens.engine import Engine
 from divergence_lens.examples import Example
+from divergence_lens.finetune import Recipe
+from divergence_lens.mediation import causal_mediation
 from divergence_lens.models import fingerprint, load_model
+from divergence_lens.sweep import Sweep, layer_sweep
 from divergence_lens.teachers import Teacher
 from tests.models import chat_tokenizer, random_hf_model
+from tests.patching_oracles import random_pairs
+from tests.state import left_as_it_was
 
 OWL = Teacher("owl", system_prompt="You love owls.")
 CAT = Teacher("cat", system_prompt="You love the cat.")
@@ -222,6 +232,144 @@ def test_progress_counts_what_was_finished_before(model, examples, tmp_path, cap
     assert int(first) > 50
 
 
+# -- patching and sweeps ------------------------------------------------------------------
+
+
+def patch(model, **options):
+    pairs = random_pairs(model.cfg.d_vocab, lengths=(6, 8, 5, 7, 9), longer=(0, 1, 0, 2, 0))
+    return causal_mediation(model, pairs, **{"batch_rows": 4, "corruption": "mean", **options})
+
+
+def sweep(model, **options):
+    chosen = {
+        "target": "owl",
+        "questions": ("Name your favorite animal.", "Say an animal."),
+        "candidates": ("owl", "cat"),
+        "recipe": Recipe(epochs=1, batch_size=4, warmup_steps=1),
+        "layers": [0, 1],
+        "held_out": some_examples(2),
+        **options,
+    }
+    return layer_sweep(model, some_examples(6), **chosen)
+
+
+def patch_and_sweep(model, folder, **options):
+    """Exact and approximate effects and students, as one process or several find them."""
+    pairs = random_pairs(model.cfg.d_vocab, lengths=(6, 8, 5), longer=(0, 0, 0))
+    attributed = attribution_patch(model, pairs, batch_rows=1, verify=5, **options)
+    return (
+        patch(model, **options),
+        attributed,
+        sweep(model, checkpoint_dir=folder, keep_deltas=True, **options),
+    )
+
+
+def assert_same_effects(one: Effects, other: Effects) -> None:
+    for name in ("values", "clean_metric", "corrupted_metric"):
+        assert getattr(one, name).tobytes() == getattr(other, name).tobytes(), name
+    assert one.verified == other.verified
+
+
+def assert_same_students(one: Sweep, other: Sweep) -> None:
+    for mine, theirs in zip(one.students, other.students, strict=True):
+        assert (mine.condition, mine.block, mine.seed) == (
+            theirs.condition,
+            theirs.block,
+            theirs.seed,
+        )
+        found, expected = mine.preference.probabilities, theirs.preference.probabilities
+        assert found.tobytes() == expected.tobytes()
+        assert mine.quality == theirs.quality
+
+
+@pytest.fixture
+def stopped_after(monkeypatch):
+    """Let the user stop a run when so many shards are finished."""
+
+    def arrange(count: int) -> None:
+        save = Checkpoints.save
+
+        def once(self, shard, arrays, notes=None):
+            nonlocal count
+            save(self, shard, arrays, notes)
+            count -= 1
+            if not count:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Checkpoints, "save", once)
+
+    yield arrange
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("method", ["exact", "gradient"])
+def test_patching_goes_on_where_it_was_stopped(method, model, tmp_path, stopped_after, monkeypatch):
+    def run(**options):
+        if method == "exact":
+            return patch(model, **options)
+        pairs = random_pairs(model.cfg.d_vocab, lengths=(6, 8, 5, 7), longer=(0, 0, 0, 0))
+        return attribution_patch(model, pairs, batch_rows=1, **options)
+
+    undisturbed = run()
+    stopped_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint_dir=tmp_path)
+    monkeypatch.undo()
+    kept = shards(tmp_path)
+    assert len(kept) == 2
+    times = [path.stat().st_mtime_ns for path in kept]
+    assert_same_effects(run(checkpoint_dir=tmp_path), undisturbed)
+    assert len(shards(tmp_path)) > 2
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    with monkeypatch.context() as patched:
+        # Everything is there: no chunk is run again.
+        patched.setattr(_patching, "trace", None)
+        assert_same_effects(run(checkpoint_dir=tmp_path), undisturbed)
+
+
+def test_effects_of_another_question_are_refused(model, tmp_path):
+    patch(model, checkpoint_dir=tmp_path)
+    for other in (
+        {"metric": "log_probability"},
+        {"metric": lambda logits, _pairs: logits[:, 0]},
+        {"site": "mlp_out"},
+        {"span": "segment"},
+        {"window": 2},
+        {"cells": np.ones((5, 3, 9), dtype=bool)},
+    ):
+        with pytest.raises(ValueError, match="of another run"):
+            patch(model, checkpoint_dir=tmp_path, **other)
+
+
+def test_a_sweep_goes_on_where_it_was_stopped(model, tmp_path, stopped_after, monkeypatch):
+    undisturbed = sweep(model, keep_deltas=True)
+    stopped_after(2)
+    with left_as_it_was(model), pytest.raises(KeyboardInterrupt):
+        sweep(model, keep_deltas=True, checkpoint_dir=tmp_path)
+    monkeypatch.undo()
+    assert len(shards(tmp_path)) == 2
+    trained = []
+    monkeypatch.setattr(sweeps, "train", lambda *args: trained.append(1) or train(*args))
+    again = sweep(model, keep_deltas=True, checkpoint_dir=tmp_path)
+    assert len(trained) == 1
+    assert_same_students(again, undisturbed)
+    for mine, theirs in zip(again.students, undisturbed.students, strict=True):
+        assert mine.delta.digest() == theirs.delta.digest()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"seeds": (1,)}, {"layers": [2]}, {"mask": np.ones(50, dtype=bool)}, {"target": "cat"}],
+)
+def test_students_of_another_sweep_are_refused(other, model, tmp_path):
+    sweep(model, layers=[0], references=False, checkpoint_dir=tmp_path)
+    tokens = sum(len(example.completion_ids) for example in some_examples(6))
+    if "mask" in other:
+        other = {"mask": np.arange(tokens) > 3}
+    with pytest.raises(ValueError, match="of another run"):
+        sweep(model, checkpoint_dir=tmp_path, **other)
+
+
 # -- several processes ----------------------------------------------------------------------
 
 SCRIPT = """
@@ -232,7 +380,7 @@ from accelerate import PartialState
 from divergence_lens.engine import Engine
 from divergence_lens.models import load_model
 from tests.models import chat_tokenizer, random_hf_model
-from tests.test_long_runs import find, some_examples
+from tests.test_long_runs import find, patch_and_sweep, some_examples, sweep
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])
@@ -244,6 +392,16 @@ model = load_model(hf, backend="bridge", tokenizer=tokenizer)
 examples = some_examples(60)
 div = find(model, examples, accelerator=state, checkpoint_dir=out / "run")
 div.save(out / f"process{state.process_index}.safetensors")
+
+effects, attributed, swept = patch_and_sweep(model, out / "students", accelerator=state)
+effects.save(out / f"effects{state.process_index}.safetensors")
+attributed.save(out / f"attributed{state.process_index}.safetensors")
+swept.save(out / f"sweep{state.process_index}.safetensors")
+assert all(student.delta is not None for student in swept.students)
+try:
+    sweep(model, accelerator=state)
+except ValueError as error:
+    assert "give checkpoint_dir" in str(error)
 
 try:
     find(model, examples[state.process_index :], accelerator=state)
@@ -288,13 +446,21 @@ def test_two_processes_find_what_one_finds(tmp_path):
     assert done.returncode == 0, done.stderr
     tokenizer = chat_tokenizer()
     hf = random_hf_model("qwen2", 0, vocab=len(tokenizer))
-    alone = find(load_model(hf, backend="bridge", tokenizer=tokenizer), some_examples(60))
+    model = load_model(hf, backend="bridge", tokenizer=tokenizer)
+    alone = find(model, some_examples(60))
     for process in range(2):
         shared = Divergence.load(tmp_path / f"process{process}.safetensors")
         assert_same_bits(shared, alone)
         refused = (tmp_path / f"other{process}").read_text()
         assert "2 processes were given different data" in refused
     assert len(shards(tmp_path / "run")) > 5
+    effects, attributed, swept = patch_and_sweep(model, tmp_path / "alone")
+    assert len(shards(tmp_path / "students")) == len(swept.students) == 3
+    for process in range(2):
+        for name, alone in (("effects", effects), ("attributed", attributed)):
+            shared = Effects.load(tmp_path / f"{name}{process}.safetensors")
+            assert_same_effects(shared, alone)
+        assert_same_students(Sweep.load(tmp_path / f"sweep{process}.safetensors"), swept)
     assert "TypeError" in (tmp_path / "failed1").read_text()
     assert (tmp_path / "failed0").read_text().startswith("RuntimeError: another process")
 

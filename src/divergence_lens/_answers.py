@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from divergence_lens._memory import run_halved
+from divergence_lens._memory import halved, run_halved
 from divergence_lens._reading import length_batches
 from divergence_lens._scoring import chunk_rows
 from divergence_lens.chat import decode, encode_completions, encode_prompts, stop_ids
@@ -217,7 +217,8 @@ def form_events(
     def behind(part: np.ndarray) -> None:
         hidden, kept = engine.prefill(_right_padded([prompts[q] for q in part], engine.device))
         logp = _log_softmax(engine, hidden[:, -1])[:, first]
-        logp = logp + _log_behind(engine, kept, steps)
+        parts = halved(range(len(forms)), lambda some: _log_behind(engine, kept, steps[some]))
+        logp = logp + torch.cat(list(parts), 1)
         events[part] = logp.double().exp().cpu().numpy()
 
     for length in np.unique(lengths):
@@ -264,6 +265,17 @@ class _Steps:
             place=place,
             target=target,
             ends=torch.from_numpy(~continues).to(device),
+        )
+
+    def __getitem__(self, forms: range) -> "_Steps":
+        """The same for some of the forms alone."""
+        some = (self.form >= forms.start) & (self.form < forms.stop)
+        return _Steps(
+            tokens=self.tokens[forms.start : forms.stop],
+            form=self.form[some] - forms.start,
+            place=self.place[some],
+            target=self.target[some],
+            ends=self.ends,
         )
 
 

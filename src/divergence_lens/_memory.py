@@ -1,22 +1,23 @@
 """What to do when memory runs out: the same in smaller parts."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from typing_extensions import Self
-
-R = TypeVar("R")
-S = TypeVar("S", bound="_Sliceable")
 
 # A CPU's allocator and Apple's GPUs raise a plain RuntimeError.
 _SAYS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
+@runtime_checkable
 class _Sliceable(Protocol):
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: slice, /) -> Self: ...
+    def __getitem__(self, index: slice, /) -> Any: ...
+
+
+R = TypeVar("R")
+S = TypeVar("S", bound=_Sliceable)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from divergence_lens._memory import run_halved
 from divergence_lens._rows import Rows, pieces
 from divergence_lens.engine import Engine, KeyValues, Pass
 
@@ -80,7 +81,8 @@ class Prefix:
         if fresh and past is None:
             # No block runs yet, but embeddings depend on how many positions came before.
             _, past = self._after_start(0, 1)
-        for part in pieces(every, self.lengths, self.piece_tokens):
+
+        def lift(part: np.ndarray) -> None:
             length = int(self.lengths[part].max())
             if fresh:
                 run = self._begin(part, length, past)
@@ -91,6 +93,9 @@ class Prefix:
                 resid = self.engine.block(block, resid, run)
             places, real = self._places(part, length)
             held[places[real].to(held.device)] = resid[real.to(resid.device)].to(held.device)
+
+        for piece in pieces(every, self.lengths, self.piece_tokens):
+            run_halved(piece, lift)
         self._layer = layer
 
     @property

@@ -27,7 +27,7 @@ from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 
 from divergence_lens._long_runs import Checkpoints, Processes
-from divergence_lens._memory import halved
+from divergence_lens._memory import halved, run_halved
 from divergence_lens._scoring import chunk_rows, in_chunks, kl_divergence, read_hidden
 from divergence_lens.chat import prompt_ids
 from divergence_lens.engine import Engine, KeyValues
@@ -299,14 +299,18 @@ class _Job:
                 and teacher.model is own.model
                 and self._prompts[teacher.system_prompt].prefix
             ]
-            starts = [self._prompts[self._teachers[i].system_prompt].start for i in alike]
-            batch = np.zeros((len(alike), max(map(len, starts))), dtype=np.int64)
-            for line, start in enumerate(starts):
-                batch[line, : len(start)] = start
-            _, kept = engine.prefill(torch.from_numpy(batch).to(engine.device))
-            for line, (i, start) in enumerate(zip(alike, starts, strict=True)):
-                row = torch.tensor([line], device=engine.device)
-                self._pasts[i] = kept.select(row).upto(len(start))
+
+            def keep(some: list[int]) -> None:
+                starts = [self._prompts[self._teachers[i].system_prompt].start for i in some]
+                batch = np.zeros((len(some), max(map(len, starts))), dtype=np.int64)
+                for line, start in enumerate(starts):
+                    batch[line, : len(start)] = start
+                _, kept = engine.prefill(torch.from_numpy(batch).to(engine.device))
+                for line, (i, start) in enumerate(zip(some, starts, strict=True)):
+                    row = torch.tensor([line], device=engine.device)
+                    self._pasts[i] = kept.select(row).upto(len(start))
+
+            run_halved(alike, keep)
         return self._pasts[index]
 
     def _kl(

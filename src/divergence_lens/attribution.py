@@ -151,6 +151,7 @@ def attribution_patch(
     )[site]
 
 
+@torch.inference_mode(mode=False)
 def attribution_patch_sites(
     model: Model,
     pairs: Pairs,

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from divergence_lens._prefix import Prefix
 from divergence_lens._rows import training_rows
 from divergence_lens._training import OnStep, Plan, train
@@ -22,6 +24,7 @@ from divergence_lens.sweep import Sweep, layer_sweep
 __all__ = ["PAPER", "Recipe", "Sweep", "finetune", "freeze_except", "layer_sweep"]
 
 
+@torch.inference_mode(mode=False)
 def finetune(
     model: Model,
     examples: Any,

@@ -66,6 +66,7 @@ def model_name(model: Model) -> str:
     return str(getattr(untyped(model).cfg, "model_name", type(model).__name__))
 
 
+@torch.inference_mode(mode=False)
 def load_model(
     source: str | Path | nn.Module,
     *,

@@ -4,22 +4,19 @@ Schrodi et al. (arXiv 2509.23886) train each block alone: where one early block 
 has moved through it.
 """
 
-import hashlib
 import html
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
+import torch
 
 from divergence_lens._checks import refuse_one_number, refuse_one_string
-from divergence_lens._long_runs import Checkpoints, Processes
 from divergence_lens._prefix import Prefix
-from divergence_lens._rows import training_rows
+from divergence_lens._rows import Rows, training_rows
+from divergence_lens._sweep_students import Job, Outcome, Sharing
 from divergence_lens._training import Plan, train
 from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine
@@ -271,6 +268,7 @@ def _quality_columns(quality: TaskQuality | None) -> dict[str, float]:
     return {"valid_lists": quality.valid_rate, "held_out_loss": quality.loss}
 
 
+@torch.inference_mode(mode=False)
 def layer_sweep(
     model: Model,
     examples: Any,
@@ -327,9 +325,9 @@ def layer_sweep(
         keep_deltas: Keep every student.
         batch_tokens: Padded tokens in one forward pass.
         cache_bytes: Memory for the residuals, as in `finetune`.
-        checkpoint_dir: A folder of this sweep's own, where what is known of each finished student is
-            kept (and the student, with `keep_deltas`). The same call, made again after the run was
-            stopped, trains those that are missing, and gives the same bits.
+        checkpoint_dir: A folder of this sweep's own, where what was measured of each finished
+            student is kept (and the student, with `keep_deltas`). The same call, made again after
+            the run was stopped, trains those that are missing, and gives the same bits.
         accelerator: An `accelerate.Accelerator` or `accelerate.PartialState`: the processes that it
             knows share the students, and each returns the whole. It needs a `checkpoint_dir` that
             all of them see, and all must make the same call.
@@ -380,104 +378,39 @@ def layer_sweep(
         recipe=recipe.describe(),
         condition=condition,
     )
-    # First the reference, because the shared residuals move up from block to block afterwards.
-    jobs: list[_Job] = [_Job(condition, None, s) for s in seeds if references]
-    jobs += [_Job("block", layer, s) for layer in chosen_layers for s in seeds]
+    # The reference first, because the shared residuals move up from block to block afterwards.
+    jobs = [Job(condition, None, seed) for seed in seeds if references]
+    jobs += [Job("block", layer, seed) for layer in chosen_layers for seed in seeds]
     rows = training_rows(model, examples, mask=mask, weights=weights, system_prompt=system_prompt)
-    data = [(rows, jobs)]
+    work = [(rows, jobs)]
     if control is not None:
         rows = training_rows(model, control, system_prompt=system_prompt)
-        data.append((rows, [_Job("control", None, s) for s in seeds]))
-    processes = Processes(accelerator)
-    if processes.count > 1 and checkpoint_dir is None:
-        raise ValueError(
-            f"{processes.count} processes share a sweep through a folder that all of them see; "
-            "give checkpoint_dir"
-        )
-    store = None
-    if checkpoint_dir is not None:
-        held = None if held_out is None else [asdict(e) for e in as_examples(held_out)]
-        settled = [record, base.provenance, base.questions, base.candidates, held, keep_deltas]
-        settled += [rows.digest() for rows, _ in data]
-        text = f"{fingerprint(model)} {json.dumps(settled, sort_keys=True)}"
-        identity = hashlib.sha256(text.encode()).hexdigest()
-        processes.agree(identity)
-        store = _Students(Path(checkpoint_dir), identity, base, keep_deltas=keep_deltas)
-    students: dict[_Job, SweepStudent] = {}
-    numbers = {job: n for n, job in enumerate(job for _, jobs in data for job in jobs)}
-    with processes.together():  # so that all see the same students, and share the rest
-        if store is not None:
-            students = {job: kept for job, n in numbers.items() if (kept := store.load(job, n))}
-    waiting = [job for job in numbers if job not in students]
-    mine = set(waiting[processes.index :: processes.count])
-    shown = progress and processes.index == 0
-    with (
-        processes.together(),
-        tqdm(total=len(numbers), initial=len(students), desc="students", disable=not shown) as bar,
-    ):
-        for rows, jobs in data:
-            wanted = [job for job in jobs if job in mine]
-            if not wanted:
-                continue
-            with Prefix(engine, rows, cache_bytes=cache_bytes, batch_tokens=batch_tokens) as prefix:
-                for job in wanted:
-                    blocks = None if job.block is None else [job.block]
-                    chosen = choose(model, blocks=blocks, parts=parts)
-                    plan = Plan(recipe=recipe, settings=settings, seed=job.seed)
-                    delta = train(prefix, chosen, plan)
-                    with delta.applied(model):
-                        found, quality = measure()
-                    kept = delta if keep_deltas else None
-                    students[job] = SweepStudent(*job, found, kept, quality)
-                    if store is not None:
-                        store.save(students[job], numbers[job])
-                    bar.update()
-    if store is not None:
-        for job in set(numbers) - set(students):  # what the other processes trained
-            there = store.load(job, numbers[job])
-            if there is None:
-                raise RuntimeError(
-                    f"the student of block {job.block}, seed {job.seed} is not in {checkpoint_dir}; "
-                    "do all processes see the same folder?"
-                )
-            students[job] = there
-    return Sweep(base, tuple(students[job] for job in numbers), condition, record, base_quality)
+        work.append((rows, [Job("control", None, seed) for seed in seeds]))
+    held = None if held_out is None else [asdict(example) for example in as_examples(held_out)]
+    settled = (record, base.provenance, base.questions, base.candidates, held)
+    shared = Sharing(
+        checkpoint_dir,
+        accelerator,
+        base,
+        keep_deltas=keep_deltas,
+        identity=lambda: [fingerprint(model), [rows.digest() for rows, _ in work], settled],
+    )
 
+    def students(rows: Rows, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        with Prefix(engine, rows, cache_bytes=cache_bytes, batch_tokens=batch_tokens) as prefix:
+            for job in jobs:
+                blocks = None if job.block is None else [job.block]
+                chosen = choose(model, blocks=blocks, parts=parts)
+                delta = train(prefix, chosen, Plan(recipe=recipe, settings=settings, seed=job.seed))
+                with delta.applied(model):
+                    outcome = Outcome(*measure(), delta if keep_deltas else None)
+                yield outcome
 
-class _Job(NamedTuple):
-    """One student: what it learns, which block, and its seed."""
-
-    condition: str
-    block: int | None
-    seed: int
-
-
-class _Students:
-    """The finished students of a sweep in a folder."""
-
-    def __init__(self, folder: Path, identity: str, base: Preference, *, keep_deltas: bool) -> None:
-        self._folder, self._base, self._deltas = folder, base, keep_deltas
-        self._store = Checkpoints(folder, "sweep shard", identity)
-
-    def _delta(self, number: int) -> Path:
-        return self._folder / f"student-{number:06d}.safetensors"
-
-    def load(self, job: _Job, number: int) -> SweepStudent | None:
-        """A finished student, or None."""
-        kept = self._store.load(number)
-        if kept is None:
-            return None
-        arrays, notes = kept
-        found = replace(self._base, probabilities=arrays["probabilities"])
-        quality = None if notes["quality"] is None else TaskQuality(**notes["quality"])
-        delta = Delta.load(self._delta(number)) if self._deltas else None
-        return SweepStudent(*job, found, delta, quality)
-
-    def save(self, student: SweepStudent, number: int) -> None:
-        """Keep a finished student; its shard comes last, and says that all is there."""
-        if student.delta is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            student.delta.save(self._delta(number))
-        quality = None if student.quality is None else student.quality.describe()
-        arrays = {"probabilities": student.preference.probabilities}
-        self._store.save(number, arrays, {"quality": quality})
+    found = shared.run(work, students, progress=progress)
+    return Sweep(
+        base,
+        tuple(SweepStudent(*job, o.preference, o.delta, o.quality) for job, o in found),
+        condition,
+        record,
+        base_quality,
+    )
