@@ -27,6 +27,7 @@ from divergence_lens.evaluate import Preference, preference
 from divergence_lens.examples import (
     Example,
     as_examples,
+    iter_examples,
     load_examples,
     save_examples,
     with_ids,
@@ -94,6 +95,7 @@ __all__ = [
     "first_disagreements",
     "freeze_except",
     "generate",
+    "iter_examples",
     "layer_sweep",
     "load_examples",
     "load_model",

@@ -42,7 +42,7 @@ class Checkpoints:
                 f"{path} is of another run (other data, teachers, model, settings or versions); "
                 "delete its folder or give another checkpoint_dir"
             )
-        return {name: tensor.numpy() for name, tensor in tensors.items()}, header["notes"]
+        return {name: tensor.numpy() for name, tensor in tensors.items()}, header.get("notes", {})
 
     def save(
         self, shard: int, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any] | None = None

@@ -56,7 +56,7 @@ def as_examples(data: Any) -> list[Example]:
         TypeError: Data, a row, or a value of another kind.
     """
     if isinstance(data, str | os.PathLike):
-        return _read(Path(data))
+        return list(_read(Path(data)))
     if isinstance(data, Example):
         raise TypeError("one Example was given where a list of them is expected: [example]")
     if isinstance(data, Mapping):
@@ -70,7 +70,34 @@ def as_examples(data: Any) -> list[Example]:
             f"cannot read examples from {type(data).__name__}; pass a list of rows, a "
             "datasets.Dataset or the path of a .jsonl or .parquet file."
         )
-    return [as_example(row, f"row {number}") for number, row in enumerate(data)]
+    return list(_rows(data))
+
+
+def iter_examples(data: Any) -> Iterator[Example]:
+    """Examples one by one, for data that are too many to hold at once.
+
+    Files are read line by line or batch by batch, and a `datasets.IterableDataset` as it comes.
+    Take a few thousand at a time: `part = list(itertools.islice(rows, 10_000))`.
+
+    Args:
+        data: What `as_examples` takes.
+
+    Yields:
+        The examples, in order.
+
+    Raises:
+        As `as_examples`, when the row is reached.
+    """
+    if isinstance(data, str | os.PathLike):
+        yield from _read(Path(data))
+    elif isinstance(data, Example | Mapping) or not isinstance(data, Iterable):
+        as_examples(data)  # which says what is wrong
+    else:
+        yield from _rows(data)
+
+
+def _rows(data: Iterable[Any]) -> Iterator[Example]:
+    return (as_example(row, f"row {number}") for number, row in enumerate(data))
 
 
 def with_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Example]:
@@ -124,17 +151,17 @@ def load_examples(path: str | os.PathLike[str]) -> list[Example]:
         ValueError: A damaged file or row; the message names the line (JSONL, from 1) or the row.
         TypeError: A row, or a value in it, of another kind.
     """
-    return _read(Path(path))
+    return list(_read(Path(path)))
 
 
-def _read(path: Path) -> list[Example]:
+def _read(path: Path) -> Iterator[Example]:
     suffix = path.suffix.lower()
     if suffix not in (*_LINES, ".parquet"):
         raise ValueError(f"cannot read {path}: a file of examples ends in .jsonl or .parquet.")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     rows = json_lines(path) if suffix in _LINES else _parquet(path)
-    return [as_example(row, where) for row, where in rows]
+    return (as_example(row, where) for row, where in rows)
 
 
 def json_lines(path: Path) -> Iterator[tuple[Any, str]]:

@@ -8,6 +8,7 @@ weights, so that logits and residuals are Hugging Face's own and trained weights
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import tempfile
 import warnings
@@ -33,6 +34,8 @@ Model: TypeAlias = nn.Module
 """A `HookedTransformer` or a `TransformerBridge`; `check_model` tells them from other modules."""
 
 Backend: TypeAlias = Literal["auto", "hooked", "bridge"]
+
+_log = logging.getLogger(__name__)
 
 _PACKAGES = ("divergence-lens", "transformer-lens", "torch", "transformers", "numpy")
 _LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -95,8 +98,9 @@ def load_model(
             beside it, optional otherwise.
 
     Returns:
-        The model in eval mode. `model.tokenizer` is set. A bridge is built around a loaded Hugging
-        Face model and shares its weights, so that object is in eval mode, too.
+        The model in eval mode. `model.tokenizer` is set. Which class it is, and whether weights
+        are folded, is logged at level INFO (`describe_model`). A bridge is built around a loaded
+        Hugging Face model and shares its weights, so that object is in eval mode, too.
 
     Raises:
         FileNotFoundError: `source` looks like a folder and is none, or lacks `config.json`.
@@ -104,7 +108,24 @@ def load_model(
         TypeError: `source` is of another type.
     """
     with torch.random.fork_rng(devices=[]):  # TransformerLens draws weights before it has them
-        return _load(source, backend, device, dtype, tokenizer)
+        model = _load(source, backend, device, dtype, tokenizer)
+    _log.info("%s", describe_model(model))
+    return model
+
+
+def describe_model(model: Model) -> str:
+    """In a line: which class it is, where, in which precision, and whether weights are folded."""
+    check_model(model)
+    parameter = next(model.parameters())
+    precision = str(parameter.dtype).removeprefix("torch.")
+    norm = str(getattr(untyped(model).cfg, "normalization_type", ""))
+    folded = (
+        "norms folded into the weights" if norm.endswith("Pre") else "weights as they were trained"
+    )
+    return (
+        f"{model_name(model)}: {type(model).__name__}, {precision} on {parameter.device.type}, "
+        f"{'norms folded into the weights' if folded else 'weights as they were trained'}"
+    )
 
 
 def _load(
@@ -119,6 +140,7 @@ def _load(
     if is_hooked(source) or isinstance(source, TransformerBridge):
         return _loaded(source, backend, device, dtype)
     if isinstance(source, nn.Module):
+        _refuse_several_devices(source)
         hf_model, name = source, str(getattr(source.config, "name_or_path", "") or "model")
     elif isinstance(source, str | Path):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -139,6 +161,16 @@ def _load(
                 f'{name!r} cannot be a HookedTransformer: {error}; use backend="bridge"'
             ) from error
         return _bridge(hf_model, tokenizer, name)
+
+
+def _refuse_several_devices(model: nn.Module) -> None:
+    places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    if len(places) > 1:
+        raise ValueError(
+            f"the model is spread over {len(places)} devices ({', '.join(sorted(places))}); the "
+            "blocks are run one by one here, on one device: load it without device_map, in "
+            "bfloat16 if it does not fit"
+        )
 
 
 def fingerprint(model: Model) -> str:

@@ -99,7 +99,8 @@ def load_tensors(
         label = json.loads(metadata[FORMAT])
         version, held, text = label["version"], label["kind"], str(label["header"])
         checksum = label["checksum"]
-    except (ValueError, KeyError, TypeError) as error:
+        header = json.loads(text)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(altered) from error
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -114,7 +115,7 @@ def load_tensors(
         raise ValueError(altered) from error
     if _checksum(tensors, kind, text) != checksum:
         raise ValueError(altered)
-    return tensors, json.loads(text)
+    return tensors, header
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -204,7 +205,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
         ends = [entry["data_offsets"][1] for key, entry in table.items() if key != "__metadata__"]
         metadata = dict(table.get("__metadata__", {}))
         expected = _LENGTH_BYTES + length + max(ends, default=0)
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(
             f"{path} is not a safetensors file, or its table was altered; make it again."
         ) from e
