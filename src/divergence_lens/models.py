@@ -119,9 +119,7 @@ def describe_model(model: Model) -> str:
     parameter = next(model.parameters())
     precision = str(parameter.dtype).removeprefix("torch.")
     norm = str(getattr(untyped(model).cfg, "normalization_type", ""))
-    folded = (
-        "norms folded into the weights" if norm.endswith("Pre") else "weights as they were trained"
-    )
+    folded = norm.endswith("Pre")
     return (
         f"{model_name(model)}: {type(model).__name__}, {precision} on {parameter.device.type}, "
         f"{'norms folded into the weights' if folded else 'weights as they were trained'}"
