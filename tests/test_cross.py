@@ -10,6 +10,7 @@ from divergence_lens.engine import Engine
 from divergence_lens.models import fingerprint
 from divergence_lens.pairs import Pairs
 from divergence_lens.teachers import Teacher
+from tests.models import chat_tokenizer
 from tests.patching_oracles import hand_set, logit_difference
 from tests.test_mediation import model_of, unchecked  # noqa: F401 (fixtures)
 
@@ -112,6 +113,16 @@ def test_first_disagreements_are_where_the_greedy_choices_part(model_of):  # noq
         assert int(pairs.foils[i]) == int(choices[1][first])
     with pytest.raises(ValueError, match="same tokens in all 3 rows"):
         first_disagreements(models[0], models[0], ROWS)
+
+
+def test_models_that_read_other_ids_are_refused(random_model):
+    model, other = random_model("gpt2"), random_model("gpt2", 1)
+    pairs = first_disagreements(model, other, ROWS)
+    other.tokenizer = chat_tokenizer("gemma")
+    with pytest.raises(ValueError, match="another tokenizer"):
+        first_disagreements(model, other, ROWS)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        cross_patch(model, other, pairs)
 
 
 def test_first_disagreements_with_a_delta_are_those_with_its_model(model_of):  # noqa: F811

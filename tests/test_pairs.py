@@ -8,7 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from divergence_lens.attribution import attribution_patch
+from divergence_lens.cross import cross_patch
 from divergence_lens.delta import Delta
+from divergence_lens.mediation import causal_mediation
 from divergence_lens.pairs import Pairs, align
 from divergence_lens.teachers import Teacher
 from tests.models import chat_tokenizer
@@ -147,6 +150,68 @@ def test_from_prompts_takes_the_chat_template(random_model):
     ]
     assert "love" not in "".join(biased)
     assert biased
+
+
+def test_one_side_alone_can_have_a_system_prompt(random_model):
+    model = random_model("qwen2")
+    pairs = Pairs.from_prompts(
+        model,
+        clean=["Name your favorite animal"],
+        clean_teacher=Teacher("owl", system_prompt="You love owls."),
+        corrupted_teacher=Teacher("nobody"),
+    )
+    assert "You love owls." in "".join(pairs.labels[0])
+    corrupted = "".join(model.tokenizer.decode([i]) for i in pairs.corrupted[0].tolist())
+    assert "You love owls." not in corrupted
+    assert pairs.to_dataframe()[["clean_teacher", "corrupted_teacher"]].to_numpy().tolist() == [
+        ["owl", "nobody"]
+    ]
+    with pytest.raises(ValueError, match="give teachers or system prompts, not both"):
+        Pairs.from_prompts(
+            model, clean=["a"], system_prompt="x", clean_teacher=Teacher("owl", system_prompt="y")
+        )
+
+
+def test_two_checkpoints_are_compared_on_the_same_texts(random_model):
+    model, other = random_model("qwen2"), random_model("qwen2", 1)
+    pairs = Pairs.from_prompts(
+        model, clean=["Name one", "Say one"], corrupted_teacher=Teacher("other", model=other)
+    )
+    effects = causal_mediation(model, pairs, metric="kl")
+    logits = [
+        m(row[None], attention_mask=torch.ones_like(row[None]))[0, -1].log_softmax(-1)
+        for m, row in ((model, pairs.clean[0]), (other, pairs.clean[0]))
+    ]
+    expected = (logits[0].exp() * (logits[0] - logits[1])).sum()
+    assert effects.corrupted_metric[0] == pytest.approx(float(expected), abs=1e-4)
+    assert effects.values[0, -1, -1] > 0  # the other model's last state, read by this one
+
+
+@pytest.mark.parametrize("metric", ["logit_difference", "probability_difference", "log_probability"])
+def test_a_metric_that_reads_tokens_asks_for_them(metric, random_model):
+    model = random_model("qwen2")
+    pairs = Pairs.from_prompts(model, clean=["Name one"], corrupted=["Name two"])
+    with pytest.raises(ValueError, match=rf"pair 0 has no answer, which metric='{metric}' reads"):
+        causal_mediation(model, pairs, metric=metric)
+    with pytest.raises(ValueError, match="pair 0 has no answer, which cross_patch reads"):
+        same = Pairs.from_tokens(
+            pairs.clean, pairs.clean, corrupted_teacher=Teacher("x", model=random_model("qwen2", 1))
+        )
+        cross_patch(model, random_model("qwen2", 1), same)
+
+
+def test_a_metric_of_ones_own_and_kl_need_no_answers(random_model):
+    model = random_model("qwen2")
+    pairs = Pairs.from_prompts(model, clean=["Name one"], corrupted=["Name two"])
+
+    def entropy(logits, _pairs):
+        return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+
+    for patch in (causal_mediation, attribution_patch):
+        found = patch(model, pairs, metric=entropy)
+        assert np.isfinite(found.values).all()
+        assert np.abs(found.values).max() > 0
+    assert causal_mediation(model, pairs, metric="kl").values.max() > 0
 
 
 def test_from_prompts_takes_plain_text(random_model):

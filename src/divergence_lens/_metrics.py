@@ -8,14 +8,20 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from divergence_lens.pairs import Pairs
+from divergence_lens.pairs import NO_TOKEN, Pairs
 
 MetricFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Metric: TypeAlias = (
     Literal["logit_difference", "probability_difference", "log_probability", "kl"] | MetricFunction
 )
 
-_METRICS = ("logit_difference", "probability_difference", "log_probability", "kl")
+# Which tokens each metric reads.
+_READS = {
+    "logit_difference": ("answers", "foils"),
+    "probability_difference": ("answers", "foils"),
+    "log_probability": ("answers",),
+    "kl": (),
+}
 
 
 def metric_name(metric: Metric) -> str:
@@ -30,16 +36,34 @@ def metric_name(metric: Metric) -> str:
     return f"<lambda {hashlib.sha256(text.encode()).hexdigest()[:6]}>"
 
 
-def check_metric(metric: Metric) -> None:
-    """Refuse a name that is not a metric's.
+def check_metric(metric: Metric, pairs: Pairs) -> None:
+    """Refuse a name that is not a metric's, or one that reads tokens that the pairs lack.
 
     Raises:
-        ValueError: With the names there are.
+        ValueError: With the names there are, or the pair.
     """
-    if not callable(metric) and metric not in _METRICS:
+    if callable(metric):
+        return
+    if metric not in _READS:
         raise ValueError(
-            f"metric is {metric!r}; it is one of {', '.join(_METRICS)}, or a function of "
+            f"metric is {metric!r}; it is one of {', '.join(_READS)}, or a function of "
             "(logits [rows, d_vocab], pair indices [rows])"
+        )
+    for name in _READS[metric]:
+        check_tokens(pairs, name, f"metric={metric!r}")
+
+
+def check_tokens(pairs: Pairs, name: str, what: str) -> None:
+    """Refuse pairs without `answers` or `foils` for what reads them.
+
+    Raises:
+        ValueError: With the first pair that lacks it.
+    """
+    without = (getattr(pairs, name) == NO_TOKEN).nonzero()
+    if len(without):
+        raise ValueError(
+            f"pair {int(without[0])} has no {name.removesuffix('s')}, which {what} reads; give "
+            f"{name}=, or take a metric that reads none (metric='kl', or your own)"
         )
 
 
@@ -51,8 +75,8 @@ def bind(
 ) -> MetricFunction:
     """A function of (logits, chunk rows) that gives the metric in float32 and checks its shape."""
     device = clean_logits.device
-    answers = pairs.answers.to(device)[indices]
-    foils = pairs.foils.to(device)[indices]
+    # Where a pair has none, no metric that was let through reads it.
+    answers, foils = (ids.to(device)[indices] for ids in (pairs.answers, pairs.foils))
     reference = clean_logits.detach().log_softmax(-1) if metric == "kl" else None
 
     def measure(logits: Tensor, rows: Tensor) -> Tensor:

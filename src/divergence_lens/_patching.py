@@ -271,7 +271,7 @@ def check(model: Model, question: Question, *, batch_rows: int) -> Engine:
     if question.span not in get_args(Span):
         raise ValueError(f"span is {question.span!r}; it is one of {', '.join(get_args(Span))}")
     _check_corruption(question)
-    check_metric(question.metric)
+    check_metric(question.metric, question.pairs)
     if batch_rows < 1:
         raise ValueError(f"batch_rows is {batch_rows}; at least 1 row is needed")
     engine = Engine.of(model, causal=False)

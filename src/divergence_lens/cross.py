@@ -20,12 +20,12 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from divergence_lens._metrics import finite
+from divergence_lens._metrics import check_tokens, finite
 from divergence_lens._patching import target_logits
 from divergence_lens.delta import Delta
 from divergence_lens.effects import bootstrap
 from divergence_lens.engine import Engine
-from divergence_lens.models import Model, model_name, provenance
+from divergence_lens.models import Model, model_name, provenance, untyped
 from divergence_lens.pairs import Pairs, Rows
 from divergence_lens.storage import load_tensors, save_tensors
 from divergence_lens.teachers import Teacher
@@ -195,12 +195,16 @@ def cross_patch(
 
     Raises:
         ValueError: If the two models differ in shape or one is in training mode, the rows of a pair
-            are not the same on both sides, or a row does not fit the context or the vocabulary.
+            are not the same on both sides, a pair lacks its answer or foil, a row does not fit the
+            context or the vocabulary, or the models' tokenizers differ.
     """
     b = Teacher("b", delta=model_b) if isinstance(model_b, Delta) else None
     other = model_a if isinstance(model_b, Delta) else model_b
     engine = Engine.of(model_a)
+    _check_tokenizers(model_a, other)
     _check(engine, Engine.of(other), pairs, batch_rows)
+    for name in ("answers", "foils"):
+        check_tokens(pairs, name, "cross_patch")
     boundaries = engine.n_layers + 1
     margins = np.zeros((len(pairs), boundaries, 2, 2), dtype=np.float32)
 
@@ -260,8 +264,8 @@ def first_disagreements(
         prefix, and the corrupted teacher has the weights of `model_b`.
 
     Raises:
-        ValueError: If `start` is not positive, a row is not longer than it, or the models agree
-            everywhere.
+        ValueError: If `start` is not positive, a row is not longer than it, the models' tokenizers
+            differ, or they agree everywhere.
     """
     if start < 1:
         raise ValueError(f"start is {start}; the first token that a model predicts is number 1")
@@ -274,6 +278,8 @@ def first_disagreements(
         if isinstance(model_b, Delta)
         else Teacher(model_name(model_b), model=model_b)
     )
+    if second.model is not None:
+        _check_tokenizers(model_a, second.model)
     prefixes, answers, foils = [], [], []
     for first in range(0, len(ids), batch_rows):
         some = ids[first : first + batch_rows]
@@ -332,6 +338,12 @@ def _choices(engine: Engine, tokens: Int64[Tensor, "batch pos"]) -> Int64[Tensor
     hidden = engine.final(tokens)
     # Row by row, so that logits of a batch are never held at once.
     return torch.stack([engine.unembed(row).argmax(-1) for row in hidden])
+
+
+def _check_tokenizers(a: Model, b: Model) -> None:
+    """Refuse two models that read ids differently, as far as they have tokenizers to compare."""
+    if untyped(a).tokenizer is not None and untyped(b).tokenizer is not None:
+        Teacher(model_name(b), model=b).check_tokenizer(a)
 
 
 def _check(a: Engine, b: Engine, pairs: Pairs, batch_rows: int) -> None:

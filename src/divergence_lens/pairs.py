@@ -21,7 +21,7 @@ from torch import Tensor
 from divergence_lens._checks import refuse_one_string
 from divergence_lens.chat import encode_prompt
 from divergence_lens.models import Model, check_model
-from divergence_lens.teachers import Teacher, check_teachers
+from divergence_lens.teachers import Teacher, check_teacher, check_teachers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 BIAS = "bias"
 DIVERGENCE = "divergence"
 TEXT = "text"
+NO_TOKEN = -1
+"""In the place of an answer or foil where none was given: a metric may need neither."""
 PAIR_SEGMENTS = ("system", BIAS, TEXT, "user", "template", "completion", DIVERGENCE)
 """Names of segments in the order in which tables and figures list them."""
 
@@ -48,8 +50,8 @@ class Pairs:
     Attributes:
         clean: Token ids of each clean row, on the CPU; the last one is the target position.
         corrupted: Token ids of each corrupted row; the last one is its target position.
-        answers: `[pairs]`, the token that the clean run is expected to predict.
-        foils: `[pairs]`, the token that the corrupted run is expected to predict.
+        answers: `[pairs]`, the token that the clean run is expected to predict, or `NO_TOKEN`.
+        foils: `[pairs]`, the token that the corrupted run is expected to predict, or `NO_TOKEN`.
         segments: For each clean row one name per position, of `PAIR_SEGMENTS`: `bias` where a
             system prompt differs between the sides, `divergence` at the target position.
         alignment: For each clean row and position, the corrupted position that is its
@@ -104,11 +106,11 @@ class Pairs:
                     f"the {name} row of pair {i} holds the negative token id {int(row.min())}"
                 )
         answer, foil = int(self.answers[i]), int(self.foils[i])
-        if answer == foil:
+        if answer == foil != NO_TOKEN:
             raise ValueError(
                 f"answer and foil of pair {i} are the same token id {answer}; nothing to measure"
             )
-        if min(answer, foil) < 0:
+        if min(answer, foil) < NO_TOKEN:
             raise ValueError(
                 f"pair {i} has the negative token id {min(answer, foil)} as answer or foil"
             )
@@ -137,8 +139,8 @@ class Pairs:
         clean: Rows,
         corrupted: Rows,
         *,
-        answers: Sequence[int] | Int64[Tensor, " pairs"],
-        foils: Sequence[int] | Int64[Tensor, " pairs"],
+        answers: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
+        foils: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
         target: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
         corrupted_target: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
         pad_id: int | None = None,
@@ -152,8 +154,9 @@ class Pairs:
         Args:
             clean: Rows of token ids, as one `[rows, pos]` tensor or one sequence per row.
             corrupted: The same for the other side; lengths may differ from the clean rows.
-            answers: One token id per pair.
-            foils: One token id per pair.
+            answers: One token id per pair; None for metrics that ask for none, such as `kl` or your
+                own.
+            foils: Likewise.
             target: Position in each clean row whose logits predict the answer; the last token if
                 not given. The row is cut after it.
             corrupted_target: The same for the corrupted rows; if not given, the last token, or
@@ -187,6 +190,8 @@ class Pairs:
         left = _cut(left, target, "clean")
         right = _cut(right, corrupted_target, "corrupted")
         n = len(left)
+        answers = [NO_TOKEN] * n if answers is None else answers
+        foils = [NO_TOKEN] * n if foils is None else foils
         _same_count("answers", len(answers), n)
         _same_count("foils", len(foils), n)
         if segments is None:
@@ -213,23 +218,33 @@ class Pairs:
         model: Model,
         *,
         clean: Sequence[str],
-        corrupted: Sequence[str],
-        answers: Sequence[str | int],
-        foils: Sequence[str | int],
+        corrupted: Sequence[str] | None = None,
+        answers: Sequence[str | int] | None = None,
+        foils: Sequence[str | int] | None = None,
         system_prompt: str | None = None,
         corrupted_system_prompt: str | None = None,
+        clean_teacher: Teacher | None = None,
+        corrupted_teacher: Teacher | None = None,
         chat: bool = True,
     ) -> "Pairs":
         """Pairs from texts; the answer is the token that comes right after the prompt.
 
+        The sides may differ in their text, in their system prompt, in their weights, or in all:
+        `clean_teacher=Teacher("base"), corrupted_teacher=Teacher("tuned", model=other)` compares
+        two checkpoints on the same texts.
+
         Args:
             model: Gives the tokenizer and its chat template.
             clean: One user message per pair, or the plain text if `chat` is False.
-            corrupted: The same for the other side.
-            answers: One token per pair: its id, or a text that is exactly one token.
+            corrupted: The same for the other side; the clean texts if not given.
+            answers: One token per pair: its id, or a text that is exactly one token. None for
+                metrics that ask for none, such as `kl` or your own.
             foils: The same for the foils.
             system_prompt: Given to the clean side, and to the corrupted side unless it has its own.
             corrupted_system_prompt: Given to the corrupted side.
+            clean_teacher: Who has the clean side: its system prompt or none, and its weights if it
+                has some. In place of the two system prompts above.
+            corrupted_teacher: The same for the other side.
             chat: Whether to put the prompts into the model's chat template, if it has one. With
                 False the text is tokenized as it stands, with the special tokens that the
                 tokenizer adds by itself.
@@ -239,41 +254,44 @@ class Pairs:
 
         Raises:
             ValueError: If counts differ, an answer is not one known token, a system prompt is given
-                without a chat template, or the pairs are not valid.
+                without a chat template or beside a teacher, a teacher's model has another
+                tokenizer, or the pairs are not valid.
         """
         check_model(model)
         tokenizer: Any = model.tokenizer
-        if not chat and (system_prompt is not None or corrupted_system_prompt is not None):
-            raise ValueError(
-                "a system prompt needs the chat template; leave chat=True or drop the prompt"
-            )
         given = {"clean": clean, "corrupted": corrupted, "answers": answers, "foils": foils}
         for name, texts in given.items():
             refuse_one_string(texts, name)
+        corrupted = clean if corrupted is None else corrupted
         if len(clean) != len(corrupted):
             raise ValueError(f"clean has {len(clean)} prompts and corrupted has {len(corrupted)}")
-        if corrupted_system_prompt is None:
-            corrupted_system_prompt = system_prompt
-        sides: list[list[list[int]]] = []
-        segments: list[list[str]] = []
-        for prompts, system in ((clean, system_prompt), (corrupted, corrupted_system_prompt)):
-            ids = []
-            for prompt in prompts:
-                if chat:
-                    encoded = encode_prompt(tokenizer, prompt, system_prompt=system)
-                    row, names = list(encoded.ids), list(encoded.segments)
-                else:
-                    row = list(tokenizer(prompt)["input_ids"])
-                    names = [TEXT] * len(row)
-                ids.append(row)
-                if len(segments) < len(clean):
-                    segments.append(names)
-            sides.append(ids)
+        systems = _system_prompts(
+            model, system_prompt, corrupted_system_prompt, clean_teacher, corrupted_teacher
+        )
+        if not chat and systems != (None, None):
+            raise ValueError(
+                "a system prompt needs the chat template; leave chat=True or drop the prompt"
+            )
+
+        def encoded(prompt: str, system: str | None) -> tuple[list[int], list[str]]:
+            if chat:
+                row = encode_prompt(tokenizer, prompt, system_prompt=system)
+                return list(row.ids), list(row.segments)
+            ids = list(tokenizer(prompt)["input_ids"])
+            return ids, [TEXT] * len(ids)
+
+        left, right = (
+            [encoded(prompt, system) for prompt in prompts]
+            for prompts, system in zip((clean, corrupted), systems, strict=True)
+        )
         return cls.from_tokens(
-            *sides,
-            answers=[_one_token(tokenizer, answer, "answer") for answer in answers],
-            foils=[_one_token(tokenizer, foil, "foil") for foil in foils],
-            segments=segments,
+            [ids for ids, _ in left],
+            [ids for ids, _ in right],
+            answers=_tokens(tokenizer, answers, "answer"),
+            foils=_tokens(tokenizer, foils, "foil"),
+            segments=[names for _, names in left],
+            clean_teacher=clean_teacher,
+            corrupted_teacher=corrupted_teacher,
             tokenizer=tokenizer,
         )
 
@@ -508,6 +526,31 @@ def _labels(tokenizer: Any, ids: list[int]) -> tuple[str, ...]:
     if tokenizer is None:
         return tuple(str(i) for i in ids)
     return tuple(tokenizer.decode([i]) for i in ids)
+
+
+def _system_prompts(
+    model: Model,
+    clean: str | None,
+    corrupted: str | None,
+    clean_teacher: Teacher | None,
+    corrupted_teacher: Teacher | None,
+) -> tuple[str | None, str | None]:
+    """The system prompts of both sides, from whichever way they were given."""
+    teachers = (clean_teacher, corrupted_teacher)
+    if teachers == (None, None):
+        return clean, clean if corrupted is None else corrupted
+    if clean is not None or corrupted is not None:
+        raise ValueError("give teachers or system prompts, not both: a teacher has its own prompt")
+    for teacher in teachers:
+        if teacher is not None:
+            check_teacher(teacher)
+            teacher.check_tokenizer(model)
+    left, right = (None if teacher is None else teacher.system_prompt for teacher in teachers)
+    return left, right
+
+
+def _tokens(tokenizer: Any, tokens: Sequence[str | int] | None, name: str) -> list[int] | None:
+    return None if tokens is None else [_one_token(tokenizer, token, name) for token in tokens]
 
 
 def _one_token(tokenizer: Any, token: str | int, name: str) -> int:

@@ -62,8 +62,7 @@ class Teacher:
                 belongs to another base.
             RuntimeError: The weights are in use already.
         """
-        if self.model is not None and self.model is not model:
-            self._check_tokenizer(model)
+        self.check_tokenizer(model)
         active = model if self.model is None else self.model
         if self.delta is None:
             yield active
@@ -71,8 +70,14 @@ class Teacher:
         with self.delta.applied(active):
             yield active
 
-    def _check_tokenizer(self, model: Model) -> None:
-        assert self.model is not None
+    def check_tokenizer(self, model: Model) -> None:
+        """Refuse a teacher whose own model reads other ids than `model`.
+
+        Raises:
+            ValueError: Its model has another tokenizer or vocabulary, or one of the two has none.
+        """
+        if self.model is None or self.model is model:
+            return
         base: Any = model.tokenizer
         own: Any = self.model.tokenizer
         if base is None or own is None:
