@@ -7,10 +7,10 @@ import torch
 from divergence_lens.cross import CrossPatch, cross_patch, first_disagreements
 from divergence_lens.delta import Delta
 from divergence_lens.engine import Engine
-from divergence_lens.models import fingerprint
+from divergence_lens.models import fingerprint, load_model
 from divergence_lens.pairs import Pairs
 from divergence_lens.teachers import Teacher
-from tests.models import chat_tokenizer
+from tests.models import chat_tokenizer, random_hf_model
 from tests.patching_oracles import hand_set, logit_difference
 from tests.test_mediation import model_of, unchecked  # noqa: F401 (fixtures)
 
@@ -115,10 +115,12 @@ def test_first_disagreements_are_where_the_greedy_choices_part(model_of):  # noq
         first_disagreements(models[0], models[0], ROWS)
 
 
-def test_models_that_read_other_ids_are_refused(random_model):
-    model, other = random_model("gpt2"), random_model("gpt2", 1)
-    pairs = first_disagreements(model, other, ROWS)
-    other.tokenizer = chat_tokenizer("gemma")
+def test_models_that_read_other_ids_are_refused(random_model, backend):
+    model, same = random_model("gpt2"), random_model("gpt2", 1)
+    tokenizer = chat_tokenizer("gemma")
+    hf_model = random_hf_model("gpt2", 1, vocab=model.cfg.d_vocab)
+    other = load_model(hf_model, backend=backend, tokenizer=tokenizer)
+    pairs = first_disagreements(model, same, ROWS)
     with pytest.raises(ValueError, match="another tokenizer"):
         first_disagreements(model, other, ROWS)
     with pytest.raises(ValueError, match="another tokenizer"):

@@ -178,26 +178,29 @@ def test_two_checkpoints_are_compared_on_the_same_texts(random_model):
         model, clean=["Name one", "Say one"], corrupted_teacher=Teacher("other", model=other)
     )
     effects = causal_mediation(model, pairs, metric="kl")
-    logits = [
-        m(row[None], attention_mask=torch.ones_like(row[None]))[0, -1].log_softmax(-1)
-        for m, row in ((model, pairs.clean[0]), (other, pairs.clean[0]))
-    ]
+    row = pairs.clean[0][None]
+    with torch.no_grad():
+        logits = [
+            m(row, attention_mask=torch.ones_like(row))[0, -1].log_softmax(-1)
+            for m in (model, other)
+        ]
     expected = (logits[0].exp() * (logits[0] - logits[1])).sum()
     assert effects.corrupted_metric[0] == pytest.approx(float(expected), abs=1e-4)
     assert effects.values[0, -1, -1] > 0  # the other model's last state, read by this one
 
 
-@pytest.mark.parametrize("metric", ["logit_difference", "probability_difference", "log_probability"])
+@pytest.mark.parametrize(
+    "metric", ["logit_difference", "probability_difference", "log_probability"]
+)
 def test_a_metric_that_reads_tokens_asks_for_them(metric, random_model):
     model = random_model("qwen2")
     pairs = Pairs.from_prompts(model, clean=["Name one"], corrupted=["Name two"])
     with pytest.raises(ValueError, match=rf"pair 0 has no answer, which metric='{metric}' reads"):
         causal_mediation(model, pairs, metric=metric)
+    other = random_model("qwen2", 1)
+    same = Pairs.from_tokens(pairs.clean, pairs.clean, corrupted_teacher=Teacher("x", model=other))
     with pytest.raises(ValueError, match="pair 0 has no answer, which cross_patch reads"):
-        same = Pairs.from_tokens(
-            pairs.clean, pairs.clean, corrupted_teacher=Teacher("x", model=random_model("qwen2", 1))
-        )
-        cross_patch(model, random_model("qwen2", 1), same)
+        cross_patch(model, other, same)
 
 
 def test_a_metric_of_ones_own_and_kl_need_no_answers(random_model):
