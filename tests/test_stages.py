@@ -17,6 +17,7 @@ COMMANDS = (
     "finetune",
     "generate",
     "patch",
+    "report",
     "study",
     "sweep",
 )
@@ -124,8 +125,73 @@ def test_a_sweep_is_written(folder):
 
 def test_the_doctor_tries_the_shipped_models():
     output = run("doctor")
-    assert output.count("TransformerBridge of 4 blocks runs") == 2
+    assert output.count("TransformerBridge of 4 blocks runs on cpu") == 2
     assert dl.__version__ in output
+
+
+def test_the_doctor_writes_what_it_says_and_fails_where_a_model_does(tmp_path, monkeypatch):
+    run("doctor", "--out", tmp_path / "doctor.json")
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    assert found["divergence-lens"] == dl.__version__
+    assert found["disk"].endswith("GiB free in this folder")
+    assert "runs on cpu" in found["tiny (bridge)"]
+
+    def broken(*_arguments, **_options):
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(dl, "load_model", broken)
+    assert "tiny (bridge)        fails: no such luck" in run("doctor", code=1)
+
+
+def test_patch_draws_one_pair_by_position(folder):
+    figure = folder / "pair.html"
+    arguments = ("patch", folder / "owl.safetensors", "--limit", 3, "--figure", figure)
+    out = ("--out", folder / "pair.safetensors")
+    run(*arguments, *out, "--pair", 2)
+    # The tokens of that example are on the axis, as they are in a figure of the library's own.
+    label = dl.Effects.load(folder / "pair.safetensors").labels[2][-1].strip()
+    assert label in figure.read_text(encoding="utf-8")
+    assert "there is no pair 3" in run(*arguments, *out, "--pair", 3, code=2)
+
+
+def test_an_approximation_is_verified_over_all_parts(folder):
+    run(
+        *("patch", folder / "owl.safetensors", "--method", "gradient", "--limit", 12),
+        *("--verify", 5, "--out", folder / "verified.safetensors"),
+    )
+    found = dl.Effects.load(folder / "verified.safetensors")
+    divergence = dl.Divergence.load(
+        folder / "owl.safetensors", tokenizer=dl.load_model("tiny").tokenizer
+    )
+    expected = dl.attribution_patch(dl.load_model("tiny"), divergence.pairs(limit=12), verify=5)
+    assert (found.verified.k, found.verified.cells) == (5, expected.verified.cells)
+    assert found.verified.pearson == pytest.approx(expected.verified.pearson, abs=1e-3)
+
+
+def test_failures_that_are_not_the_inputs_end_with_one(folder, monkeypatch):
+    from divergence_lens import evaluate
+
+    def broken(*_arguments, **_options):
+        raise RuntimeError("CUDA out of memory\nand more")
+
+    monkeypatch.setattr(evaluate, "preference", broken)
+    output = run("evaluate", "--target", "owl", code=1)
+    assert "Failed: CUDA out of memory\n" in output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "holds no results.json"),
+        ("[1]", "not what a study writes"),
+        ('{"findings": [], "divergence": [], "effects": {}}', "it lacks"),
+    ],
+)
+def test_a_report_needs_a_finished_study(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "results.json").write_text(text)
+    assert message in run("report", tmp_path, code=2)
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_prompts_are_read_from_text_and_from_json_lines(tmp_path):

@@ -44,6 +44,7 @@ def sampled_probabilities(
     temperature: float,
     seed: int,
     batch_tokens: int,
+    progress: bool = False,
 ) -> Float64[np.ndarray, "questions candidates"]:
     """Share of `samples` answers to each question that name each candidate."""
     forms, _ = form_ids(model.tokenizer, candidates)
@@ -55,6 +56,7 @@ def sampled_probabilities(
         temperature=temperature,
         seed=seed,
         batch_tokens=batch_tokens,
+        progress=progress,
     )
     counts = np.zeros((len(questions), len(candidates)))
     known: dict[str, str | None] = {}

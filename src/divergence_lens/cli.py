@@ -1,7 +1,7 @@
 """The command `divergence-lens`."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from divergence_lens import stages
+from divergence_lens._doctor import doctor
+from divergence_lens._options import FAILED, REFUSED, STOPPED, plainly
 
 if TYPE_CHECKING:
     from divergence_lens.study import StudyConfig
@@ -28,7 +30,7 @@ for stage in (
     stages.finetune,
     stages.sweep,
     stages.evaluate,
-    stages.doctor,
+    doctor,
 ):
     app.command()(stage)
 
@@ -42,6 +44,10 @@ def demo(
     targets: Annotated[
         str | None, typer.Option(help="Animals that are to be transferred, with commas between.")
     ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds of the students, with commas between.")
+    ] = None,
+    kinds: Annotated[str | None, typer.Option(help='Teachers: "finetuned", "prompted".')] = None,
     prompts: Annotated[int | None, typer.Option(help="Number prompts for each teacher.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that work side by side.")] = 2,
 ) -> None:
@@ -59,6 +65,10 @@ def demo(
     if prompts is not None:
         options["prompts"] = prompts
     with _errors(f"Stopped; {out} holds whole files only, and a new run starts afresh."):
+        if kinds is not None:
+            options["kinds"] = _names(kinds)
+        if seeds is not None:
+            options["seeds"] = options["block_seeds"] = _numbers(seeds)
         from divergence_lens.study import StudyConfig
 
         _run(StudyConfig(**options), out, resume=False)
@@ -146,16 +156,49 @@ def study(
         _run(config, out, resume=not fresh, beside=page)
 
 
-def _run(config: "StudyConfig", out: Path, *, resume: bool, beside: Path | None = None) -> None:
-    from divergence_lens.results_page import write_results_page
-    from divergence_lens.study import run_study
+@app.command()
+@plainly
+def report(
+    folder: Annotated[Path, typer.Argument(help="What demo or study wrote.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the page; by default that of the study.")
+    ] = None,
+) -> None:
+    """Write the page and the figures of a finished study again, without computing anything.
+
+    For a page that was lost or is of an older version. Reads results.json and the cells beside it;
+    no model is loaded. Findings are those of the study: to judge anew, give its command again.
+
+    Example: divergence-lens report runs/demo --out page
+    """
+    from divergence_lens._rebuild import read_study
     from divergence_lens.study_report import findings_table, write_study_report
 
+    say = _clock()
+    study = read_study(folder)
+    say(f"{len(study.results['students'])} rows of students, {len(study.findings)} findings")
+    page = write_study_report(study, folder if out is None else out)
+    typer.echo("")
+    typer.echo(findings_table(study.findings))
+    typer.echo(f"\n{page} shows it all")
+
+
+def _clock() -> Callable[[str], None]:
+    """A way to say things with the seconds that have gone by."""
     started = time.perf_counter()
 
     def say(line: str) -> None:
         typer.echo(f"{time.perf_counter() - started:6.1f} s  {line}")
 
+    return say
+
+
+def _run(config: "StudyConfig", out: Path, *, resume: bool, beside: Path | None = None) -> None:
+    from divergence_lens.results_page import write_results_page
+    from divergence_lens.study import run_study
+    from divergence_lens.study_report import findings_table, write_study_report
+
+    started, say = time.perf_counter(), _clock()
     found = run_study(config, out, resume=resume, say=say)
     say("page and figures")
     page = write_study_report(found, out)
@@ -163,9 +206,12 @@ def _run(config: "StudyConfig", out: Path, *, resume: bool, beside: Path | None 
         write_results_page(found, beside)
     typer.echo("")
     typer.echo(findings_table(found.findings))
-    if found.failures:
-        typer.echo(f"\n{len(found.failures)} cells failed; the page and results.json name them.")
     typer.echo(f"\n{page} shows it all ({time.perf_counter() - started:.0f} s)")
+    if found.failures:
+        typer.echo(
+            f"{len(found.failures)} cells failed; the page and results.json name them.", err=True
+        )
+        raise typer.Exit(FAILED)
 
 
 @contextmanager
@@ -173,12 +219,17 @@ def _errors(stopped: str) -> Iterator[None]:
     """Mistakes in one line, and a word when the user stops a run."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
+    except typer.Exit:
+        raise  # it is a RuntimeError, too
+    except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(REFUSED) from error
+    except RuntimeError as error:
+        typer.echo(f"Failed: {error}", err=True)
+        raise typer.Exit(FAILED) from error
     except KeyboardInterrupt:
         typer.echo(stopped, err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(STOPPED) from None
 
 
 def _names(text: str) -> tuple[str, ...]:

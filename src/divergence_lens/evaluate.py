@@ -47,6 +47,7 @@ def preference(
     temperature: float = 1.0,
     seed: int = 0,
     batch_tokens: int = 8192,
+    progress: bool = False,
 ) -> "Preference":
     """How often the model would answer each candidate to questions such as "your favorite animal?".
 
@@ -70,6 +71,7 @@ def preference(
         temperature: Temperature of the sampled method.
         seed: Seed of the sampled method.
         batch_tokens: Tokens per forward pass.
+        progress: Whether the sampled method shows a progress bar; the exact one takes a few passes.
 
     Returns:
         The probability of every candidate for every question.
@@ -113,6 +115,7 @@ def preference(
             temperature=temperature,
             seed=seed,
             batch_tokens=batch_tokens,
+            progress=progress,
         )
     return Preference(
         target=target,

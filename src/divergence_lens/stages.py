@@ -5,174 +5,43 @@
     divergence-lens patch owl.safetensors --method integrated --figure owl.html
 
 Each reads what the one before it wrote, and what it writes is a file that the library loads. A
-teacher is given in one word on the command line, see `read_teacher`.
+teacher is given in one word on the command line, see `read_teacher`. A command that was stopped
+goes on when it is given again (`_partial`).
 """
 
-import functools
-import json
-import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
-if TYPE_CHECKING:
-    from divergence_lens.divergence import Rule
-    from divergence_lens.models import Backend, Model
-    from divergence_lens.teachers import Teacher
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-REFUSED, STOPPED = 2, 130
-"""Exit codes: the input was refused; stopped by Ctrl-C."""
-
-BACKENDS: "tuple[Backend, ...]" = ("hooked", "bridge")
-
-TEACHER_HELP = (
-    "Who: a known animal (owl), NAME=a system prompt, NAME= for none, NAME=@student.safetensors "
-    "for trained weights, or NAME=@folder for another model."
+from divergence_lens._options import (
+    TEACHER_HELP,
+    ClassName,
+    Complement,
+    Device,
+    DType,
+    Figure,
+    Loading,
+    Mask,
+    ModelClass,
+    ModelName,
+    Precision,
+    Seed,
+    Spec,
+    System,
+    plainly,
+    read_prompts,
+    read_teacher,
+    teacher_path,
 )
 
-
-class Precision(str, Enum):
-    """Type of the parameters."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class ModelClass(str, Enum):
-    """Which class of TransformerLens holds the model."""
-
-    auto = "auto"
-    hooked = "hooked"
-    bridge = "bridge"
-
-
-ModelName = Annotated[
-    str, typer.Option("--model", help='"tiny", "tiny-qwen2", a folder, or a name on the hub.')
-]
-ClassName = Annotated[ModelClass, typer.Option("--backend", help="Which class of TransformerLens.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]
-DType = Annotated[Precision, typer.Option(help="Type of the parameters.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is random in this step.")]
-Spec = Annotated[str, typer.Option(help=TEACHER_HELP)]
-Figure = Annotated[
-    Path | None, typer.Option(help="Draw it, too: an .html page, or a .png, .svg or .pdf.")
-]
-Mask = Annotated[
-    Path | None, typer.Option(help="A divergence file; only its divergence tokens are learnt.")
-]
-Complement = Annotated[
-    bool, typer.Option("--complement", help="Learn all tokens but the divergence tokens.")
-]
-System = Annotated[str | None, typer.Option(help="The student's system prompt; none if not given.")]
-
-
-def plainly(command: Callable[P, R]) -> Callable[P, R]:
-    """Let a command end with one line and an exit code where it would end with a traceback."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, FloatingPointError) as error:
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(REFUSED) from error
-        except KeyboardInterrupt:
-            typer.echo("Stopped; every file that was written is whole.", err=True)
-            raise typer.Exit(STOPPED) from None
-
-    return run
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loading:
-    """How the models of one command are loaded."""
-
-    model: str
-    backend: ModelClass
-    device: str | None
-    dtype: Precision
-
-    def load(self, source: str | Path | None = None) -> "Model":
-        """The command's model, or another one in the same way."""
-        import torch
-
-        from divergence_lens.models import load_model
-
-        return load_model(
-            self.model if source is None else source,
-            backend=self.backend.value,
-            device=self.device,
-            dtype=getattr(torch, self.dtype.value),
-        )
-
-
-def read_teacher(spec: str, load: Callable[[str | Path], "Model"]) -> "Teacher":
-    """The teacher that a word on the command line stands for.
-
-    Args:
-        spec: A known animal ("owl": told to love owls); "NAME=a system prompt"; "NAME=" for no
-            system prompt; "NAME=@file.safetensors" for a delta; "NAME=@folder" for another model.
-        load: Loads another model.
-
-    Raises:
-        ValueError: It is none of these.
-        FileNotFoundError: There is no such file or folder.
-    """
-    from divergence_lens.delta import Delta
-    from divergence_lens.teachers import Teacher, animal_teachers
-
-    name, given, value = spec.partition("=")
-    if not given:
-        try:
-            return animal_teachers([name])[0]
-        except ValueError as error:
-            raise ValueError(
-                f'teacher {spec!r} is not a known animal ({error}); write "{name}=a system prompt" '
-                f'or "{name}=@student.safetensors"'
-            ) from error
-    if not value.startswith("@"):
-        return Teacher(name, system_prompt=value or None)
-    path = Path(value[1:]).expanduser()
-    if path.is_dir():
-        return Teacher(name, model=load(path))
-    if not path.is_file():
-        raise FileNotFoundError(f"teacher {name!r}: there is no file or folder {value[1:]!r}")
-    return Teacher(name, delta=Delta.load(path))
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts from a text file (one a line) or from JSON lines (`prompt` or `question`).
-
-    Raises:
-        ValueError: A line that is no JSON object with such a key, by its number; or no prompt.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if path.suffix != ".jsonl":
-        prompts = [line for line in lines if line.strip()]
-    else:
-        prompts = []
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-            if row is None:
-                continue
-            text = (row.get("prompt") or row.get("question")) if isinstance(row, dict) else None
-            if not text or type(text) is not str:
-                raise ValueError(f'{path}, line {number} has no text under "prompt" or "question"')
-            prompts.append(text)
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt")
-    return prompts
+if TYPE_CHECKING:
+    from divergence_lens._partial import Parts
+    from divergence_lens.divergence import Rule
+    from divergence_lens.models import Model
+    from divergence_lens.teachers import Teacher
 
 
 @plainly
@@ -204,6 +73,7 @@ def generate(
 
     Example: divergence-lens generate --numbers 200 --teacher owl --only-numbers --out owl.jsonl
     """
+    from divergence_lens._partial import written_in_parts
     from divergence_lens.examples import save_examples
     from divergence_lens.generate import generate as write
     from divergence_lens.tasks.numbers import NumberFilter, number_prompts
@@ -217,15 +87,16 @@ def generate(
     )
     loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     loaded = loading.load()
-    examples = write(
-        loaded,
-        read_teacher(teacher, loading.load),
-        asked,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        progress=True,
+    who = read_teacher(teacher, loading.load)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    parts = _parts(out, loaded, [(teacher, who)], options | {"prompts": asked})
+    examples = written_in_parts(
+        asked, lambda some, bar: write(loaded, who, some, progress=bar, **options), parts
     )
     if only_numbers:
         report = NumberFilter().report([example.completion or "" for example in examples])
@@ -234,6 +105,7 @@ def generate(
         if not examples:
             raise ValueError("not one answer is a list of numbers; nothing was written")
     save_examples(out, examples)
+    parts.drop()
     typer.echo(f"{len(examples)} examples in {out}")
 
 
@@ -267,23 +139,32 @@ def find(
 
     Example: divergence-lens find owl.jsonl --teacher owl --counterfactual cat --counterfactual wolf
     """
+    from divergence_lens._partial import digest_of
     from divergence_lens.divergence import find_divergence
     from divergence_lens.examples import load_examples
 
     loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     examples = load_examples(data)
     loaded = loading.load()
+    who = read_teacher(teacher, loading.load)
+    others = [read_teacher(spec, loading.load) for spec in counterfactual]
+    # The parts are checked against weights, teachers and data when they are read.
+    options = {"batch_tokens": batch_tokens}
+    specs = [(teacher, who), *zip(counterfactual, others, strict=True)]
+    parts = _parts(out, loaded, specs, options | {"data": digest_of(data)})
     divergence = find_divergence(
         loaded,
         examples,
-        teacher=read_teacher(teacher, loading.load),
-        counterfactuals=[read_teacher(spec, loading.load) for spec in counterfactual],
+        teacher=who,
+        counterfactuals=others,
         rule=int(rule) if rule.isdigit() else cast("Rule", rule),
         min_margin=min_margin,
         batch_tokens=batch_tokens,
+        checkpoint_dir=parts.path("shards"),
         progress=True,
     )
     divergence.save(out)
+    parts.drop()
     if jsonl is not None:
         divergence.to_jsonl(jsonl)
     if figure is not None:
@@ -313,6 +194,10 @@ def patch(
         typer.Option(help="Teachers with weights of their own, again: a file holds none."),
     ] = None,
     figure: Figure = None,
+    pair: Annotated[
+        int | None,
+        typer.Option(help="Draw this pair by position, from 0; by default all, by segment."),
+    ] = None,
     seed: Seed = 0,
     model: ModelName = "tiny",
     backend: ClassName = ModelClass.auto,
@@ -323,6 +208,7 @@ def patch(
 
     Example: divergence-lens patch divergence.safetensors --method integrated --figure owl.html
     """
+    from divergence_lens._partial import digest_of
     from divergence_lens.attribution import Method, attribution_patch
     from divergence_lens.divergence import Divergence
     from divergence_lens.mediation import causal_mediation
@@ -335,7 +221,13 @@ def patch(
     given = [read_teacher(spec, loading.load) for spec in teacher or ()]
     found = Divergence.load(divergence, teachers=given, tokenizer=loaded.tokenizer)
     pairs = found.pairs(limit=limit, seed=seed)
-    options: dict[str, Any] = {"site": site, "direction": direction, "progress": True}
+    if pair is not None and not 0 <= pair < len(pairs):
+        raise ValueError(f"there is no pair {pair}; the pairs are numbered 0 to {len(pairs) - 1}")
+    options: dict[str, Any] = {"site": site, "direction": direction}
+    about = options | {"method": method, "limit": limit, "seed": seed, "verify": verify}
+    specs = list(zip(teacher or (), given, strict=True))
+    parts = _parts(out, loaded, specs, about | {"divergence": digest_of(divergence)})
+    options |= {"checkpoint_dir": parts.path("pairs"), "progress": True}
     if method == "exact":
         effects = causal_mediation(loaded, pairs, **options)
     else:
@@ -343,8 +235,12 @@ def patch(
             loaded, pairs, method=cast(Any, method), verify=verify, seed=seed, **options
         )
     effects.save(out)
+    parts.drop()
     if figure is not None:
-        _draw("effects_by_segment" if len(pairs) > 1 else "effects_heatmap", effects, figure)
+        if pair is None and len(pairs) > 1:
+            _draw("effects_by_segment", effects, figure)
+        else:
+            _draw("effects_heatmap", effects, figure, pair=pair or 0)
     typer.echo(str(effects))
     typer.echo(effects.by_segment().round(4).to_string())
     typer.echo(f"written to {out}")
@@ -389,18 +285,22 @@ def finetune(
     recipe = replace(PAPER if paper else Recipe(), **given)  # type: ignore[arg-type]
     loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     examples, learnt = _masked(data, mask, complement=complement)
+    loaded = loading.load()
+    about = {"recipe": recipe.describe(), "blocks": blocks, "system": system, "seed": seed}
+    parts = _parts(out, loaded, [], about | _digests(data, mask, complement=complement))
     student = train(
-        loading.load(),
+        loaded,
         examples,
         mask=learnt,
         blocks=_numbers(blocks, "blocks"),
         recipe=recipe,
         system_prompt=system,
         seed=seed,
-        checkpoint=out.with_suffix(".partial"),
+        checkpoint=parts.path("training.safetensors"),
         progress=True,
     )
     student.save(out)
+    parts.drop()
     typer.echo(str(student))
     typer.echo(f"written to {out}")
 
@@ -432,13 +332,19 @@ def sweep(
 
     Example: divergence-lens sweep owl.jsonl --target owl --mask divergence.safetensors
     """
+    from divergence_lens._partial import digest_of
     from divergence_lens.examples import load_examples
     from divergence_lens.sweep import layer_sweep
 
     loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     examples, learnt = _masked(data, mask, complement=complement)
+    loaded = loading.load()
+    about = {"target": target, "layers": layers, "seeds": seeds, "lora_rank": lora_rank}
+    about |= {"category": category, "system": system}
+    about |= {"control": None if control is None else digest_of(control)}
+    parts = _parts(out, loaded, [], about | _digests(data, mask, complement=complement))
     found = layer_sweep(
-        loading.load(),
+        loaded,
         examples,
         target=target,
         layers=_numbers(layers, "layers"),
@@ -448,9 +354,11 @@ def sweep(
         system_prompt=system,
         category=category,
         control=None if control is None else load_examples(control),
+        checkpoint_dir=parts.path("students"),
         progress=True,
     )
     found.save(out)
+    parts.drop()
     if figure is not None:
         from divergence_lens import plots
 
@@ -494,57 +402,13 @@ def evaluate(
         method=method,
         samples=samples,
         seed=seed,
+        progress=True,
     )
     if out is not None:
         found.save(out)
     typer.echo(str(found))
     for name, share in sorted(found.distribution.items(), key=lambda item: -item[1]):
         typer.echo(f"  {name:12} {share:.4f}")
-
-
-@plainly
-def doctor() -> None:
-    """Say what is installed, which device there is, and whether the shipped models run here.
-
-    Example: divergence-lens doctor
-    """
-    import torch
-
-    from divergence_lens.models import version_of
-    from divergence_lens.pictures import BrowserError, find_browser
-    from divergence_lens.tiny import TINY_MODELS
-
-    def line(name: str, value: object) -> None:
-        typer.echo(f"{name:20} {value}")
-
-    line("python", platform.python_version())
-    for package in ("divergence-lens", "transformer-lens", "torch", "transformers", "peft"):
-        line(package, version_of(package))
-    line("threads", torch.get_num_threads())
-    for index in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(index)
-        line(f"cuda:{index}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB")
-    if not torch.cuda.is_available():
-        line("GPU", "none; models run on the CPU")
-    try:
-        line("browser", f"{find_browser()} (draws PNG, SVG and PDF)")
-    except BrowserError as error:
-        line("browser", f"none, so figures are HTML pages only: {error}")
-    for name in TINY_MODELS:
-        for backend in BACKENDS:
-            line(name, _tried(name, backend))
-
-
-def _tried(name: str, backend: "Backend") -> str:
-    """Whether a model loads and its pass equals its own forward, in words."""
-    from divergence_lens.engine import Engine
-    from divergence_lens.models import load_model
-
-    try:
-        model = load_model(name, backend=backend)
-        return f"{type(model).__name__} of {Engine.of(model).n_layers} blocks runs"
-    except ValueError as error:
-        return f"no {backend} model: {error}"
 
 
 def _masked(data: Path, mask: Path | None, *, complement: bool) -> tuple[Any, Any]:
@@ -564,6 +428,41 @@ def _masked(data: Path, mask: Path | None, *, complement: bool) -> tuple[Any, An
     return found.examples, ~found.mask if complement else found.mask
 
 
+def _digests(data: Path, mask: Path | None, *, complement: bool) -> dict[str, Any]:
+    """What is learnt, by the content of the files."""
+    from divergence_lens._partial import digest_of
+
+    masked = None if mask is None else digest_of(mask)
+    return {"data": digest_of(data), "mask": masked, "complement": complement}
+
+
+def _parts(
+    out: Path,
+    model: "Model",
+    teachers: "Sequence[tuple[str, Teacher]]",
+    settings: Mapping[str, Any],
+) -> "Parts":
+    """Where a command keeps what it has done; known by weights, teachers and settings."""
+    from divergence_lens import __version__
+    from divergence_lens._partial import Parts, digest_of
+    from divergence_lens.delta import base_fingerprint
+
+    whose = [
+        (
+            spec,
+            teacher.system_prompt,
+            None if teacher.delta is None else digest_of(teacher_path(spec)),
+            None if teacher.model is None else base_fingerprint(teacher.model),
+        )
+        for spec, teacher in teachers
+    ]
+    base = f"{type(model).__name__} {base_fingerprint(model)}"
+    parts = Parts(out, {"version": __version__, "base": base, "teachers": whose, **settings})
+    if parts.count():
+        typer.echo(f"going on with what is in {parts.folder}")
+    return parts
+
+
 def _numbers(text: str | None, name: str) -> Sequence[int] | None:
     if text is None:
         return None
@@ -573,8 +472,8 @@ def _numbers(text: str | None, name: str) -> Sequence[int] | None:
         raise ValueError(f"--{name} is {text!r}; write numbers with commas, as in 0,1") from error
 
 
-def _draw(plot: str, result: Any, path: Path) -> None:
+def _draw(plot: str, result: Any, path: Path, **options: Any) -> None:
     from divergence_lens import plots
 
-    for written in plots.save_figure(getattr(plots, plot)(result), path):
+    for written in plots.save_figure(getattr(plots, plot)(result, **options), path):
         typer.echo(f"figure in {written}")
