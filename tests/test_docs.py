@@ -303,6 +303,9 @@ def test_the_example_in_the_help_of_every_command_runs(tmp_path, monkeypatch):
     assert [p.name for p in sorted(Path("runs/demo/figures").iterdir())] == [
         p.name for p in sorted(Path("page/figures").iterdir())
     ]
+    results = Path("runs/demo/results.json")
+    results.write_text(results.read_text("utf-8").replace('"fit"', '"fits"'), "utf-8")
+    assert "another version" in run(["report", "runs/demo", "--out", "older"], code=2)
 
 
 # -- links -------------------------------------------------------------------------------------

@@ -163,6 +163,9 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the page; by default that of the study.")
     ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="A .md page of the findings beside the paper's, too.")
+    ] = None,
 ) -> None:
     """Write the page and the figures of a finished study again, without computing anything.
 
@@ -172,15 +175,24 @@ def report(
     Example: divergence-lens report runs/demo --out page
     """
     from divergence_lens._rebuild import read_study
+    from divergence_lens.results_page import write_results_page
     from divergence_lens.study_report import findings_table, write_study_report
 
     say = _clock()
     study = read_study(folder)
     say(f"{len(study.results['students'])} rows of students, {len(study.findings)} findings")
-    page = write_study_report(study, folder if out is None else out)
+    try:
+        written = write_study_report(study, folder if out is None else out)
+        if page is not None:
+            write_results_page(study, page)
+    except KeyError as error:
+        raise ValueError(
+            f"{folder} lacks {error}, so it is of another version of the library; give the command "
+            "of the study again, which computes what is new"
+        ) from error
     typer.echo("")
     typer.echo(findings_table(study.findings))
-    typer.echo(f"\n{page} shows it all")
+    typer.echo(f"\n{written} shows it all")
 
 
 def _clock() -> Callable[[str], None]:
