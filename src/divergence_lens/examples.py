@@ -86,7 +86,7 @@ def iter_examples(data: Any) -> Iterator[Example]:
         The examples, in order.
 
     Raises:
-        As `as_examples`, when the row is reached.
+        ValueError: As `as_examples` says, when the row is reached; so do its other errors.
     """
     if isinstance(data, str | os.PathLike):
         yield from _read(Path(data))
