@@ -60,6 +60,28 @@ dl.save_examples("owl.jsonl", dl.generate(model, owl, dl.number_prompts(4, seed=
 }
 
 
+def students_learned(names):
+    """What students.md says of its names holds."""
+    assert {"full", 2, 8} == {row["rank"] for row in names["rows"]}
+    assert names["followed"].history()["owl"].notna().any()
+    assert names["both"].norms()[0] == pytest.approx((names["student"] + names["small"]).norms()[0])
+    summary = names["sweep"].summary()
+    assert {"nothing", "all blocks", "all blocks on control data"} <= set(summary["trained"])
+    assert {"valid_lists", "held_out_loss"} <= set(summary)
+    assert Path("student/model.safetensors").is_file()
+    assert Path("adapter/adapter_config.json").is_file()
+
+
+def marks_hold(names):
+    """What divergence.md says of the top 5 % holds."""
+    assert names["mask"].mean() == pytest.approx(0.05, abs=0.01)
+    assert Path("runs/owl.safetensors").is_file()
+
+
+# What else must be true when a page has run.
+AFTER = {"students.md": students_learned, "divergence.md": marks_hold}
+
+
 @dataclass(frozen=True)
 class Block:
     """A fenced block of a page."""
@@ -152,6 +174,8 @@ def test_the_code_on_a_page_runs_and_prints_what_is_shown(page, namespace, monke
             error, says = REASONS[block.not_run]
             with pytest.raises(error, match=says):
                 exec(code, dict(namespace))  # noqa: S102
+    if page in AFTER:
+        AFTER[page](namespace)
 
 
 @pytest.mark.parametrize("page", ELSEWHERE)
