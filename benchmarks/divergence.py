@@ -293,6 +293,33 @@ def compare(name: str, backend: str, options: argparse.Namespace) -> dict[str, A
     return row
 
 
+def operators(name: str, backend: str, options: argparse.Namespace) -> None:
+    """Print what torch's own operators take of our way, on one thread: the least it can take."""
+    from torch.profiler import ProfilerActivity, profile
+
+    tokenizer, teachers, data = inputs(options.examples or EXAMPLES[name], options.teachers)
+    hf = build(name, options.device)
+    model = wrap(hf, backend, tokenizer)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ours(model, data, teachers)
+    straightforward(hf, tokenizer, data[:2], teachers)
+    _, _, busy = timed(lambda: ours(model, data, teachers))
+    _, _, other = timed(lambda: straightforward(hf, tokenizer, data, teachers))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        ours(model, data, teachers)
+    torch.set_num_threads(threads)
+    taken = sorted(
+        ((event.self_cpu_time_total / 1e6, event.key) for event in profiler.key_averages()),
+        reverse=True,
+    )
+    print(f"{name}, one thread: ours {busy:.2f} s, straightforward {other:.2f} s of processor time")
+    for seconds, key in taken[:6]:
+        print(f"  {key:55s} {seconds:5.2f} s")
+    two = sum(seconds for seconds, key in taken if "addmm" in key or "scaled_dot" in key)
+    print(f"  matrix products and attention alone: {other / two:.1f} x the straightforward way")
+
+
 def rate(device: str) -> float:
     """TFLOP/s of a large matrix product in bfloat16."""
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -361,11 +388,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--kl", action="store_true", help="with the soft scores")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--operators", action="store_true", help="where our time goes, and no more")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     backends = options.backend or (["bridge"] if dl.models.HookedTransformer is None else None)
     backends = backends or (["hooked", "bridge"] if options.device == "cpu" else ["bridge"])
+    if options.operators:
+        for name in options.shape:
+            for backend in backends:
+                operators(name, backend, options)
+        return
     speed, held = [], []
     for name in options.shape:
         for backend in backends:
