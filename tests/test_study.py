@@ -202,3 +202,18 @@ def test_findings_of_a_study_are_finite_or_say_so(study):
         assert finding.verdict in ("supported", "not supported", "unclear")
         assert math.isfinite(finding.measured)
         assert all(np.isfinite(v) for v in finding.values.values())
+
+
+def test_models_of_a_study_are_loaded_as_it_says():
+    config = StudyConfig(dtype="bfloat16", device="cpu")
+    parameter = next(config.load("tiny").parameters())
+    assert (parameter.dtype, parameter.device.type) == (torch.bfloat16, "cpu")
+    with pytest.raises(ValueError, match="dtype is 'int8'; it is one of float32, bfloat16"):
+        StudyConfig(dtype="int8")
+
+
+def test_large_models_are_loaded_in_bfloat16_where_there_is_a_gpu(monkeypatch):
+    for there, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert StudyConfig.for_model("Qwen/Qwen2.5-7B-Instruct").dtype == expected
+        assert StudyConfig.for_model("tiny").dtype == "float32"

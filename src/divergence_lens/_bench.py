@@ -27,7 +27,7 @@ from divergence_lens.evaluate import Preference, preference
 from divergence_lens.examples import Example, load_examples, save_examples, with_ids
 from divergence_lens.finetune import finetune
 from divergence_lens.generate import generate
-from divergence_lens.models import Model, load_model
+from divergence_lens.models import Model
 from divergence_lens.recipe import Recipe
 from divergence_lens.steps import Inputs, marked
 from divergence_lens.storage import load_tensors, save_tensors
@@ -77,11 +77,10 @@ class Bench:
     def __init__(self, config: StudyConfig, folder: Path) -> None:
         self.config = config
         self.store = Store(folder)
-        backend: Any = config.backend
-        self.model: Model = load_model(config.model, backend=backend)
+        self.model: Model = config.load(config.model)
         self.other: Model | None = None
         if config.other_model is not None:
-            self.other = load_model(config.other_model, backend=backend)
+            self.other = config.load(config.other_model)
         self._divergences: dict[str, Divergence] = {}
         self._kl: tuple[str, np.ndarray] | None = None
         self._teachers: dict[str, Teacher] = {}

@@ -10,7 +10,7 @@ import typer
 
 from divergence_lens import stages
 from divergence_lens._doctor import doctor
-from divergence_lens._options import FAILED, REFUSED, STOPPED, plainly
+from divergence_lens._options import FAILED, REFUSED, STOPPED, Device, DType, Precision, plainly
 
 if TYPE_CHECKING:
     from divergence_lens.study import StudyConfig
@@ -49,6 +49,8 @@ def demo(
     ] = None,
     kinds: Annotated[str | None, typer.Option(help='Teachers: "finetuned", "prompted".')] = None,
     prompts: Annotated[int | None, typer.Option(help="Number prompts for each teacher.")] = None,
+    device: Device = None,
+    dtype: DType = Precision.float32,
     workers: Annotated[int, typer.Option(help="Processes that work side by side.")] = 2,
 ) -> None:
     """Run the whole experiment on a tiny model and write a page about it.
@@ -59,7 +61,12 @@ def demo(
 
     Example: divergence-lens demo --out runs/demo --targets wolf,lion,eagle,panda
     """
-    options: dict[str, Any] = {"model": model, "workers": workers}
+    options: dict[str, Any] = {
+        "model": model,
+        "device": device,
+        "dtype": dtype.value,
+        "workers": workers,
+    }
     if targets is not None:
         options["targets"] = _names(targets)
     if prompts is not None:
@@ -105,6 +112,11 @@ def study(
     backend: Annotated[
         str | None, typer.Option(help='Model class: "hooked", "bridge" or "auto".')
     ] = None,
+    device: Device = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(help="Type of the parameters; float32, of large models on a GPU bfloat16."),
+    ] = None,
     keep_students: Annotated[
         bool | None,
         typer.Option(help="Keep the students' weights; by default those of the tiny models."),
@@ -142,6 +154,8 @@ def study(
         "pairs": pairs,
         "other_model": other_model,
         "backend": backend,
+        "device": device,
+        "dtype": dtype and dtype.value,
         "keep_students": keep_students,
         "mechanism": mechanism,
         "workers": workers,

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from divergence_lens._checks import refuse_one_number, refuse_one_string
 from divergence_lens.chat import check_length, encode_prompts
 from divergence_lens.conditions import DEMO, GROUPS, KINDS, Condition, choose_conditions
 from divergence_lens.engine import Engine
 from divergence_lens.freeze import choose
-from divergence_lens.models import Model, model_name
+from divergence_lens.models import Model, load_model, model_name
 from divergence_lens.recipe import PAPER, Recipe
 from divergence_lens.tasks.numbers import number_prompts
 from divergence_lens.tasks.preferences import (
@@ -59,6 +61,10 @@ without the user's choice of one."""
 _DEEPEST = 1000  # to look for a block's name before the model is loaded
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""What the parameters of a study's models can be."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """What a study runs.
@@ -69,6 +75,8 @@ class StudyConfig:
     Attributes:
         model: What `load_model` takes.
         backend: Which model class.
+        device: Where models go, as in `load_model`; None for the first GPU, or the CPU.
+        dtype: Type of the parameters, of `DTYPES`.
         targets: The preferences that are to be transferred.
         animals: All candidates: those that are not the target are its counterfactual teachers.
         kinds: Kinds of teachers, of `KINDS`.
@@ -99,6 +107,8 @@ class StudyConfig:
 
     model: str = "tiny"
     backend: str = "bridge"
+    device: str | None = None
+    dtype: str = "float32"
     targets: tuple[str, ...] = ("wolf", "lion", "eagle", "panda")
     animals: tuple[str, ...] = ANIMALS
     kinds: tuple[str, ...] = KINDS
@@ -129,6 +139,8 @@ class StudyConfig:
             )
         for name in self.targets:
             check_candidate(name, candidates=self.animals)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; it is one of {', '.join(DTYPES)}")
         unknown = set(self.kinds) - set(KINDS)
         if unknown or not self.kinds:
             raise ValueError(f"kinds are {self.kinds}; choose from {', '.join(KINDS)}")
@@ -150,8 +162,8 @@ class StudyConfig:
         """The settings of `divergence-lens study` for a model.
 
         A tiny model has all conditions, with both kinds of teachers. Any other model has prompted
-        teachers, instructions in the prompts and the paper's recipe (LoRA), and its students are
-        not kept.
+        teachers, instructions in the prompts and the paper's recipe (LoRA), on a GPU bfloat16, and
+        its students are not kept.
 
         Args:
             model: What `load_model` takes.
@@ -170,6 +182,7 @@ class StudyConfig:
         else:
             defaults |= {
                 "kinds": ("prompted",),
+                "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
                 "prompts": 10_000,
                 "instructions": True,
                 "max_new_tokens": 64,
@@ -181,6 +194,12 @@ class StudyConfig:
                 "conditions": LARGE,
             }
         return cls(model=model, **(defaults | options))
+
+    def load(self, source: str) -> Model:
+        """A model of the study, of the class, at the place and in the type that it asks for."""
+        backend: Any = self.backend
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return load_model(source, backend=backend, device=self.device, dtype=dtype)
 
     def recipes(self, model: Model) -> Recipes:
         """How everyone is trained if `model` is the base."""
