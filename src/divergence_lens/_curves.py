@@ -85,6 +85,7 @@ def preference_over_training(
         detail=f"{style.plural(len(curves), 'student')}, measured "
         f"{style.plural(measured, 'time')} in all",
         x_title="updates",
+        ticks=style.thinned(sorted({int(x) for curve in curves for x in curve.x}), 6),
         lines={} if before is None else {"before training": before},
     )
 
@@ -176,6 +177,7 @@ def _drawn(
     x_title: str,
     lines: Mapping[str, float],
     x_format: str = "",
+    ticks: Sequence[int] | None = None,
 ) -> go.Figure:
     traces: list[Any] = []
     for i, curve in enumerate(curves):
@@ -252,6 +254,7 @@ def _drawn(
             range=[low - pad, high + pad],
             tickformat=x_format,
             nticks=6,
+            tickvals=ticks,
             tickangle=0,
         ),
         yaxis=style.axis("preference for the target", tickformat=".0%", rangemode="tozero"),

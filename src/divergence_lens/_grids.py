@@ -171,7 +171,7 @@ def segment_heatmap(
     height = max(30 * count, 90)
     hover = [
         [
-            f"layer {layer}, {row} “{style.escape(name)}”<br>"
+            f"layer {layer}, {row} {style.escape(name)}<br>"
             + (
                 f"{describe}: {values[i, layer]:+.3f}"
                 if np.isfinite(values[i, layer])

@@ -6,6 +6,7 @@ black alike, so that a figure shown in a notebook fits whatever theme the notebo
 """
 
 import html
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -164,16 +165,23 @@ def _wrapped(text: Any) -> Any:
     """Hover texts, in lists of lists for heatmaps, in lines that fit beside a point at 80 mm."""
     if isinstance(text, str):
         lines = [
-            "<br>".join(textwrap.wrap(line, 26, break_long_words=False, break_on_hyphens=False))
+            "<br>".join(
+                textwrap.wrap(_glued(line), 26, break_long_words=False, break_on_hyphens=False)
+            )
             for line in text.split("<br>")
         ]
         return "<br>".join(lines)
     return text if text is None else [_wrapped(part) for part in text]
 
 
+def _glued(text: str) -> str:
+    """`text` in which a number and what it counts stay on one line."""
+    return re.sub(r"(?<=\d) (?=[a-z%])", "\u00a0", text)
+
+
 def _balanced(text: str, widest: int) -> list[str]:
     """`text` in as few lines as fit, of about equal length."""
-    text = text.replace(" %", "\u00a0%")  # a number and its sign stay together
+    text = _glued(text)
     lines = textwrap.wrap(text, widest)
     for width in range(widest - 1, 0, -1):
         narrower = textwrap.wrap(text, width, break_long_words=False)
@@ -200,7 +208,7 @@ def axis(title: str, *, grid: bool = True, **more: Any) -> dict[str, Any]:
 
 def thinned(numbers: Sequence[int], most: int) -> list[int]:
     """At most `most` of the numbers, evenly spaced, for the ticks of an axis."""
-    step = -(-len(numbers) // most)
+    step = max(1, -(-len(numbers) // most))
     return [int(number) for number in numbers[::step]]
 
 

@@ -173,7 +173,7 @@ def figure_title(figure: go.Figure) -> str:
     """The title as plain text, for captions and for those who cannot see the figure."""
     text = str(figure.layout.title.text or "figure")
     # Where the bold lines end and the small ones begin, a full stop.
-    text = text.replace("</b><br><span", "</b>. <span").replace("<br>", " ")
+    text = text.replace("</b><br><span", "</b>. <span").replace("<br>", " ").replace("\u00a0", " ")
     return unescape(re.sub(r"<[^<>]*>", "", text))
 
 
