@@ -447,7 +447,7 @@ def test_divergence_tokens_are_split_into_first_and_later_by_place():
         plots.where_divergence_falls([])
 
 
-def test_places_with_few_tokens_are_grey_and_hover_says_of_how_many():
+def test_places_with_few_tokens_are_pale_and_hover_says_of_how_many():
     long = 30
     many = Divergence(
         examples=(*[Example("a", "b", (5, 6))] * long, Example("a", "b", (5,))),
@@ -460,12 +460,12 @@ def test_places_with_few_tokens_are_grey_and_hover_says_of_how_many():
         logprob=np.full((2, 2 * long + 1), -1.0, dtype=np.float32),
     )
     figure = plots.where_divergence_falls(many)
-    assert len(set(figure.data[0].marker.color)) == 1
+    assert set(figure.data[0].marker.opacity) == {1}
     assert "fewer than" not in plain_title(figure)
     assert "of 31 tokens" in plain(figure.data[0].text[0])
     rare = plots.where_divergence_falls(divergence())
-    assert set(rare.data[0].marker.color).isdisjoint(figure.data[0].marker.color)
-    assert "grey: fewer than 20 tokens there" in plain_title(rare)
+    assert max(rare.data[0].marker.opacity) < 0.5
+    assert "pale: fewer than 20 tokens there" in plain_title(rare)
 
 
 def test_rates_are_those_of_the_table_and_of_each_counterfactual():

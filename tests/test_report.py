@@ -2,13 +2,12 @@
 
 import html.parser
 import itertools
-import json
 import re
 
 import pytest
 
-from divergence_lens import pictures
 from divergence_lens.report import write_report
+from tests.browser import check_in_a_browser
 from tests.test_plots import FIGURES, RATES, TEACHERS, students
 
 EVIL = "<script>alert(1)</script>"
@@ -206,60 +205,13 @@ def test_a_finding_without_a_verdict_or_claim_is_refused_and_nothing_written(tmp
 
 
 def test_in_a_browser_figures_draw_and_answer_and_nothing_overflows(report, tmp_path):
-    try:
-        pictures.find_browser()
-    except pictures.BrowserError as error:
-        pytest.skip(str(error))
-    widths = (400, 800, 1600)
-    frames = "".join(
-        f'<iframe src="{report.as_uri()}" style="width:{width}px;height:900px"></iframe>'
-        for width in widths
+    assert check_in_a_browser(report, tmp_path) == 5
+
+
+def test_every_kind_of_figure_does_so_in_a_browser(tmp_path):
+    page = write_report(
+        tmp_path / "report.html",
+        {"findings": findings()},
+        {f"{i}": make() for i, make in enumerate(FIGURES.values())},
     )
-    probe = tmp_path / "probe.html"
-    probe.write_text(f"""<!doctype html><meta charset="utf-8"><body>{frames}<script>
-    const look = (frame) => {{
-      const page = frame.contentDocument, root = page.documentElement;
-      const edge = root.clientWidth;
-      const inside = (node) => node.closest(".scroll, .block, .unseen, .skip, svg, thead");
-      const wide = [...page.body.querySelectorAll("*")].filter(
-        (node) => !inside(node) && node.getBoundingClientRect().right > edge + 1);
-      const plots = [...page.querySelectorAll(".dl-plot")];
-      const said = plots.map((plot) => {{
-        const curve = plot.data.findIndex((trace) => trace.hoverinfo === "text");
-        const heat = plot.data[curve].type === "heatmap";
-        const at = heat ? {{xval: 0, yval: 1}} : [{{curveNumber: curve, pointNumber: 0}}];
-        frame.contentWindow.Plotly.Fx.hover(plot, at);
-        return plot.querySelector(".hoverlayer").textContent;
-      }});
-      return {{state: root.dataset.figures, width: edge, scroll: root.scrollWidth,
-        wide: wide.map((node) => node.outerHTML.slice(0, 80)), said,
-        drawn: plots.map((plot) => plot.querySelectorAll("svg.main-svg").length > 0),
-        outside: plots.map((plot) => [...plot.querySelectorAll("svg text")].filter((text) =>
-          text.getBoundingClientRect().right > plot.getBoundingClientRect().right + 1)
-          .map((text) => text.textContent)).flat()}};
-    }};
-    const wait = () => {{
-      const frames = [...document.querySelectorAll("iframe")];
-      if (frames.some((frame) => !frame.contentDocument.documentElement.dataset.figures))
-        return setTimeout(wait, 50);
-      document.body.textContent = JSON.stringify(frames.map(look));
-    }};
-    addEventListener("load", wait);
-    </script>""")
-    dom, log = pictures.run_browser(
-        probe,
-        ["--dump-dom", "--allow-file-access-from-files", "--window-size=1700,1000"],
-        timeout=400,
-    )
-    console = [line for line in log.splitlines() if "CONSOLE" in line]
-    assert not console
-    found = re.search(r"<body>(\[.*\])</body>", dom.decode(), flags=re.DOTALL)
-    assert found is not None
-    for width, seen in zip(widths, json.loads(html.unescape(found[1])), strict=True):
-        assert seen["state"] == "drawn"
-        assert seen["width"] == width
-        assert seen["scroll"] <= seen["width"]
-        assert seen["wide"] == []
-        assert seen["outside"] == []
-        assert seen["drawn"] == [True] * 5
-        assert all(seen["said"])
+    assert check_in_a_browser(page, tmp_path) == len(FIGURES)

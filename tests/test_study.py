@@ -17,6 +17,7 @@ from divergence_lens.recipe import Recipe
 from divergence_lens.study import StudyConfig, finetuned_teacher, run_study
 from divergence_lens.study_report import findings_table, study_figures, write_study_report
 from divergence_lens.tiny.recipe import GPT2_RECIPES, QWEN2_RECIPES
+from tests.browser import check_in_a_browser
 
 SMALL = {
     "targets": ("owl", "cat"),
@@ -123,6 +124,12 @@ def test_page_and_figures_are_written(study, folder):
         assert finding.verdict in text
     names = {path.stem for path in (folder / "figures").glob("*.html")}
     assert len(names) == len(study_figures(study)) > 10
+    assert page.stat().st_size < 6_000_000
+
+
+def test_the_page_behaves_in_a_browser(study, folder, tmp_path):
+    shown = check_in_a_browser(write_study_report(study, folder), tmp_path)
+    assert shown == len(study_figures(study))
 
 
 def test_the_table_for_a_terminal_fits_and_names_every_verdict(study):

@@ -479,7 +479,9 @@ def falls(
                 width=width * 0.86,
                 name=label,
                 marker={
-                    "color": [style.FAINT if rare else colour for rare in few],
+                    # One colour: with several, plotly draws black strokes and warns.
+                    "color": colour,
+                    "opacity": [0.3 if rare else 1.0 for rare in few],
                     "pattern": _pattern(pattern),
                     "line": {"width": 0},
                 },
@@ -501,7 +503,7 @@ def falls(
         what=what,
         detail=f"{style.plural(total, 'divergence token')} among "
         f"{style.plural(len(place), 'token')} of {style.plural(examples, 'completion')}"
-        + (f"; grey: fewer than {_FEWEST_TOKENS} tokens there" if few.any() else ""),
+        + (f"; pale: fewer than {_FEWEST_TOKENS} tokens there" if few.any() else ""),
         plot_height=190,
         legend_rows=2,
         left=60,

@@ -135,7 +135,7 @@ def where_divergence_falls(
     Returns:
         For each place in the completion, the share of its tokens that are divergence tokens, split
         into the first of their example and later ones; the hover texts say of how many tokens.
-        Above 40 places, neighbours are put together. Places with fewer than 20 tokens are grey:
+        Above 40 places, neighbours are put together. Places with fewer than 20 tokens are pale:
         their shares mean next to nothing.
 
     Raises:
