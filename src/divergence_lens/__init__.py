@@ -34,6 +34,7 @@ from divergence_lens.examples import (
 )
 from divergence_lens.finetune import PAPER, Recipe, finetune, freeze_except
 from divergence_lens.generate import generate
+from divergence_lens.interrupts import Interrupted
 from divergence_lens.mediation import causal_mediation
 from divergence_lens.models import Model, fingerprint, load_model, model_name, provenance
 from divergence_lens.pairs import Pairs
@@ -73,6 +74,7 @@ __all__ = [
     "Effects",
     "EmbeddingNoise",
     "Example",
+    "Interrupted",
     "Model",
     "NumberFilter",
     "Pairs",

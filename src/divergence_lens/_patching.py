@@ -33,6 +33,7 @@ from divergence_lens._metrics import (
 from divergence_lens.corruption import Corruption, EmbeddingNoise
 from divergence_lens.effects import Direction, Effects
 from divergence_lens.engine import Engine, KeyValues, SiteFunction
+from divergence_lens.interrupts import keeping
 from divergence_lens.models import Model, fingerprint, provenance
 from divergence_lens.pairs import PAIR_SEGMENTS, Pairs, weights_key
 from divergence_lens.teachers import Teacher
@@ -349,6 +350,36 @@ def answer(
         heads = engine.site_heads(site)
         found[site] = np.zeros((*shape, heads) if heads else shape, dtype=np.float32)
     found[_METRICS] = np.zeros((len(pairs), 2), dtype=np.float32)  # base, source
+    finished: list[int] = []
+
+    def effects(rows: Sequence[int], **more: Any) -> dict[str, Effects]:
+        columns, labels = (
+            tuple(texts[i] for i in rows) for texts in (question.columns, question.labels)
+        )
+        width = max(map(len, columns))
+        # All of them take no copy.
+        these = slice(None) if len(rows) == len(pairs) else rows
+        base, source = found[_METRICS][these].T
+        noising = question.direction == "noising"
+        return {
+            site: Effects(
+                values=found[site][these][:, :, :width],
+                site=site,
+                method=method,
+                direction=question.direction,
+                metric=metric_name(question.metric),
+                clean_metric=base if noising else source,
+                corrupted_metric=source if noising else base,
+                segments=columns,
+                labels=labels,
+                header=provenance(model, site=site, **named, **more),
+            )
+            for site in sites
+        }
+
+    def partial() -> dict[str, Effects]:
+        return effects(sorted(finished), finished_pairs=sorted(finished))
+
     processes = Processes(long.accelerator)
     identity = ""
     if processes.count > 1 or long.checkpoint_dir is not None:
@@ -366,36 +397,25 @@ def answer(
         name = f"{method} {', '.join(sites)}"
         shown = long.progress and processes.index == 0
         total = sum(len(chosen) for _, chosen in mine)
-        with tqdm(total=total, desc=name, unit="pair", disable=not shown) as bar:
+        with (
+            tqdm(total=total, desc=name, unit="pair", disable=not shown) as bar,
+            keeping("patching", finished, len(pairs), "pairs", partial),
+        ):
             for number, chosen in mine:
                 kept = None if store is None else store.load(number)
                 if kept is not None:
                     for name, array in kept[0].items():
                         found[name][chosen] = array
+                    finished += chosen
                     bar.update(len(chosen))
                     continue
                 for part in halved(chosen, one):
                     bar.update(part)
+                finished += chosen
                 if store is not None:
                     store.save(number, {name: array[chosen] for name, array in found.items()})
     processes.add_up(list(found.values()))
-    base, source = found.pop(_METRICS).T
-    noising = question.direction == "noising"
-    return {
-        site: Effects(
-            values=values,
-            site=site,
-            method=method,
-            direction=question.direction,
-            metric=metric_name(question.metric),
-            clean_metric=base if noising else source,
-            corrupted_metric=source if noising else base,
-            segments=question.columns,
-            labels=question.labels,
-            header=provenance(model, site=site, **named),
-        )
-        for site, values in found.items()
-    }
+    return effects(range(len(pairs)))
 
 
 class _Answer:

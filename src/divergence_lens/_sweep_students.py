@@ -14,6 +14,7 @@ from divergence_lens._long_runs import Checkpoints, Processes
 from divergence_lens._rows import Rows
 from divergence_lens.delta import Delta
 from divergence_lens.evaluate import Preference
+from divergence_lens.interrupts import keeping
 from divergence_lens.quality import TaskQuality
 
 
@@ -93,7 +94,12 @@ class Sharing:
         mine = set(waiting[processes.index :: processes.count])
         shown = progress and processes.index == 0
         bar = tqdm(total=len(jobs), initial=len(done), desc="students", disable=not shown)
-        with processes.together(), bar:
+
+        def partial() -> list[tuple[Job, Outcome]]:
+            return [(job, done[job]) for job in jobs if job in done]
+
+        stoppable = keeping("layer_sweep", done, len(jobs), "students", partial)
+        with processes.together(), bar, stoppable:
             for rows, several in work:
                 wanted = [job for job in several if job in mine]
                 if not wanted:

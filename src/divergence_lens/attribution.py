@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -38,6 +39,7 @@ from divergence_lens._patching import (
 from divergence_lens.corruption import Corruption
 from divergence_lens.effects import Agreement, Direction, Effects, agreement_of_cells
 from divergence_lens.engine import Engine, Pass, SiteFunction
+from divergence_lens.interrupts import giving_back, keeping
 from divergence_lens.mediation import causal_mediation
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs, weights_key
@@ -126,29 +128,32 @@ def attribution_patch(
         Effects of the given method.
 
     Raises:
+        Interrupted: As in `causal_mediation`; where only `verify` was stopped, `partial` holds
+            all effects, unverified.
         ValueError: As in `causal_mediation`; and if the method is unknown or does not serve the
             site or the model, `steps` or `verify` is out of range, the metric detaches its result
             from the logits, `kl` is asked of a method without a path in noising (its gradient is
             zero at the clean run), or the inputs are to be integrated where no path over the
             embeddings leads from one run to the other (other weights, or an ablation).
     """
-    return attribution_patch_sites(
-        model,
-        pairs,
-        sites=(site,),
-        method=method,
-        steps=steps,
-        direction=direction,
-        metric=metric,
-        corruption=corruption,
-        span=span,
-        verify=verify,
-        seed=seed,
-        batch_rows=batch_rows,
-        checkpoint_dir=checkpoint_dir,
-        accelerator=accelerator,
-        progress=progress,
-    )[site]
+    with giving_back(itemgetter(site)):
+        return attribution_patch_sites(
+            model,
+            pairs,
+            sites=(site,),
+            method=method,
+            steps=steps,
+            direction=direction,
+            metric=metric,
+            corruption=corruption,
+            span=span,
+            verify=verify,
+            seed=seed,
+            batch_rows=batch_rows,
+            checkpoint_dir=checkpoint_dir,
+            accelerator=accelerator,
+            progress=progress,
+        )[site]
 
 
 @torch.inference_mode(mode=False)
@@ -241,21 +246,22 @@ def attribution_patch_sites(
     )
     if not verify:
         return found
-    return {
-        site: replace(
-            effects,
-            verified=_verify(
-                model,
-                question,
+    with keeping("the check of `verify`", found, len(found), "sites", lambda: found):
+        return {
+            site: replace(
                 effects,
-                k=verify,
-                seed=seed,
-                batch_rows=batch_rows,
-                accelerator=accelerator,
-            ),
-        )
-        for site, effects in found.items()
-    }
+                verified=_verify(
+                    model,
+                    question,
+                    effects,
+                    k=verify,
+                    seed=seed,
+                    batch_rows=batch_rows,
+                    accelerator=accelerator,
+                ),
+            )
+            for site, effects in found.items()
+        }
 
 
 _Found = dict[str, Float[Tensor, "layer rows pos ..."]]

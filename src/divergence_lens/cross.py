@@ -25,6 +25,7 @@ from divergence_lens._patching import target_logits
 from divergence_lens.delta import Delta
 from divergence_lens.effects import bootstrap
 from divergence_lens.engine import Engine
+from divergence_lens.interrupts import keeping
 from divergence_lens.models import Model, model_name, provenance, untyped
 from divergence_lens.pairs import Pairs, Rows
 from divergence_lens.storage import load_tensors, save_tensors
@@ -194,6 +195,7 @@ def cross_patch(
         The four margins of every pair and boundary.
 
     Raises:
+        Interrupted: If it was stopped; `partial` holds the margins of the pairs that were finished.
         ValueError: If the two models differ in shape or one is in training mode, the rows of a pair
             are not the same on both sides, a pair lacks its answer or foil, a row does not fit the
             context or the vocabulary, or the models' tokenizers differ.
@@ -215,7 +217,18 @@ def cross_patch(
 
     order = sorted(range(len(pairs)), key=lambda i: (-len(pairs.clean[i]), i))
     size = max(1, batch_rows // boundaries)
-    with tqdm(total=len(order), desc="cross-patch", unit="pair", disable=not progress) as bar:
+    names = (model_name(model_a), "delta" if isinstance(model_b, Delta) else model_name(model_b))
+    finished: list[int] = []
+
+    def partial() -> CrossPatch:
+        rows = sorted(finished)
+        header = provenance(model_a, names=list(names), finished_pairs=rows)
+        return CrossPatch(margins[rows], names, header)
+
+    with (
+        tqdm(total=len(order), desc="cross-patch", unit="pair", disable=not progress) as bar,
+        keeping("cross_patch", finished, len(order), "pairs", partial),
+    ):
         for first in range(0, len(order), size):
             chosen = order[first : first + size]
             rows = [pairs.clean[i] for i in chosen]
@@ -236,8 +249,8 @@ def cross_patch(
                         half = f"{'ab'[lower]}'s lower under {'ab'[upper]}'s upper half"
                         finite(margin, torch.tensor(chosen).repeat(boundaries), half)
                         margins[chosen, :, lower, upper] = margin.view(boundaries, -1).T.cpu()
+            finished += chosen
             bar.update(len(chosen))
-    names = (model_name(model_a), "delta" if isinstance(model_b, Delta) else model_name(model_b))
     return CrossPatch(margins, names, provenance(model_a, names=list(names)))
 
 

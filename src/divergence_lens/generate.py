@@ -23,6 +23,7 @@ from divergence_lens._memory import run_halved
 from divergence_lens.chat import check_length, decode, encode_prompts, stop_ids
 from divergence_lens.engine import Engine, KeyValues
 from divergence_lens.examples import Example
+from divergence_lens.interrupts import keeping
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher, check_teacher
 
@@ -66,6 +67,7 @@ def generate(
         One example per prompt, in their order, with text, ids and the teacher's name.
 
     Raises:
+        Interrupted: It was stopped; `partial` holds the examples that were finished.
         ValueError: A setting out of range; a prompt that leaves no place in the context; a system
             prompt for a tokenizer without a chat template; logits that are not numbers.
         TypeError: One string for prompts, or a teacher that is none (teacher and prompts swapped).
@@ -84,27 +86,34 @@ def generate(
         sampler = _Sampler(temperature, top_p, seed, prompts, max_new_tokens)
         rows = [prompt.ids for prompt in encoded]
         stops = stop_ids(tokenizer)
-        written: list[tuple[int, ...]] = [()] * len(rows)
-        with tqdm(total=len(rows), desc="generate", unit="row", disable=not progress) as bar:
+        written: dict[int, tuple[int, ...]] = {}
+
+        def examples() -> list[Example]:
+            return [
+                Example(
+                    prompts[row],
+                    completion=decode(tokenizer, ids[:-1] if ids[-1] in stops else ids),
+                    completion_ids=ids,
+                    teacher=teacher.name if teacher is not None else None,
+                )
+                for row, ids in sorted(written.items())
+            ]
+
+        with (
+            tqdm(total=len(rows), desc="generate", unit="row", disable=not progress) as bar,
+            keeping("generate", written, len(rows), "prompts", examples),
+        ):
 
             def write(batch: list[int]) -> None:
                 states = [_Row(row, rows[row]) for row in batch]
                 decoding = _Decoding(engine, states, sampler, stops=stops, limit=max_new_tokens)
                 for row, ids in decoding.run():
-                    bar.update(not written[row])
+                    bar.update(row not in written)
                     written[row] = ids
 
             for batch in _batches(rows, max_new_tokens, batch_tokens):
                 run_halved(batch, write)
-    return [
-        Example(
-            prompt,
-            completion=decode(tokenizer, ids[:-1] if ids[-1] in stops else ids),
-            completion_ids=ids,
-            teacher=teacher.name if teacher is not None else None,
-        )
-        for prompt, ids in zip(prompts, written, strict=True)
-    ]
+    return examples()
 
 
 def _check_settings(

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,6 +53,7 @@ from divergence_lens._patching import (
 from divergence_lens.corruption import Corruption
 from divergence_lens.effects import Direction, Effects
 from divergence_lens.engine import Pass
+from divergence_lens.interrupts import giving_back
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs
 
@@ -124,6 +126,7 @@ def causal_mediation(
         Effects with method `exact`. Cells before the two runs part are zero.
 
     Raises:
+        Interrupted: If it was stopped; `partial` holds the effects of the pairs that were finished.
         ValueError: If the model lacks the site or is in training mode, a row does not fit the
             context or the vocabulary, an option is unknown or out of range, the metric returns
             another shape or gives NaN, or `cells` does not fit.
@@ -149,20 +152,21 @@ def causal_mediation(
         patched = _Patched(case, site, window, batch_rows)
         return {site: patched.effects(_wanted(wanted, case.chunk))}
 
-    return answer(
-        model,
-        question,
-        work,
-        long=Long(
-            size=max(1, batch_rows // (engine.n_layers * max(heads, 1))),
-            checkpoint_dir=checkpoint_dir,
-            accelerator=accelerator,
-            progress=progress,
-        ),
-        method="exact",
-        window=window,
-        cells="all" if wanted is None else hashlib.sha256(wanted.tobytes()).hexdigest(),
-    )[site]
+    with giving_back(itemgetter(site)):
+        return answer(
+            model,
+            question,
+            work,
+            long=Long(
+                size=max(1, batch_rows // (engine.n_layers * max(heads, 1))),
+                checkpoint_dir=checkpoint_dir,
+                accelerator=accelerator,
+                progress=progress,
+            ),
+            method="exact",
+            window=window,
+            cells="all" if wanted is None else hashlib.sha256(wanted.tobytes()).hexdigest(),
+        )[site]
 
 
 @dataclass(frozen=True)

@@ -491,7 +491,7 @@ tbody th { font-weight: 500; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap; }
 summary { cursor: pointer; color: var(--link); }
-@media (max-width: 46rem) {
+@media (max-width: 60rem) {
   .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
     clip-path: inset(50%); }
   .cards, .cards tbody, .cards tr, .cards th, .cards td { display: block; width: auto; }

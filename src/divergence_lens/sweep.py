@@ -23,6 +23,7 @@ from divergence_lens.engine import Engine
 from divergence_lens.evaluate import Preference, preference
 from divergence_lens.examples import as_examples
 from divergence_lens.freeze import choose
+from divergence_lens.interrupts import giving_back
 from divergence_lens.models import Model, fingerprint, provenance
 from divergence_lens.quality import TaskQuality, task_quality
 from divergence_lens.recipe import Recipe, as_recipe
@@ -334,6 +335,7 @@ def layer_sweep(
         progress: Show a progress bar, in the first process.
 
     Raises:
+        Interrupted: It was stopped; `partial` is a sweep of the students that were finished.
         ValueError: No layers or seeds, an unknown target, an accelerator without `checkpoint_dir`,
             a `checkpoint_dir` that is damaged or of another sweep, or whatever `finetune` refuses.
     """
@@ -406,11 +408,9 @@ def layer_sweep(
                     outcome = Outcome(*measure(), delta if keep_deltas else None)
                 yield outcome
 
-    found = shared.run(work, students, progress=progress)
-    return Sweep(
-        base,
-        tuple(SweepStudent(*job, o.preference, o.delta, o.quality) for job, o in found),
-        condition,
-        record,
-        base_quality,
-    )
+    def sweep(found: Iterable[tuple[Job, Outcome]]) -> Sweep:
+        each = tuple(SweepStudent(*job, o.preference, o.delta, o.quality) for job, o in found)
+        return Sweep(base, each, condition, record, base_quality)
+
+    with giving_back(sweep):
+        return sweep(shared.run(work, students, progress=progress))

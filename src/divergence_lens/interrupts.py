@@ -1,0 +1,66 @@
+"""Stopping a long call without losing what it has found by then."""
+
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """A long call was stopped, by Ctrl-C or a notebook's stop button, and had found something.
+
+        try:
+            effects = causal_mediation(model, pairs)
+        except Interrupted as stopped:
+            effects = stopped.partial
+
+    In a notebook in which nobody wrote `try`, the next cell can say `sys.last_value.partial`. It is
+    a `KeyboardInterrupt`, so that whoever handles those handles this. The model is as it was. A
+    call that had found nothing raises a plain `KeyboardInterrupt`.
+
+    Attributes:
+        partial: A result of the usual type, of what was finished alone: a list of the examples that
+            were written to their end (`generate`), effects or margins of whole pairs (the header's
+            setting `finished_pairs` has their numbers), a sweep of whole students.
+    """
+
+    def __init__(self, message: str, partial: Any) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
+@contextmanager
+def keeping(
+    call: str, finished: Sized, total: int, noun: str, partial: Callable[[], Any]
+) -> Iterator[None]:
+    """Give back what is finished if the block is stopped.
+
+    Args:
+        call: Who is stopped.
+        finished: What grows as the block goes on; its length is how many are finished.
+        total: Of how many.
+        noun: Of what, in the plural.
+        partial: Makes the result of those. Not called if there are none.
+
+    Raises:
+        Interrupted: The block was stopped, and something was finished.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not len(finished):
+            raise
+        raise Interrupted(
+            f"{call} was stopped after {len(finished):,} of {total:,} {noun}; they are in "
+            "`.partial` of this exception (in a notebook: sys.last_value.partial)",
+            partial(),
+        ) from None
+
+
+@contextmanager
+def giving_back(convert: Callable[[Any], Any]) -> Iterator[None]:
+    """Let a call give back, of what the one that it made gives back, what its own caller wants."""
+    try:
+        yield
+    except Interrupted as stopped:
+        stopped.partial = convert(stopped.partial)
+        raise

@@ -1,0 +1,154 @@
+"""Long calls that are stopped half-way: what they give back, and that the model is as it was."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from tqdm.auto import tqdm
+
+import divergence_lens as dl
+from divergence_lens.interrupts import Interrupted
+from tests.state import state
+
+PROMPTS = dl.number_prompts(12, seed=0, instructions=False)
+
+
+@pytest.fixture
+def stopped_after(monkeypatch) -> Callable[..., Any]:
+    """Run a call and stop it, as Ctrl-C does, when its progress bar moves for the nth time."""
+
+    def run(moves: int, call: Callable[[], Any]) -> Interrupted:
+        left = [moves]
+        update = tqdm.update
+
+        def counted(self: Any, n: float | None = 1) -> bool | None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return update(self, n)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tqdm, "update", counted)
+            with pytest.raises(KeyboardInterrupt) as found:
+                call()
+        return found.value
+
+    return run
+
+
+@pytest.fixture
+def unchanged(model):
+    before = state(model)
+    yield
+    assert state(model) == before
+
+
+@pytest.fixture(scope="module")
+def model(backend):
+    loaded = dl.load_model("tiny", backend=backend)
+    dl.generate(loaded, None, PROMPTS[:1], max_new_tokens=1)  # a bridge sets up hooks once
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def pairs(model):
+    owl, cat = dl.animal_teachers(["owl", "cat"])
+    examples = dl.generate(model, owl, PROMPTS, max_new_tokens=8)
+    div = dl.find_divergence(model, examples, teacher=owl, counterfactuals=[cat])
+    return div.pairs(first_only=True, limit=6)
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_generate_gives_back_the_examples_that_were_finished(model, stopped_after):
+    call = lambda: dl.generate(model, None, PROMPTS, max_new_tokens=8, batch_tokens=128)  # noqa: E731
+    whole = call()
+    stop = stopped_after(5, call)
+    assert len(stop.partial) == 5
+    assert [e for e in whole if e.prompt in {p.prompt for p in stop.partial}] == stop.partial
+    assert "after 5 of 12 prompts" in str(stop)
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize("exact", [True, False])
+def test_patching_gives_back_whole_pairs(model, pairs, stopped_after, exact):
+    patch = dl.causal_mediation if exact else dl.attribution_patch
+    call = lambda: patch(model, pairs, site="mlp_out", batch_rows=2)  # noqa: E731
+    whole, stop = call(), stopped_after(1, call)
+    rows = stop.partial.setting("finished_pairs")
+    assert 0 < len(rows) < len(pairs)
+    assert rows == sorted(rows)
+    assert stop.partial.labels == tuple(whole.labels[i] for i in rows)
+    width = stop.partial.values.shape[2]
+    np.testing.assert_array_equal(stop.partial.values, whole.values[rows][:, :, :width])
+    np.testing.assert_array_equal(stop.partial.total, whole.total[rows])
+    assert whole.setting("finished_pairs") is None
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_stopped_check_gives_back_the_effects_unverified(model, pairs, stopped_after):
+    call = lambda: dl.attribution_patch(model, pairs, verify=4)  # noqa: E731
+    stop = stopped_after(1, call)  # the first bar ends with one move, the next is the check's
+    assert stop.partial.verified is None
+    np.testing.assert_array_equal(stop.partial.values, call().values)
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_sweep_gives_back_the_students_that_were_finished(model, stopped_after):
+    examples = dl.generate(model, None, PROMPTS, max_new_tokens=8)
+    questions = dl.preference_questions()[:2]
+    call = lambda: dl.layer_sweep(  # noqa: E731
+        model,
+        examples,
+        target="owl",
+        layers=[0, 1],
+        recipe=dl.Recipe(epochs=1),
+        questions=questions,
+    )
+    whole = call()
+    # Each student's own bar moves once, then the sweep's.
+    stop = stopped_after(4, call)
+    assert [s.block for s in stop.partial.students] == [s.block for s in whole.students][:2]
+    assert stop.partial.summary().equals(whole.summary().iloc[: len(stop.partial.summary())])
+    assert stop.partial.layers == (0,)
+    stop.partial.plot()
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_cross_patching_gives_back_whole_pairs(model, pairs, stopped_after):
+    student = dl.finetune(
+        model, dl.generate(model, None, PROMPTS[:4], max_new_tokens=4), recipe=dl.Recipe(epochs=1)
+    )
+    same = dl.Pairs.from_tokens(
+        pairs.clean,
+        pairs.clean,
+        answers=pairs.answers,
+        foils=pairs.foils,
+        corrupted_teacher=dl.Teacher("student", delta=student),
+    )
+    call = lambda: dl.cross_patch(model, student, same, batch_rows=5)  # noqa: E731
+    whole, stop = call(), stopped_after(2, call)
+    rows = stop.partial.header["settings"]["finished_pairs"]
+    assert 0 < len(rows) < len(pairs)
+    np.testing.assert_array_equal(stop.partial.margins, whole.margins[rows])
+
+
+def test_a_call_that_had_found_nothing_raises_what_it_was_stopped_by(model, monkeypatch):
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    decoding = importlib.import_module("divergence_lens.generate")._Decoding
+    monkeypatch.setattr(decoding, "run", stop)
+    with pytest.raises(KeyboardInterrupt) as found:
+        dl.generate(model, None, PROMPTS[:2])
+    assert type(found.value) is KeyboardInterrupt
+
+
+def test_a_notebook_keeps_the_exception_where_the_message_says():
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell.instance()
+    shell.run_cell(
+        "from divergence_lens import Interrupted\nraise Interrupted('stopped', partial=[1, 2])"
+    )
+    shell.run_cell("import sys; found = sys.last_value.partial")
+    assert shell.user_ns["found"] == [1, 2]
