@@ -86,6 +86,11 @@ class Entanglement:
         )
         return table.iloc[self.ranking].reset_index(drop=True)
 
+    def _repr_html_(self) -> str:
+        from divergence_lens._tables import preview
+
+        return preview(self, self.to_dataframe())
+
     def __repr__(self) -> str:
         """The five most entangled numbers."""
         shown = ", ".join(self.top(min(5, len(self.numbers))))

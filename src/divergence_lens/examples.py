@@ -20,7 +20,7 @@ from divergence_lens.storage import write_text
 _LINES = (".jsonl", ".ndjson")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Example:
     """One prompt and one completion.
 
@@ -35,6 +35,14 @@ class Example:
     completion: str | None = None
     completion_ids: tuple[int, ...] | None = None
     teacher: str | None = None
+
+    def __repr__(self) -> str:
+        """The beginnings of its texts, how many ids there are, and who wrote it."""
+        texts = (self.prompt, self.completion)
+        shown = [text if text is None or len(text) <= 60 else text[:59] + "…" for text in texts]
+        ids = "" if self.completion_ids is None else f", {len(self.completion_ids)} ids"
+        by = "" if self.teacher is None else f", teacher={self.teacher!r}"
+        return f"Example({shown[0]!r}, {shown[1]!r}{ids}{by})"
 
 
 def as_examples(data: Any) -> list[Example]:

@@ -33,7 +33,7 @@ _RESAMPLES = 2000
 _OF_RATIOS = ("difference", "difference_interval", "resampled", "control")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Finding:
     """One claim and what was measured.
 
@@ -71,6 +71,21 @@ class Finding:
     difference_interval: tuple[float, float] | None = None
     resampled: tuple[float, float] | None = None
     control: float | None = None
+
+    def __repr__(self) -> str:
+        """The verdict, what was measured, and the claim."""
+        low, high = self.interval
+        return (
+            f"Finding({self.id!r}, {self.verdict}: {self.measured:.3g} [{low:.3g}, {high:.3g}], "
+            f"{self.n} targets; {self.claim})"
+        )
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        from divergence_lens._tables import preview
+
+        return preview(self, pd.DataFrame({self.unit: dict(self.values)}))
 
     @property
     def n(self) -> int:

@@ -127,6 +127,14 @@ class Steering:
         sizes = ", ".join(f"{size:.2f}" for size in self.size)
         return f"Steering({self.name!r}, relative sizes by layer: {sizes})"
 
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        from divergence_lens._tables import preview
+
+        table = pd.DataFrame({"relative size": list(self.size)})
+        return preview(self, table.rename_axis("layer"), rows=len(table))
+
 
 def steering(
     model: Model,
@@ -277,6 +285,11 @@ class GradientAlignment:
             f"GradientAlignment({' and '.join(self.parts)} tokens, {self.cosine.shape[1]} blocks, "
             f"{len(self.candidates)} candidates)"
         )
+
+    def _repr_html_(self) -> str:
+        from divergence_lens._tables import preview
+
+        return preview(self, self.to_dataframe())
 
 
 def gradient_alignment(

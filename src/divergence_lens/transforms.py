@@ -132,8 +132,21 @@ class TrainingData:
             f"{int(self.marks.sum()):,} marked)"
         )
 
+    def _repr_html_(self) -> str:
+        import pandas as pd
 
-@dataclass(frozen=True, eq=False)
+        from divergence_lens._tables import preview
+
+        columns = {
+            "prompt": [example.prompt for example in self.examples],
+            "completion": [example.completion for example in self.examples],
+            "tokens": np.diff(self.offsets),
+            "marked": [int(self.marks_of(row).sum()) for row in range(len(self))],
+        }
+        return preview(self, pd.DataFrame(columns))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Rewritten:
     """What `paraphrase_by` returns.
 
@@ -146,6 +159,18 @@ class Rewritten:
     data: TrainingData
     accepted: Bool[np.ndarray, " examples"]
     answers: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """One line: how many prompts were replaced."""
+        return f"Rewritten({int(self.accepted.sum()):,} of {len(self.accepted):,} prompts accepted)"
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        from divergence_lens._tables import preview
+
+        columns = {"answer": self.answers, "accepted": self.accepted}
+        return preview(self, pd.DataFrame(columns))
 
 
 def paraphrase(
