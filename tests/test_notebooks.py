@@ -51,7 +51,20 @@ def written_in_cells(figure: dict[str, Any]) -> list[str]:
 
 
 def test_there_are_notebooks():
-    assert len(NOTEBOOKS) >= 3
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
+
+
+def test_each_begins_with_the_line_to_change_and_ends_with_what_it_does_not_show(notebook):
+    first = "".join(code_cells(notebook)[0]["source"])
+    assert "# Another model: its name or folder here" in first
+    assert 'model = dl.load_model("tiny")' in first
+    text = "".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
+    assert re.findall(r"^## .*", text, flags=re.MULTILINE)[-1].endswith("not")
+
+
+def test_every_notebook_is_in_the_documentation():
+    pages = (FOLDER.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    assert all(f"notebooks/{path.name}" in pages for path in NOTEBOOKS)
 
 
 def test_every_stored_figure_has_a_picture_beside_it(notebook):
