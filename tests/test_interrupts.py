@@ -71,6 +71,24 @@ def test_generate_gives_back_the_examples_that_were_finished(model, stopped_afte
 
 
 @pytest.mark.usefixtures("unchanged")
+def test_finding_gives_back_what_all_teachers_have_read(model, stopped_after):
+    owl, cat = dl.animal_teachers(["owl", "cat"])
+    examples = dl.generate(model, owl, PROMPTS, max_new_tokens=8)
+    call = lambda: dl.find_divergence(  # noqa: E731
+        *(model, examples), teacher=owl, counterfactuals=[cat], batch_tokens=16, progress=True
+    )
+    whole, stop = call(), stopped_after(18, call)
+    rows = stop.partial.provenance["settings"]["finished_examples"]
+    assert 0 < len(rows) < len(examples)
+    assert stop.partial.examples == tuple(whole.examples[row] for row in rows)
+    assert stop.partial.offsets[0] == 0
+    for place, row in enumerate(rows):
+        assert str(stop.partial[place]) == str(whole[row])
+    last = int(stop.partial.offsets[-1])
+    np.testing.assert_array_equal(stop.partial.margin, whole.margin[:, :last])
+
+
+@pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize("exact", [True, False])
 def test_patching_gives_back_whole_pairs(model, pairs, stopped_after, exact):
     patch = dl.causal_mediation if exact else dl.attribution_patch

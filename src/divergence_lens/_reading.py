@@ -32,6 +32,7 @@ from divergence_lens._scoring import chunk_rows, in_chunks, kl_divergence, read_
 from divergence_lens.chat import prompt_ids
 from divergence_lens.engine import Engine, KeyValues
 from divergence_lens.examples import Example
+from divergence_lens.interrupts import keeping
 from divergence_lens.models import Model, fingerprint, provenance
 from divergence_lens.teachers import Teacher
 
@@ -78,6 +79,15 @@ class TeacherForced:
         found = {"predicted": self.predicted, "margin": self.margin, "logprob": self.logprob}
         return found if self.kl is None else found | {"kl": self.kl}
 
+    def of(self, rows: Sequence[int]) -> "TeacherForced":
+        """The readings of some examples."""
+        spans = [range(self.offsets[row], self.offsets[row + 1]) for row in rows]
+        places = np.fromiter(chain.from_iterable(spans), np.int64)
+        offsets = np.concatenate([[0], np.cumsum(list(map(len, spans)))]).astype(np.int64)
+        arrays = {name: array[:, places] for name, array in self.arrays.items()}
+        kl = arrays.pop("kl", None)
+        return TeacherForced(offsets, self.tokens[places], **arrays, kl=kl)
+
 
 def read_teachers(
     model: Model,
@@ -106,6 +116,8 @@ def read_teachers(
         The readings, in the order of the examples.
 
     Raises:
+        Interrupted: It was stopped; `partial` holds the rows of the finished shards, and the
+            readings of these.
         ValueError: As `find_divergence` says.
     """
     job = _Job(model, examples, teachers, batch_tokens=batch_tokens, kl=kl)
@@ -120,17 +132,28 @@ def read_teachers(
             else Checkpoints(Path(checkpoint_dir), _SHARD, job.identity(weights=True))
         )
         waiting, ready = [], 0
+        finished: list[range] = []
+
+        def partial() -> tuple[list[int], TeacherForced]:
+            rows = sorted(chain.from_iterable(finished))
+            return rows, forced.of(rows)
+
         for number, span in list(enumerate(job.shards))[processes.index :: processes.count]:
             kept = None if store is None else store.load(number)
             if kept is None:
                 waiting.append((number, span))
             else:
                 ready += _put(forced, span, kept[0])
+                finished.append(span)
         total = ready + sum(map(job.work, (span for _, span in waiting)))
-        with _progress(total, ready, shown=progress and processes.index == 0) as bar:
+        with (
+            _progress(total, ready, shown=progress and processes.index == 0) as bar,
+            keeping("reading", finished, len(job.shards), "shards", partial),
+        ):
             for number, span in waiting:
                 arrays = job.read(span, bar)
                 _put(forced, span, arrays)
+                finished.append(span)
                 if store is not None:
                     store.save(number, arrays)
     processes.add_up(list(forced.arrays.values()))

@@ -24,9 +24,10 @@ from divergence_lens._divergence_files import (
     write_decision_points,
 )
 from divergence_lens._divergence_view import ExampleDivergence, summary_html, token_texts
-from divergence_lens._reading import read_teachers
+from divergence_lens._reading import TeacherForced, read_teachers
 from divergence_lens.chat import Encoded, decode, encode_prompts
 from divergence_lens.examples import Example, as_examples, with_ids
+from divergence_lens.interrupts import giving_back
 from divergence_lens.models import Model, check_model, provenance
 from divergence_lens.pairs import Pairs
 from divergence_lens.teachers import Teacher, check_teacher, check_teachers
@@ -92,6 +93,8 @@ def find_divergence(
         The divergence over all completion tokens, in the order of the examples.
 
     Raises:
+        Interrupted: It was stopped; `partial` is the divergence of the examples that all teachers
+            had read (the provenance's setting `finished_examples` has their numbers).
         ValueError: Empty data; an empty completion; no counterfactuals; the factual teacher among
             them; two teachers of one name; a prompt with its completion over the context; token
             ids outside the vocabulary; a model with dropout in training mode; logits that are not
@@ -111,43 +114,48 @@ def find_divergence(
             raise ValueError(f"example {index} has an empty completion; leave it out of the data")
     tokenizer: Any = model.tokenizer
     data = with_ids(tokenizer, data)
-    forced = read_teachers(
-        model,
-        data,
-        teachers,
-        batch_tokens=batch_tokens,
-        kl=kl,
-        checkpoint_dir=checkpoint_dir,
-        accelerator=accelerator,
-        progress=progress,
-    )
-    # Whoever reads the texts alone, as the paper's code does, finds one in every example.
-    data = [
-        replace(example, completion=decode(tokenizer, example.completion_ids or ()))
-        if example.completion is None
-        else example
-        for example in data
-    ]
-    ids = np.union1d(forced.tokens, forced.predicted)
-    texts, special = token_texts(tokenizer, ids)
-    return Divergence(
-        examples=tuple(data),
-        teacher=teacher,
-        counterfactuals=tuple(counterfactuals),
-        offsets=forced.offsets,
-        tokens=forced.tokens,
-        predicted=forced.predicted,
-        margin=forced.margin,
-        logprob=forced.logprob,
-        kl=forced.kl,
-        rule=rule,
-        require_agreement=require_agreement,
-        min_margin=float(min_margin),
-        texts=texts,
-        special=special,
-        provenance=provenance(model, batch_tokens=batch_tokens),
-        tokenizer=tokenizer,
-    )
+
+    def found(rows: Sequence[int], forced: TeacherForced, **more: Any) -> Divergence:
+        # Whoever reads the texts alone, as the paper's code does, finds one in every example.
+        those = [
+            replace(example, completion=decode(tokenizer, example.completion_ids or ()))
+            if example.completion is None
+            else example
+            for example in (data[row] for row in rows)
+        ]
+        ids = np.union1d(forced.tokens, forced.predicted)
+        texts, special = token_texts(tokenizer, ids)
+        return Divergence(
+            examples=tuple(those),
+            teacher=teacher,
+            counterfactuals=tuple(counterfactuals),
+            offsets=forced.offsets,
+            tokens=forced.tokens,
+            predicted=forced.predicted,
+            margin=forced.margin,
+            logprob=forced.logprob,
+            kl=forced.kl,
+            rule=rule,
+            require_agreement=require_agreement,
+            min_margin=float(min_margin),
+            texts=texts,
+            special=special,
+            provenance=provenance(model, batch_tokens=batch_tokens, **more),
+            tokenizer=tokenizer,
+        )
+
+    with giving_back(lambda part: found(*part, finished_examples=part[0])):
+        forced = read_teachers(
+            model,
+            data,
+            teachers,
+            batch_tokens=batch_tokens,
+            kl=kl,
+            checkpoint_dir=checkpoint_dir,
+            accelerator=accelerator,
+            progress=progress,
+        )
+    return found(range(len(data)), forced)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

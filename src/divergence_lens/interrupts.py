@@ -19,8 +19,10 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
         partial: A result of the usual type, of what was finished alone: a list of the examples that
-            were written to their end (`generate`), effects or margins of whole pairs (the header's
-            setting `finished_pairs` has their numbers), a sweep of whole students.
+            were written to their end (`generate`); the divergence of the examples that all teachers
+            had read (the provenance's setting `finished_examples` has their numbers); effects or
+            margins of whole pairs (the header's setting `finished_pairs`); a sweep of whole
+            students.
     """
 
     def __init__(self, message: str, partial: Any) -> None:
