@@ -58,7 +58,8 @@ def test_each_begins_with_the_line_to_change_and_ends_with_what_it_does_not_show
     first = "".join(code_cells(notebook)[0]["source"])
     assert "# Another model: its name or folder here" in first
     assert 'model = dl.load_model("tiny")' in first
-    text = "".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    text = "\n".join("".join(cell["source"]) for cell in cells)
     assert re.findall(r"^## .*", text, flags=re.MULTILINE)[-1].endswith("not")
 
 
