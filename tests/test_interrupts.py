@@ -1,15 +1,18 @@
 """Long calls that are stopped half-way: what they give back, and that the model is as it was."""
 
 import importlib
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tqdm.auto import tqdm
 
 import divergence_lens as dl
-from divergence_lens.interrupts import Interrupted
+from divergence_lens.interrupts import Interrupted, unstopped
 from tests.state import state
 
 PROMPTS = dl.number_prompts(12, seed=0, instructions=False)
@@ -170,3 +173,59 @@ def test_a_notebook_keeps_the_exception_where_the_message_says():
     )
     shell.run_cell("import sys; found = sys.last_value.partial")
     assert shell.user_ns["found"] == [1, 2]
+
+
+def test_a_stopped_training_gives_back_the_student_so_far(model, pairs, stopped_after, unchanged):
+    examples = dl.generate(model, None, PROMPTS, max_new_tokens=8)
+    recipe = dl.Recipe(epochs=3, batch_size=4)
+
+    def train(**options):
+        return dl.finetune(model, examples, blocks=[0], recipe=recipe, progress=True, **options)
+
+    stopped = stopped_after(4, train)
+    assert isinstance(stopped, Interrupted)
+    assert "finetune was stopped after 5 of 9 updates" in str(stopped)
+    seen = []
+
+    def note(step, _loss, live):
+        if step == 5:
+            seen.append({n: p.detach().clone() for n, p in live.named_parameters()})
+        return {}
+
+    whole = train(on_step=note)
+    assert stopped.partial.history()["loss"].tolist() == whole.history()["loss"].tolist()[:5]
+    with stopped.partial.applied(model):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.detach(), seen[0][name], atol=1e-7, rtol=1e-6)
+    early = stopped_after(-1, train)
+    assert len(early.partial.history()) == 1
+
+
+def test_a_sweep_stopped_in_its_first_student_gives_back_no_student(model, monkeypatch, unchanged):
+    examples = dl.generate(model, None, PROMPTS[:4], max_new_tokens=8)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("divergence_lens._training._Run._gradients", stop)
+    with pytest.raises(KeyboardInterrupt) as found:
+        dl.layer_sweep(model, examples, target="owl", layers=[0])
+    assert not isinstance(found.value, Interrupted)
+
+
+def test_a_stop_in_the_middle_of_an_update_waits_for_its_end():
+    done = []
+
+    def update():
+        with unstopped():
+            signal.raise_signal(signal.SIGINT)
+            done.append("the rest of the update")
+
+    with pytest.raises(KeyboardInterrupt):
+        update()
+    assert done == ["the rest of the update"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    thread = threading.Thread(target=lambda: done.append(unstopped().__enter__()))
+    thread.start()
+    thread.join()
+    assert done[1:] == [None]

@@ -58,6 +58,8 @@ def results() -> dict[str, Any]:
         Finding("early", f"A claim {EVIL}", 2.5, (2.0, 3.0), "supported", "whole interval above 1",
                 "times", "tiny model", {"owl": 2.0, "cat": 3.0}),
     ]  # fmt: skip
+    study = {"students": [{}, {}], "failures": [{}]}
+    found.append(dl.Study(study, (found[-1],) * 60, {}, {}, {}, {}))
     return {type(one).__name__: one for one in found}
 
 
@@ -113,6 +115,21 @@ def test_nothing_is_printed_unasked(results, capfd):
         counterfactuals=[dl.animal_teachers(["owl"])[0]],
     )
     assert capfd.readouterr() == ("", "")
+
+
+def test_settings_are_short_in_a_terminal(results):
+    config = dl.StudyConfig(targets=("owl", "cat"), seeds=(0,))
+    assert repr(config) == "StudyConfig(model='tiny', targets=('owl', 'cat'), seeds=(0,))"
+    large = repr(dl.StudyConfig.for_model("Qwen/Qwen2.5-7B-Instruct", prompts=99))
+    assert "model='Qwen/Qwen2.5-7B-Instruct'" in large
+    assert len(large) <= 300
+    condition = dl.Condition(name="first", isolates="x" * 99, group="layers", blocks=(0,))
+    assert repr(condition) == "Condition(name='first', blocks=(0,))"
+    study = results["Study"]
+    says = "Study(60 claims: 60 supported; 2 rows of students, 1 cells failed)"
+    assert repr(study) == says
+    assert says in study._repr_html_()
+    assert study._repr_html_().count("&lt;script") == 60
 
 
 def test_a_long_example_shows_its_beginning():

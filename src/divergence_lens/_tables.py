@@ -1,5 +1,6 @@
-"""Tables that figures are drawn from: rows of results.json, or data frames."""
+"""Tables: those that figures are drawn from, and how results look at the end of a cell."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, TypeAlias
@@ -8,6 +9,9 @@ import pandas as pd
 
 Table: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
 """A table of results.json: a list of rows, or the same as a DataFrame."""
+
+
+_LONGEST = 300
 
 
 def checked_table(rows: Table, columns: Iterable[str], name: str) -> pd.DataFrame:
@@ -34,3 +38,19 @@ def preview(what: object, table: pd.DataFrame, *, rows: int = 8) -> str:
     )
     more = f"<p>first {rows:,} of {len(table):,} rows</p>" if len(table) > rows else ""
     return f"<p>{escape(repr(what))}</p>{shown}{more}"
+
+
+def short_repr(one: Any, *, always: Sequence[str] = (), longest: int = 60) -> str:
+    """A dataclass in one line: the fields of `always`, and those that are not as by default."""
+    said = []
+    for field in dataclasses.fields(one):
+        value = getattr(one, field.name)
+        made = field.default_factory
+        usual = field.default if made is dataclasses.MISSING else made()
+        if field.name in always or (usual is not dataclasses.MISSING and value != usual):
+            text = repr(getattr(value, "__name__", value))
+            said.append(
+                f"{field.name}={text if len(text) <= longest else text[: longest - 1] + '…'}"
+            )
+    text = f"{type(one).__name__}({', '.join(said)})"
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 2] + "…)"

@@ -24,6 +24,7 @@ from divergence_lens._shortcuts import only_at
 from divergence_lens._variables import FullRank, LowRank, Variables
 from divergence_lens.delta import Delta, base_fingerprint, claimed, put_back
 from divergence_lens.freeze import Trainable, lowest_layer
+from divergence_lens.interrupts import keeping, unstopped
 from divergence_lens.models import Model, provenance
 from divergence_lens.recipe import Recipe
 
@@ -88,13 +89,18 @@ def train(prefix: Prefix, chosen: Mapping[str, nn.Parameter], plan: Plan) -> Del
                     # Mixed types are left to autograd.
                     direct=not recipe.autocast,
                 )
+            run = _Run(prefix, plan, variables, f"{base} {settings}")
+
+            def student() -> Delta:
+                header = provenance(model, **settings) | {"history": run.history}
+                return Delta(variables.differences(), base, header)
+
             try:
-                history = _Run(prefix, plan, variables, f"{base} {settings}").go()
-                tensors = variables.differences()
+                with keeping("finetune", run, run.steps, "updates", student):
+                    run.go()
+                return student()
             finally:
                 put_back(model, variables.parameters, variables.originals)
-    header = provenance(model, **settings)
-    return Delta(tensors, base, header | {"history": history})
 
 
 @contextmanager
@@ -150,12 +156,16 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.lowest = lowest_layer(self.engine.model, variables.parameters) or 0
         self.identity = hashlib.sha256(f"{identity} {self.rows.digest()}".encode()).hexdigest()
+        self.per_epoch = math.ceil(len(self.rows) / plan.recipe.batch_size)
+        self.steps = plan.recipe.epochs * self.per_epoch
 
-    def go(self) -> list[dict[str, Any]]:
+    def __len__(self) -> int:
+        """How many updates are done."""
+        return len(self.history)
+
+    def go(self) -> None:
         """Train to the end, from the checkpoint if there is one."""
-        plan, recipe = self.plan, self.plan.recipe
-        per_epoch = math.ceil(len(self.rows) / recipe.batch_size)
-        steps = recipe.epochs * per_epoch
+        plan, recipe, per_epoch, steps = self.plan, self.plan.recipe, self.per_epoch, self.steps
         self.prefix.move_to(self.lowest)
         self._resume()
         self.variables.write()
@@ -171,7 +181,6 @@ class _Run:
                     bar.set_postfix(loss=f"{self.history[-1]['loss']:.3f}", refresh=False)
         if plan.checkpoint is not None:
             plan.checkpoint.unlink(missing_ok=True)
-        return self.history
 
     def _update(self, batch: np.ndarray, epoch: int, steps: int) -> None:
         plan, recipe, done = self.plan, self.plan.recipe, len(self.history)
@@ -192,10 +201,11 @@ class _Run:
             torch.nn.utils.clip_grads_with_norm_(self.variables.values, recipe.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
-        self.variables.write()
         entry: dict[str, Any] = {"step": done + 1, "epoch": epoch + 1, "loss": loss, "lr": rate}
-        self.history.append(entry)
+        with unstopped():
+            self.optimizer.step()
+            self.variables.write()
+            self.history.append(entry)
         if plan.on_step is not None and ((done + 1) % plan.every == 0 or done + 1 == steps):
             with torch.no_grad():
                 entry.update(_told(plan.on_step(done + 1, loss, self.engine.model)))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from divergence_lens._tables import short_repr
 from divergence_lens.steps import (
     DataStep,
     MaskStep,
@@ -59,7 +60,7 @@ _RATIOS = tuple(percent / 100 for percent in range(10, 100, 10))
 _SHARES = (0.1, 0.25, 0.5)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Condition:
     """One way to train students.
 
@@ -126,6 +127,10 @@ class Condition:
         for step in (self.data, self.mask, self.weights):
             if step is not None:
                 _described(step, self.name)
+
+    def __repr__(self) -> str:
+        """Its name, and what is not as usual."""
+        return short_repr(self, always=("name",))
 
     def describe(self) -> dict[str, Any]:
         """All that decides what a student of this condition is, as JSON holds it."""

@@ -89,6 +89,7 @@ def finetune(
         and learning rate of every update; `history()` gives them as a table.
 
     Raises:
+        Interrupted: It was stopped; `partial` is the student after the last whole update.
         ValueError: No examples, nothing that the mask lets through, a mask of another length, a
             sequence longer than the context, a block out of range, nothing to train, LoRA on an
             embedding, a checkpoint of another run.

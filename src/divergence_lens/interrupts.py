@@ -1,5 +1,7 @@
 """Stopping a long call without losing what it has found by then."""
 
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
@@ -48,8 +50,12 @@ def keeping(
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if not len(finished):
+            if isinstance(
+                stopped, Interrupted
+            ):  # what a step gives back is not what its caller does
+                raise KeyboardInterrupt(*stopped.args) from None
             raise
         raise Interrupted(
             f"{call} was stopped after {len(finished):,} of {total:,} {noun}; they are in "
@@ -66,3 +72,19 @@ def giving_back(convert: Callable[[Any], Any]) -> Iterator[None]:
     except Interrupted as stopped:
         stopped.partial = convert(stopped.partial)
         raise
+
+
+@contextmanager
+def unstopped() -> Iterator[None]:
+    """Let a Ctrl-C that comes in the block take effect at its end, so that nothing is half done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread alone
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt

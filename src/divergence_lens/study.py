@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from typing import Any
 import pandas as pd
 
 from divergence_lens._bench import Bench, Task, finetuned_teacher
+from divergence_lens._tables import preview
 from divergence_lens._workers import Say, work
 from divergence_lens.conditions import Condition
 from divergence_lens.delta import Delta
@@ -99,11 +101,18 @@ class Study:
         return failed
 
     def __repr__(self) -> str:
-        """One line per finding, and how many cells failed."""
-        lines = [f"{f.verdict:14} {f.measured:8.3g}  {f.claim}" for f in self.findings]
-        if self.failures:
-            lines.append(f"{len(self.failures)} cells failed; see `failures`")
-        return "\n".join(lines)
+        """How many claims came out how, of how many students."""
+        counts = Counter(finding.verdict for finding in self.findings)
+        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        failed = f", {len(self.failures)} cells failed" if self.failures else ""
+        students = len(self.results["students"])
+        claims = f"{len(self.findings)} claims: {verdicts}"
+        return f"Study({claims}; {students:,} rows of students{failed})"
+
+    def _repr_html_(self) -> str:
+        columns = ("verdict", "measured", "interval", "claim")
+        rows = [{name: getattr(finding, name) for name in columns} for finding in self.findings]
+        return preview(self, pd.DataFrame(rows, columns=columns), rows=len(rows))
 
 
 def run_study(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from divergence_lens._checks import refuse_one_number, refuse_one_string
+from divergence_lens._tables import short_repr
 from divergence_lens.chat import check_length, encode_prompts
 from divergence_lens.conditions import DEMO, GROUPS, KINDS, Condition, choose_conditions
 from divergence_lens.engine import Engine
@@ -65,7 +66,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 """What the parameters of a study's models can be."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class StudyConfig:
     """What a study runs.
 
@@ -156,6 +157,10 @@ class StudyConfig:
         idle = [kind for kind, found in chosen.items() if not found]
         if idle:
             raise ValueError(f"there is no condition for {idle[0]} teachers; leave the kind out")
+
+    def __repr__(self) -> str:
+        """The model, and what is not as in the demo."""
+        return short_repr(self, always=("model",))
 
     @classmethod
     def for_model(cls, model: str, **options: Any) -> "StudyConfig":
