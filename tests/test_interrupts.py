@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 import divergence_lens as dl
+from divergence_lens.generate import _Decoding as Decoding
 from divergence_lens.interrupts import Interrupted, unstopped
 from tests.state import state
 
@@ -229,3 +230,28 @@ def test_a_stop_in_the_middle_of_an_update_waits_for_its_end():
     thread.start()
     thread.join()
     assert done[1:] == [None]
+
+
+def test_steps_of_a_sweep_do_not_give_back_theirs(model, monkeypatch, unchanged):
+    """Measuring a student writes lists; a stop there is a stop of the sweep."""
+    examples = dl.generate(model, None, PROMPTS[:4], max_new_tokens=8)
+    options = {"target": "owl", "layers": [0, 1], "held_out": examples, "references": False}
+    for measured, kept in ((0, None), (1, None), (2, 1)):
+        calls = [0]
+        run = Decoding.run
+
+        def stopped(self, calls=calls, measured=measured, run=run):
+            calls[0] += 1
+            for number, found in enumerate(run(self)):
+                if calls[0] > measured and number == 1:
+                    raise KeyboardInterrupt
+                yield found
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Decoding, "run", stopped)
+            with pytest.raises(KeyboardInterrupt) as found:
+                dl.layer_sweep(model, examples, recipe=dl.Recipe(epochs=1), **options)
+        if kept is None:
+            assert not isinstance(found.value, Interrupted)
+        else:
+            assert len(found.value.partial.students) == kept

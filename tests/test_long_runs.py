@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ import torch
 from divergence_lens import _patching
 from divergence_lens import sweep as sweeps
 from divergence_lens._long_runs import Checkpoints, Processes
+from divergence_lens._metrics import _text, metric_name, metric_values
 from divergence_lens._training import train
 from divergence_lens.attribution import attribution_patch
+from divergence_lens.corruption import EmbeddingNoise
 from divergence_lens.delta import Delta
 from divergence_lens.divergence import Divergence, find_divergence
 from divergence_lens.effects import Effects
@@ -25,6 +28,7 @@ from divergence_lens.examples import Example
 from divergence_lens.finetune import Recipe
 from divergence_lens.mediation import causal_mediation
 from divergence_lens.models import fingerprint, load_model
+from divergence_lens.pairs import Pairs
 from divergence_lens.sweep import Sweep, layer_sweep
 from divergence_lens.teachers import Teacher
 from tests.models import chat_tokenizer, random_hf_model
@@ -327,18 +331,93 @@ def test_patching_goes_on_where_it_was_stopped(method, model, tmp_path, stopped_
         assert_same_effects(run(checkpoint_dir=tmp_path), undisturbed)
 
 
-def test_effects_of_another_question_are_refused(model, tmp_path):
-    patch(model, checkpoint_dir=tmp_path)
-    for other in (
-        {"metric": "log_probability"},
-        {"metric": lambda logits, _pairs: logits[:, 0]},
-        {"site": "mlp_out"},
-        {"span": "segment"},
-        {"window": 2},
-        {"cells": np.ones((5, 3, 9), dtype=bool)},
+class _Shifted:
+    """A metric whose name and code do not say what it measures."""
+
+    def __init__(self, shift):
+        self.shift = shift
+
+    def __call__(self, logits, _pairs):
+        return logits[:, self.shift]
+
+
+def closure(column):
+    def metric(logits, _pairs):
+        return logits[:, column]
+
+    return metric
+
+
+def of_pair(pair, column, logits, pairs):
+    return torch.where(pairs == pair, logits[:, column], logits[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"metric": "log_probability"}),
+        ({}, {"metric": closure(0)}),
+        ({"metric": closure(5)}, {"metric": closure(9)}),
+        ({"metric": partial(of_pair, 2, 5)}, {"metric": partial(of_pair, 3, 5)}),
+        ({"metric": _Shifted(1)}, {"metric": _Shifted(2)}),
+        ({}, {"site": "mlp_out"}),
+        ({}, {"span": "segment"}),
+        ({}, {"window": 2}),
+        ({"corruption": "counterfactual"}, {"direction": "denoising"}),
+        ({}, {"corruption": "zero"}),
+        ({"corruption": EmbeddingNoise(seed=0)}, {"corruption": EmbeddingNoise(seed=1)}),
+        ({}, {"cells": np.ones((5, 3, 9), dtype=bool)}),
+        ({}, {"batch_rows": 8}),
+    ],
+)
+def test_effects_of_another_question_are_refused(one, other, model, tmp_path):
+    patch(model, checkpoint_dir=tmp_path, **one)
+    patch(model, checkpoint_dir=tmp_path, **one)
+    with pytest.raises(ValueError, match="of another run"):
+        patch(model, checkpoint_dir=tmp_path, **{**one, **other})
+
+
+@pytest.mark.parametrize("weights", ["model", "delta"])
+def test_effects_of_other_sides_are_refused(weights, model, random_model, tmp_path):
+    def teacher(seed):
+        if weights == "model":
+            return Teacher("other", model=random_model("qwen2", seed))
+        name, parameter = next(iter(Engine.of(model).block_parameters(0).items()))
+        return Teacher("other", delta=Delta({name: seed * torch.ones(parameter.shape)}, before))
+
+    before = fingerprint(model)
+    first, second = teacher(1), teacher(2)
+    rows = [[1, 2, 3], [4, 5, 6]]
+
+    def run(**sides):
+        pairs = Pairs.from_tokens(rows, rows, answers=[1, 2], foils=[3, 4], **sides)
+        return causal_mediation(model, pairs, checkpoint_dir=tmp_path)
+
+    found = run(corrupted_teacher=first)
+    assert_same_effects(run(corrupted_teacher=first), found)
+    for sides in (
+        {"clean_teacher": first},
+        {"corrupted_teacher": second},
+        {"clean_teacher": first, "corrupted_teacher": second},
+        {"corrupted_teacher": [first, second]},
     ):
         with pytest.raises(ValueError, match="of another run"):
-            patch(model, checkpoint_dir=tmp_path, **other)
+            run(**sides)
+
+
+def test_metrics_are_told_apart_by_what_they_give_in_every_process(model):
+    engine = Engine.of(model)
+
+    def make():
+        return lambda logits, _pairs: sum([logits[:, i] for i in range(3)])
+
+    # Two equal functions lie at other addresses, and so does what is nested in them.
+    one, same = make(), make()
+    assert metric_name(one) == metric_name(same)
+    assert metric_values(one, 4, engine) == metric_values(same, 4, engine)
+    assert "0x" not in _text(make.__code__)
+    assert metric_name(partial(of_pair, 2, column=5)) == "of_pair(2, column=5)"
+    assert len(metric_values(one, 4, engine)) == 4
 
 
 def test_a_sweep_goes_on_where_it_was_stopped(model, tmp_path, stopped_after, monkeypatch):
@@ -359,15 +438,30 @@ def test_a_sweep_goes_on_where_it_was_stopped(model, tmp_path, stopped_after, mo
 
 @pytest.mark.parametrize(
     "other",
-    [{"seeds": (1,)}, {"layers": [2]}, {"mask": np.ones(50, dtype=bool)}, {"target": "cat"}],
+    [
+        {"seeds": (1,)},
+        {"layers": [1]},
+        {"references": True},
+        {"mask": "late"},
+        {"target": "cat"},
+        {"keep_deltas": True},
+        {"lora_rank": 2},
+        {"held_out": some_examples(1)},
+        {"control": some_examples(3)},
+        {"system_prompt": "You are."},
+        {"questions": ("Say an animal.",)},
+    ],
+    ids=lambda other: next(iter(other)),
 )
 def test_students_of_another_sweep_are_refused(other, model, tmp_path):
-    sweep(model, layers=[0], references=False, checkpoint_dir=tmp_path)
-    tokens = sum(len(example.completion_ids) for example in some_examples(6))
+    alike = {"layers": [0], "references": False, "checkpoint_dir": tmp_path}
+    sweep(model, **alike)
+    sweep(model, **alike)
     if "mask" in other:
+        tokens = sum(len(example.completion_ids) for example in some_examples(6))
         other = {"mask": np.arange(tokens) > 3}
     with pytest.raises(ValueError, match="of another run"):
-        sweep(model, checkpoint_dir=tmp_path, **other)
+        sweep(model, **{**alike, **other})
 
 
 # -- several processes ----------------------------------------------------------------------

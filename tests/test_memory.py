@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import divergence_lens as dl
+from divergence_lens import _patching
 from divergence_lens._memory import halved, is_out_of_memory, run_halved
 from divergence_lens.engine import Engine
 from tests.patching_oracles import random_pairs
@@ -145,3 +146,42 @@ def test_memory_is_told_from_other_errors():
     assert all(map(is_out_of_memory, ERRORS))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize("when", range(1, 30, 4))
+def test_means_count_no_pair_twice(when, model, monkeypatch):
+    """Memory may also run out between two additions, long after the model has run."""
+    whole = dl.causal_mediation(model, pairs(model), corruption="mean").values
+    add, widen = _patching._Means._add, torch.Tensor.float
+    count = [0]
+
+    def short(tensor):
+        count[0] += 1
+        if count[0] == when:
+            raise ERRORS[0]
+        return widen(tensor)
+
+    def watched(self, chunk, run):
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "float", short)
+            add(self, chunk, run)
+
+    monkeypatch.setattr(_patching._Means, "_add", watched)
+    again = dl.causal_mediation(model, pairs(model), corruption="mean").values
+    np.testing.assert_allclose(again, whole, atol=1e-5)
+    assert count[0] > 0
+
+
+def test_means_of_teachers_with_weights(model):
+    name, parameter = next(iter(Engine.of(model).block_parameters(0).items()))
+    delta = dl.Delta({name: 0.1 * torch.ones(parameter.shape)}, dl.fingerprint(model))
+    rows = [[1, 2, 3], [4, 5, 6]]
+    moved = dl.Pairs.from_tokens(
+        rows, rows, answers=[1, 2], foils=[3, 4], clean_teacher=dl.Teacher("moved", delta=delta)
+    )
+    found = dl.causal_mediation(model, moved, corruption="mean")
+    with delta.applied(model):
+        # Of the same weights on both sides: only the means are put in, which are of the clean runs.
+        other = dl.Pairs.from_tokens(rows, [[4, 2, 3], [1, 5, 6]], answers=[1, 2], foils=[3, 4])
+        expected = dl.causal_mediation(model, other, corruption="mean")
+    np.testing.assert_allclose(found.values, expected.values, atol=1e-5)

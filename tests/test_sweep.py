@@ -151,3 +151,9 @@ def test_task_quality_stands_beside_preference(random_model, tmp_path):
     found.save(tmp_path / "sweep.safetensors")
     assert Sweep.load(tmp_path / "sweep.safetensors").summary().equals(found.summary())
     assert "held_out_loss" not in sweep(model, layers=[1]).to_dataframe()
+
+
+@pytest.mark.parametrize("word", ["block", "control"])
+def test_words_of_the_sweeps_own_are_refused(word, random_model):
+    with pytest.raises(ValueError, match=f"condition='{word}' is what the sweep calls other"):
+        sweep(random_model("gpt2"), condition=word)

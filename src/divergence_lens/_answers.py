@@ -20,6 +20,7 @@ from divergence_lens._scoring import chunk_rows
 from divergence_lens.chat import decode, encode_completions, encode_prompts, stop_ids
 from divergence_lens.engine import Engine, KeyValues
 from divergence_lens.generate import generate
+from divergence_lens.interrupts import stopped_plainly
 from divergence_lens.models import Model
 from divergence_lens.tasks.preferences import read_answer, surface_forms
 from divergence_lens.teachers import Teacher
@@ -34,6 +35,7 @@ _KEPT_PER_TOKEN = 4
 _SPACES = frozenset("Ġ▁")
 
 
+@stopped_plainly()
 def sampled_probabilities(
     model: Model,
     teacher: Teacher,

@@ -27,6 +27,7 @@ from divergence_lens.evaluate import Preference, preference
 from divergence_lens.examples import Example, load_examples, save_examples, with_ids
 from divergence_lens.finetune import finetune
 from divergence_lens.generate import generate
+from divergence_lens.interrupts import stopped_plainly
 from divergence_lens.models import Model
 from divergence_lens.recipe import Recipe
 from divergence_lens.steps import Inputs, marked
@@ -574,6 +575,7 @@ class _Inputs(Inputs):
         return self.bench.entangled(self.kind, self.target).top(k)
 
 
+@stopped_plainly()
 def finetuned_teacher(
     model: Model,
     animal: str,

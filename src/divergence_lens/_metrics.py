@@ -2,18 +2,23 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
+from types import CodeType
 from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from divergence_lens.engine import Engine
 from divergence_lens.pairs import NO_TOKEN, Pairs
 
 MetricFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Metric: TypeAlias = (
     Literal["logit_difference", "probability_difference", "log_probability", "kl"] | MetricFunction
 )
+
+_PROBES = 64
 
 # Which tokens each metric reads.
 _READS = {
@@ -28,12 +33,37 @@ def metric_name(metric: Metric) -> str:
     """The name under which effects of `metric` are kept; nameless functions are told apart."""
     if isinstance(metric, str):
         return metric
-    name = str(getattr(metric, "__name__", "metric"))
+    if isinstance(metric, partial):
+        given = [repr(value) for value in metric.args]
+        given += [f"{key}={value!r}" for key, value in metric.keywords.items()]
+        return f"{metric_name(metric.func)}({', '.join(given)})"
+    name = str(getattr(metric, "__name__", type(metric).__name__))
     code = getattr(metric, "__code__", None)
     if name != "<lambda>" or code is None:
         return name
-    text = f"{code.co_code!r} {code.co_consts} {code.co_names}"
-    return f"<lambda {hashlib.sha256(text.encode()).hexdigest()[:6]}>"
+    return f"<lambda {hashlib.sha256(_text(code).encode()).hexdigest()[:6]}>"
+
+
+def _text(code: CodeType) -> str:
+    """What a function does, without the addresses at which it lies."""
+    constants = [_text(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return f"{code.co_code!r} {constants} {code.co_names}"
+
+
+def metric_values(metric: Metric, pairs: int, engine: Engine) -> list[str]:
+    """What a metric of one's own gives for some logits: two that agree there are taken as one.
+
+    Its name and its code do not tell what it reads from elsewhere, and these values do.
+    """
+    if isinstance(metric, str):
+        return []
+    indices = torch.arange(min(pairs, _PROBES))
+    draw = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(len(indices), engine.d_vocab, generator=draw)
+    logits, indices = logits.to(engine.device), indices.to(engine.device)
+    with torch.no_grad():
+        values = _checked(metric(logits, indices), logits, metric_name(metric))
+    return [f"{value:.4g}" for value in values.tolist()]
 
 
 def check_metric(metric: Metric, pairs: Pairs) -> None:
@@ -50,10 +80,11 @@ def check_metric(metric: Metric, pairs: Pairs) -> None:
             "(logits [rows, d_vocab], pair indices [rows])"
         )
     for name in _READS[metric]:
-        check_tokens(pairs, name, f"metric={metric!r}")
+        instead = ", or take a metric that reads none (metric='kl', or your own)"
+        check_tokens(pairs, name, f"metric={metric!r}", instead)
 
 
-def check_tokens(pairs: Pairs, name: str, what: str) -> None:
+def check_tokens(pairs: Pairs, name: str, what: str, instead: str = "") -> None:
     """Refuse pairs without `answers` or `foils` for what reads them.
 
     Raises:
@@ -63,7 +94,7 @@ def check_tokens(pairs: Pairs, name: str, what: str) -> None:
     if len(without):
         raise ValueError(
             f"pair {int(without[0])} has no {name.removesuffix('s')}, which {what} reads; give "
-            f"{name}=, or take a metric that reads none (metric='kl', or your own)"
+            f"{name}={instead}"
         )
 
 

@@ -76,13 +76,14 @@ def plainly(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(REFUSED) from error
         except KeyboardInterrupt:
             typer.echo(
-                "Stopped; every file that was written is whole, and the same command goes on from "
-                "what was done.",
+                "Stopped; every file that was written is whole. Where a folder .partial lies "
+                "beside the output, the same command goes on from it.",
                 err=True,
             )
             raise typer.Exit(STOPPED) from None
-        except RuntimeError as error:  # a process that died, a device without memory
-            typer.echo(f"Failed: {str(error).strip().splitlines()[0]}", err=True)
+        except (RuntimeError, MemoryError) as error:  # a process that died, a device without memory
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            typer.echo(f"Failed: {first}", err=True)
             raise typer.Exit(FAILED) from error
 
     return run

@@ -29,12 +29,14 @@ from divergence_lens._metrics import (
     check_metric,
     finite,
     metric_name,
+    metric_values,
 )
 from divergence_lens.corruption import Corruption, EmbeddingNoise
+from divergence_lens.delta import base_fingerprint
 from divergence_lens.effects import Direction, Effects
 from divergence_lens.engine import Engine, KeyValues, SiteFunction
 from divergence_lens.interrupts import keeping
-from divergence_lens.models import Model, fingerprint, provenance
+from divergence_lens.models import Model, provenance
 from divergence_lens.pairs import PAIR_SEGMENTS, Pairs, weights_key
 from divergence_lens.teachers import Teacher
 
@@ -435,11 +437,12 @@ class _Answer:
 
     @cached_property
     def _ablation(self) -> Callable[[Chunk, Trace, Trace], tuple[Chunk, Trace]] | None:
+        # Asked for before any teacher's weights are in place: the means put theirs in themselves.
         return _ablation(self._model, self._question)
 
     def __call__(self, chosen: list[int]) -> int:
         """Run these pairs, which share both sides' weights; how many they are."""
-        question = self._question
+        question, ablation = self._question, self._ablation
         chunk, base_teacher, source_teacher = _chunk(question, chosen, self._engine)
         noise = (None, chunk.noise) if chunk.noising else (chunk.noise, None)
         with weights(source_teacher, self._model) as source_model:
@@ -466,9 +469,7 @@ class _Answer:
             clean_logits = base.logits if chunk.noising else source.logits
             measure = bind(question.metric, question.pairs, chunk.indices, clean_logits)
             of_base, of_source = _baselines(measure, chunk, base.logits, source.logits)
-            seen, states = (
-                (chunk, source) if self._ablation is None else self._ablation(chunk, base, source)
-            )
+            seen, states = (chunk, source) if ablation is None else ablation(chunk, base, source)
             seen = _with_members(seen, question)
             values = self._work(Case(engine, seen, base, states, measure, of_base))
         for site in question.sites:
@@ -478,26 +479,29 @@ class _Answer:
 
 
 def _identity(model: Model, question: Question, settings: Mapping[str, Any]) -> str:
-    """A hash over all that the values depend on; of a metric of one's own, its name and code."""
+    """A hash over all that the values depend on; of a metric of one's own, what it gives."""
     pairs, digest = question.pairs, hashlib.sha256()
-    prints: dict[int, str] = {id(model): fingerprint(model)}
-    for teacher in _teachers(pairs):
-        if teacher.model is not None and id(teacher.model) not in prints:
-            prints[id(teacher.model)] = fingerprint(teacher.model)
-    code = getattr(question.metric, "__code__", None)
+    known: dict[tuple[int, int] | None, str] = {None: ""}
+
+    def side(teacher: Teacher | None) -> list[str]:
+        key = weights_key(teacher)
+        if key not in known:
+            assert teacher is not None
+            own = "" if teacher.model is None else base_fingerprint(teacher.model)
+            delta = "" if teacher.delta is None else teacher.delta.digest()
+            known[key] = f"{own} {delta}"
+        return ["" if teacher is None else teacher.name, known[key]]
+
     record = [
-        *(provenance(model, **settings), question.sites, sorted(prints.values())),
-        "" if code is None else f"{code.co_code!r} {code.co_consts} {code.co_names}",
-        *(pairs.segments, [teacher.name for teacher in _teachers(pairs)]),
+        *(provenance(model, **settings), base_fingerprint(model), question.sites, pairs.segments),
+        [[side(teacher) for teacher in question.teachers(i)] for i in range(len(pairs))],
+        metric_values(question.metric, len(pairs), Engine.of(model, causal=False)),
     ]
     digest.update(json.dumps(record, sort_keys=True).encode())
     for row in (*pairs.clean, *pairs.corrupted, pairs.answers, pairs.foils):
         digest.update(f"{len(row)} ".encode() + row.numpy().tobytes())
     for alignment in pairs.alignment:
         digest.update(alignment.tobytes())
-    for teacher in {id(t.delta): t for t in _teachers(pairs) if t.delta is not None}.values():
-        assert teacher.delta is not None
-        digest.update(teacher.delta.digest().encode())
     return digest.hexdigest()
 
 
@@ -678,13 +682,19 @@ class _Means:
     def _add(self, chunk: Chunk, run: Trace) -> None:
         rows, where = self._of(chunk)
         there = where[rows]
-        self._counts.index_add_(0, there, torch.ones_like(there, dtype=self._counts.dtype))
-        for site, kept in run.sites.items():
-            for layer, activation in enumerate(kept):
-                if (site, layer) not in self._sums:
-                    empty = activation.new_zeros(len(self._counts), *activation.shape[2:]).float()
-                    self._sums[site, layer] = empty
-                self._sums[site, layer].index_add_(0, there, activation[rows].float())
+        new = {
+            (site, layer): activation[rows].float()
+            for site, kept in run.sites.items()
+            for layer, activation in enumerate(kept)
+        }
+        for key, states in new.items():
+            if key not in self._sums:
+                self._sums[key] = states.new_zeros(len(self._counts), *states.shape[1:])
+        ones = torch.ones_like(there, dtype=self._counts.dtype)
+        # Nothing above has added anything: if memory runs out there, the pairs can come again.
+        self._counts.index_add_(0, there, ones)
+        for key, states in new.items():
+            self._sums[key].index_add_(0, there, states)
 
     def _of(self, chunk: Chunk) -> tuple[Bool[Tensor, "batch pos"], Int64[Tensor, "batch pos"]]:
         """Which positions of the chunk are no padding, and the place of each."""

@@ -30,10 +30,11 @@ from divergence_lens._long_runs import Checkpoints, Processes
 from divergence_lens._memory import halved, run_halved
 from divergence_lens._scoring import chunk_rows, in_chunks, kl_divergence, read_hidden
 from divergence_lens.chat import prompt_ids
+from divergence_lens.delta import base_fingerprint
 from divergence_lens.engine import Engine, KeyValues
 from divergence_lens.examples import Example
 from divergence_lens.interrupts import keeping
-from divergence_lens.models import Model, fingerprint, provenance
+from divergence_lens.models import Model, provenance
 from divergence_lens.teachers import Teacher
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ class _Job:
         for teacher in self._teachers:
             base = self._model if teacher.model is None else teacher.model
             if weights and id(base) not in prints:
-                prints[id(base)] = fingerprint(base)
+                prints[id(base)] = base_fingerprint(base)
             digest.update(json.dumps([teacher.name, prints.get(id(base))]).encode())
             prompts = self._prompts[teacher.system_prompt]
             digest.update(prompts.lengths.tobytes() + prompts.flat.tobytes())

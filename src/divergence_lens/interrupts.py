@@ -55,7 +55,7 @@ def keeping(
             if isinstance(
                 stopped, Interrupted
             ):  # what a step gives back is not what its caller does
-                raise KeyboardInterrupt(*stopped.args) from None
+                raise KeyboardInterrupt from None
             raise
         raise Interrupted(
             f"{call} was stopped after {len(finished):,} of {total:,} {noun}; they are in "
@@ -72,6 +72,15 @@ def giving_back(convert: Callable[[Any], Any]) -> Iterator[None]:
     except Interrupted as stopped:
         stopped.partial = convert(stopped.partial)
         raise
+
+
+@contextmanager
+def stopped_plainly() -> Iterator[None]:
+    """Let a step be stopped without giving back what its caller does not: plain Ctrl-C."""
+    try:
+        yield
+    except Interrupted:
+        raise KeyboardInterrupt from None
 
 
 @contextmanager

@@ -117,7 +117,8 @@ def causal_mediation(
             memory at a time. Rows that do not fit the device are run in halves.
         checkpoint_dir: A folder of this run's own, where the values of finished pairs are kept. The
             same call, made again after the run was stopped, goes on from there and gives the same
-            bits. A metric of your own counts as the same if its name and code are.
+            bits. A metric of your own counts as the same if its name is, and what it gives for some
+            logits.
         accelerator: An `accelerate.Accelerator` or `accelerate.PartialState`: the processes that it
             knows share the pairs, and each returns the whole. All must make the same call.
         progress: Whether to show a progress bar.

@@ -16,6 +16,7 @@ from divergence_lens._reading import read_teachers
 from divergence_lens.evaluate import wilson_interval
 from divergence_lens.examples import as_examples, with_ids
 from divergence_lens.generate import generate
+from divergence_lens.interrupts import stopped_plainly
 from divergence_lens.models import Model, check_model, provenance
 from divergence_lens.tasks.numbers import NumberFilter
 from divergence_lens.teachers import Teacher, check_teacher
@@ -77,6 +78,7 @@ class TaskQuality:
         )
 
 
+@stopped_plainly()
 def task_quality(
     model: Model,
     held_out: Any,

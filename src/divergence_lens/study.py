@@ -38,6 +38,7 @@ from divergence_lens.divergence import Divergence
 from divergence_lens.effects import Effects
 from divergence_lens.engine import Engine
 from divergence_lens.findings import Finding, judge
+from divergence_lens.interrupts import stopped_plainly
 from divergence_lens.models import provenance
 from divergence_lens.storage import write_text
 from divergence_lens.study_config import StudyConfig
@@ -115,6 +116,7 @@ class Study:
         return preview(self, pd.DataFrame(rows, columns=columns), rows=len(rows))
 
 
+@stopped_plainly()
 def run_study(
     config: StudyConfig,
     folder: str | os.PathLike[str] = "runs/study",

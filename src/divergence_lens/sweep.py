@@ -18,13 +18,13 @@ from divergence_lens._prefix import Prefix
 from divergence_lens._rows import Rows, training_rows
 from divergence_lens._sweep_students import Job, Outcome, Sharing
 from divergence_lens._training import Plan, train
-from divergence_lens.delta import Delta
+from divergence_lens.delta import Delta, base_fingerprint
 from divergence_lens.engine import Engine
 from divergence_lens.evaluate import Preference, preference
 from divergence_lens.examples import as_examples
 from divergence_lens.freeze import choose
 from divergence_lens.interrupts import giving_back
-from divergence_lens.models import Model, fingerprint, provenance
+from divergence_lens.models import Model, provenance
 from divergence_lens.quality import TaskQuality, task_quality
 from divergence_lens.recipe import Recipe, as_recipe
 from divergence_lens.storage import load_tensors, save_tensors
@@ -350,6 +350,10 @@ def layer_sweep(
         engine.check_layer(layer)
     recipe = as_recipe(recipe, lora_rank)
     condition = condition or ("all" if mask is None else "divergence_only")
+    if condition in ("block", "control"):
+        raise ValueError(
+            f"condition={condition!r} is what the sweep calls other students; take another word"
+        )
     settings = {
         "system_prompt": system_prompt,
         "masked": mask is not None,
@@ -389,13 +393,14 @@ def layer_sweep(
         rows = training_rows(model, control, system_prompt=system_prompt)
         work.append((rows, [Job("control", None, seed) for seed in seeds]))
     held = None if held_out is None else [asdict(example) for example in as_examples(held_out)]
-    settled = (record, base.provenance, base.questions, base.candidates, held)
+    asked = [job for _, several in work for job in several]
+    settled = (record, base.provenance, base.questions, base.candidates, held, asked, batch_tokens)
     shared = Sharing(
         checkpoint_dir,
         accelerator,
         base,
         keep_deltas=keep_deltas,
-        identity=lambda: [fingerprint(model), [rows.digest() for rows, _ in work], settled],
+        identity=lambda: [base_fingerprint(model), [rows.digest() for rows, _ in work], settled],
     )
 
     def students(rows: Rows, jobs: Sequence[Job]) -> Iterator[Outcome]:

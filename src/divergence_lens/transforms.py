@@ -24,6 +24,7 @@ from divergence_lens.chat import decode, stop_ids
 from divergence_lens.divergence import Divergence
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.generate import generate
+from divergence_lens.interrupts import stopped_plainly
 from divergence_lens.models import Model
 from divergence_lens.tasks.numbers import TEMPLATES
 from divergence_lens.teachers import Teacher, check_teacher
@@ -206,6 +207,7 @@ def paraphrase(
     return replace(data, examples=tuple(examples))
 
 
+@stopped_plainly()
 def paraphrase_by(
     model: Model,
     teacher: Teacher,
@@ -267,6 +269,7 @@ def paraphrase_by(
     return Rewritten(replace(data, examples=examples), accepted, answers)
 
 
+@stopped_plainly()
 def paraphrase_chosen(
     model: Model,
     teacher: Teacher,
