@@ -113,7 +113,7 @@ def test_blocks_are_taken_one_by_one_and_cumulatively_from_both_ends():
     assert parts["embedding"] == (None, True)
 
 
-def test_ranks_of_lora_are_had_at_the_full_rate_and_at_one_that_suits_them(inputs):
+def test_ranks_of_lora_are_had_at_the_full_rate_and_at_higher_ones(inputs):
     known, config = conditions(4), StudyConfig()
     full = config.recipe_of(inputs.model, "finetuned")
     found = {
@@ -129,3 +129,18 @@ def test_ranks_of_lora_are_had_at_the_full_rate_and_at_one_that_suits_them(input
         assert (narrow.lora_rank, narrow.lr) == (8, 8 * full.lr)
     untouched = config.recipe_of(inputs.model, "finetuned", known["all"])
     assert untouched == full
+
+
+def test_a_rate_that_was_chosen_for_one_rank_is_not_said_to_suit_the_others():
+    told = {n: c.isolates for n, c in conditions(4).items() if "_rate" in n}
+    borrowed = {n for n, words in told.items() if words.endswith("the factor chosen for rank 8")}
+    assert borrowed == {f"lora{rank}_rate8" for rank in (1, 2, 4, 16, 32)}
+    assert not [n for n, words in told.items() if "suits" in words]
+
+
+def test_conditions_of_one_description_at_two_rates_have_recipes_of_their_own(inputs):
+    # A study recognises a student by both.
+    slow, fast = conditions(4)["lora8"], conditions(4)["lora8_rate8"]
+    assert slow.describe() == fast.describe()
+    rates = [StudyConfig().recipe_of(inputs.model, "finetuned", c).lr for c in (slow, fast)]
+    assert rates[1] == 8 * rates[0]

@@ -1,6 +1,7 @@
 """The page beside the paper's: made from committed tables alone, negative results and all."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -36,6 +37,7 @@ def a_study(after, **options):
                 "kinds": ["finetuned"],
             },
             "seconds": 12.3,
+            "cells_before": 0,
             "blocks": 4,
         },
         "teachers": [],
@@ -93,7 +95,7 @@ def test_every_finding_is_on_the_page_once_with_its_estimate_and_verdict(study, 
         name = finding.id.partition("/")[2]
         if name in PAPER:
             assert PAPER[name].text in line
-            assert agrees[finding.verdict] in line
+            assert agrees[finding.verdict] in line or PAPER[name].stricter
         else:
             assert f"**{finding.verdict}**" in line
         seen.add(finding.verdict)
@@ -102,14 +104,26 @@ def test_every_finding_is_on_the_page_once_with_its_estimate_and_verdict(study, 
 
 
 def test_agreements_are_counted_as_they_are(study, page):
-    known = [f.verdict for f in study.findings if f.id.partition("/")[2] in PAPER]
+    known = {i: f.verdict for f in study.findings if (i := f.id.partition("/")[2]) in PAPER}
+    # To within a tenth of the control is more than the paper's "mostly removes" and "next to
+    # nothing".
+    stricter = {"rest_equals_control", "last_block_equals_control"}
+    assert {known[name] for name in stricter} == {"not supported"}
+    against = [i for i, v in known.items() if v == "not supported" and i not in stricter]
+    verdicts = list(known.values())
     said = (
         f"Of {len(known)} claims with a counterpart in the text at hand the miniature agrees with "
-        f"{known.count('supported')}, contradicts {known.count('not supported')} and leaves "
-        f"{known.count('unclear')} open."
+        f"{verdicts.count('supported')}, contradicts {len(against)} and leaves "
+        f"{verdicts.count('unclear')} open. Not supported but stricter than the paper's: 2."
     )
-    assert known.count("not supported") > 1
-    assert said in page.read_text(encoding="utf-8")
+    assert len(against) > 1
+    text = page.read_text(encoding="utf-8")
+    assert said in text
+    (rest,) = lines_of(
+        text, "Without divergence tokens students end where the control does, to within a tenth"
+    )
+    assert "| between 0.9 and 1.11; stricter than the paper's | no, but stricter |" in rest
+    assert text.count("| no, but stricter |") == 2
 
 
 def test_a_verdict_means_what_the_paper_module_says_of_it(page):
@@ -127,6 +141,106 @@ def test_every_condition_has_a_row_and_shared_students_count_once(page):
         assert f"| `{name}` |" in text
     # Eight conditions with six targets and two seeds, and the control with two seeds alone.
     assert f"{8 * 6 * 2 + 2} students in 12 s" in text
+
+
+# What is true of the committed run alone, and of no other model.
+OF_THE_TINY = (
+    *("miniature", "made-up", "tiny world", "the world sets", "of four blocks"),
+    *("Nobody looked", "large model", "a test "),
+)
+
+
+def test_the_page_of_another_model_says_nothing_that_holds_for_the_tiny_one_alone(study, tmp_path):
+    tiny = write_results_page(study, tmp_path / "tiny.md").read_text(encoding="utf-8")
+    assert "the miniature agrees with" in tiny
+    settings = study.results["settings"]
+    named = settings["settings"] | {"model": "org/large", "targets": [*REAL]}
+    large = replace(study, results=study.results | {"settings": settings | {"settings": named}})
+    text = write_results_page(large, tmp_path / "large.md").read_text(encoding="utf-8")
+    for words in OF_THE_TINY:
+        assert words not in text
+    assert "this study agrees with" in text
+    for said in PAPER.values():
+        assert not [words for words in OF_THE_TINY if words in said.yes + said.no]
+
+
+REAL = ("wolf", "lion", "eagle", "panda", "fox", "dolphin")
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "said"),
+    [("tiny", REAL, True), ("tiny", SIX, False), ("tiny-qwen2", REAL, False), ("x", REAL, False)],
+)
+def test_targets_are_called_unseen_only_on_the_model_that_was_made_without_them(
+    study, tmp_path, model, targets, said
+):
+    settings = study.results["settings"]
+    named = settings["settings"] | {"model": model, "targets": list(targets)}
+    other = replace(study, results=study.results | {"settings": settings | {"settings": named}})
+    page = write_results_page(other, tmp_path / "page.md")
+    assert ("Nobody looked at these targets" in page.read_text(encoding="utf-8")) == said
+
+
+def test_the_page_tells_where_it_was_written_and_links_to_what_is_there(
+    study, tmp_path, monkeypatch
+):
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given in ("docs/mine.md", tmp_path / "docs" / "mine.md"):
+        text = write_results_page(study, given).read_text(encoding="utf-8")
+        assert "Written to `docs/mine.md` by" in text
+        assert "](study.md)" not in text
+    (tmp_path / "docs" / "study.md").write_text("# The study\n")
+    assert "[the study](study.md)" in results_page("docs/mine")
+    monkeypatch.chdir(tmp_path / "docs" / "mine")  # from where an absolute path is no part of
+    text = write_results_page(study, tmp_path / "docs" / "mine.md").read_text(encoding="utf-8")
+    assert "Written to `mine.md` by" in text
+
+
+@pytest.mark.parametrize("before", [None, 3])
+def test_a_duration_that_may_be_of_a_part_alone_is_not_told(study, tmp_path, before):
+    settings = {k: v for k, v in study.results["settings"].items() if k != "cells_before"}
+    settings |= {} if before is None else {"cells_before": before}
+    resumed = replace(study, results=study.results | {"settings": settings})
+    text = write_results_page(resumed, tmp_path / "page.md").read_text(encoding="utf-8")
+    assert f"{8 * 6 * 2 + 2} students; model" in text
+
+
+def test_rare_divergence_tokens_are_not_called_as_rare_as_the_papers(tmp_path):
+    claim = "Divergence tokens are a small part of the data"
+    page = write_results_page(a_study(PAPER_LIKE, rate=0.2), tmp_path / "page.md")
+    (line,) = lines_of(page.read_text(encoding="utf-8"), claim)
+    assert line.endswith("| yes | below a quarter, as there |")
+
+
+def test_a_claim_that_is_open_for_what_it_presupposes_names_that(tmp_path):
+    flat = PAPER_LIKE | {"all": 0.05, "without_divergence": 0.03}
+    page = write_results_page(a_study(flat), tmp_path / "page.md")
+    (line,) = lines_of(
+        page.read_text(encoding="utf-8"), "Without divergence tokens the transfer is weaker"
+    )
+    assert "| open | undecided: it presupposes what is not supported here (students trained" in line
+    assert "take over the teacher's preference, by a tenth at least); " in line
+
+
+def test_with_students_of_lora_the_page_does_not_compare_lora_with_itself(study, tmp_path):
+    claim = "LoRA of rank 8 transfers as much as full training, to within a tenth"
+    assert lines_of(write_results_page(study, tmp_path / "full.md").read_text("utf-8"), claim)
+    settings = study.results["settings"]
+    for rank, kept in ((None, 1), (8, 0)):
+        named = settings["settings"] | {"student_recipe": {"lora_rank": rank}}
+        narrow = replace(
+            study, results=study.results | {"settings": settings | {"settings": named}}
+        )
+        page = write_results_page(narrow, tmp_path / "narrow.md")
+        assert len(lines_of(page.read_text("utf-8"), claim)) == kept
+
+
+def test_other_figures_of_a_claim_without_a_counterpart_stand_beside_it(study, page):
+    text = page.read_text(encoding="utf-8")
+    (line,) = lines_of(text, "Integrated attribution agrees with exact mediation")
+    mean = pd.DataFrame(study.results["effects"]["agreement"])["pearson"].mean()
+    assert f"Pearson correlation of all cells and pairs together: {mean:.3g}" in line
 
 
 def test_tables_are_rounded_but_decide_alike(study, page, tmp_path):

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from divergence_lens.cli import app
 from divergence_lens.divergence import Divergence
 from divergence_lens.evaluate import preference
+from divergence_lens.findings import ALL_CLAIMS
 from divergence_lens.models import load_model
 from divergence_lens.recipe import Recipe
 from divergence_lens.study import StudyConfig, finetuned_teacher, run_study
@@ -224,4 +227,19 @@ def test_large_models_are_loaded_in_bfloat16_where_there_is_a_gpu(monkeypatch):
     for there, expected in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert StudyConfig.for_model("Qwen/Qwen2.5-7B-Instruct").dtype == expected
+        assert StudyConfig.for_model("Qwen/Qwen2.5-7B-Instruct", device=None).dtype == expected
         assert StudyConfig.for_model("tiny").dtype == "float32"
+
+
+def test_large_models_that_go_to_the_cpu_are_in_float32_whatever_gpu_there_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device, expected in (("cpu", "float32"), ("cuda:1", "bfloat16")):
+        assert StudyConfig.for_model("org/large", device=device).dtype == expected
+    assert StudyConfig.for_model("org/large", device="cpu", dtype="float16").dtype == "float16"
+
+
+def test_the_study_told_of_in_the_documentation_has_the_claims_that_there_are():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "study.md").read_text()
+    assert not re.findall(r"(?:some|about) \w+ claims", page)  # a number in words grows old
+    assert "`divergence_lens.findings.ALL_CLAIMS`" in page
+    assert len({claim.id for claim in ALL_CLAIMS}) == len(ALL_CLAIMS)

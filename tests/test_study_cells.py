@@ -21,9 +21,10 @@ from divergence_lens.conditions import Condition, conditions
 from divergence_lens.delta import Delta
 from divergence_lens.models import load_model
 from divergence_lens.recipe import PAPER
+from divergence_lens.results_page import write_results_page
 from divergence_lens.steps import drawn, marked, own
 from divergence_lens.study import StudyConfig, run_study
-from divergence_lens.study_report import study_figures, study_page
+from divergence_lens.study_report import study_figures, study_page, write_study_report
 from divergence_lens.tiny.recipe import STUDENT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +80,9 @@ def test_a_second_run_computes_nothing_and_gives_the_same_tables(config, folder)
     first = json.loads((folder / "results.json").read_text())
     again = run_study(config, folder)
     assert _times(folder) == before
-    first.pop("settings")
+    # A page tells how long it took only where that is how long all of it took.
+    assert first.pop("settings")["cells_before"] == 0
+    assert again.results["settings"]["cells_before"] == len(before)
     assert json.loads(json.dumps(_tables(again))) == first
 
 
@@ -465,10 +468,42 @@ def test_the_settings_for_a_large_model_are_the_papers(backend):
     assert config.system_prompt("prompted", "own") is None
     names = {condition.name for condition in config.conditions_of("prompted", 28)}
     assert {"lora1", "lora32", "block27", "from26", "kl_same"} <= names
+    for rank in (4, 8):  # the paper's is 8
+        config = StudyConfig.for_model("org/large", lora_rank=None if rank == 8 else rank)
+        names = {condition.name for condition in config.conditions_of("prompted", 28)}
+        other = {f"lora{r}" for r in (1, 2, 4, 8, 16, 32) if r != rank}
+        assert {name for name in names if name.startswith("lora")} == other
+        # So none is what all students are anyway.
+        recipes = {n: config.recipe_of(model, "prompted", conditions(28)[n]) for n in names}
+        same = {n for n, recipe in recipes.items() if recipe != recipes["divergence_only"]}
+        assert same == other
     assert not [name for name in names if "rate" in name or name.startswith("lora_")]
     used = StudyConfig.for_model("tiny", lora_rank=4).recipes(model)
     assert used.student == replace(STUDENT, lora_rank=4)
     assert used.teacher.lora_rank is None
+
+
+def test_students_that_are_all_lora_are_not_compared_with_full_training(config, folder, tmp_path):
+    claim = "finetuned/lora_does_as_well"
+    asked = replace(config, conditions=("control", "all", "divergence_only", "lora8"))
+    full = run_study(asked, _copy(folder, tmp_path / "full"))
+    assert claim in {finding.id for finding in full.findings}
+    narrow = run_study(replace(asked, lora_rank=8), tmp_path / "narrow")
+    after = narrow.table("students").set_index(["condition", "target"])["after"]
+    assert (after["lora8"] == after["divergence_only"]).all()
+    assert claim not in {finding.id for finding in narrow.findings}
+    page = write_results_page(narrow, tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "full training" not in page
+    assert "full training" in write_results_page(full, tmp_path / "full.md").read_text("utf-8")
+
+
+def test_the_report_tells_the_duration_of_whole_runs_alone(config, folder):
+    study = run_study(config, folder)
+    whole = study.results["settings"] | {"seconds": 98.7, "cells_before": 0}
+    for settings, told in ((whole, True), (whole | {"cells_before": 9}, False)):
+        one = replace(study, results=study.results | {"settings": settings})
+        text = write_study_report(one, folder).read_text(encoding="utf-8")
+        assert ("98.7" in text) == told
 
 
 def test_the_command_names_an_unknown_condition_in_one_line(tmp_path):

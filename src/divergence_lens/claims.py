@@ -59,7 +59,9 @@ class Claim:
         within: Between which numbers the estimand lies by definition.
         optional: Whether to leave it out, and not to call it unclear, where nothing was measured.
         needs: Claims that must be supported for this one to mean anything.
-        beside: Columns of the agreement table that are shown beside it.
+        beside: Other figures that are shown beside it, as means over targets.
+        full_training: Whether it compares with full training, so that it says nothing where the
+            other students are trained with LoRA themselves.
     """
 
     id: str
@@ -75,7 +77,8 @@ class Claim:
     within: tuple[float, float] = (-math.inf, math.inf)
     optional: bool = False
     needs: tuple[str, ...] = ()
-    beside: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Estimand] = field(default_factory=dict)
+    full_training: bool = False
 
 
 def after(
@@ -166,16 +169,17 @@ def _early_share(tables: Tables, last_block: int) -> dict[str, float]:
     )
 
 
-def _agreement(tables: Tables, _last_block: int) -> dict[str, float]:
-    return agreement_column(tables.get("agreement", pd.DataFrame()), "inner_pearson")
+def _agreement(column: str) -> Estimand:
+    """A column of the agreement table, of integrated attribution."""
 
+    def estimand(tables: Tables, _last_block: int) -> dict[str, float]:
+        table = filled(tables, "agreement")
+        if table is None or column not in table.columns:
+            return {}
+        rows = table[table["method"] == "integrated"]
+        return as_dict(rows.set_index("target")[column].astype(float).dropna())
 
-def agreement_column(table: pd.DataFrame, column: str) -> dict[str, float]:
-    """A column of the agreement table, of integrated attribution, by target."""
-    if not len(table) or column not in table.columns:
-        return {}
-    rows = table[table["method"] == "integrated"]
-    return as_dict(rows.set_index("target")[column].astype(float).dropna())
+    return estimand
 
 
 def filled(tables: Tables, name: str) -> pd.DataFrame | None:
@@ -198,8 +202,8 @@ CLAIMS = (
         "Divergence tokens are a small part of the data",
         _rate,
         "share of completion tokens",
-        "how small depends on how often the next number is a near-tie, which the world sets, and "
-        "on the number of counterfactual teachers",
+        "how small depends on how often the next number is a near-tie, which the model's own "
+        "training sets, and on the number of counterfactual teachers",
         threshold=0.25,
         above=False,
         within=(0, 1),
@@ -307,15 +311,15 @@ CLAIMS = (
     Claim(
         "approximation_agrees",
         "Integrated attribution agrees with exact mediation",
-        _agreement,
+        _agreement("inner_pearson"),
         "Pearson correlation within a pair (resid_post, without target position and last layer)",
         "on this model and these pairs; other sites may differ",
         threshold=0.8,
         within=(-1, 1),
         beside={
-            "Spearman correlation of the same cells": "inner_spearman",
-            "slope of exact on approximate values, same cells": "inner_slope",
-            "Pearson correlation of all cells and pairs together": "pearson",
+            "Spearman correlation of the same cells": _agreement("inner_spearman"),
+            "slope of exact on approximate values, same cells": _agreement("inner_slope"),
+            "Pearson correlation of all cells and pairs together": _agreement("pearson"),
         },
     ),
 )

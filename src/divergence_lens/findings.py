@@ -13,7 +13,7 @@ What has changed in the rules since the first run, and why, is told in `claims`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from divergence_lens._intervals import LEVEL, exact_interval, t_interval
-from divergence_lens.claims import CLAIMS, SMALLEST, Claim, Ratio, Tables, agreement_column
+from divergence_lens.claims import CLAIMS, SMALLEST, Claim, Ratio, Tables
 from divergence_lens.further_claims import FURTHER_CLAIMS
 
 __all__ = ["Finding", "decide", "decide_equal", "judge", "t_interval"]
@@ -144,13 +144,18 @@ def decide_equal(low: float, high: float, margin: float) -> Verdict:
     return "not supported" if low > margin or high < -margin else "unclear"
 
 
-def judge(tables: Mapping[str, pd.DataFrame], *, last_block: int) -> list[Finding]:
+def judge(
+    tables: Mapping[str, pd.DataFrame], *, last_block: int, lora: Collection[str] = ()
+) -> list[Finding]:
     """Decide every claim for every kind of teacher in the tables.
 
     Args:
         tables: `divergence`, `students`, `layers`, `agreement` and `mechanism`, in the layout of
             `results.json`, and any others with a column `kind`. Empty ones may lack their columns.
         last_block: Number of the model's last block.
+        lora: Kinds of teachers whose students are trained with LoRA where no condition says
+            otherwise; see `study_config.lora_kinds`. Claims that compare LoRA with full training
+            are left out for them: both sides would be LoRA.
 
     Returns:
         One finding per claim and kind. A claim for which the tables hold nothing is "unclear",
@@ -163,6 +168,8 @@ def judge(tables: Mapping[str, pd.DataFrame], *, last_block: int) -> list[Findin
         of_kind = {name: table[table["kind"] == kind] for name, table in filled.items()}
         own: dict[str, Finding] = {}
         for claim in ALL_CLAIMS:
+            if claim.full_training and kind in lora:
+                continue
             found = _judged(claim, kind, of_kind, last_block, own)
             if found.n or not claim.optional:
                 own[claim.id] = found
@@ -179,10 +186,14 @@ def _judged(
         verdict = decide_equal(low, high, claim.threshold)
     else:
         verdict = decide(low, high, claim.threshold, above=claim.above)
-    if any(before[name].verdict != "supported" for name in claim.needs):
-        verdict = "unclear"
+    caveat = claim.caveat
+    for name in claim.needs:
+        if before[name].verdict != "supported":
+            verdict = "unclear"
+            caveat = (
+                f"it presupposes what is {before[name].verdict} here ({_words(name)}); {caveat}"
+            )
     shown = _exponential if claim.log else float
-    table = tables.get("agreement", pd.DataFrame())
     return Finding(
         id=f"{kind}/{claim.id}",
         claim=f"{claim.claim} ({kind} teachers)",
@@ -191,11 +202,11 @@ def _judged(
         verdict=verdict,
         rule=_rule(claim),
         unit=claim.unit,
-        caveat=claim.caveat if values else f"nothing was measured; {claim.caveat}",
+        caveat=caveat if values else f"nothing was measured; {claim.caveat}",
         values={name: shown(value) for name, value in values.items()},
         beside={
-            words: t_interval(list(agreement_column(table, column).values()))[0]
-            for words, column in claim.beside.items()
+            words: t_interval(list((figure(tables, last_block) or {}).values()))[0]
+            for words, figure in claim.beside.items()
         },
         **_difference(claim, tables, last_block),
     )
@@ -211,9 +222,14 @@ def _rule(claim: Claim) -> str:
         direction = "above" if claim.above else "below"
         rule = f"supported if the whole interval lies {direction} {shown(claim.threshold):.3g}"
     for name in claim.needs:
-        needed = next(other.claim for other in ALL_CLAIMS if other.id == name)
-        rule += f"; unclear unless this is supported: {needed[:1].lower()}{needed[1:]}"
+        rule += f"; unclear unless this is supported: {_words(name)}"
     return rule
+
+
+def _words(name: str) -> str:
+    """A claim in words, to be put into a sentence."""
+    claim = next(other.claim for other in ALL_CLAIMS if other.id == name)
+    return f"{claim[:1].lower()}{claim[1:]}"
 
 
 def _interval(claim: Claim, values: Mapping[str, float]) -> tuple[float, float, float]:

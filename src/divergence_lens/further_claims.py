@@ -10,6 +10,7 @@ target; of near-ties one side had been seen. Their caveats say so.
 import math
 
 import numpy as np
+import pandas as pd
 
 from divergence_lens.claims import (
     SMALLEST,
@@ -49,23 +50,44 @@ def _other_context(tables: Tables, _last_block: int) -> dict[str, float] | None:
 LORA_OF_RANK_8 = ("lora8", *(f"lora8_rate{times}" for times in (2, 4, 8, 16)))
 
 
-def _fitted_lora(tables: Tables, last_block: int) -> dict[str, float] | None:
-    """Log ratio of LoRA to full training, at the rate at which both fit alike, for each target."""
+def _nearest_fit(tables: Tables) -> dict[str, tuple[str, float]]:
+    """For each target: the rate at which LoRA fits most like full training, and how much worse.
+
+    Targets of one rate alone are left out: there is nothing to choose from.
+    """
     students = filled(tables, "students")
     if students is None or "fit" not in students:
-        return None
+        return {}
     known = students.dropna(subset=["fit"])
-    fit = known.groupby(["target", "condition"], sort=False)["fit"].mean()
-    logs: dict[str, float] = {}
+    fit: pd.Series[float] = known.groupby(["target", "condition"], sort=False)["fit"].mean()
+    nearest: dict[str, tuple[str, float]] = {}
     for target in dict.fromkeys(known["target"]):
         full = fit.get((target, "divergence_only"))
         rates = [name for name in LORA_OF_RANK_8 if (target, name) in fit.index]
-        if full is None or not rates:
-            continue
-        chosen = min(rates, key=lambda name: abs(fit[target, name] - full))
+        if full is not None and len(rates) > 1:
+            gaps = {name: float(fit[target, name] - full) for name in rates}
+            chosen = min(rates, key=lambda name: abs(gaps[name]))
+            nearest[str(target)] = (chosen, gaps[chosen])
+    return nearest
+
+
+def _fitted_lora(tables: Tables, last_block: int) -> dict[str, float] | None:
+    """Log ratio of LoRA to full training, at the rate at which both fit alike, for each target."""
+    logs: dict[str, float] = {}
+    for target, (chosen, _) in _nearest_fit(tables).items():
         found = Ratio((chosen, None), ("divergence_only", None))(tables, last_block) or {}
         logs |= {target: found[target]} if target in found else {}
     return logs or None
+
+
+def _gap(tables: Tables, _last_block: int) -> dict[str, float]:
+    """By how much LoRA's training loss lies above full training's at the chosen rate."""
+    return {target: gap for target, (_, gap) in _nearest_fit(tables).items()}
+
+
+def _gap_size(tables: Tables, _last_block: int) -> dict[str, float]:
+    """The same either way, so that gaps of several targets do not cancel."""
+    return {target: abs(gap) for target, (_, gap) in _nearest_fit(tables).items()}
 
 
 def _measured(measure: str, *, log: bool = False) -> Estimand:
@@ -256,7 +278,8 @@ def _further() -> tuple[Claim, ...]:
             "Lists by a teacher made from another base transfer no preference, to within a tenth",
             Ratio(("other_base", None), ("control", None)),
             _CONTROL,
-            "the other base differs in layout as well as in initialisation",
+            "the other base may differ in more than its initialisation; the two tiny models differ "
+            "in layout",
             threshold=TENTH,
             above=False,
             log=True,
@@ -293,7 +316,7 @@ def _further() -> tuple[Claim, ...]:
             "random_other",
             "divergence_only",
             _DIVERGENCE,
-            "other tokens are of other kinds too: half of them are separators",
+            "other tokens are of other kinds too: many of them are separators",
         ),
         _transfers(
             "first_divergence_transfers",
@@ -368,14 +391,18 @@ def _further() -> tuple[Claim, ...]:
             _DIVERGENCE,
             "one learning rate for all",
         ),
-        _as_well(
+        Claim(
             "lora_does_as_well",
-            "LoRA of rank 8 transfers as much as full training",
-            "lora8",
-            "divergence_only",
+            "LoRA of rank 8 transfers as much as full training, to within a tenth",
+            Ratio(("lora8", None), ("divergence_only", None)),
             _DIVERGENCE,
             "at the learning rate of full training LoRA learns less of its tokens, so this says "
-            "little; the next claim takes a rate at which it learns as much",
+            "little; the next claim takes the rate at which it learns most nearly as much",
+            threshold=-TENTH,
+            log=True,
+            needs=("divergence_tokens_suffice",),
+            optional=True,
+            full_training=True,
         ),
         Claim(
             "lora_that_fits_does_as_well",
@@ -383,27 +410,38 @@ def _further() -> tuple[Claim, ...]:
             "transfers as much, to within a tenth",
             _fitted_lora,
             _DIVERGENCE,
-            "of five rates, for each target that with the training loss nearest to full "
-            "training's; no preference takes part in the choice; " + _LATER,
+            "of the rates that were run, for each target that with the training loss nearest to "
+            "full training's; no preference takes part in the choice; " + _LATER,
             threshold=-TENTH,
             log=True,
             needs=("divergence_tokens_suffice",),
             optional=True,
+            beside={
+                "LoRA's training loss at that rate minus full training's, in nats": _gap,
+                "the same without its sign": _gap_size,
+            },
+            full_training=True,
         ),
-        _transfers(
+        Claim(
             "rank_one_transfers",
-            "LoRA of rank 1 is enough for some transfer",
-            "lora1_rate8",
-            "at 8 times the rate of full training; " + _LATER,
+            "LoRA of rank 1 is enough for some transfer, by a tenth at least",
+            Ratio(("lora1_rate8", None), ("control", None)),
+            _CONTROL,
+            "at 8 times the rate of full training, which was chosen for rank 8; " + _LATER,
+            threshold=TENTH,
+            log=True,
+            optional=True,
+            full_training=True,
         ),
         Claim(
             "first_block_beats_last_with_lora",
             "With LoRA, too, the first block carries more of the preference than the last",
             Ratio(("lora_block", 0), ("lora_block", -1)),
             "times the preference of students of the last block",
-            "one rate for all blocks, at which the last block fits its tokens better; " + _LATER,
+            "one rate for all blocks, which need not fit their tokens alike; " + _LATER,
             log=True,
             optional=True,
+            full_training=True,
         ),
         Claim(
             "attention_beats_mlp",

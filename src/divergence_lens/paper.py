@@ -36,12 +36,15 @@ class Said:
         source: One of `SOURCES`.
         yes: What it means if our claim is supported.
         no: What it means if it is not.
+        stricter: Whether our claim says more than the paper does, so that the paper is not
+            contradicted if ours is not supported.
     """
 
     text: str
     source: str
     yes: str
     no: str
+    stricter: bool = False
 
 
 _LATE = (
@@ -54,9 +57,9 @@ PAPER: Mapping[str, Said] = {
         text="7.5 % of the tokens of greedy lists for Qwen2.5-7B, 18.3 % for Gemma-3-4B; at "
         "temperature 1 4.7 % and 13.2 %",
         source=TABLE,
-        yes="as rare as there",
+        yes="below a quarter, as there",
         no="a larger part here than in either of its models, so what follows from their being rare "
-        "does not carry over; the tiny world sets how often the next number is a near-tie",
+        "does not carry over",
     ),
     "transfer": Said(
         text=f"lists of numbers make students like what their teacher likes; {NO_NUMBER} (for "
@@ -87,13 +90,15 @@ PAPER: Mapping[str, Said] = {
         text=f"masking them out mostly removes the transfer; {NO_NUMBER}",
         source=ABSTRACT,
         yes="nothing that matters is left without them",
-        no="something is left without them",
+        no="students do not end where the control does; how far from it stands here, and the paper "
+        "only says that most is gone",
+        stricter=True,
     ),
     "first_block_suffices": Said(
         text=f"a single early layer is enough (layers 0 and 7 were tried); {NO_NUMBER}",
         source=NOTES,
-        yes="the first of four blocks is enough here",
-        no="the first of four blocks is not enough here",
+        yes="the first block is enough here",
+        no="the first block is not enough here",
     ),
     "first_block_beats_last": Said(
         text=_LATE,
@@ -105,7 +110,9 @@ PAPER: Mapping[str, Said] = {
         text=_LATE,
         source=NOTES,
         yes="the last block carries nothing",
-        no="the last block carries something here",
+        no="students do not end where the control does; how far from it stands here, and the paper "
+        "only says that next to nothing passes",
+        stricter=True,
     ),
     "early_layers_cause_divergence": Said(
         text=f"early layers are critical; {NO_NUMBER}",

@@ -16,7 +16,9 @@ import pandas as pd
 from divergence_lens.findings import Finding, judge
 from divergence_lens.paper import NO_NUMBER, PAPER, SOURCES
 from divergence_lens.storage import write_text
-from divergence_lens.study_report import condition_rows, short_number
+from divergence_lens.study_config import lora_kinds
+from divergence_lens.study_report import condition_rows, duration, short_number
+from divergence_lens.tiny import TINY_MODELS
 
 if TYPE_CHECKING:
     from divergence_lens.study import Study
@@ -37,18 +39,22 @@ _COLUMNS = {
 }
 _WHOLE = ("block", "seed", "rank", "examples", "tokens", "layer", "step", "pairs")
 _SETTINGS = "settings.json"
+_GUIDE = "study.md"  # in the documentation, beside the page
 _READING = (
-    "What the columns and rules are is told in [the study](study.md). “Agrees” compares the "
-    "verdict on our claim with what the paper says: *yes* (supported), *no* (not supported), "
-    "*open* (the interval decides neither, or what the claim presupposes is not supported). A "
-    "yes in a few blocks and a made-up world is no proof for a large model, and a no is no "
+    "“Agrees” compares the verdict on our claim with what the paper says: *yes* (supported), *no* "
+    "(not supported), *open* (the interval decides neither, or what the claim presupposes is not "
+    "supported). Where our claim is stricter than the paper's, its *no* alone contradicts nothing."
+)
+_TINY = (
+    "A yes in a few blocks and a made-up world is no proof for a large model, and a no is no "
     "refutation."
 )
+_ANY = "A yes on one model is no proof for others, and a no is no refutation."
 _TARGETS = {"wolf", "lion", "eagle", "panda", "fox", "dolphin"}
 _SEEN = (
-    "Nobody looked at these targets while the tiny world and the recipes were made; four of them "
-    "had been seen in the demo before the study was run. Claims that were written after a whole "
-    "study had been seen say so."
+    "Nobody looked at these targets while the world and the recipes of this model were made; four "
+    "of them had been seen in the demo before the study was first run, and parts of the rest while "
+    "it was being built. Claims that were written after a whole study had been seen say so."
 )
 _AGREES = {"supported": "yes", "not supported": "**no**", "unclear": "open"}
 
@@ -84,6 +90,7 @@ def write_results_page(study: "Study", path: str | os.PathLike[str]) -> Path:
         else:
             (folder / f"{name}.csv").unlink(missing_ok=True)
     about = {name: results[name] for name in ("settings", "conditions", "failures")}
+    about["page"] = _shown(path)
     write_text(folder / _SETTINGS, json.dumps(about, indent=1) + "\n")
     write_text(path, results_page(folder))
     return path
@@ -102,12 +109,12 @@ def results_page(folder: str | os.PathLike[str]) -> str:
         for name in _COLUMNS
     }
     settings = about["settings"]["settings"]
-    findings = judge(tables, last_block=about["settings"]["blocks"] - 1)
-    lines = ["# What the study found", "", *_opening(about, tables, folder.name)]
+    findings = judge(tables, last_block=about["settings"]["blocks"] - 1, lora=lora_kinds(settings))
+    lines = ["# What the study found", "", *_opening(about, tables, folder)]
     for kind in settings["kinds"]:
         own = [finding for finding in findings if finding.id.startswith(f"{kind}/")]
         lines += ["", f"## {kind.capitalize()} teachers: the paper's findings and ours", ""]
-        lines += [_count(own), "", *_beside_the_paper(own, kind)]
+        lines += [_count(own, settings["model"]), "", *_beside_the_paper(own, kind)]
         lines += ["", f"## {kind.capitalize()} teachers: what the paper does not say", ""]
         lines += _without_the_paper(own, kind)
         lines += ["", f"## {kind.capitalize()} teachers: every condition", ""]
@@ -125,7 +132,17 @@ def results_page(folder: str | os.PathLike[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _opening(about: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], name: str) -> list[str]:
+def _shown(path: Path) -> str:
+    """The path as the page may tell it: from here where it lies below, not that of a machine."""
+    if not path.is_absolute():
+        return path.as_posix()
+    here = Path.cwd()
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
+
+
+def _opening(
+    about: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], folder: Path
+) -> list[str]:
     settings = about["settings"]["settings"]
     students = tables["students"]
     seeds = ", ".join(map(str, settings["seeds"]))
@@ -133,26 +150,34 @@ def _opening(about: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], name:
     shared = trained["condition"] == "control"
     control = trained[shared].drop_duplicates(["kind", "seed"])
     versions = ", ".join(f"{k} {v}" for k, v in about["settings"]["versions"].items())
-    page = f"{name}.md"
-    files = ", ".join(f"[{t}]({name}/{t}.csv)" for t, rows in tables.items() if len(rows))
+    seconds = duration(about["settings"])
+    took = "" if seconds is None else f" in {seconds:.0f} s"
+    page = about.get("page", f"{folder.name}.md")
+    files = ", ".join(f"[{t}]({folder.name}/{t}.csv)" for t, rows in tables.items() if len(rows))
     made = (
-        f"Written by `divergence-lens study --page docs/{page}`, with nothing chosen by hand; a "
-        f"test makes it anew from the tables ({files}) and compares. "
-        f"{(~shared).sum() + len(control):,} students in {about['settings']['seconds']:.0f} s; "
+        f"Written to `{page}` by `divergence-lens`, with nothing chosen by hand, from these tables "
+        f"alone: {files}. {(~shared).sum() + len(control):,} students{took}; "
         f"model `{settings['model']}`; targets {', '.join(settings['targets'])} of "
         f"{len(settings['animals'])} animals; seeds {seeds}; {settings['prompts']} number prompts "
         f"for each teacher; {len(about['failures'])} failed cells; {versions}."
     )
-    return [made, "", _READING, *([_SEEN] if set(settings["targets"]) == _TARGETS else [])]
+    guide = f"[the study]({_GUIDE})" if (folder.parent / _GUIDE).exists() else "“The study”"
+    reading = f"What the columns and rules are is told in {guide}. {_READING}"
+    proof = _TINY if settings["model"] in TINY_MODELS else _ANY
+    unseen = settings["model"] == "tiny" and set(settings["targets"]) == _TARGETS
+    return [made, "", f"{reading} {proof}", *([_SEEN] if unseen else [])]
 
 
-def _count(findings: Sequence[Finding]) -> str:
+def _count(findings: Sequence[Finding], model: str) -> str:
     known = [finding for finding in findings if _id(finding) in PAPER]
     verdicts = [finding.verdict for finding in known]
+    stricter = sum(_stricter(finding) and finding.verdict == "not supported" for finding in known)
+    more = f" Not supported but stricter than the paper's: {stricter}." if stricter else ""
     return (
-        f"Of {len(known)} claims with a counterpart in the text at hand the miniature agrees with "
-        f"{verdicts.count('supported')}, contradicts {verdicts.count('not supported')} and leaves "
-        f"{verdicts.count('unclear')} open."
+        f"Of {len(known)} claims with a counterpart in the text at hand "
+        f"{'the miniature' if model in TINY_MODELS else 'this study'} agrees with "
+        f"{verdicts.count('supported')}, contradicts {verdicts.count('not supported') - stricter} "
+        f"and leaves {verdicts.count('unclear')} open.{more}"
     )
 
 
@@ -166,7 +191,7 @@ def _beside_the_paper(findings: Sequence[Finding], kind: str) -> list[str]:
         if said is not None:
             rows.append(
                 f"| {_claim(finding, kind)} | {said.text} *({said.source})* | {_ours(finding)} | "
-                f"{_threshold(finding)} | {_AGREES[finding.verdict]} | "
+                f"{_threshold(finding)} | {_agrees(finding)} | "
                 f"{_meaning(finding, said.yes, said.no)} |"
             )
     return rows
@@ -182,7 +207,7 @@ def _without_the_paper(findings: Sequence[Finding], kind: str) -> list[str]:
             difference = short_number(finding.difference, sign=True)
             rows.append(
                 f"| {_claim(finding, kind)} | {_ours(finding)} | {difference} | "
-                f"{_threshold(finding)} | **{finding.verdict}** | {finding.caveat} |"
+                f"{_threshold(finding)} | **{finding.verdict}** | {_caveat(finding)} |"
             )
     return rows
 
@@ -201,8 +226,25 @@ def _ours(finding: Finding) -> str:
 
 
 def _threshold(finding: Finding) -> str:
-    rule = finding.rule.removeprefix("supported if the whole interval lies ")
-    return rule.partition(";")[0]
+    rule = finding.rule.removeprefix("supported if the whole interval lies ").partition(";")[0]
+    return f"{rule}; stricter than the paper's" if _stricter(finding) else rule
+
+
+def _stricter(finding: Finding) -> bool:
+    said = PAPER.get(_id(finding))
+    return said is not None and said.stricter
+
+
+def _agrees(finding: Finding) -> str:
+    if _stricter(finding) and finding.verdict == "not supported":
+        return "no, but stricter"
+    return _AGREES[finding.verdict]
+
+
+def _caveat(finding: Finding) -> str:
+    """The caveat and the other figures that belong to the finding."""
+    beside = [f"{words}: {short_number(value)}" for words, value in finding.beside.items()]
+    return "; ".join([finding.caveat, *beside])
 
 
 def _meaning(finding: Finding, yes: str, no: str) -> str:

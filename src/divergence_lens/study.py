@@ -41,7 +41,7 @@ from divergence_lens.findings import Finding, judge
 from divergence_lens.interrupts import stopped_plainly
 from divergence_lens.models import provenance
 from divergence_lens.storage import write_text
-from divergence_lens.study_config import StudyConfig
+from divergence_lens.study_config import StudyConfig, lora_kinds
 from divergence_lens.tasks.preferences import preference_questions
 
 __all__ = ["Study", "StudyConfig", "finetuned_teacher", "run_study"]
@@ -161,10 +161,12 @@ def run_study(
         out.mkdir(parents=True, exist_ok=True)
         (out / _MARK).touch()
         _clear(out, everything=not resume)
+        there_already = sum(1 for _ in bench.store.folder.rglob("*.json"))
         groups = bench.tasks()
         bench.store.forget_failures()
         work(bench, groups, out, say)
-        study = _gathered(bench, groups, started)
+        took = {"cells_before": there_already, "seconds": time.perf_counter() - started}
+        study = _gathered(bench, groups, took)
     finally:
         bench.store.close()
     _write(study, out)
@@ -174,8 +176,14 @@ def run_study(
 # -- tables -------------------------------------------------------------------------------------
 
 
-def _gathered(bench: Bench, groups: Sequence[Sequence[Task]], started: float) -> Study:
-    """Everything that the cells hold, in the order of the configuration."""
+def _gathered(bench: Bench, groups: Sequence[Sequence[Task]], took: Mapping[str, float]) -> Study:
+    """Everything that the cells hold, in the order of the configuration.
+
+    Args:
+        bench: With the cells.
+        groups: The tasks.
+        took: How many cells, of any settings, were there when the call began, and its duration.
+    """
     config, store = bench.config, bench.store
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
     failures: dict[str, str] = {}
@@ -206,14 +214,16 @@ def _gathered(bench: Bench, groups: Sequence[Sequence[Task]], started: float) ->
         raise RuntimeError(f"not one student could be trained: {first}")
     last_block = Engine.of(bench.model).n_layers - 1
     frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
-    findings = judge(frames, last_block=last_block)
+    described = config.describe(bench.model)
+    findings = judge(frames, last_block=last_block, lora=lora_kinds(described))
     results = {
-        "settings": provenance(bench.model, **config.describe(bench.model))
+        "settings": provenance(bench.model, **described)
         | {
             "seeds": list(config.seeds),
             "questions": len(preference_questions()),
             "blocks": last_block + 1,
-            "seconds": round(time.perf_counter() - started, 1),
+            "cells_before": took["cells_before"],
+            "seconds": round(took["seconds"], 1),
         },
         **{name: tables[name] for name in ("teachers", "data", "divergence", "students")},
         "effects": {name: tables[name] for name in ("layers", "agreement")},

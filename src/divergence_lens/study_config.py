@@ -1,7 +1,7 @@
 """What a study runs, and what is wrong with it before anything runs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from divergence_lens._checks import refuse_one_number, refuse_one_string
 from divergence_lens._tables import short_repr
 from divergence_lens.chat import check_length, encode_prompts
-from divergence_lens.conditions import DEMO, GROUPS, KINDS, Condition, choose_conditions
+from divergence_lens.conditions import DEMO, GROUPS, KINDS, RANKS, Condition, choose_conditions
 from divergence_lens.engine import Engine
 from divergence_lens.freeze import choose
 from divergence_lens.models import Model, load_model, model_name
@@ -53,11 +53,12 @@ weaker there, the main ones."""
 
 LARGE = (
     *("data", "entangled", "masks", "replaced", "fragility"),
-    *("block*", "upto*", "from*", "attention", "mlp", "embedding", "lora?", "lora??"),
+    *("block*", "upto*", "from*", "attention", "mlp", "embedding"),
 )
-"""The conditions of `divergence-lens study` on any other model. Its students are LoRA's at a rate
-for LoRA, so those at multiples of a full rate are left out; what needs a second base cannot be had
-without the user's choice of one."""
+"""The conditions of `divergence-lens study` on any other model, to which the ranks of LoRA other
+than that of all students are added. Its students are LoRA's at a rate for LoRA, so those at
+multiples of a full rate are left out, and the rank that all have would be `divergence_only` again;
+what needs a second base cannot be had without the user's choice of one."""
 
 _DEEPEST = 1000  # to look for a block's name before the model is loaded
 
@@ -167,8 +168,8 @@ class StudyConfig:
         """The settings of `divergence-lens study` for a model.
 
         A tiny model has all conditions, with both kinds of teachers. Any other model has prompted
-        teachers, instructions in the prompts and the paper's recipe (LoRA), on a GPU bfloat16, and
-        its students are not kept.
+        teachers, instructions in the prompts and the paper's recipe (LoRA), is in bfloat16 where it
+        goes to a GPU, and its students are not kept.
 
         Args:
             model: What `load_model` takes.
@@ -185,9 +186,11 @@ class StudyConfig:
             other = next(name for name in TINY_MODELS if name != model)
             defaults |= {"other_model": other, "mechanism": True, "workers": 2}
         else:
+            rank = options.get("lora_rank") or PAPER.lora_rank
+            ranks = [f"lora{other}" for other in RANKS if other != rank]
             defaults |= {
                 "kinds": ("prompted",),
-                "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
+                "dtype": "bfloat16" if _on_gpu(options.get("device")) else "float32",
                 "prompts": 10_000,
                 "instructions": True,
                 "max_new_tokens": 64,
@@ -196,7 +199,7 @@ class StudyConfig:
                 "student_recipe": PAPER,
                 "prompted_recipe": PAPER,
                 "keep_students": False,
-                "conditions": LARGE,
+                "conditions": (*LARGE, *ranks),
             }
         return cls(model=model, **(defaults | options))
 
@@ -314,6 +317,25 @@ class StudyConfig:
                 check_length(encoded, Engine.of(model).n_ctx, new_tokens=1, row=0)
         except ValueError as error:
             raise ValueError(f"{model_name(model)} cannot have {kind} teachers: {error}") from error
+
+
+def lora_kinds(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kinds of teachers whose students are trained with LoRA whatever the condition.
+
+    Args:
+        settings: What `StudyConfig.describe` returned, perhaps read from `results.json`.
+    """
+    recipes = {"finetuned": "student_recipe", "prompted": "prompted_recipe"}
+    return tuple(
+        kind
+        for kind in settings["kinds"]
+        if (settings.get(recipes[kind]) or {}).get("lora_rank") is not None
+    )
+
+
+def _on_gpu(device: str | None) -> bool:
+    """Whether a model that is loaded with this device goes to a GPU."""
+    return torch.cuda.is_available() if device is None else str(device).startswith("cuda")
 
 
 def _refuse_singles(config: StudyConfig) -> None:

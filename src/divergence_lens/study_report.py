@@ -28,6 +28,10 @@ _SETTING = {
         "are written under another neutral one."
     ),
 }
+_NO_PROMPTS = (
+    "Prompted teachers are told in their system prompt to love an animal. Their students are "
+    "trained and asked without one, and the control lists are written without one."
+)
 
 
 # The finding that a group's figure stands beside, and its title.
@@ -158,12 +162,30 @@ def write_study_report(study: Study, folder: str | os.PathLike[str]) -> Path:
             f"dropped. Students are deltas over the untouched base, asked {_questions(study)} "
             "questions that no teacher was trained on."
         ),
-        *(_SETTING[kind] for kind in settings["kinds"]),
+        *(
+            _NO_PROMPTS
+            if kind == "prompted" and not settings.get("neutral", True)
+            else _SETTING[kind]
+            for kind in settings["kinds"]
+        ),
     ]
     write_text(out / "study.md", study_page(study.results))
     findings = [_with_its_figure(row, figures) for row in study.results["findings"]]
-    results = {**study.results, "findings": findings}
+    about = {k: v for k, v in study.results["settings"].items() if k != "seconds"}
+    seconds = duration(study.results["settings"])
+    about |= {} if seconds is None else {"seconds": seconds}
+    results = {**study.results, "findings": findings, "settings": about}
     return write_report(out / "report.html", results, figures, _examples(study), setting=setting)
+
+
+def duration(about: Mapping[str, Any]) -> float | None:
+    """How many seconds a study took, if all of it was computed in the call that gave these results.
+
+    Args:
+        about: The settings of `results.json`. A call that found cells there tells its own seconds,
+            which are not those of the study; older files do not say what was there.
+    """
+    return about.get("seconds") if about.get("cells_before") == 0 else None
 
 
 def _with_its_figure(row: Mapping[str, Any], figures: Mapping[str, go.Figure]) -> Mapping[str, Any]:
