@@ -1,8 +1,6 @@
 """Effects: tables, intervals, agreement, files."""
 
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,12 +198,3 @@ def test_fields_that_do_not_fit_are_refused(effects):
         replace(effects, labels=(("a",) * 3,) * 2, segments=(("a",) * 3,) * 2)
     with pytest.raises(ValueError, match="level is 95"):
         effects.interval(level=95)
-
-
-def test_the_code_on_the_page_runs(capsys):
-    page = Path(__file__).resolve().parents[1] / "docs" / "effects.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    names: dict = {}
-    exec(compile(code, str(page), "exec"), names)  # noqa: S102 - the page's own code
-    assert names["estimate"].verified is not None
-    assert "Agreement(" in capsys.readouterr().out
