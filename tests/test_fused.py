@@ -201,13 +201,16 @@ def test_weights_are_read_as_they_are_now(backend):
         torch.testing.assert_close(engine.final(TOKENS), before, atol=0, rtol=0)
 
 
-def test_unequal_blocks_are_not_used(backend, monkeypatch):
+def test_unequal_blocks_are_not_used_and_that_is_said_once(backend, monkeypatch, caplog):
     monkeypatch.setattr(FusedBlocks, "_norm", lambda self, x, affine: x)
     hf, model = build("llama", backend)
     engine = Engine.of(model)
+    assert Engine.of(model) is engine
     with torch.no_grad():
         logits = engine.unembed(engine.final(TOKENS))
         torch.testing.assert_close(logits, hf(TOKENS).logits, atol=1e-4, rtol=1e-4)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "runs through its own blocks, which is slower" in said
 
 
 def test_a_sliding_window_is_not_fused(backend, calls):

@@ -9,6 +9,7 @@ Tokens are right padded or not padded, and no attention mask is ever passed: und
 what stands right of a position cannot reach it, so rows of padding are simply not read.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from divergence_lens._fused import FusedBlocks
 from divergence_lens._memory import is_out_of_memory
 from divergence_lens.models import Model, check_model, is_hooked, model_name, untyped
+
+_log = logging.getLogger(__name__)
 
 SITES = (
     "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "block_out", "z", "q", "k", "v"
@@ -605,8 +608,15 @@ class Engine(ABC):
             logits.append(self.unembed(self.final(tokens[:, 2:], past, since=1)).float())
         scale = max(1.0, float(logits[0].abs().max()))
         tolerance = 1e-5 if self.dtype in (torch.float32, torch.float64) else 0.05
-        if not float((logits[0] - logits[1]).abs().max()) <= tolerance * scale:
+        difference = float((logits[0] - logits[1]).abs().max()) / scale
+        if not difference <= tolerance:
             self._fast = None
+            _log.warning(
+                "%s runs through its own blocks, which is slower: the fused ones give other logits "
+                "(relative difference %.2g)",
+                model_name(self.model),
+                difference,
+            )
 
 
 def _probe(model: Model) -> Int[Tensor, "2 6"]:
