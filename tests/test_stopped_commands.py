@@ -27,7 +27,11 @@ def run(*arguments: object) -> str:
 
 def stopped(arguments: tuple[object, ...], folder: Path) -> None:
     """Run a command in a process of its own, and press Ctrl-C once it has kept something."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT / "src"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # as here: the same bits need the same number of threads
+    }
     process = subprocess.Popen(
         [sys.executable, "-m", "divergence_lens.cli", *map(str, arguments)],
         env=environment,
