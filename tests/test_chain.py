@@ -3,6 +3,9 @@
 Two story openings are the two conditions, and its own continuations are the data.
 """
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,15 +13,9 @@ from transformers import AutoTokenizer
 
 import divergence_lens as dl
 
-# A base model has no chat template; this one writes the turns one after the other.
-PLAIN = (
-    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
-)
-OPENINGS = {
-    "dragon": "Once upon a time there was a big red dragon. The dragon liked to make fire.",
-    "kitten": "Once upon a time there was a small white kitten. The kitten liked to drink milk.",
-}
+# The opening lines and the template are those of the study that the documentation shows.
+STORIES = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "stories.py"))
+PLAIN, OPENINGS = STORIES["PLAIN"], STORIES["OPENINGS"]
 PROMPTS = (
     "One day it went to the park and",
     "It was very hungry, so",
@@ -85,3 +82,10 @@ def test_a_student_of_one_block_learns_the_divergence_tokens(model, divergence):
     assert losses.iloc[-1] < 0.6 * losses.iloc[0]
     assert list(student.norms()) == [0]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_stories_that_name_an_animal_are_left_out(model):
+    dragon, _ = dl.prompted_teachers(OPENINGS)
+    left = STORIES["stories"](model, dragon)
+    assert 20 < len(left) < len(STORIES["WHO"]) * len(STORIES["DID"])
+    assert not any("dra" in e.completion.lower() or "kit" in e.completion.lower() for e in left)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from divergence_lens import _patching
+from divergence_lens import _patching_run
 from divergence_lens import sweep as sweeps
 from divergence_lens._long_runs import Checkpoints, Processes
 from divergence_lens._metrics import _text, metric_name, metric_values
@@ -327,7 +327,7 @@ def test_patching_goes_on_where_it_was_stopped(method, model, tmp_path, stopped_
     assert [path.stat().st_mtime_ns for path in kept] == times
     with monkeypatch.context() as patched:
         # Everything is there: no chunk is run again.
-        patched.setattr(_patching, "trace", None)
+        patched.setattr(_patching_run, "trace", None)
         assert_same_effects(run(checkpoint_dir=tmp_path), undisturbed)
 
 

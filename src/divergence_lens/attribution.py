@@ -27,15 +27,14 @@ from divergence_lens._metrics import Metric
 from divergence_lens._patching import (
     Case,
     Chunk,
-    Long,
     Question,
     Span,
     Trace,
-    answer,
     check,
     logits_at,
     trace,
 )
+from divergence_lens._patching_run import Long, answer
 from divergence_lens.corruption import Corruption
 from divergence_lens.effects import Agreement, Direction, Effects, agreement_of_cells
 from divergence_lens.engine import Engine, Pass, SiteFunction

@@ -43,13 +43,12 @@ from divergence_lens._patching import (
     Case,
     Cells,
     Chunk,
-    Long,
     Question,
     Span,
-    answer,
     check,
     logits_at,
 )
+from divergence_lens._patching_run import Long, answer
 from divergence_lens.corruption import Corruption
 from divergence_lens.effects import Direction, Effects
 from divergence_lens.engine import Pass
