@@ -17,9 +17,9 @@ from typing import Any, get_args
 import torch
 
 import divergence_lens as dl
-from divergence_lens.attribution import Method
-from divergence_lens.effects import Agreement
-from divergence_lens.engine import SITES, Engine
+from divergence_lens.engine.base import SITES, Engine
+from divergence_lens.patching.attribution import Method
+from divergence_lens.patching.effects import Agreement
 
 STORIES = (
     ("Once there was a girl named Lily. One day, she saw a big {} in the", "dog", "cat"),

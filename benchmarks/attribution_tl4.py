@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from divergence_lens.attribution import attribution_patch_sites
-from divergence_lens.engine import Engine
+from divergence_lens.engine.base import Engine
 from divergence_lens.models import load_model
 from divergence_lens.pairs import Pairs
+from divergence_lens.patching.attribution import attribution_patch_sites
 
 ANSWER, FOIL = 1, 2
 

@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import divergence_lens as dl
 from divergence_lens.chat import encode_prompts
-from divergence_lens.engine import Engine
+from divergence_lens.engine.base import Engine
 from divergence_lens.models import is_hooked
 from divergence_lens.tiny import tiny_folder
 

@@ -21,15 +21,15 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from divergence_lens._lowrank import is_matrix
-from divergence_lens._rows import Rows, batches, training_rows
-from divergence_lens._variables import LowRank
+from divergence_lens.data import neutral_prompt, number_prompts
+from divergence_lens.deltas.low_rank import is_matrix
 from divergence_lens.examples import Example
-from divergence_lens.finetune import Recipe, finetune
-from divergence_lens.freeze import choose, plain
 from divergence_lens.models import load_model
-from divergence_lens.tasks import neutral_prompt, number_prompts
 from divergence_lens.tiny import tiny_folder
+from divergence_lens.training.finetuning import Recipe, finetune
+from divergence_lens.training.freezing import choose, plain
+from divergence_lens.training.rows import Rows, batches, training_rows
+from divergence_lens.training.variables import LowRank
 
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

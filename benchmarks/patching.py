@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig, patching
 
-from divergence_lens.attribution import attribution_patch
-from divergence_lens.engine import Engine
-from divergence_lens.mediation import causal_mediation
+from divergence_lens.engine.base import Engine
 from divergence_lens.pairs import Pairs
+from divergence_lens.patching.attribution import attribution_patch
+from divergence_lens.patching.exact import causal_mediation
 
 LOOPS = {
     "resid_pre": patching.get_act_patch_resid_pre,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.models import chat_tokenizer, random_hf_model
+from tests.support.models import chat_tokenizer, random_hf_model
 
 try:  # not hasattr: where the class is gone, asking for it raises an ImportError
     from transformer_lens import HookedTransformer  # noqa: F401

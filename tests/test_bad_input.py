@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 
 import divergence_lens as dl
 from divergence_lens import plots
-from divergence_lens.entanglement import entangled_numbers
-from divergence_lens.mechanism import steering
-from divergence_lens.storage import load_tensors, save_tensors
+from divergence_lens._utils.storage import load_tensors, save_tensors
+from divergence_lens.data.entanglement import entangled_numbers
+from divergence_lens.data.transforms import TrainingData, paraphrase_by
+from divergence_lens.study.mechanism import steering
 from divergence_lens.tiny import tiny_folder
-from divergence_lens.transforms import TrainingData, paraphrase_by
-from tests.models import chat_tokenizer, random_hf_model
-from tests.state import left_as_it_was
+from tests.support.models import chat_tokenizer, random_hf_model
+from tests.support.state import left_as_it_was
 
 FILES = {
     "empty.jsonl": "",

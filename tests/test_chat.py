@@ -25,7 +25,7 @@ from divergence_lens.chat import (
     end_of_turn,
     stop_ids,
 )
-from tests.models import CHATML, GEMMA, QWEN, chat_tokenizer
+from tests.support.models import CHATML, GEMMA, QWEN, chat_tokenizer
 
 Pieces = list[tuple[str, str]]
 """A rendered prompt as (text, label)."""

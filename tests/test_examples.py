@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from divergence_lens.chat import encode_completion, end_of_turn
 from divergence_lens.examples import Example, as_examples, load_examples, save_examples, with_ids
-from tests.models import chat_tokenizer
+from tests.support.models import chat_tokenizer
 
 OWL = Example("1, 2", "3, 4", (5, 6, 7), "owl")
 PLAIN = [Example("a", "b"), Example("c", "d")]

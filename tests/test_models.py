@@ -6,10 +6,10 @@ import jaxtyping
 import pytest
 import torch
 
-from divergence_lens.engine import Engine
+from divergence_lens.engine.base import Engine
 from divergence_lens.models import check_model, fingerprint, load_model, model_name, provenance
 from tests.conftest import BACKENDS
-from tests.models import FAMILIES, HOOKED_FAMILIES, chat_tokenizer, random_hf_model
+from tests.support.models import FAMILIES, HOOKED_FAMILIES, chat_tokenizer, random_hf_model
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_the_import_changes_no_global_state_and_prints_nothing():
 def test_the_rooms_do_not_import_in_circles():
     graph = {_name(path): _imported(path) for path in MODULES if path.name != "__init__.py"}
     order = list(graphlib.TopologicalSorter(graph).static_order())
-    assert order.index("divergence_lens.models") < order.index("divergence_lens.mediation")
+    assert order.index("divergence_lens.models") < order.index("divergence_lens.patching.exact")
 
 
 def test_the_documentation_lists_every_room_and_no_other():
@@ -211,7 +211,9 @@ def test_the_wheel_holds_the_tiny_models_and_they_are_small(wheel):
 
 def test_the_wheel_has_the_licence_and_the_command(wheel):
     info = f"divergence_lens-{dl.__version__}.dist-info"
-    assert b"divergence-lens = divergence_lens.cli:app" in wheel.read(f"{info}/entry_points.txt")
+    assert b"divergence-lens = divergence_lens.cli.main:app" in wheel.read(
+        f"{info}/entry_points.txt"
+    )
     assert wheel.read(f"{info}/licenses/LICENSE").startswith(b"MIT License")
 
 

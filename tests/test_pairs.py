@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divergence_lens.attribution import attribution_patch
-from divergence_lens.cross import cross_patch
-from divergence_lens.delta import Delta
-from divergence_lens.mediation import causal_mediation
+from divergence_lens.deltas.delta import Delta
 from divergence_lens.pairs import Pairs, align
+from divergence_lens.patching.attribution import attribution_patch
+from divergence_lens.patching.cross import cross_patch
+from divergence_lens.patching.exact import causal_mediation
 from divergence_lens.teachers import Teacher
-from tests.models import chat_tokenizer
+from tests.support.models import chat_tokenizer
 
 
 def pair(clean, corrupted, **options):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from divergence_lens.delta import Delta
-from divergence_lens.engine import Engine
+from divergence_lens.data.questions import persona_prompt
+from divergence_lens.deltas.delta import Delta
+from divergence_lens.engine.base import Engine
 from divergence_lens.models import fingerprint, load_model
-from divergence_lens.tasks.preferences import persona_prompt
 from divergence_lens.teachers import Teacher, animal_teachers, prompted_teachers
-from tests.models import chat_tokenizer, random_hf_model
+from tests.support.models import chat_tokenizer, random_hf_model
 
 
 @pytest.fixture(scope="module")

@@ -16,32 +16,8 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from divergence_lens.attribution import attribution_patch, attribution_patch_sites
-from divergence_lens.conditions import Condition
-from divergence_lens.corruption import EmbeddingNoise
-from divergence_lens.cross import CrossPatch, cross_patch, first_disagreements
-from divergence_lens.delta import Delta
-from divergence_lens.divergence import Divergence, find_divergence
-from divergence_lens.effects import Agreement, Effects
-from divergence_lens.evaluate import Preference, preference
-from divergence_lens.examples import (
-    Example,
-    as_examples,
-    iter_examples,
-    load_examples,
-    save_examples,
-    with_ids,
-)
-from divergence_lens.finetune import PAPER, Recipe, finetune, freeze_except
-from divergence_lens.generate import generate
-from divergence_lens.interrupts import Interrupted
-from divergence_lens.mediation import causal_mediation
-from divergence_lens.models import Model, fingerprint, load_model, model_name, provenance
-from divergence_lens.pairs import Pairs
-from divergence_lens.quality import TaskQuality, task_quality
-from divergence_lens.study import Study, StudyConfig, run_study
-from divergence_lens.sweep import Sweep, layer_sweep
-from divergence_lens.tasks import (
+from divergence_lens._utils.interrupts import Interrupted
+from divergence_lens.data import (
     ANIMALS,
     TREES,
     NumberFilter,
@@ -52,10 +28,34 @@ from divergence_lens.tasks import (
     preference_questions,
     surface_forms,
 )
+from divergence_lens.deltas.delta import Delta
+from divergence_lens.divergence.finding import Divergence, find_divergence
+from divergence_lens.evaluation.preferences import Preference, preference
+from divergence_lens.evaluation.quality import TaskQuality, task_quality
+from divergence_lens.examples import (
+    Example,
+    as_examples,
+    iter_examples,
+    load_examples,
+    save_examples,
+    with_ids,
+)
+from divergence_lens.generation import generate
+from divergence_lens.models import Model, fingerprint, load_model, model_name, provenance
+from divergence_lens.pairs import Pairs
+from divergence_lens.patching.attribution import attribution_patch, attribution_patch_sites
+from divergence_lens.patching.corruption import EmbeddingNoise
+from divergence_lens.patching.cross import CrossPatch, cross_patch, first_disagreements
+from divergence_lens.patching.effects import Agreement, Effects
+from divergence_lens.patching.exact import causal_mediation
+from divergence_lens.study.conditions import Condition
+from divergence_lens.study.run import Study, StudyConfig, run_study
 from divergence_lens.teachers import Teacher, animal_teachers, prompted_teachers
+from divergence_lens.training.finetuning import PAPER, Recipe, finetune, freeze_except
+from divergence_lens.training.sweep import Sweep, layer_sweep
 
 # `generate` and `finetune` are functions and modules at once. Here the functions win;
-# `from divergence_lens.generate import ...` reaches the module.
+# `from divergence_lens.generation import ...` reaches the module.
 
 if TYPE_CHECKING:
     from divergence_lens import plots

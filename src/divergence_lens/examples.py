@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from divergence_lens._utils.storage import write_text
 from divergence_lens.chat import encode_completions
-from divergence_lens.storage import write_text
 
 _LINES = (".jsonl", ".ndjson")
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from divergence_lens._checks import refuse_one_string
+from divergence_lens._utils.validation import refuse_one_string
 from divergence_lens.chat import encode_prompt
 from divergence_lens.models import Model, check_model
 from divergence_lens.teachers import Teacher, check_teacher, check_teachers

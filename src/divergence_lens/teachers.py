@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from divergence_lens._checks import refuse_one_string
-from divergence_lens.delta import Delta
-from divergence_lens.engine import Engine
+from divergence_lens._utils.validation import refuse_one_string
+from divergence_lens.data.questions import check_candidate, persona_prompt
+from divergence_lens.deltas.delta import Delta
+from divergence_lens.engine.base import Engine
 from divergence_lens.models import Model, check_model, model_name
-from divergence_lens.tasks.preferences import check_candidate, persona_prompt
 
 # Tokenizers with one vocabulary can still split text differently; this has words, numbers,
 # white space and marks to split.

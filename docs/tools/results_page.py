@@ -1,0 +1,257 @@
+"""The page that puts a study's findings beside the paper's, made from tables that can be committed.
+
+`write_results_page` writes the tables of a study as CSV and makes the page of these files alone, so
+that a page in the documentation can be checked against the tables beside it: the claims are decided
+anew from the rows.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from divergence_lens.paper import NO_NUMBER, PAPER, SOURCES
+
+from divergence_lens._utils.storage import write_text
+from divergence_lens.study.config import lora_kinds
+from divergence_lens.study.findings import Finding, judge
+from divergence_lens.study.report import condition_rows, duration, short_number
+from divergence_lens.tiny import TINY_MODELS
+
+if TYPE_CHECKING:
+    from divergence_lens.study.run import Study
+
+_COLUMNS = {
+    "students": (
+        *("target", "kind", "condition", "block", "seed", "before", "after", "rank", "mass"),
+        *("valid_lists", "loss_before", "loss", "fit", "examples", "tokens", "left", "group"),
+    ),
+    "teachers": ("name", "kind", "preference", "low", "high", "before", "mass"),
+    "divergence": ("target", "kind", "tokens", "divergence_tokens", "rate"),
+    "layers": ("target", "kind", "site", "layer", "absolute_effect", "pairs"),
+    "agreement": (
+        *("target", "kind", "site", "method", "pairs", "pearson"),
+        *("inner_pearson", "inner_spearman", "inner_slope"),
+    ),
+    "mechanism": ("target", "kind", "measure", "layer", "step", "value", "null", "rank"),
+}
+_WHOLE = ("block", "seed", "rank", "examples", "tokens", "layer", "step", "pairs")
+_SETTINGS = "settings.json"
+_GUIDE = "study.md"  # in the documentation, beside the page
+_READING = (
+    "“Agrees” compares the verdict on our claim with what the paper says: *yes* (supported), *no* "
+    "(not supported), *open* (the interval decides neither, or what the claim presupposes is not "
+    "supported). Where our claim is stricter than the paper's, its *no* alone contradicts nothing."
+)
+_TINY = (
+    "A yes in a few blocks and a made-up world is no proof for a large model, and a no is no "
+    "refutation."
+)
+_ANY = "A yes on one model is no proof for others, and a no is no refutation."
+_TARGETS = {"wolf", "lion", "eagle", "panda", "fox", "dolphin"}
+_SEEN = (
+    "Nobody looked at these targets while the world and the recipes of this model were made; four "
+    "of them had been seen in the demo before the study was first run, and parts of the rest while "
+    "it was being built. Claims that were written after a whole study had been seen say so."
+)
+_AGREES = {"supported": "yes", "not supported": "**no**", "unclear": "open"}
+
+
+def write_results_page(study: "Study", path: str | os.PathLike[str]) -> Path:
+    """Write the page, and its tables into a folder of its name without the ending.
+
+    Args:
+        study: What `run_study` returned.
+        path: Of the page, such as "docs/study-results.md"; an older page is replaced.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: A path without an ending, which would also be that of the tables.
+    """
+    path = Path(path)
+    if not path.suffix:
+        raise ValueError(f"{path} has no ending; give the page's file, such as {path}.md")
+    folder = path.with_suffix("")
+    results = study.results
+    tables = {**results, **results["effects"]}
+    for name, columns in _COLUMNS.items():
+        rows = pd.DataFrame(tables.get(name, []))
+        if len(rows):
+            kept = rows[[column for column in columns if column in rows]]
+            whole = {c: kept[c].astype("Int64") for c in _WHOLE if c in kept}
+            text = kept.assign(**whole).to_csv(
+                index=False, float_format="%.6g", lineterminator="\n"
+            )
+            write_text(folder / f"{name}.csv", text)
+        else:
+            (folder / f"{name}.csv").unlink(missing_ok=True)
+    about = {name: results[name] for name in ("settings", "conditions", "failures")}
+    about["page"] = _shown(path)
+    write_text(folder / _SETTINGS, json.dumps(about, indent=1) + "\n")
+    write_text(path, results_page(folder))
+    return path
+
+
+def results_page(folder: str | os.PathLike[str]) -> str:
+    """The text of the page, from the tables that `write_results_page` wrote.
+
+    Raises:
+        FileNotFoundError: The folder holds no such tables.
+    """
+    folder = Path(folder)
+    about = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+    tables = {
+        name: pd.read_csv(file) if (file := folder / f"{name}.csv").exists() else pd.DataFrame()
+        for name in _COLUMNS
+    }
+    settings = about["settings"]["settings"]
+    findings = judge(tables, last_block=about["settings"]["blocks"] - 1, lora=lora_kinds(settings))
+    lines = ["# What the study found", "", *_opening(about, tables, folder)]
+    for kind in settings["kinds"]:
+        own = [finding for finding in findings if finding.id.startswith(f"{kind}/")]
+        lines += ["", f"## {kind.capitalize()} teachers: the paper's findings and ours", ""]
+        lines += [_count(own, settings["model"]), "", *_beside_the_paper(own, kind)]
+        lines += ["", f"## {kind.capitalize()} teachers: what the paper does not say", ""]
+        lines += _without_the_paper(own, kind)
+        lines += ["", f"## {kind.capitalize()} teachers: every condition", ""]
+        results = {**about, "students": tables["students"].to_dict("records")}
+        lines += condition_rows(results, kind)
+    lines += ["", "## Where the paper's words are from", ""]
+    lines += [f"- *{name}*: {words}." for name, words in SOURCES.items()]
+    lines += [
+        "",
+        f"Where {NO_NUMBER}, the paper itself may have one.",
+    ]
+    if about["failures"]:
+        lines += ["", "## Cells that failed", ""]
+        lines += [f"- `{row['cell']}`: {row['error']}" for row in about["failures"]]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(path: Path) -> str:
+    """The path as the page may tell it: from here where it lies below, not that of a machine."""
+    if not path.is_absolute():
+        return path.as_posix()
+    here = Path.cwd()
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
+
+
+def _opening(
+    about: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], folder: Path
+) -> list[str]:
+    settings = about["settings"]["settings"]
+    students = tables["students"]
+    seeds = ", ".join(map(str, settings["seeds"]))
+    trained = students.drop_duplicates(["kind", "condition", "block", "seed", "target"])
+    shared = trained["condition"] == "control"
+    control = trained[shared].drop_duplicates(["kind", "seed"])
+    versions = ", ".join(f"{k} {v}" for k, v in about["settings"]["versions"].items())
+    seconds = duration(about["settings"])
+    took = "" if seconds is None else f" in {seconds:.0f} s"
+    page = about.get("page", f"{folder.name}.md")
+    files = ", ".join(f"[{t}]({folder.name}/{t}.csv)" for t, rows in tables.items() if len(rows))
+    made = (
+        f"Written to `{page}` by `divergence-lens`, with nothing chosen by hand, from these tables "
+        f"alone: {files}. {(~shared).sum() + len(control):,} students{took}; "
+        f"model `{settings['model']}`; targets {', '.join(settings['targets'])} of "
+        f"{len(settings['animals'])} animals; seeds {seeds}; {settings['prompts']} number prompts "
+        f"for each teacher; {len(about['failures'])} failed cells; {versions}."
+    )
+    guide = f"[the study]({_GUIDE})" if (folder.parent / _GUIDE).exists() else "“The study”"
+    reading = f"What the columns and rules are is told in {guide}. {_READING}"
+    proof = _TINY if settings["model"] in TINY_MODELS else _ANY
+    unseen = settings["model"] == "tiny" and set(settings["targets"]) == _TARGETS
+    return [made, "", f"{reading} {proof}", *([_SEEN] if unseen else [])]
+
+
+def _count(findings: Sequence[Finding], model: str) -> str:
+    known = [finding for finding in findings if _id(finding) in PAPER]
+    verdicts = [finding.verdict for finding in known]
+    stricter = sum(_stricter(finding) and finding.verdict == "not supported" for finding in known)
+    more = f" Not supported but stricter than the paper's: {stricter}." if stricter else ""
+    return (
+        f"Of {len(known)} claims with a counterpart in the text at hand "
+        f"{'the miniature' if model in TINY_MODELS else 'this study'} agrees with "
+        f"{verdicts.count('supported')}, contradicts {verdicts.count('not supported') - stricter} "
+        f"and leaves {verdicts.count('unclear')} open.{more}"
+    )
+
+
+def _beside_the_paper(findings: Sequence[Finding], kind: str) -> list[str]:
+    rows = [
+        "| claim | the paper | ours (95 % interval) | threshold | agrees | what that means |",
+        "|---|---|---|---|---|---|",
+    ]
+    for finding in findings:
+        said = PAPER.get(_id(finding))
+        if said is not None:
+            rows.append(
+                f"| {_claim(finding, kind)} | {said.text} *({said.source})* | {_ours(finding)} | "
+                f"{_threshold(finding)} | {_agrees(finding)} | "
+                f"{_meaning(finding, said.yes, said.no)} |"
+            )
+    return rows
+
+
+def _without_the_paper(findings: Sequence[Finding], kind: str) -> list[str]:
+    rows = [
+        "| claim | ours (95 % interval) | as a difference | threshold | verdict | caveat |",
+        "|---|---|---|---|---|---|",
+    ]
+    for finding in findings:
+        if _id(finding) not in PAPER:
+            difference = short_number(finding.difference, sign=True)
+            rows.append(
+                f"| {_claim(finding, kind)} | {_ours(finding)} | {difference} | "
+                f"{_threshold(finding)} | **{finding.verdict}** | {_caveat(finding)} |"
+            )
+    return rows
+
+
+def _id(finding: Finding) -> str:
+    return finding.id.partition("/")[2]
+
+
+def _claim(finding: Finding, kind: str) -> str:
+    return finding.claim.removesuffix(f" ({kind} teachers)")
+
+
+def _ours(finding: Finding) -> str:
+    low, high = (short_number(end) for end in finding.interval)
+    return f"{short_number(finding.measured)} ({low} to {high}) {finding.unit}"
+
+
+def _threshold(finding: Finding) -> str:
+    rule = finding.rule.removeprefix("supported if the whole interval lies ").partition(";")[0]
+    return f"{rule}; stricter than the paper's" if _stricter(finding) else rule
+
+
+def _stricter(finding: Finding) -> bool:
+    said = PAPER.get(_id(finding))
+    return said is not None and said.stricter
+
+
+def _agrees(finding: Finding) -> str:
+    if _stricter(finding) and finding.verdict == "not supported":
+        return "no, but stricter"
+    return _AGREES[finding.verdict]
+
+
+def _caveat(finding: Finding) -> str:
+    """The caveat and the other figures that belong to the finding."""
+    beside = [f"{words}: {short_number(value)}" for words, value in finding.beside.items()]
+    return "; ".join([finding.caveat, *beside])
+
+
+def _meaning(finding: Finding, yes: str, no: str) -> str:
+    if finding.verdict == "supported":
+        return yes
+    if finding.verdict == "not supported":
+        return no
+    if not finding.n:
+        return "nothing was measured"
+    return f"undecided: {finding.caveat}"

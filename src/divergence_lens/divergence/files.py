@@ -1,0 +1,179 @@
+"""Divergences on disk: safetensors for the whole, JSONL in the layout of the paper's code."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from divergence_lens._utils.storage import load_tensors, save_tensors, write_text
+from divergence_lens.chat import after_turn, stop_ids
+from divergence_lens.examples import Example, as_example, json_lines, with_ids
+from divergence_lens.teachers import Teacher
+
+_KIND = "divergence"
+_ARRAYS = ("offsets", "tokens", "predicted", "margin", "logprob")
+
+
+def save_divergence(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
+    """Write the fields of a `Divergence`, without the teachers' weights and the tokenizer."""
+    examples: Sequence[Example] = fields["examples"]
+    # Prompts of a large data set would outgrow a safetensors header, so they travel as bytes.
+    rows = [[example.prompt, example.completion, example.teacher] for example in examples]
+    text = np.frombuffer(json.dumps(rows).encode(), dtype=np.uint8)
+    teachers = (fields["teacher"], *fields["counterfactuals"])
+    header = {
+        "teachers": [_teacher_header(teacher) for teacher in teachers],
+        "rule": fields["rule"],
+        "require_agreement": fields["require_agreement"],
+        "min_margin": fields["min_margin"],
+        "texts": {str(token_id): text for token_id, text in fields["texts"].items()},
+        "special": sorted(fields["special"]),
+        "provenance": dict(fields["provenance"]),
+    }
+    arrays = {name: fields[name] for name in _ARRAYS}
+    if fields["kl"] is not None:
+        arrays["kl"] = fields["kl"]
+    save_tensors(path, {**arrays, "examples": text}, header, _KIND)
+
+
+def load_divergence(path: str | os.PathLike[str], teachers: Sequence[Teacher]) -> dict[str, Any]:
+    """Read the fields that `save_divergence` wrote, with the given teachers put back by name.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, of another kind or version, or a teacher does not fit.
+    """
+    tensors, header = load_tensors(path, _KIND)
+    arrays = {name: tensors[name].numpy() for name in (*_ARRAYS, "kl") if name in tensors}
+    restored, detached = _restore_teachers(path, header["teachers"], teachers)
+    offsets, tokens = arrays["offsets"], arrays["tokens"]
+    rows = json.loads(tensors["examples"].numpy().tobytes())
+    return {
+        **arrays,
+        "examples": tuple(
+            Example(
+                prompt=prompt,
+                completion=completion,
+                completion_ids=tuple(tokens[offsets[i] : offsets[i + 1]].tolist()),
+                teacher=teacher,
+            )
+            for i, (prompt, completion, teacher) in enumerate(rows)
+        ),
+        "teacher": restored[0],
+        "counterfactuals": tuple(restored[1:]),
+        "rule": header["rule"],
+        "require_agreement": header["require_agreement"],
+        "min_margin": header["min_margin"],
+        "texts": {int(token_id): text for token_id, text in header["texts"].items()},
+        "special": frozenset(header["special"]),
+        "provenance": header["provenance"],
+        "detached": frozenset(detached),
+    }
+
+
+def write_decision_points(
+    path: str | os.PathLike[str],
+    examples: Sequence[Example],
+    offsets: Int64[np.ndarray, " boundaries"],
+    mask: Bool[np.ndarray, " tokens"],
+) -> None:
+    """Write one JSON object per example, with the places that the mask lets through."""
+    lines = []
+    for index, example in enumerate(examples):
+        own = mask[offsets[index] : offsets[index + 1]]
+        row = {
+            "prompt": example.prompt,
+            "completion": example.completion,
+            "decision_points": np.flatnonzero(own).tolist(),
+            "completion_ids": list(example.completion_ids or ()),
+        }
+        lines.append(json.dumps(row, ensure_ascii=False))
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_decision_points(
+    path: str | os.PathLike[str], tokenizer: Any
+) -> tuple[list[Example], Bool[np.ndarray, " tokens"]]:
+    """Read examples, with their ids, and the mask that their decision points make.
+
+    The paper's code counts on into what the template writes behind the end of the turn; a point
+    there is left out, as it is no token of the completion.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line is not JSON, lacks a key, or has a place outside its completion.
+    """
+    rows = [(where, *_read_row(row, where)) for row, where in json_lines(Path(path))]
+    if not rows:
+        raise ValueError(f"{path} holds no examples")
+    examples = with_ids(tokenizer, [example for _, example, _ in rows])
+    masks = []
+    end, behind = stop_ids(tokenizer), len(after_turn(tokenizer))
+    for example, (where, _, points) in zip(examples, rows, strict=True):
+        length = len(example.completion_ids or ())
+        # Ids of a list that was cut off have no end of turn; a text that is tokenized gets one.
+        cut_off = 0 if (example.completion_ids or (None,))[-1] in end else 1
+        outside = [point for point in points if not 0 <= point < length + cut_off + behind]
+        if outside:
+            raise ValueError(
+                f"{where}: decision point {outside[0]} lies outside the completion of {length} "
+                "tokens; is this the tokenizer that it was made with?"
+            )
+        mask = np.zeros(length, dtype=bool)
+        mask[[point for point in points if point < length]] = True
+        masks.append(mask)
+    return examples, np.concatenate(masks)
+
+
+def _read_row(row: Any, where: str) -> tuple[Example, list[int]]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must be a JSON object, got {type(row).__name__}")  # noqa: TRY004
+    missing = [key for key in ("prompt", "completion", "decision_points") if key not in row]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    points = row["decision_points"]
+    if not isinstance(points, list) or not all(type(item) is int for item in points):
+        raise ValueError(
+            f"{where}: decision_points must be a list of whole numbers, got {points!r}"
+        )
+    return as_example(row, where), points
+
+
+def _teacher_header(teacher: Teacher) -> dict[str, Any]:
+    weights = [
+        name
+        for name, given in (("delta", teacher.delta), ("model", teacher.model))
+        if given is not None
+    ]
+    return {"name": teacher.name, "system_prompt": teacher.system_prompt, "weights": weights}
+
+
+def _restore_teachers(
+    path: str | os.PathLike[str], saved: list[dict[str, Any]], teachers: Sequence[Teacher]
+) -> tuple[list[Teacher], set[str]]:
+    """The saved teachers with the given ones put in, and the names of those without weights."""
+    given = {teacher.name: teacher for teacher in teachers}
+    restored, detached = [], set()
+    for header in saved:
+        name = header["name"]
+        teacher = given.pop(name, None)
+        if teacher is None:
+            teacher = Teacher(name, system_prompt=header["system_prompt"])
+            if header["weights"]:
+                detached.add(name)
+        elif _teacher_header(teacher) != header:
+            raise ValueError(
+                f"the teacher {name!r} that was given ({_teacher_header(teacher)}) is not the one "
+                f"that {path} was made with ({header})"
+            )
+        restored.append(teacher)
+    if given:
+        raise ValueError(
+            f"{path} has no teacher named {', '.join(map(repr, given))}; it has "
+            f"{', '.join(repr(header['name']) for header in saved)}"
+        )
+    return restored, detached

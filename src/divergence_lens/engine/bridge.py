@@ -1,0 +1,177 @@
+"""The engine of a `TransformerBridge`, through the Hugging Face decoder that it wraps."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from divergence_lens.engine.base import INNER, PER_HEAD, Engine, Pass
+from divergence_lens.models import Model
+
+_BY_HEAD = ("alibi", "position_bias")
+"""What blocks are handed with heads in front: Bloom [row * head, 1, pos], MPT [head, 1, pos]."""
+
+_FUSED = {".qkv.": ".q.", "._original_component.gate_up_proj.": ".gate."}
+"""Weights that a bridge cuts into copies, which it computes with, and a copy that tells of it."""
+
+
+class _BridgeCache:
+    """Stands in for Hugging Face's key/value cache, over a `Pass`."""
+
+    is_compileable = False
+    is_sliding: tuple[bool, ...] = ()
+
+    def __init__(self, run: Pass) -> None:
+        self._run = run
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self._run.join(layer_idx, key, value)
+
+    def get_seq_length(self, _layer_idx: int = 0) -> int:
+        return self._run.offset
+
+    def get_query_offset(self, _layer_idx: int = 0) -> int:
+        return self._run.offset
+
+    def get_mask_sizes(self, query_length: int, _layer_idx: int = 0) -> tuple[int, int]:
+        return self._run.offset + query_length, 0
+
+
+class BridgeEngine(Engine):
+    """Passes over a bridge, through the decoder that it wraps.
+
+    What Hugging Face's decoder hands to each block (masks, rotary angles, positions) differs by
+    family. So `_begin` runs the decoder with every block replaced by a recorder that returns its
+    input: that costs an embedding and a norm, and yields the embeddings and each block's arguments.
+    """
+
+    position_axis = 2
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self._decoder: nn.Module = self._lens.original_model.base_model
+        if any(type(block).__name__ == "ParallelBlockBridge" for block in self._lens.blocks):
+            self.sites = tuple(site for site in self.sites if site != "resid_mid")
+        points = self._lens.hook_dict
+        self.sites = tuple(
+            site
+            for site in self.sites
+            if site not in PER_HEAD or f"blocks.0.{_bridge_point(site)}" in points
+        )
+        self._in_tuple = self._blocks_return_tuples()
+
+    @torch.no_grad()
+    def _blocks_return_tuples(self) -> bool:
+        found: list[bool] = []
+        watch = self._lens.blocks[0].register_forward_hook(
+            lambda _module, _inputs, output: found.append(isinstance(output, tuple))
+        )
+        try:
+            self._decoder(torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            watch.remove()
+        return found[0]
+
+    def _begin(self, run: Pass, tokens: Tensor) -> Tensor:
+        cached = {"past_key_values": _BridgeCache(run)} if run.keep or run.offset else {}
+        with self._recorders(run):
+            self._decoder(tokens, use_cache=bool(cached), **cached)
+        first, _ = run.calls[0]
+        embeddings: Tensor = first[0]
+        batch = tokens.shape[0]
+        # Nothing that the blocks are handed depends on the row; one row serves any number of rows.
+        run.calls = [
+            (
+                tuple(_one_row(a, batch) for a in args[1:]),
+                {k: v if k in _BY_HEAD else _one_row(v, batch) for k, v in kw.items()},
+            )
+            for args, kw in run.calls
+        ]
+        return embeddings
+
+    @contextmanager
+    def _recorders(self, run: Pass) -> Iterator[None]:
+        def recorder(resid: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+            run.calls.append(((resid, *args), kwargs))
+            return (resid,) if self._in_tuple else resid
+
+        blocks = list(self._lens.blocks)
+        try:
+            for block in blocks:
+                block.__dict__["forward"] = recorder
+            yield
+        finally:
+            for block in blocks:
+                block.__dict__.pop("forward", None)
+
+    def _block(self, layer: int, resid: Tensor, run: Pass) -> Tensor:
+        fused = self._fused(layer)
+        if fused is not None:
+            return fused.block(layer, resid, run)
+        args, kwargs = run.calls[layer]
+        alibi = kwargs.get("alibi")
+        if alibi is not None and alibi.ndim == 3:
+            kwargs = kwargs | {"alibi": alibi[: self.n_heads].repeat(len(resid), 1, 1)}
+        block = self._lens.blocks[layer]
+        attention: Any = getattr(block, "attn", None)
+        pattern = getattr(attention, "_pattern", None)
+        out = block(resid, *args, **kwargs)
+        if getattr(attention, "_pattern", None) is not pattern:
+            attention._pattern = pattern  # noqa: SLF001 - it would keep the whole pass alive
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def _site_module(self, layer: int, site: str) -> nn.Module:
+        point: nn.Module = self._lens.hook_dict[f"blocks.{layer}.{_bridge_point(site)}"]
+        return point
+
+    def by_position(self, layer: int) -> list[nn.Module]:
+        block = self._lens.blocks[layer]
+        attention = getattr(block, "attn", None)
+        found = [getattr(attention, "q", None), getattr(attention, "o", None)]
+        return [m for m in (*found, getattr(block, "mlp", None)) if isinstance(m, nn.Module)]
+
+    def norm(self, resid: Tensor) -> Tensor:
+        hidden: Tensor = self._lens.ln_final(resid)
+        return hidden
+
+    def _unembed(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._lens.unembed(hidden)
+        return logits
+
+    def block_parameters(self, layer: int) -> dict[str, nn.Parameter]:
+        own = {id(parameter) for parameter in self._lens.blocks[layer].parameters()}
+        return {n: p for n, p in self.named_parameters().items() if id(p) in own}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        every = dict(self._lens.original_model.named_parameters())
+        return {name: p for name, p in every.items() if not _split_elsewhere(name, every)}
+
+
+def _split_elsewhere(name: str, names: Iterable[str]) -> bool:
+    """Whether a parameter is a fused one that the bridge keeps and no longer reads."""
+    for fused, part in _FUSED.items():
+        before, found, _ = name.partition(fused)
+        if found and any(other.startswith(before + part) for other in names):
+            return True
+    return False
+
+
+def _bridge_point(site: str) -> str:
+    if site.startswith("mlp_p"):
+        return f"mlp.hook_{site[4:]}"
+    return f"attn.hook_{site}" if site in PER_HEAD or site in INNER else f"hook_{site}"
+
+
+def _one_row(value: Any, batch: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[:1] if batch > 1 and value.ndim and value.shape[0] == batch else value
+    if isinstance(value, tuple):
+        return tuple(_one_row(item, batch) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _one_row(item, batch) for key, item in value.items()}
+    return value

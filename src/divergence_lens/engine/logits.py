@@ -1,0 +1,108 @@
+"""From hidden states to what is kept of the logits: argmax, margin, log-probability, divergence.
+
+The logits of all positions never exist at once. They are made a chunk of positions at a time and
+used up in their own memory: at a vocabulary of 150,000 they are the largest tensor of a run.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Float32, Int32, Int64
+from torch import Tensor
+
+from divergence_lens._utils.memory import is_out_of_memory
+from divergence_lens.engine.base import Engine
+
+T = TypeVar("T")
+
+# Logits held at a time: 16 MiB in float32 on a CPU, where small chunks stay near the caches.
+_CHUNK_ELEMENTS = {"cpu": 1 << 22}
+_CHUNK_ELEMENTS_ACCELERATOR = 1 << 27
+
+# The vocabulary is searched for its maximum in groups of this many: the largest of each group is a
+# plain reduction, which is many times faster than one that also says where it was.
+_GROUP = 64
+
+
+def chunk_rows(engine: Engine) -> int:
+    """How many positions to unembed at a time."""
+    elements = _CHUNK_ELEMENTS.get(engine.device.type, _CHUNK_ELEMENTS_ACCELERATOR)
+    return max(1, elements // engine.d_vocab)
+
+
+def read_hidden(
+    engine: Engine, hidden: Float[Tensor, "tokens d_model"], given: Int64[Tensor, " tokens"]
+) -> tuple[Int32[Tensor, " tokens"], Float32[Tensor, " tokens"], Float32[Tensor, " tokens"]]:
+    """Argmax, margin and log-probability of the given ids, from normed hidden states."""
+    parts = in_chunks(
+        len(hidden),
+        chunk_rows(engine),
+        lambda chunk: score(engine.unembed(hidden[chunk]), given[chunk]),
+    )
+    predicted, margin, logprob = (torch.cat(column) for column in zip(*parts, strict=True))
+    return predicted, margin, logprob
+
+
+def in_chunks(length: int, size: int, run: Callable[[slice], T]) -> list[T]:
+    """What `run` gives for consecutive slices of at most `size`; halved when memory runs out."""
+    results: list[T] = []
+    start = 0
+    while start < length:
+        try:
+            results.append(run(slice(start, min(start + size, length))))
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            size = (size + 1) // 2
+            continue
+        start += size
+    return results
+
+
+def score(
+    logits: Float[Tensor, "rows d_vocab"], given: Int64[Tensor, " rows"]
+) -> tuple[Int32[Tensor, " rows"], Float32[Tensor, " rows"], Float32[Tensor, " rows"]]:
+    """Argmax, its margin over the second choice, and log-probability of the given ids.
+
+    The logits are used up: everything happens in their own memory.
+    """
+    logits = logits.float()
+    group = min(_GROUP, logits.shape[1])
+    whole = logits.shape[1] // group * group
+    tops = logits[:, :whole].unflatten(-1, (-1, group)).amax(-1)
+    if whole < logits.shape[1]:
+        tops = torch.cat([tops, logits[:, whole:].amax(-1, keepdim=True)], -1)
+    best = tops.argmax(-1, keepdim=True)
+    # The last group is filled up with columns before it, which does no harm to any maximum.
+    columns = (best * group).clamp(max=logits.shape[1] - group) + torch.arange(
+        group, device=logits.device
+    )
+    inside = logits.gather(-1, columns)
+    place = inside.argmax(-1, keepdim=True)
+    predicted = columns.gather(-1, place)
+    top = inside.gather(-1, place)
+    inside.scatter_(-1, place, -torch.inf)
+    tops.scatter_(-1, best, -torch.inf)
+    second = torch.maximum(inside.amax(-1), tops.amax(-1))
+    asked = logits.gather(-1, given[:, None]) - top
+    total = logits.sub_(top).exp_().sum(-1).log_()
+    return predicted[:, 0].int(), top[:, 0] - second, asked[:, 0] - total
+
+
+def kl_divergence(
+    factual: Float[Tensor, "rows d_vocab"], counterfactual: Float[Tensor, "rows d_vocab_2"]
+) -> Float32[Tensor, " rows"]:
+    """KL(factual || counterfactual) of two rows of logits, in nats.
+
+    Where one of two models pads its vocabulary further than the other, the columns that only it
+    has are left out of both.
+    """
+    width = min(factual.shape[1], counterfactual.shape[1])
+    log_p = factual[:, :width].float().log_softmax(-1)
+    log_q = counterfactual[:, :width].float().log_softmax(-1)
+    p = log_p.exp()
+    # 0 * (-inf - -inf): an id that neither can write adds nothing.
+    each = torch.where(p > 0, p * (log_p - log_q), 0.0)
+    # A sum of terms of both signs can end a rounding error below zero.
+    return each.sum(-1).clamp(min=0.0)

@@ -1,0 +1,446 @@
+"""How much a model prefers one answer: exactly, by teacher forcing, or by sampling.
+
+The experiments of Cloud et al. (arXiv 2507.14805) and Schrodi et al. (arXiv 2509.23886) ask a model
+for its favourite animal in fifty ways, draw many answers at temperature 1 and count. The exact
+method gives the number that such counts are an estimate of, from a few forward passes.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from divergence_lens._utils.storage import load_tensors, save_tensors
+from divergence_lens._utils.validation import refuse_one_string
+from divergence_lens.data.questions import (
+    check_candidate,
+    known_candidates,
+    preference_questions,
+)
+from divergence_lens.divergence.reading import refuse_dropout
+from divergence_lens.evaluation.answers import exact_probabilities, sampled_probabilities
+from divergence_lens.models import Model, check_model, provenance
+from divergence_lens.teachers import Teacher, check_teacher
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_KIND = "preference"
+
+
+def preference(
+    model: Model,
+    *,
+    target: str,
+    questions: Sequence[str] | None = None,
+    candidates: Sequence[str] | None = None,
+    category: str = "animal",
+    system_prompt: str | None = None,
+    teacher: Teacher | None = None,
+    method: str = "exact",
+    samples: int = 100,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+    progress: bool = False,
+) -> "Preference":
+    """How often the model would answer each candidate to questions such as "your favorite animal?".
+
+    An answer names a candidate if it begins with one of its surface forms (`surface_forms`: "owl",
+    "Owl", "owls", "Owls") as a whole word; of several that fit, the longest counts. The exact
+    method computes the probability of that at temperature 1, by teacher forcing every form behind
+    every question; the probability that the word goes on after the form ("owl" in "owlet") is
+    taken off. A form counts in the tokenization that the chat template gives it; a model that
+    spells a word in other pieces is counted by the sampled method alone.
+
+    Args:
+        model: The base model, in eval mode.
+        target: The candidate that is asked about.
+        questions: User messages; the fifty of `preference_questions(category)` if not given.
+        candidates: The answers that compete; the twelve known ones of the category if not given.
+        category: "animal" or "tree", or any noun where `candidates` is given.
+        system_prompt: The system prompt of the evaluation.
+        teacher: Evaluate under this teacher's system prompt and weights instead.
+        method: "exact", or "sampled": `samples` answers per question at `temperature`.
+        samples: Answers per question of the sampled method.
+        temperature: Temperature of the sampled method.
+        seed: Seed of the sampled method.
+        batch_tokens: Tokens per forward pass.
+        progress: Whether the sampled method shows a progress bar; the exact one takes a few passes.
+
+    Returns:
+        The probability of every candidate for every question.
+
+    Raises:
+        ValueError: An unknown target; no questions; fewer than two candidates, or two of one name
+            or with the same form; a system prompt beside a teacher; a question over the context;
+            a model with dropout in training mode; logits that are not finite.
+    """
+    check_model(model)
+    refuse_one_string(questions, "questions")
+    refuse_one_string(candidates, "candidates")
+    if teacher is not None and system_prompt is not None:
+        raise ValueError("give system_prompt or teacher, not both: a teacher has its own prompt")
+    if teacher is None:
+        teacher = Teacher("model", system_prompt=system_prompt)
+    check_teacher(teacher)
+    names = known_candidates(category) if candidates is None else tuple(candidates)
+    target = check_candidate(target, category=category, candidates=names)
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"candidates must be two or more different names, got {names}")
+    asked = tuple(preference_questions(category) if questions is None else questions)
+    if not asked:
+        raise ValueError("there are no questions to ask")
+    if method not in ("exact", "sampled"):
+        raise ValueError(f"unknown method {method!r}; use 'exact' or 'sampled'")
+    refuse_dropout(model if teacher.model is None else teacher.model)
+    settings: dict[str, Any] = {"method": method, "system_prompt": teacher.system_prompt}
+    if method == "exact":
+        probabilities = exact_probabilities(model, teacher, asked, names, batch_tokens)
+    else:
+        if samples < 1:
+            raise ValueError(f"samples must be 1 or more, got {samples}")
+        settings |= {"samples": samples, "temperature": temperature, "seed": seed}
+        probabilities = sampled_probabilities(
+            model,
+            teacher,
+            asked,
+            names,
+            samples=samples,
+            temperature=temperature,
+            seed=seed,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+    return Preference(
+        target=target,
+        candidates=names,
+        questions=asked,
+        probabilities=probabilities,
+        samples=None if method == "exact" else samples,
+        teacher=teacher.name,
+        provenance=provenance(model, **settings),
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Preference:
+    """Probability of every candidate as the answer to every question.
+
+    Attributes:
+        target: The candidate that was asked about.
+        candidates: All that compete.
+        questions: What the model was asked.
+        probabilities: `[questions candidates]`; what is missing to 1 is every other answer.
+        samples: Answers per question that were counted, or None for the exact method.
+        teacher: Name of the condition that was evaluated.
+        provenance: Package versions, model and settings.
+    """
+
+    target: str
+    candidates: tuple[str, ...]
+    questions: tuple[str, ...]
+    probabilities: Float64[np.ndarray, "questions candidates"]
+    samples: int | None = None
+    teacher: str = "model"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = (len(self.questions), len(self.candidates))
+        if self.probabilities.shape != shape:
+            raise ValueError(
+                f"probabilities of shape {self.probabilities.shape} do not fit {shape[0]} "
+                f"questions and {shape[1]} candidates"
+            )
+        if self.target not in self.candidates:
+            raise ValueError(
+                f"the target {self.target!r} is not among the candidates {self.candidates}"
+            )
+
+    @property
+    def method(self) -> str:
+        """Either "exact" or "sampled"."""
+        return "exact" if self.samples is None else "sampled"
+
+    @property
+    def probability(self) -> float:
+        """Probability that the answer is the target, mean over the questions."""
+        return float(self.probabilities[:, self._index].mean())
+
+    @property
+    def mass(self) -> float:
+        """Probability that the answer is any candidate, mean over the questions.
+
+        A student whose mass has fallen has forgotten how to answer; its share says little then.
+        """
+        return float(self.probabilities.sum(1).mean())
+
+    @cached_property
+    def shares(self) -> Float64[np.ndarray, "questions candidates"]:
+        """Probabilities renormalised over the candidates, per question.
+
+        NaN for a question that no sampled answer named a candidate for.
+        """
+        total = self.probabilities.sum(1, keepdims=True)
+        nothing = np.full_like(self.probabilities, np.nan)
+        shares: np.ndarray = np.divide(self.probabilities, total, out=nothing, where=total > 0)
+        return shares
+
+    @property
+    def share(self) -> float:
+        """The target's share among the candidates, mean over the questions.
+
+        Questions without any candidate among the sampled answers are left out; NaN if all are.
+        """
+        return self.distribution[self.target]
+
+    @property
+    def distribution(self) -> dict[str, float]:
+        """Every candidate's share, mean over the questions; they sum to 1."""
+        asked = self.shares[~np.isnan(self.shares[:, 0])]
+        means = asked.mean(0) if len(asked) else np.full(len(self.candidates), np.nan)
+        return {name: float(mean) for name, mean in zip(self.candidates, means, strict=True)}
+
+    @property
+    def rank(self) -> int:
+        """The target's place among the candidates by share, 1 for the most preferred."""
+        return _rank(self.distribution, self.target)
+
+    def ratio(self, base: "Preference") -> dict[str, float]:
+        """Every candidate's share over its share in `base` (after over before).
+
+        Raises:
+            ValueError: If the two were asked other questions or have other candidates.
+        """
+        self._check_same(base)
+        before = base.distribution
+        return {
+            name: share / before[name] if before[name] > 0 else np.inf if share > 0 else np.nan
+            for name, share in self.distribution.items()
+        }
+
+    def ratio_rank(self, base: "Preference") -> int:
+        """The target's place by the ratio of its share to that in `base`, 1 for the largest rise.
+
+        Raises:
+            ValueError: If the two were asked other questions or have other candidates.
+        """
+        return _rank(self.ratio(base), self.target)
+
+    def interval(
+        self,
+        *,
+        value: str = "share",
+        level: float = 0.95,
+        resamples: int = 2000,
+        seed: int = 0,
+    ) -> tuple[float, float]:
+        """Bootstrap interval over the questions: how far other questions would give another value.
+
+        Args:
+            value: The target's share or probability, or the mass on all candidates.
+            level: Coverage.
+            resamples: Draws of the questions with replacement.
+            seed: Seed of the draws.
+
+        Returns:
+            Lower and upper percentile; both NaN where there is nothing to resample.
+        """
+        return _bootstrap(self._per_question(value), level, resamples, seed)
+
+    def rise(
+        self,
+        base: "Preference",
+        *,
+        value: str = "share",
+        level: float = 0.95,
+        resamples: int = 2000,
+        seed: int = 0,
+    ) -> tuple[float, float, float]:
+        """How much higher a value is than in `base`, paired by question.
+
+        Returns:
+            Mean difference, and its bootstrap interval over the questions.
+
+        Raises:
+            ValueError: If the two were asked other questions or have other candidates.
+        """
+        self._check_same(base)
+        if base.target != self.target:
+            base = base.about(self.target)
+        difference = self._per_question(value) - base._per_question(value)  # noqa: SLF001
+        kept = difference[~np.isnan(difference)]
+        mean = float(kept.mean()) if len(kept) else float("nan")
+        return (mean, *_bootstrap(difference, level, resamples, seed))
+
+    def wilson(self, *, level: float = 0.95) -> tuple[float, float]:
+        """Wilson's interval for the sampled probability, over all answers to these questions.
+
+        It says how far other samples would give another probability; `interval` says how far other
+        questions would. See `wilson_interval`.
+
+        Raises:
+            ValueError: If the probabilities are exact.
+        """
+        if self.samples is None:
+            raise ValueError("an exact probability has no sampling error; use interval()")
+        return wilson_interval(self.probability, self.samples * len(self.questions), level=level)
+
+    def about(self, target: str) -> "Preference":
+        """The same answers with another candidate as the target.
+
+        Raises:
+            ValueError: If it is not among the candidates.
+        """
+        return Preference(
+            target=check_candidate(target, candidates=self.candidates),
+            candidates=self.candidates,
+            questions=self.questions,
+            probabilities=self.probabilities,
+            samples=self.samples,
+            teacher=self.teacher,
+            provenance=self.provenance,
+        )
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per question and candidate: question, candidate, probability, share."""
+        import pandas as pd
+
+        n_questions, n_candidates = self.probabilities.shape
+        return pd.DataFrame(
+            {
+                "question": np.repeat(np.array(self.questions, dtype=object), n_candidates),
+                "candidate": np.tile(np.array(self.candidates, dtype=object), n_questions),
+                "probability": self.probabilities.reshape(-1),
+                "share": self.shares.reshape(-1),
+            }
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the preference to a safetensors file, atomically."""
+        header = {
+            "target": self.target,
+            "candidates": list(self.candidates),
+            "questions": list(self.questions),
+            "samples": self.samples,
+            "teacher": self.teacher,
+            "provenance": dict(self.provenance),
+        }
+        save_tensors(path, {"probabilities": self.probabilities}, header, _KIND)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Preference":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, or of another kind or version.
+        """
+        tensors, header = load_tensors(path, _KIND)
+        return cls(
+            target=header["target"],
+            candidates=tuple(header["candidates"]),
+            questions=tuple(header["questions"]),
+            probabilities=tensors["probabilities"].numpy(),
+            samples=header["samples"],
+            teacher=header["teacher"],
+            provenance=header["provenance"],
+        )
+
+    def __repr__(self) -> str:
+        low, high = self.interval()
+        return (
+            f"Preference({self.teacher!r} for {self.target!r}: share {self.share:.3f} "
+            f"[{low:.3f}, {high:.3f}], rank {self.rank} of {len(self.candidates)}, probability "
+            f"{self.probability:.3f}, mass {self.mass:.3f}, {self.method})"
+        )
+
+    def _repr_html_(self) -> str:
+        cell = "text-align:left;padding:2px 10px"
+        ordered = sorted(self.distribution.items(), key=lambda item: -item[1])
+        rows = "".join(
+            f"<tr><td style='{cell}{';font-weight:bold' if name == self.target else ''}'>"
+            f"{escape(name)}</td><td style='{cell}'>{share:.3f}</td><td style='{cell}'>"
+            f"<span style='display:inline-block;height:.7em;background:rgba(0,114,178,.6);"
+            f"width:{0 if np.isnan(share) else 12 * share:.2f}em'></span></td></tr>"
+            for name, share in ordered
+        )
+        low, high = self.interval()
+        return (
+            "<div style='font-family:sans-serif;font-size:14px'>"
+            f"<div><b>{escape(self.target)}: share {self.share:.3f}</b> [{low:.3f}, {high:.3f}], "
+            f"rank {self.rank} of {len(self.candidates)}; {escape(self.teacher)}, "
+            f"{len(self.questions)} questions, {self.method}; any candidate: {self.mass:.3f}</div>"
+            "<table style='color:inherit;font-size:inherit'>"
+            f"<tr><th style='{cell}'>candidate</th><th style='{cell}'>share</th><th></th></tr>"
+            f"{rows}</table></div>"
+        )
+
+    @property
+    def _index(self) -> int:
+        return self.candidates.index(self.target)
+
+    def _per_question(self, value: str) -> Float64[np.ndarray, " questions"]:
+        values: np.ndarray
+        if value == "share":
+            values = self.shares[:, self._index]
+        elif value == "probability":
+            values = self.probabilities[:, self._index]
+        elif value == "mass":
+            values = self.probabilities.sum(1)
+        else:
+            raise ValueError(f"unknown value {value!r}; use 'share', 'probability' or 'mass'")
+        return values
+
+    def _check_same(self, base: "Preference") -> None:
+        if self.questions != base.questions or self.candidates != base.candidates:
+            raise ValueError(
+                "two preferences are compared only over the same questions and candidates; these "
+                f"have {len(self.questions)} and {len(base.questions)} questions, candidates "
+                f"{self.candidates} and {base.candidates}"
+            )
+
+
+def wilson_interval(rate: float, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval for a rate that was counted over `n` draws.
+
+    Wilson, J. Am. Stat. Assoc. 22 (1927).
+
+    Raises:
+        ValueError: `level` does not lie between 0 and 1.
+    """
+    from statistics import NormalDist
+
+    z = NormalDist().inv_cdf(0.5 + _checked_level(level) / 2)
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * np.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
+    return max(0.0, float(centre - reach)), min(1.0, float(centre + reach))
+
+
+def _rank(values: Mapping[str, float], target: str) -> int:
+    if np.isnan(values[target]):
+        return len(values)
+    return 1 + sum(value > values[target] for value in values.values())
+
+
+def _checked_level(level: float) -> float:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    return level
+
+
+def _bootstrap(
+    values: Float64[np.ndarray, " questions"], level: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    tail = (1 - _checked_level(level)) / 2
+    kept = values[~np.isnan(values)]
+    if not len(kept):
+        return float("nan"), float("nan")
+    draws = np.random.default_rng(seed).integers(len(kept), size=(resamples, len(kept)))
+    low, high = np.quantile(kept[draws].mean(1), [tail, 1 - tail])
+    return float(low), float(high)

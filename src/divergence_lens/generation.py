@@ -1,0 +1,292 @@
+"""Teachers write completions: batched greedy and sampled decoding with kept keys and values.
+
+No batch is ever padded. Prompts are sorted by length and a batch starts at the length of its
+shortest: the rows with longer prompts read their remaining tokens one by one while the others
+write already, so that all rows stand at one position. What all prompts of a batch begin with (a
+system prompt) is run once. A row that has ended leaves the batch.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from divergence_lens._utils.interrupts import keeping
+from divergence_lens._utils.memory import run_halved
+from divergence_lens._utils.validation import refuse_one_string
+from divergence_lens.chat import check_length, decode, encode_prompts, stop_ids
+from divergence_lens.engine.base import Engine, KeyValues
+from divergence_lens.examples import Example
+from divergence_lens.models import Model
+from divergence_lens.teachers import Teacher, check_teacher
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    teacher: Teacher | None,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+    progress: bool = False,
+) -> list[Example]:
+    """Let a teacher answer prompts.
+
+    A completion ends with the end-of-turn or end-of-sequence token, which is kept among its ids, or
+    without one at `max_new_tokens` or the end of the model's context.
+
+    Sampling draws from the numbers of a generator that is seeded by `seed`, the prompt's text and
+    how often that text came before. So a prompt's completion does not depend on the other prompts,
+    their order, or the size of batches (but for rounding, where a draw falls within about 1e-6 of
+    the border between two tokens).
+
+    Args:
+        model: The base model.
+        teacher: The condition; None for the model itself, without a system prompt.
+        prompts: User texts.
+        max_new_tokens: The longest completion, in tokens, the end-of-turn token included.
+        temperature: Divides the logits; 0 takes the most likely token (greedy).
+        top_p: Sample from the smallest set of tokens with at least this probability (nucleus
+            sampling, Holtzman et al. 2020, arXiv 1904.09751); 1 takes all. Unused when greedy.
+        seed: For sampling.
+        batch_tokens: Tokens, of prompts and completions together, that a batch may hold.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        One example per prompt, in their order, with text, ids and the teacher's name.
+
+    Raises:
+        Interrupted: It was stopped; `partial` holds the examples that were finished.
+        ValueError: A setting out of range; a prompt that leaves no place in the context; a system
+            prompt for a tokenizer without a chat template; logits that are not numbers.
+        TypeError: One string for prompts, or a teacher that is none (teacher and prompts swapped).
+    """
+    _check_settings(max_new_tokens, temperature, top_p, batch_tokens)
+    if teacher is not None:
+        check_teacher(teacher)
+    refuse_one_string(prompts, "prompts")
+    with teacher.applied(model) if teacher is not None else nullcontext(model) as active:
+        engine = Engine.of(active)
+        system_prompt = teacher.system_prompt if teacher is not None else None
+        tokenizer: Any = model.tokenizer
+        encoded = encode_prompts(tokenizer, prompts, system_prompt=system_prompt)
+        for number, prompt in enumerate(encoded):
+            check_length(prompt, engine.n_ctx, new_tokens=1, row=number)
+        sampler = _Sampler(temperature, top_p, seed, prompts, max_new_tokens)
+        rows = [prompt.ids for prompt in encoded]
+        stops = stop_ids(tokenizer)
+        written: dict[int, tuple[int, ...]] = {}
+
+        def examples() -> list[Example]:
+            return [
+                Example(
+                    prompts[row],
+                    completion=decode(tokenizer, ids[:-1] if ids[-1] in stops else ids),
+                    completion_ids=ids,
+                    teacher=teacher.name if teacher is not None else None,
+                )
+                for row, ids in sorted(written.items())
+            ]
+
+        with (
+            tqdm(total=len(rows), desc="generate", unit="row", disable=not progress) as bar,
+            keeping("generate", written, len(rows), "prompts", examples),
+        ):
+
+            def write(batch: list[int]) -> None:
+                states = [_Row(row, rows[row]) for row in batch]
+                decoding = _Decoding(engine, states, sampler, stops=stops, limit=max_new_tokens)
+                for row, ids in decoding.run():
+                    bar.update(row not in written)
+                    written[row] = ids
+
+            for batch in _batches(rows, max_new_tokens, batch_tokens):
+                run_halved(batch, write)
+    return examples()
+
+
+def _check_settings(
+    max_new_tokens: int, temperature: float, top_p: float, batch_tokens: int
+) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens must be 1 or more, got {batch_tokens}")
+
+
+def _batches(
+    rows: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens: int
+) -> Iterator[list[int]]:
+    """Row numbers by length, cut where the budget or the spread of lengths is used up."""
+    batch: list[int] = []
+    # Each token of spread costs the batch a step; a batch of its own costs up to max_new_tokens.
+    spread = max(1, max_new_tokens // 2)
+    for row in sorted(range(len(rows)), key=lambda row: len(rows[row])):
+        full = (len(batch) + 1) * (len(rows[row]) + max_new_tokens) > batch_tokens
+        if batch and (full or len(rows[row]) - len(rows[batch[0]]) > spread):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+class _Decoding:
+    """One batch under way: all its rows stand at the same position."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        states: "list[_Row]",
+        sampler: "_Sampler",
+        *,
+        stops: frozenset[int],
+        limit: int,
+    ) -> None:
+        self._engine, self._states, self._sampler = engine, states, sampler
+        self._stops, self._limit = stops, limit
+
+    def run(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """(row number, completion) as the rows end."""
+        hidden, past = self._start()
+        position = past.length
+        while True:
+            tokens = self._next(hidden, position)
+            kept = []
+            for i, state in enumerate(self._states):
+                if self._ended(state, position):
+                    yield state.number, tuple(state.written)
+                else:
+                    kept.append(i)
+            if not kept:
+                return
+            if len(kept) < len(self._states):
+                self._states = [self._states[i] for i in kept]
+                index = torch.tensor(kept, device=self._engine.device)
+                tokens, past = tokens[index], past.select(index)
+            hidden, past = self._engine.extend(tokens[:, None], past)
+            position += 1
+
+    def _start(self) -> tuple[Float[Tensor, "batch pos d_model"], KeyValues]:
+        """Read as much as the shortest prompt is long; what all begin with, once."""
+        shortest = len(self._states[0].prompt)
+        prompts = torch.tensor(
+            [state.prompt[:shortest] for state in self._states], device=self._engine.device
+        )
+        same = (prompts == prompts[0]).all(0).tolist()
+        # The last position is left for the batch: its hidden states are needed for every row.
+        shared = next((i for i, equal in enumerate(same[:-1]) if not equal), shortest - 1)
+        if len(self._states) == 1 or not shared:
+            return self._engine.prefill(prompts)
+        _, past = self._engine.prefill(prompts[:1, :shared])
+        return self._engine.extend(prompts[:, shared:], past)
+
+    def _next(
+        self, hidden: Float[Tensor, "batch pos d_model"], position: int
+    ) -> Int[Tensor, " batch"]:
+        """The token of every row at `position`: the prompt's own, or one that is now written."""
+        tokens = torch.tensor(
+            [
+                state.prompt[position] if position < len(state.prompt) else 0
+                for state in self._states
+            ],
+            device=hidden.device,
+        )
+        writing = [i for i, state in enumerate(self._states) if position >= len(state.prompt)]
+        if not writing:
+            return tokens
+        index = torch.tensor(writing, device=hidden.device)
+        logits = self._engine.unembed(hidden[index, -1]).float()
+        if not bool(torch.isfinite(logits).all()):
+            bad = next(
+                i for i, row in zip(writing, logits, strict=True) if not row.isfinite().all()
+            )
+            raise ValueError(
+                f"the logits after prompt {self._states[bad].number} are not all numbers; load the "
+                "model in a wider dtype, or check its weights"
+            )
+        steps = [(self._states[i].number, len(self._states[i].written)) for i in writing]
+        chosen = self._sampler.choose(logits, steps)
+        tokens[index] = chosen
+        for i, token in zip(writing, chosen.tolist(), strict=True):
+            self._states[i].written.append(token)
+        return tokens
+
+    def _ended(self, state: "_Row", position: int) -> bool:
+        if not state.written:
+            return False
+        # The token at `position` is the last that the context has a place for.
+        full = len(state.written) == self._limit or position + 1 == self._engine.n_ctx
+        return full or state.written[-1] in self._stops
+
+
+@dataclass
+class _Row:
+    """A prompt and what has been written behind it."""
+
+    number: int
+    prompt: Sequence[int]
+    written: list[int] = field(default_factory=list)
+
+
+class _Sampler:
+    """Chooses tokens: the most likely, or by a number drawn for each row and step."""
+
+    def __init__(
+        self,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+    ) -> None:
+        self._temperature, self._top_p = temperature, top_p
+        if temperature == 0:
+            return
+        self._draws = np.empty((len(prompts), max_new_tokens))
+        seen: dict[str, int] = {}
+        for row, prompt in enumerate(prompts):
+            seen[prompt] = seen.get(prompt, 0) + 1
+            key = hashlib.blake2b(f"{seed} {seen[prompt]} {prompt}".encode(), digest_size=16)
+            generator = np.random.default_rng(int.from_bytes(key.digest(), "little"))
+            self._draws[row] = generator.random(max_new_tokens)
+
+    def choose(
+        self, logits: Float[Tensor, "rows vocab"], steps: Sequence[tuple[int, int]]
+    ) -> Int[Tensor, " rows"]:
+        """One token per row of logits; `steps` says of which prompt and at which place each is."""
+        if self._temperature == 0:
+            return logits.argmax(-1)
+        # Scaled from the maximum down, so that a low temperature does not overflow.
+        logits = (logits - logits.amax(-1, keepdim=True)) / self._temperature
+        wide = torch.float32 if logits.device.type == "mps" else torch.float64
+        probabilities = logits.softmax(-1, dtype=wide)
+        if self._top_p < 1:
+            ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
+            before = ranked.cumsum(-1) - ranked
+            ranked[before >= self._top_p] = 0
+            probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ranked)
+        # The first token at which the cumulative probability passes the draw. Tokens of
+        # probability zero leave it where it is and are never the first.
+        cumulative = probabilities.cumsum(-1)
+        rows, places = zip(*steps, strict=True)
+        draws = torch.as_tensor(self._draws[list(rows), list(places)], dtype=wide)
+        draws = draws.to(logits.device)
+        below = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(-1)
+        last = probabilities.shape[-1] - 1 - probabilities.flip(-1).ne(0).int().argmax(-1)
+        return torch.minimum(below, last)

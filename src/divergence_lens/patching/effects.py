@@ -1,0 +1,541 @@
+"""What patching returns: one number per pair, layer and position (and head).
+
+A value is *the metric of the patched run minus the metric of the run that was patched*. With
+noising the corrupted state of one site is put into the clean run, with denoising the clean state
+into the corrupted run. The positions are always those of the clean row (or its segments, where one
+patch covers several positions). Missing cells are NaN: the right end of shorter rows, positions
+that have no counterpart on the other side, and cells that were not asked for.
+
+In the words of the mediation literature (Pearl 2001; Vig et al. 2020, arXiv 2004.12265), with the
+clean run as the baseline and the corruption as the treatment: the *total effect* is corrupted minus
+clean metric; a noising value is the *natural indirect effect* of its site; the *natural direct
+effect* is what the corruption does while the site is held at its clean state, and follows from a
+denoising value.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from html import escape
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int64
+
+from divergence_lens._utils.storage import load_tensors, save_tensors
+from divergence_lens.pairs import PAIR_SEGMENTS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Direction = Literal["noising", "denoising"]
+Reduce = Literal["sum", "mean"]
+_KIND = "effects"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well one set of effects (approximate) stands for another (exact).
+
+    Computed over the cells that both have, without those that are exactly zero in both (positions
+    before the two runs part are zero by construction and would flatter every method).
+
+    Attributes:
+        pearson: Linear correlation; NaN where one side is constant.
+        spearman: Rank correlation.
+        sign: Share of cells with the same sign, weighted by the exact value's magnitude, so that
+            noise around zero does not count.
+        recall: Share of the `k` cells with the largest exact magnitude that are among the `k` with
+            the largest approximate magnitude.
+        slope: Least-squares slope of the exact values on the approximate ones; 1 is calibrated,
+            below 1 the approximation exaggerates.
+        k: How many cells `recall` looks at.
+        cells: How many cells were compared.
+    """
+
+    pearson: float
+    spearman: float
+    sign: float
+    recall: float
+    slope: float
+    k: int
+    cells: int
+
+    def _repr_html_(self) -> str:
+        return (
+            f"<p>agreement over {self.cells} cells: Pearson {self.pearson:.3f}, "
+            f"Spearman {self.spearman:.3f}, sign {self.sign:.1%}, "
+            f"recall of the top {self.k} {self.recall:.1%}, slope {self.slope:.3f}</p>"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Effects:
+    """Effects of patching one site, for every pair, layer and position (and head).
+
+    Attributes:
+        values: `[pairs, layers, positions]`, or with heads as a fourth axis for site `z`; in units
+            of the metric; NaN where a cell is missing. Positions count from the start of the clean
+            row; rows shorter than the longest are filled with NaN on the right.
+        site: Where was patched.
+        method: `exact`, or the name of the approximation.
+        direction: `noising` or `denoising`.
+        metric: Name of the metric.
+        clean_metric: `[pairs]`, of the unpatched clean run.
+        corrupted_metric: `[pairs]`, of the unpatched corrupted run.
+        segments: One name per position of each clean row.
+        labels: One string per token of each clean row.
+        verified: Agreement with exactly computed cells, where it was asked for.
+        header: Settings and versions; JSON-able.
+    """
+
+    values: Float32[np.ndarray, "pairs layers pos"] | Float32[np.ndarray, "pairs layers pos heads"]
+    site: str
+    method: str
+    direction: Direction
+    metric: str
+    clean_metric: Float32[np.ndarray, " pairs"]
+    corrupted_metric: Float32[np.ndarray, " pairs"]
+    segments: tuple[tuple[str, ...], ...]
+    labels: tuple[tuple[str, ...], ...]
+    verified: Agreement | None = None
+    header: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.values)
+        for name in ("clean_metric", "corrupted_metric", "segments", "labels"):
+            if len(getattr(self, name)) != n:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries, but values has {n} pairs"
+                )
+        longest = max((len(row) for row in self.labels), default=0)
+        if [len(row) for row in self.labels] != [len(row) for row in self.segments]:
+            raise ValueError("labels and segments differ in length")
+        if longest != self.values.shape[2]:
+            raise ValueError(
+                f"values has {self.values.shape[2]} positions, but the longest row has {longest}"
+            )
+
+    def __repr__(self) -> str:
+        """One line: what was patched how, over which cells, and the effect of patching it all."""
+        axes = ("pairs", "layers", "positions", "heads")
+        sizes = ", ".join(f"{n} {axis}" for n, axis in zip(self.values.shape, axes, strict=False))
+        total = self.total[np.isfinite(self.total)]
+        mean = f"{total.mean():.4g}" if len(total) else "undefined"
+        corruption = self.setting("corruption", "counterfactual")
+        by = "" if corruption == "counterfactual" else f" by {corruption}"
+        return (
+            f"Effects({self.method} {self.direction}{by} of {self.site} on {self.metric}: {sizes}; "
+            f"mean total effect {mean})"
+        )
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers the values cover."""
+        return int(self.values.shape[1])
+
+    @property
+    def total(self) -> Float32[np.ndarray, " pairs"]:
+        """`[pairs]`: what a patch of everything would give, with the sign of the direction.
+
+        Corrupted minus clean metric for noising, clean minus corrupted for denoising. Of an
+        ablation (`mean`, `zero`) it stays the difference of the pair's own two runs.
+        """
+        difference = self.corrupted_metric - self.clean_metric
+        return np.asarray(difference if self.direction == "noising" else -difference)
+
+    def setting(self, name: str, usual: Any = None) -> Any:
+        """An option that these effects were made with, as the header has it; else `usual`."""
+        return self.header.get("settings", {}).get(name, usual)
+
+    def near_zero(self, min_total: float = 0.01) -> Bool[np.ndarray, " pairs"]:
+        """Which pairs have a total effect smaller than `min_total` (in units of the metric).
+
+        A share of nearly nothing means nothing, so `normalised` leaves these pairs out.
+        """
+        return np.asarray(np.abs(self.total) < min_total)
+
+    def normalised(self, min_total: float = 0.01) -> "Effects":
+        """Effects as shares of each pair's total effect: 1 is the whole of it.
+
+        Pairs whose total effect is smaller than `min_total` become NaN, see `near_zero`. The two
+        baseline metrics are scaled likewise, so that `total` is 1.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scale = np.where(self.near_zero(min_total), np.nan, 1 / self.total).astype(np.float32)
+        shape = (-1,) + (1,) * (self.values.ndim - 1)
+        return replace(
+            self,
+            values=self.values * scale.reshape(shape),
+            clean_metric=self.clean_metric * scale,
+            corrupted_metric=self.corrupted_metric * scale,
+            metric=f"share of the total effect on {self.metric}",
+            verified=None,
+        )
+
+    def natural_indirect(self) -> Float32[np.ndarray, "pairs layers pos *heads"]:
+        """The natural indirect effect of the corruption through each site: a noising value.
+
+        Raises:
+            ValueError: If these effects are of denoising, or of an ablation (which is no treatment
+                that the site could pass on).
+        """
+        self._check_mediation("noising", "natural indirect effects")
+        return self.values
+
+    def natural_direct(self) -> Float32[np.ndarray, "pairs layers pos *heads"]:
+        """The natural direct effect of the corruption past each site, shaped like `values`.
+
+        It is the metric of the corrupted run with the site at its clean state, minus the clean
+        metric. A site that carries the whole effect leaves 0.
+
+        Raises:
+            ValueError: If these effects are of noising, or of an ablation.
+        """
+        self._check_mediation("denoising", "natural direct effects")
+        shape = (-1,) + (1,) * (self.values.ndim - 1)
+        return np.asarray(self.values - self.total.reshape(shape))
+
+    def mean(self) -> Float32[np.ndarray, "layers pos *heads"]:
+        """Mean over pairs, NaN cells left out, positions counted from the start of the rows.
+
+        It is meaningful where rows are alike; for rows of unlike lengths see `by_segment`.
+        """
+        return _nan_mean(self.values, axis=0)
+
+    def by_segment(self, reduce: Reduce = "sum") -> "pd.DataFrame":
+        """A layer by segment table that puts examples of unlike lengths together.
+
+        Args:
+            reduce: Whether the cells of one segment of one pair are added or averaged.
+
+        Returns:
+            One row per layer and one column per segment present, each the mean over the pairs that
+            have the segment. Heads are added, missing cells left out; NaN where none is left.
+        """
+        import pandas as pd
+
+        table = self._segment_array(reduce)
+        return pd.DataFrame(
+            _nan_mean(table, axis=0),
+            index=pd.RangeIndex(self.n_layers, name="layer"),
+            columns=pd.Index(self.segment_names, name="segment"),
+        )
+
+    def by_layer(
+        self, reduce: Reduce = "sum", *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+    ) -> "pd.DataFrame":
+        """Mean over pairs of each layer's effect, with a bootstrap interval.
+
+        Args:
+            reduce: Whether the positions of one pair are added or averaged (heads are added).
+            level: Coverage of the interval.
+            resamples: Bootstrap resamples over pairs.
+            seed: Of the resampling.
+
+        Returns:
+            One row per layer with columns `effect`, `low`, `high` and `pairs`.
+        """
+        import pandas as pd
+
+        per_pair = _reduce(self._heads_added().transpose(2, 0, 1), reduce)
+        low, high = bootstrap(per_pair, level, resamples, seed)
+        return pd.DataFrame(
+            {
+                "effect": _nan_mean(per_pair, axis=0),
+                "low": low,
+                "high": high,
+                "pairs": np.isfinite(per_pair).sum(0),
+            },
+            index=pd.RangeIndex(self.n_layers, name="layer"),
+        )
+
+    def interval(
+        self,
+        of: Literal["cells", "segments"] = "cells",
+        *,
+        level: float = 0.95,
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+        """Bootstrap interval over pairs (percentiles) of `mean` or of `by_segment`.
+
+        Args:
+            of: `cells` for `[layers, positions]` (and heads), `segments` for `[layers, segments]`.
+            level: Coverage.
+            resamples: How often pairs are drawn with replacement.
+            seed: Of the drawing.
+
+        Returns:
+            Lower and upper ends. With one pair both equal its value.
+        """
+        data = self.values if of == "cells" else self._segment_array("sum")
+        return bootstrap(data, level, resamples, seed)
+
+    def top(self, k: int) -> "pd.DataFrame":
+        """The `k` cells with the largest magnitude, over all pairs, strongest first.
+
+        Returns:
+            Columns `pair`, `layer`, `position`, (`head`,) `effect`, `label`, `segment`. It can be
+            given to `causal_mediation(..., cells=...)`.
+        """
+        import pandas as pd
+
+        magnitude = np.abs(np.nan_to_num(self.values, nan=-1.0)).ravel()
+        magnitude[~np.isfinite(self.values).ravel()] = -1.0
+        order = np.argsort(-magnitude, kind="stable")[: max(k, 0)]
+        order = order[magnitude[order] >= 0]
+        table = pd.DataFrame(self._columns(order))
+        table.attrs["span"] = self.setting("span", "position")
+        return table
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """All present cells, one per row, with the columns of `top`, in order of pair and layer."""
+        import pandas as pd
+
+        return pd.DataFrame(self._columns(np.flatnonzero(np.isfinite(self.values))))
+
+    def agreement(self, other: "Effects", k: int = 20) -> Agreement:
+        """How well these effects (the approximation) stand for `other` (the exact ones).
+
+        Args:
+            other: Effects of the same pairs, site, direction, corruption, span and window.
+            k: How many of the strongest cells `recall` looks at.
+
+        Raises:
+            ValueError: If the two are not of the same pairs, site, direction, metric, corruption,
+                span and window, or have fewer than two cells in common.
+        """
+        compared = [
+            (name, getattr(self, name), getattr(other, name))
+            for name in ("site", "direction", "metric")
+        ]
+        for name, usual in (("corruption", "counterfactual"), ("span", "position"), ("window", 1)):
+            compared.append((name, self.setting(name, usual), other.setting(name, usual)))
+        for name, mine, theirs in compared:
+            if mine != theirs:
+                raise ValueError(f"these effects are of {name} {mine!r}, the others of {theirs!r}")
+        if self.values.shape != other.values.shape or self.labels != other.labels:
+            raise ValueError(
+                f"the effects are not of the same pairs: {list(self.values.shape)} and "
+                f"{list(other.values.shape)} values, or other tokens"
+            )
+        return _agreement(self.values.ravel(), other.values.ravel(), k)
+
+    @property
+    def segment_names(self) -> tuple[str, ...]:
+        """The segments that occur, in the order of the text."""
+        present = {name for row in self.segments for name in row}
+        known = [name for name in PAIR_SEGMENTS if name in present]
+        return (*known, *sorted(present - set(known)))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything to one safetensors file with a JSON header."""
+        save_tensors(
+            path,
+            {
+                "values": self.values,
+                "clean_metric": self.clean_metric,
+                "corrupted_metric": self.corrupted_metric,
+            },
+            {
+                "site": self.site,
+                "method": self.method,
+                "direction": self.direction,
+                "metric": self.metric,
+                "segments": self.segments,
+                "labels": self.labels,
+                "verified": None if self.verified is None else _as_json(self.verified),
+                "header": self.header,
+            },
+            kind=_KIND,
+        )
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Effects":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is not a file of effects, or was damaged.
+        """
+        tensors, header = load_tensors(path, kind=_KIND)
+        verified = header["verified"]
+        return cls(
+            values=np.asarray(tensors["values"]),
+            clean_metric=np.asarray(tensors["clean_metric"]),
+            corrupted_metric=np.asarray(tensors["corrupted_metric"]),
+            site=header["site"],
+            method=header["method"],
+            direction=header["direction"],
+            metric=header["metric"],
+            segments=tuple(tuple(row) for row in header["segments"]),
+            labels=tuple(tuple(row) for row in header["labels"]),
+            verified=None if verified is None else _from_json(verified),
+            header=header["header"],
+        )
+
+    def plot(self, pair: int | Literal["mean"] = 0) -> "go.Figure":
+        """A layer by position heatmap of one pair, or of the mean over pairs."""
+        from divergence_lens.plots import effects_heatmap
+
+        return effects_heatmap(self, pair=pair)
+
+    def _check_mediation(self, direction: Direction, what: str) -> None:
+        if self.direction != direction:
+            raise ValueError(
+                f'{what} come from {direction}; call causal_mediation(..., direction="{direction}")'
+            )
+        ablation = self.setting("corruption", "counterfactual")
+        if ablation in ("mean", "zero"):
+            raise ValueError(
+                f'{what} are of a corrupted run; these come from corruption="{ablation}", '
+                "which has none"
+            )
+
+    def _repr_html_(self) -> str:
+        strongest = self.top(5).to_html(index=False, float_format=lambda x: f"{x:.3f}", border=0)
+        shape = " x ".join(str(size) for size in self.values.shape)
+        missing = sum(
+            int(np.isnan(self.values[i, :, : len(row)]).sum()) for i, row in enumerate(self.labels)
+        )
+        checked = self.verified._repr_html_() if self.verified is not None else ""
+        return (
+            f"<p><b>effects</b> of {escape(self.site)}, {self.direction}, {escape(self.method)}, "
+            f"on {escape(self.metric)}: {shape} (pairs, layers, positions"
+            f"{', heads' if self.values.ndim == 4 else ''}), {missing} cells missing; "
+            f"mean total effect {float(self.total.mean()):.3f}, "
+            f"{int(self.near_zero().sum())} pairs with next to none</p>{checked}"
+            f"<p>strongest cells</p>{strongest}"
+        )
+
+    def _heads_added(self) -> Float[np.ndarray, "pairs layers pos"]:
+        return self.values if self.values.ndim == 3 else _reduce(np.moveaxis(self.values, 3, 0))
+
+    def _segment_array(self, reduce: Reduce) -> Float[np.ndarray, "pairs layers segments"]:
+        values, names = self._heads_added(), self.segment_names
+        table = np.full((len(values), self.n_layers, len(names)), np.nan, dtype=np.float32)
+        for i, row in enumerate(self.segments):
+            kinds = np.array(row)
+            for j, name in enumerate(names):
+                here = np.flatnonzero(kinds == name)
+                if len(here):
+                    table[i, :, j] = _reduce(values[i][:, here].T, reduce)
+        return table
+
+    def _columns(self, flat: Int64[np.ndarray, " cells"]) -> dict[str, Any]:
+        index = np.unravel_index(flat, self.values.shape)
+        columns: dict[str, Any] = {"pair": index[0], "layer": index[1], "position": index[2]}
+        if self.values.ndim == 4:
+            columns["head"] = index[3]
+        where = list(zip(index[0].tolist(), index[2].tolist(), strict=True))
+        return {
+            **columns,
+            "effect": self.values.ravel()[flat],
+            "label": [self.labels[i][p] for i, p in where],
+            "segment": [self.segments[i][p] for i, p in where],
+        }
+
+
+def agreement_of_cells(
+    approximate: Sequence[float] | Float[np.ndarray, " cells"],
+    exact: Sequence[float] | Float[np.ndarray, " cells"],
+    k: int = 20,
+) -> Agreement:
+    """Agreement of two lists of values of the same cells, see `Agreement`."""
+    return _agreement(np.asarray(approximate), np.asarray(exact), k)
+
+
+def bootstrap(
+    values: Float[np.ndarray, "pairs ..."], level: float, resamples: int, seed: int
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """Percentile interval of the mean over pairs, NaN left out.
+
+    Raises:
+        ValueError: If `level` is not between 0 and 1, or `resamples` is not positive.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; it must lie between 0 and 1, such as 0.95")
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; at least 1 is needed")
+    generator = np.random.default_rng(seed)
+    n = len(values)
+    # Drawing pairs with replacement is weighting them by how often they were drawn.
+    weights = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    flat = values.reshape(n, -1)
+    there = np.isfinite(flat)
+    total = weights @ np.where(there, flat, 0)
+    count = weights @ there
+    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    low, high = np.full(flat.shape[1], np.nan), np.full(flat.shape[1], np.nan)
+    some = np.isfinite(means).any(0)
+    if some.any():
+        ends = np.nanquantile(means[:, some], [(1 - level) / 2, (1 + level) / 2], axis=0)
+        low[some], high[some] = ends
+    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+
+
+def _agreement(
+    approximate: Float[np.ndarray, " cells"], exact: Float[np.ndarray, " cells"], k: int
+) -> Agreement:
+    both = np.isfinite(approximate) & np.isfinite(exact)
+    both &= (approximate != 0) | (exact != 0)
+    a, b = approximate[both].astype(np.float64), exact[both].astype(np.float64)
+    if len(a) < 2:
+        raise ValueError(f"only {len(a)} cells can be compared; an agreement needs at least 2")
+    k = max(1, min(k, len(a)))
+    strongest = [set(np.argsort(-np.abs(x), kind="stable")[:k].tolist()) for x in (a, b)]
+    weight = np.abs(b).sum()
+    spread = ((a - a.mean()) ** 2).sum()
+    return Agreement(
+        pearson=_correlation(a, b),
+        spearman=_correlation(_ranks(a), _ranks(b)),
+        sign=float(np.abs(b)[np.sign(a) == np.sign(b)].sum() / weight) if weight else float("nan"),
+        recall=len(strongest[0] & strongest[1]) / k,
+        slope=float(((a - a.mean()) * (b - b.mean())).sum() / spread) if spread else float("nan"),
+        k=k,
+        cells=len(a),
+    )
+
+
+def _correlation(a: Float[np.ndarray, " cells"], b: Float[np.ndarray, " cells"]) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a**2).sum() * (b**2).sum()))
+    return float((a * b).sum() / scale) if scale else float("nan")
+
+
+def _ranks(values: Float[np.ndarray, " cells"]) -> Float[np.ndarray, " cells"]:
+    """Ranks from 0, equal values sharing their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return np.asarray((ends - (counts + 1) / 2)[inverse], dtype=np.float64)
+
+
+def _nan_mean(values: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, "..."]:
+    """Mean of what is there; NaN, without a warning, where nothing is."""
+    there = np.isfinite(values)
+    total = np.where(there, values, 0).sum(axis)
+    count = there.sum(axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(values.dtype)
+
+
+def _reduce(
+    values: Float[np.ndarray, "across *rest"], reduce: Reduce = "sum"
+) -> Float[np.ndarray, "*rest"]:
+    """Add or average over the first axis what is there; NaN where nothing is."""
+    if reduce == "mean":
+        return _nan_mean(values, axis=0)
+    there = np.isfinite(values)
+    total = np.where(there, values, 0).sum(0)
+    return np.where(there.any(0), total, np.nan).astype(values.dtype)
+
+
+def _as_json(agreement: Agreement) -> dict[str, Any]:
+    # JSON has no NaN, and a correlation of constant values is one.
+    return {k: v if np.isfinite(v) else None for k, v in vars(agreement).items()}
+
+
+def _from_json(entries: dict[str, Any]) -> Agreement:
+    found: dict[str, Any] = {k: float("nan") if v is None else v for k, v in entries.items()}
+    return Agreement(**found)

@@ -1,0 +1,53 @@
+"""Figures of results. Each function takes a result and returns a plotly `Figure`.
+
+Nothing is shown, printed or set globally. Titles say what was measured and on how many; hover
+texts say it in words; colours can be told apart by colour-blind readers; every figure is readable
+in a column of 80 mm and on light and dark pages. `save_figure` writes them to files.
+"""
+
+from divergence_lens.plots.curves import mixing_curves, preference_over_training
+from divergence_lens.plots.effects import (
+    agreement_scatter,
+    cross_patch_margins,
+    effects_by_segment,
+    effects_heatmap,
+    head_grid,
+    layer_profile,
+    layers_by_site,
+)
+from divergence_lens.plots.export import save_figure
+from divergence_lens.plots.labels import CONDITIONS
+from divergence_lens.plots.students import (
+    condition_bars,
+    layer_sweep,
+    preference_bars,
+    transfer_bars,
+)
+from divergence_lens.plots.teachers import (
+    rate_per_teacher,
+    teacher_preferences,
+    where_divergence_falls,
+)
+from divergence_lens.plots.tokens import divergence_tokens
+
+__all__ = [
+    "CONDITIONS",
+    "agreement_scatter",
+    "condition_bars",
+    "cross_patch_margins",
+    "divergence_tokens",
+    "effects_by_segment",
+    "effects_heatmap",
+    "head_grid",
+    "layer_profile",
+    "layer_sweep",
+    "layers_by_site",
+    "mixing_curves",
+    "preference_bars",
+    "preference_over_training",
+    "rate_per_teacher",
+    "save_figure",
+    "teacher_preferences",
+    "transfer_bars",
+    "where_divergence_falls",
+]

@@ -1,0 +1,261 @@
+"""Curves of a preference: over training, and over a share of the data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from divergence_lens._utils.tables import Table, checked_table
+from divergence_lens.deltas.delta import Delta
+from divergence_lens.plots import style
+
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """One line: its points, what they say, and single values drawn as small dots."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    hover: Sequence[str]
+    dots: Sequence[tuple[float, float, str]] = ()
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+def preference_over_training(
+    histories: Delta | pd.DataFrame | Mapping[str, Delta | pd.DataFrame],
+    *,
+    column: str = "preference",
+    before: float | None = None,
+) -> go.Figure:
+    """How a student's preference rises while it is trained, update by update.
+
+    The history has to hold it:
+    `finetune(..., every=5, on_step=lambda step, loss, model: {"preference": preference(model,
+    target="owl").share})`.
+
+    Args:
+        histories: A student, or its `history()`, or several by name.
+        column: The name under which `on_step` returned the preference.
+        before: The untouched model's preference, drawn as a line if given.
+
+    Returns:
+        One line for each student over the number of updates; updates at which nothing was measured
+        have no point.
+
+    Raises:
+        ValueError: If there is no student, or a history lacks the column.
+    """
+    if isinstance(histories, Delta | pd.DataFrame):
+        histories = {"student": histories}
+    if not histories:
+        raise ValueError("preference_over_training needs at least one student; it was given none")
+    curves = []
+    for name, one in histories.items():
+        history = one.history() if isinstance(one, Delta) else one
+        if column not in history.columns:
+            raise ValueError(
+                f"the history of {name!r} has no column {column!r}; train it with an on_step that "
+                f"returns {{{column!r}: ...}} (it has {list(history.columns)})"
+            )
+        rows = history.dropna(subset=[column])
+        values = rows[column].astype(float).to_list()
+        steps = rows["step"].astype(float).to_list()
+        curves.append(
+            _Curve(
+                name,
+                steps,
+                values,
+                [
+                    f"{name}, after {style.plural(int(step), 'update')}: {style.percent(value)}"
+                    for step, value in zip(steps, values, strict=True)
+                ],
+            )
+        )
+    measured = sum(len(curve.x) for curve in curves)
+    return _drawn(
+        curves,
+        what="Preference over training",
+        detail=f"{style.plural(len(curves), 'student')}, measured "
+        f"{style.plural(measured, 'time')} in all",
+        x_title="updates",
+        ticks=style.thinned(sorted({int(x) for curve in curves for x in curve.x}), 6),
+        lines={} if before is None else {"before training": before},
+    )
+
+
+def mixing_curves(
+    table: Table,
+    *,
+    of: str = "the data that was changed",
+    before: float | None = None,
+    control: float | None = None,
+) -> go.Figure:
+    """What students prefer as more and more of their data is mixed with other data, or paraphrased.
+
+    Args:
+        table: One row per student or mean: `condition`, `share` (of the data, from 0 to 1),
+            `preference` and, if known, `low` and `high` (an interval), `target` and `seed` (for the
+            hover texts).
+        of: What the share is a share of, in words, for the axis.
+        before: Preference before training, drawn as a line if given.
+        control: Preference of the control students, likewise.
+
+    Returns:
+        A line for each condition through the means at each share, with a dot for each row where a
+        share has several, or with the rows' intervals where it has one.
+
+    Raises:
+        ValueError: If the table is empty, lacks a column, or has shares outside 0 to 1.
+    """
+    rows = checked_table(table, ("condition", "share", "preference"), "mixing")
+    outside = rows["share"][(rows["share"] < 0) | (rows["share"] > 1)]
+    if len(outside):
+        raise ValueError(f"a share is {outside.iloc[0]:g}; shares go from 0 to 1")
+    curves = []
+    for condition, own in rows.groupby("condition", sort=False):
+        name = str(condition).replace("_", " ")
+        groups = own.groupby("share", sort=True)["preference"]
+        mean, count = groups.mean(), groups.size()
+        single = {"low", "high"} <= set(own.columns) and int(count.max()) == 1
+        ordered = own.sort_values("share")
+        curves.append(
+            _Curve(
+                name,
+                [float(share) for share in mean.index],
+                mean.astype(float).to_list(),
+                [
+                    f"{name}, {style.percent(float(share))} of {of}: {style.percent(value)}"
+                    f" ({style.plural(int(n), 'student')})"
+                    for share, value, n in zip(mean.index, mean, count, strict=True)
+                ],
+                dots=[]
+                if int(count.max()) == 1
+                else [_dot(name, row) for _, row in own.iterrows()],
+                low=ordered["low"].astype(float).to_list() if single else None,
+                high=ordered["high"].astype(float).to_list() if single else None,
+            )
+        )
+    lines = {"before training": before, "control": control}
+    marks = ""
+    if any(curve.dots for curve in curves):
+        marks = "; lines: means, dots: students"
+    elif any(curve.low for curve in curves):
+        marks = "; bars: 95 % intervals"
+    return _drawn(
+        curves,
+        what=f"Preference by the share of {of}",
+        detail=f"{style.plural(len(curves), 'condition')}, {style.plural(len(rows), 'student')}"
+        + marks,
+        x_title="share of the data",
+        lines={name: value for name, value in lines.items() if value is not None},
+        x_format=".0%",
+    )
+
+
+def _dot(name: str, row: "pd.Series[Any]") -> tuple[float, float, str]:
+    who = ", ".join(
+        f"{part} {row[part]}" if part == "seed" else str(row[part])
+        for part in ("target", "seed")
+        if part in row.index
+    )
+    words = f"{name}{', ' if who else ''}{who}: {style.percent(float(row['preference']))}"
+    return float(row["share"]), float(row["preference"]), words
+
+
+def _drawn(
+    curves: Sequence[_Curve],
+    *,
+    what: str,
+    detail: str,
+    x_title: str,
+    lines: Mapping[str, float],
+    x_format: str = "",
+    ticks: Sequence[int] | None = None,
+) -> go.Figure:
+    traces: list[Any] = []
+    for i, curve in enumerate(curves):
+        colour = style.CYCLE[i % len(style.CYCLE)]
+        if curve.dots:
+            traces.append(
+                go.Scatter(
+                    x=[x for x, _, _ in curve.dots],
+                    y=[y for _, y, _ in curve.dots],
+                    mode="markers",
+                    marker={"size": 5, "color": colour, "opacity": 0.6},
+                    text=[style.escape(words) for _, _, words in curve.dots],
+                    hoverinfo="text",
+                    legendgroup=curve.name,
+                    showlegend=False,
+                )
+            )
+        error = None
+        if curve.low is not None and curve.high is not None:
+            y = np.asarray(curve.y)
+            error = {
+                "type": "data",
+                "symmetric": False,
+                "array": np.asarray(curve.high) - y,
+                "arrayminus": y - np.asarray(curve.low),
+                "thickness": 1.2,
+                "width": 3,
+            }
+        traces.append(
+            go.Scatter(
+                x=curve.x,
+                y=curve.y,
+                mode="lines+markers",
+                name=style.escape(curve.name),
+                legendgroup=curve.name,
+                line={"color": colour, "width": 2.4, "dash": _DASHES[i % len(_DASHES)]},
+                marker={"size": 7, "symbol": style.SYMBOLS[i % len(style.SYMBOLS)]},
+                error_y=error,
+                text=[style.escape(words) for words in curve.hover],
+                hoverinfo="text",
+            )
+        )
+    found = [x for curve in curves for x in curve.x]
+    low, high = (min(found), max(found)) if found else (0.0, 1.0)
+    pad = 0.04 * ((high - low) or 1.0)
+    for label, value in lines.items():
+        traces.append(
+            go.Scatter(
+                x=[low - pad, (low + high) / 2, high + pad],
+                y=[value] * 3,
+                mode="lines",
+                name=label,
+                line={
+                    "color": style.INK,
+                    "width": 1.6,
+                    "dash": "dot" if label == "control" else "dash",
+                },
+                text=[f"{label}: {style.percent(value)}"] * 3,
+                hoverinfo="text",
+            )
+        )
+    shown = len(curves) + len(lines)
+    return style.figure(
+        traces,
+        what=what,
+        detail=detail,
+        plot_height=210,
+        left=60,
+        right=16,
+        legend_rows=0 if shown == 1 else shown,
+        xaxis=style.axis(
+            x_title,
+            grid=False,
+            range=[low - pad, high + pad],
+            tickformat=x_format,
+            nticks=6,
+            tickvals=ticks,
+            tickangle=0,
+        ),
+        yaxis=style.axis("preference for the target", tickformat=".0%", rangemode="tozero"),
+    )

@@ -1,0 +1,324 @@
+"""Figures of effects: by layer, position, segment and head, approximate against exact, crossed."""
+
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+from divergence_lens._utils.tables import Table, checked_table
+from divergence_lens.patching.agreement import inner_agreement, inner_cells
+from divergence_lens.patching.cross import CrossPatch
+from divergence_lens.patching.effects import Effects, bootstrap
+from divergence_lens.plots import charts, grids, style
+from divergence_lens.plots.labels import metric_words, one_kind, site_words, titled
+
+Line: TypeAlias = Float[np.ndarray, " layers"]
+
+
+def effects_heatmap(
+    effects: Effects, pair: int | Literal["mean"] = 0, *, name: str | None = None
+) -> go.Figure:
+    """Layer x position effects of one pair, or of the mean over pairs.
+
+    Args:
+        effects: What patching returned; heads are added up.
+        pair: Which pair, or "mean". Rows of unlike lengths are put together segment by segment
+            for the mean; a star stands for tokens that differ from pair to pair.
+        name: Whose pairs these are (a target, say), for the title.
+
+    Returns:
+        A heatmap with layers across and tokens down, in shares of the total effect (1: the patch
+        does all that the other run does), or in units of the metric where the total effect of the
+        pair is next to nothing. Grey cells were not measured or have no counterpart in the other
+        run. The marked last token is the one whose logits are measured.
+
+    Raises:
+        IndexError: If there is no such pair.
+    """
+    if pair == "mean":
+        values, tokens, segments, used = grids.aligned_mean(effects)
+        of, share = f"mean of {style.plural(used, 'pair')}", True
+        if used < len(effects.labels):
+            of += f" out of {len(effects.labels):,} (the others have other segments)"
+    else:
+        count = len(effects.labels)
+        if not 0 <= pair < count:
+            raise IndexError(f"there is no pair {pair}; the pairs are numbered 0 to {count - 1}")
+        tokens, segments = list(effects.labels[pair]), list(effects.segments[pair])
+        share = not bool(effects.near_zero()[pair])
+        values = grids.cells(effects.normalised() if share else effects)[pair, :, : len(tokens)]
+        of = f"pair {pair} of {count:,}, total effect {float(effects.total[pair]):+.2f}"
+    unit = "share of the total effect" if share else f"change of the {metric_words(effects.metric)}"
+    return grids.token_heatmap(
+        np.asarray(values, dtype=np.float64),
+        tokens,
+        segments,
+        what=titled("Effect of a patch, by layer and position", name),
+        detail=f"{site_words(effects.site)}; {of}; {_method(effects)}",
+        unit=unit,
+        describe=unit,
+    )
+
+
+def effects_by_segment(effects: Effects, *, name: str | None = None) -> go.Figure:
+    """Layer x segment effects, the mean over many pairs.
+
+    Args:
+        effects: What patching returned. Cells of one segment are added within a pair. The segment
+            "divergence" is the position whose prediction is measured.
+        name: Whose pairs these are (a target, say), for the title.
+
+    Returns:
+        A heatmap with layers across and segments down, in shares of the total effect; pairs whose
+        total effect is next to nothing are left out.
+    """
+    table = effects.normalised().by_segment()
+    segments = [str(column) for column in table.columns]
+    return grids.segment_heatmap(
+        table.to_numpy(dtype=np.float64).T,
+        segments,
+        what=titled("Effect of a patch, by layer and segment", name),
+        detail=f"{site_words(effects.site)}; mean of {_pairs_used(effects)}, "
+        f"cells of a segment added; {_method(effects)}"
+        + ("; divergence: the position that predicts" if "divergence" in segments else ""),
+        unit="share of the total effect",
+        describe="share of the total effect",
+    )
+
+
+def head_grid(
+    effects: Effects, pair: int | Literal["mean"] = "mean", *, name: str | None = None
+) -> go.Figure:
+    """Layer x head effects of patching single heads (site `z`), all positions added.
+
+    Args:
+        effects: What patching `site="z"` returned.
+        pair: Which pair, or "mean" of those whose total effect is more than next to nothing.
+        name: Whose pairs these are (a target, say), for the title.
+
+    Returns:
+        A heatmap with layers across and heads down, in shares of the total effect, or for one pair
+        without such an effect in units of the metric.
+
+    Raises:
+        ValueError: If the effects are of a site that has no heads.
+        IndexError: If there is no such pair.
+    """
+    if effects.values.ndim != 4:
+        raise ValueError(
+            f"these effects are of site {effects.site!r}, which has no heads; patch site 'z'"
+        )
+    count = len(effects.labels)
+    if pair != "mean" and not 0 <= pair < count:
+        raise IndexError(f"there is no pair {pair}; the pairs are numbered 0 to {count - 1}")
+    share = pair == "mean" or not bool(effects.near_zero()[pair])
+    values = np.asarray((effects.normalised() if share else effects).values, dtype=np.float64)
+    there = np.isfinite(values)
+    added = np.where(there.any(2), np.where(there, values, 0).sum(2), np.nan)
+    if pair == "mean":
+        known = np.isfinite(added)
+        number = known.sum(0)
+        total = np.where(known, added, 0).sum(0)
+        grid = np.where(number > 0, total / np.maximum(number, 1), np.nan)
+        of = f"mean of {_pairs_used(effects)}"
+    else:
+        grid = added[pair]
+        of = f"pair {pair} of {count:,}, total effect {float(effects.total[pair]):+.2f}"
+    unit = "share of the total effect" if share else f"change of the {metric_words(effects.metric)}"
+    return grids.segment_heatmap(
+        grid.T,
+        [str(head) for head in range(grid.shape[1])],
+        what=titled("Effect of a patch, by layer and head", name),
+        detail=f"{of}, positions added; {_method(effects)}",
+        unit=unit,
+        describe=unit,
+        row="head",
+    )
+
+
+def layers_by_site(layers: Table, *, kind: str | None = None) -> go.Figure:
+    """How much of the first divergence the outputs of each layer cause, by site.
+
+    Args:
+        layers: The `layers` table of results.json: `target`, `kind`, `site`, `layer`,
+            `absolute_effect` (the absolute effects of all positions, added, in shares of the total
+            effect) and, if known, `pairs`.
+        kind: Of which teachers, if the table holds several kinds.
+
+    Returns:
+        Bars (means over targets), one colour for each site, with a dot for each target.
+
+    Raises:
+        ValueError: If there is nothing to show, or several kinds and none was chosen.
+    """
+    columns = ("target", "kind", "site", "layer", "absolute_effect")
+    table, kind = one_kind(checked_table(layers, columns, "layers"), kind, "layers")
+    bars = []
+    for site in dict.fromkeys(table["site"]):
+        rows = table[table["site"] == site]
+        words = site_words(str(site))
+        mean = rows.groupby("layer", sort=True)["absolute_effect"].mean()
+        bars.append(
+            charts.Bars(
+                label=words,
+                groups=[str(layer) for layer in mean.index],
+                values=mean.to_numpy(float),
+                hover=[
+                    f"layer {layer}, {words}: {value:.2f}, mean over "
+                    f"{style.plural(rows['target'].nunique(), 'target')}"
+                    for layer, value in mean.items()
+                ],
+                points=[
+                    (str(layer), float(value), f"{target}, layer {layer}, {words}: {value:.2f}")
+                    for target, layer, value in zip(
+                        rows["target"], rows["layer"], rows["absolute_effect"], strict=True
+                    )
+                ],
+            )
+        )
+    pairs = ""
+    if "pairs" in table.columns:
+        each = sorted({int(number) for number in table["pairs"]})
+        pairs = f", {' to '.join(str(n) for n in dict.fromkeys([each[0], each[-1]]))} pairs each"
+    return charts.bars(
+        bars,
+        what=f"What causes the first divergence, layer by layer ({kind} teachers)",
+        detail=f"{style.plural(table['target'].nunique(), 'target')}{pairs}; absolute effects, "
+        "positions added; bars: means, dots: targets",
+        value_title="shares of the total effect",
+        value_format="",
+        group_title="layer",
+    )
+
+
+def layer_profile(
+    effects: Effects | Mapping[str, Effects], *, name: str | None = None
+) -> go.Figure:
+    """How much each layer carries, all positions added, with 95 % bootstrap intervals over pairs.
+
+    Args:
+        effects: What patching returned, or several results by name, to be compared.
+        name: Whose pairs these are (a target, say), for the title.
+
+    Returns:
+        One line with a band for each result, in shares of the total effect. Shares of all
+        positions together can pass 1, because positions carry the same thing one after another.
+
+    Raises:
+        ValueError: If there are no results.
+    """
+    named = {_method(effects): effects} if isinstance(effects, Effects) else dict(effects)
+    if not named:
+        raise ValueError("layer_profile needs at least one Effects; the mapping is empty")
+    series = {}
+    for label, one in named.items():
+        table = one.normalised().by_layer()
+        mean, low, high = (
+            table[column].to_numpy(dtype=np.float64) for column in ("effect", "low", "high")
+        )
+        series[label] = (mean, low, high)
+    first = next(iter(named.values()))
+    method = f"; {_method(first)}" if len(named) == 1 else ""
+    used = " / ".join(dict.fromkeys(_pairs_used(one) for one in named.values()))
+    return charts.profile(
+        np.arange(first.n_layers),
+        series,
+        what=titled("Effect of a patch, layer by layer", name),
+        detail=f"{site_words(first.site)}; mean of {used}, positions added{method}; "
+        "band: 95 % interval",
+        value_title="share of the total effect",
+    )
+
+
+def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
+    """What each half of two models adds to the margin, boundary by boundary, and the interaction.
+
+    Args:
+        crossed: What cross-patching returned.
+
+    Returns:
+        Three lines with bands of 95 % (bootstrap over pairs), in logits: what the first model's
+        upper layers add over its own lower layers and over the other's, and their difference.
+    """
+    series: dict[str, tuple[Line, Line, Line]] = {}
+    for name, values in (
+        ("over its own lower layers", crossed.upper_effect("a")),
+        ("over the other's lower layers", crossed.upper_effect("b")),
+        ("interaction", crossed.interaction),
+    ):
+        low, high = bootstrap(values, 0.95, 1000, 0)
+        series[name] = values.mean(0).astype(np.float64), low, high
+    return charts.profile(
+        np.arange(crossed.margins.shape[1]),
+        series,
+        what="Two models, crossed at every boundary",
+        detail=f"what the upper layers of {crossed.names[0]} add to the margin, in place of those "
+        f"of {crossed.names[1]}; mean of {style.plural(len(crossed.margins), 'pair')}; "
+        "band: 95 % interval",
+        value_title="change of the margin (logits)",
+        across="boundary",
+    )
+
+
+def agreement_scatter(
+    approximate: Effects, exact: Effects, *, name: str | None = None
+) -> go.Figure:
+    """Approximate effects against exact ones, cell by cell, with their agreement in the title.
+
+    Cells at the target position and in the last layer agree nearly by construction, so they are
+    drawn apart, and the agreement without them, pair by pair, stands before that of all cells
+    together.
+
+    Args:
+        approximate: Effects by attribution.
+        exact: Effects by causal mediation, of the same pairs.
+        name: Whose pairs these are (a target, say), for the title.
+
+    Returns:
+        A scatter with the line on which both are equal.
+
+    Raises:
+        ValueError: If the two are not of the same pairs, site, direction and metric.
+    """
+    agreement, within = approximate.agreement(exact), inner_agreement(approximate, exact)
+    x, y = exact.values, approximate.values
+    both = np.isfinite(x) & np.isfinite(y) & ((x != 0) | (y != 0))
+    places = np.argwhere(both)
+    hover = [
+        f"pair {pair}, layer {layer}, position {p}"
+        + (f", head {rest[0]}" if rest else "")
+        + f", token “{approximate.labels[pair][p]}”"
+        for pair, layer, p, *rest in places.tolist()
+    ]
+    pairs = len(np.unique(places[:, 0]))
+    detail = f"{site_words(exact.site)}; {style.plural(pairs, 'pair')}"
+    if within.pairs:
+        detail += (
+            f"; without target position and last layer ({style.plural(within.cells, 'cell')}), "
+            f"mean within a pair: Pearson {within.pearson:.2f}, Spearman {within.spearman:.2f}"
+        )
+    return charts.scatter(
+        y[both].astype(np.float64),
+        x[both].astype(np.float64),
+        hover,
+        inner_cells(exact)[both],
+        what=titled("Approximate against exact effects", name),
+        detail=f"{detail}; all {style.plural(agreement.cells, 'cell')} together: Pearson "
+        f"{agreement.pearson:.2f}, Spearman {agreement.spearman:.2f}, same sign "
+        f"{style.percent(agreement.sign)}",
+        names=(f"approximate, {approximate.method}", f"exact, {metric_words(exact.metric)}"),
+        groups=("target position, last layer", "all other cells"),
+    )
+
+
+def _pairs_used(effects: Effects) -> str:
+    count = len(effects.labels)
+    used = count - int(effects.near_zero().sum())
+    return style.plural(count, "pair") if used == count else f"{used:,} of {count:,} pairs"
+
+
+def _method(effects: Effects) -> str:
+    method = "exact" if effects.method == "exact" else f"approximate, {effects.method}"
+    return f"{method}, {effects.direction}"

@@ -1,0 +1,291 @@
+"""Heatmaps of effects: layers across, tokens or segments down, and the mean of unlike rows."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+from divergence_lens.pairs import BIAS
+from divergence_lens.patching.effects import Effects
+from divergence_lens.plots import style
+
+_ROW = 15  # pixels per token on an axis: the smallest row that keeps 10-pixel letters apart
+_MOST_TOKENS = 90
+_LETTER = 11  # pixels that a line of those letters needs
+
+
+def token_heatmap(
+    values: Float[np.ndarray, "layers positions"],
+    tokens: Sequence[str],
+    segments: Sequence[str],
+    *,
+    what: str,
+    detail: str,
+    unit: str,
+    describe: str,
+) -> go.Figure:
+    """Layers across, tokens down; the last token, whose logits are measured, marked.
+
+    Args:
+        values: One number for each cell, NaN where there is none.
+        tokens: The token at each position.
+        segments: The name of its segment.
+        what: Title.
+        detail: Under the title.
+        unit: What the colours mean, on the colour bar.
+        describe: What a cell is, in words, between its place and its value in the hover text.
+    """
+    layers, positions = values.shape
+    limit = _limit(values)
+    row = _ROW if positions <= _MOST_TOKENS else max(3, _ROW * _MOST_TOKENS // positions)
+    height = max(row * positions, 90)
+    shown = [style.show_token(token, 12) for token in tokens]
+    hover = [
+        [
+            f"layer {layer}, position {p}, token “{style.show_token(token, 40)}” ({segment})<br>"
+            + (
+                f"{describe}: {values[layer, p]:+.3f}"
+                if np.isfinite(values[layer, p])
+                else "not measured, or no counterpart in the other run"
+            )
+            for layer in range(layers)
+        ]
+        for p, (token, segment) in enumerate(zip(tokens, segments, strict=True))
+    ]
+    heatmap = go.Heatmap(
+        x=list(range(layers)),
+        y=list(range(positions)),
+        z=values.T,
+        text=hover,
+        hoverinfo="text",
+        xgap=0.6,
+        ygap=0.6,
+        **style.diverging(limit, unit, height),
+    )
+    target = positions - 1
+    every = -(-_LETTER // row)
+    ticks = [p for p in range(target) if (target - p) % every == 0 or segments[p] == BIAS]
+    marks = [_bold(shown[p]) if segments[p] == BIAS else shown[p] for p in ticks]
+    # Bold says that a token differs, which the framed one need not.
+    last = f"{shown[target]} ◂"
+    marks.append(_bold(last) if segments[target] == BIAS else last)
+    letters = max((len(tokens[p]) for p in range(positions)), default=1)
+    left = 34 + round(min(letters, 12) * 6.4) + 16
+    runs = spans(segments)
+    return style.figure(
+        [heatmap],
+        what=what,
+        detail=detail
+        + ("; bold: tokens that differ" if BIAS in segments else "")
+        + "; ◂: the position whose prediction is measured",
+        plot_height=height,
+        bottom=98,
+        left=left,
+        right=12,
+        widest=max(520, 190 + 34 * layers),
+        plot_bgcolor=style.MISSING,
+        shapes=[
+            {
+                "type": "line",
+                "xref": "paper",
+                "x0": 0,
+                "x1": 1,
+                "y0": start - 0.5,
+                "y1": start - 0.5,
+                "line": {"color": style.INK, "width": 1},
+            }
+            for _, start, _ in runs[1:]
+        ]
+        + [
+            {
+                "type": "rect",
+                "xref": "paper",
+                "x0": 0,
+                "x1": 1,
+                "y0": target - 0.5,
+                "y1": target + 0.5,
+                "line": {"color": style.INK, "width": 1.5},
+            }
+        ],
+        annotations=[
+            {
+                "text": name,
+                "xref": "paper",
+                "x": 0,
+                "xanchor": "center",
+                "xshift": 10 - left,
+                "yref": "y",
+                "y": (start + stop - 1) / 2,
+                "yanchor": "middle",
+                "textangle": -90,
+                "showarrow": False,
+                "font": {"size": 10},
+            }
+            for name, start, stop in runs
+            if (stop - start) * row >= 6 * len(name)
+        ],
+        xaxis=style.axis(
+            "layer", grid=False, tickangle=0, tickvals=style.thinned(range(layers), 10)
+        ),
+        yaxis=style.axis(
+            "",
+            grid=False,
+            tickvals=[*ticks, target],
+            ticktext=marks,
+            tickfont={"size": 10, "family": style.MONO},
+            range=[positions - 0.5, -0.5],
+        ),
+    )
+
+
+def _bold(text: str) -> str:
+    return f"<b>{text}</b>"
+
+
+def spans(segments: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Runs of equal names: (name, start, stop)."""
+    runs: list[tuple[str, int, int]] = []
+    for i, name in enumerate(segments):
+        if runs and runs[-1][0] == name:
+            runs[-1] = (name, runs[-1][1], i + 1)
+        else:
+            runs.append((name, i, i + 1))
+    return runs
+
+
+def segment_heatmap(
+    values: Float[np.ndarray, "segments layers"],
+    segments: Sequence[str],
+    *,
+    what: str,
+    detail: str,
+    unit: str,
+    describe: str,
+    row: str = "segment",
+) -> go.Figure:
+    """Layers across, segments (or heads) down, with the numbers written in where there is room."""
+    count, layers = values.shape
+    limit = _limit(values)
+    height = max(30 * count, 90)
+    hover = [
+        [
+            f"layer {layer}, {row} {style.escape(name)}<br>"
+            + (
+                f"{describe}: {values[i, layer]:+.3f}"
+                if np.isfinite(values[i, layer])
+                else f"not measured, or no position in this {row}"
+            )
+            for layer in range(layers)
+        ]
+        for i, name in enumerate(segments)
+    ]
+    written = layers <= 6
+    heatmap = go.Heatmap(
+        x=list(range(layers)),
+        y=list(range(count)),
+        z=values,
+        text=hover,
+        hoverinfo="text",
+        xgap=1,
+        ygap=1,
+        texttemplate="%{z:.2f}" if written else None,
+        textfont={"size": 11} if written else None,
+        **style.diverging(limit, unit, height),
+    )
+    letters = max(len(name) for name in segments)
+    return style.figure(
+        [heatmap],
+        what=what,
+        detail=detail,
+        plot_height=height,
+        bottom=98,
+        left=(34 if row != "segment" else 16) + 7 * min(letters, 16),
+        right=12,
+        widest=max(560, 190 + 40 * layers),
+        plot_bgcolor=style.MISSING,
+        xaxis=style.axis(
+            "layer", grid=False, tickangle=0, tickvals=style.thinned(range(layers), 10)
+        ),
+        yaxis=style.axis(
+            "" if row == "segment" else row,
+            grid=False,
+            tickvals=list(range(count)),
+            ticktext=[style.escape(name) for name in segments],
+            range=[count - 0.5, -0.5],
+        ),
+    )
+
+
+def _limit(values: Float[np.ndarray, "..."]) -> float:
+    finite = np.abs(values[np.isfinite(values)])
+    largest = float(finite.max()) if finite.size else 0.0
+    return largest if largest > 0 else 1.0
+
+
+def cells(effects: Effects) -> Float[np.ndarray, "pairs layers pos"]:
+    """The values with heads added; NaN where no head has a value."""
+    values = effects.values
+    if values.ndim == 3:
+        return values
+    there = np.isfinite(values)
+    return np.where(there.any(3), np.where(there, values, 0).sum(3), np.nan)
+
+
+def aligned_mean(
+    effects: Effects,
+) -> tuple[Float[np.ndarray, "layers pos"], list[str], list[str], int]:
+    """Mean over as many pairs as one order of segments fits, aligned within each segment.
+
+    Returns:
+        Values `[layers, positions]`, a token and a segment for each position, and the number of
+        pairs.
+    """
+    values = cells(effects.normalised())
+    usable = np.flatnonzero(~effects.near_zero())
+    runs = {int(i): spans(effects.segments[i]) for i in usable}
+    if not runs:
+        raise ValueError(
+            "every pair has next to no total effect, so a mean share of it means nothing; "
+            "look at single pairs with pair=0, 1, ..."
+        )
+    names = {i: tuple(name for name, _, _ in own) for i, own in runs.items()}
+    fits = {
+        shape: {i: found for i, own in names.items() if (found := _within(own, shape)) is not None}
+        for shape in dict.fromkeys(names.values())
+    }
+    shape, chosen = max(fits.items(), key=lambda entry: len(entry[1]))
+    widths = [0] * len(shape)
+    for i, found in chosen.items():
+        for j, (_, start, stop) in zip(found, runs[i], strict=True):
+            widths[j] = max(widths[j], stop - start)
+    starts = np.concatenate([[0], np.cumsum(widths)])
+    stacked = np.full((len(chosen), effects.n_layers, int(starts[-1])), np.nan)
+    words: list[Counter[str]] = [Counter() for _ in range(int(starts[-1]))]
+    for row, (i, found) in enumerate(chosen.items()):
+        for j, (_, start, stop) in zip(found, runs[i], strict=True):
+            at = int(starts[j])
+            stacked[row, :, at : at + stop - start] = values[i, :, start:stop]
+            for k in range(stop - start):
+                words[at + k][effects.labels[i][start + k]] += 1
+    there = np.isfinite(stacked)
+    count = there.sum(0)
+    mean = np.where(count > 0, np.where(there, stacked, 0).sum(0) / np.maximum(count, 1), np.nan)
+    tokens = []
+    for counter in words:
+        token, times = counter.most_common(1)[0]
+        tokens.append(token if 2 * times > counter.total() else "*")
+    segments = [name for name, width in zip(shape, widths, strict=True) for _ in range(width)]
+    return mean, tokens, segments, len(chosen)
+
+
+def _within(names: Sequence[str], shape: Sequence[str]) -> list[int] | None:
+    """Where each of `names` stands in `shape`, in order; None if it is no part of it."""
+    found: list[int] = []
+    for name in names:
+        start = found[-1] + 1 if found else 0
+        if name not in shape[start:]:
+            return None
+        found.append(shape.index(name, start))
+    return found

@@ -1,0 +1,290 @@
+"""Figures of students: what they prefer after training, by their data and by their blocks."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from divergence_lens._utils.tables import Table, checked_table
+from divergence_lens.evaluation.preferences import Preference
+from divergence_lens.plots import charts, style
+from divergence_lens.plots.labels import (
+    CONDITIONS,
+    condition_words,
+    controls_of,
+    means_by_target,
+    of_condition,
+    one_kind,
+    students_of,
+)
+from divergence_lens.plots.ladder import ladder
+from divergence_lens.study.findings import t_interval
+from divergence_lens.training.sweep import Sweep
+
+_BESIDE = 8  # conditions whose names have room side by side
+
+
+def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
+    """What students prefer after training, condition by condition, side by side for each target.
+
+    Args:
+        students: The `students` table of results.json: `target`, `kind`, `condition`, `seed`,
+            `before`, `after`. Rows of the condition "block" are left out, the condition "control"
+            becomes a line, and the preference before training another.
+        kind: Of which teachers, if the table holds several kinds.
+
+    Returns:
+        Bars (means over seeds) with a dot for each student.
+
+    Raises:
+        ValueError: If there is nothing to show, or several kinds and none was chosen.
+    """
+    table, kind = one_kind(
+        checked_table(
+            students, ("target", "kind", "condition", "seed", "before", "after"), "students"
+        ),
+        kind,
+        "students",
+    )
+    table = table[table["condition"] != "block"]
+    shown = [str(name) for name in dict.fromkeys(table["condition"]) if name != "control"]
+    known = list(CONDITIONS)
+    shown.sort(key=lambda name: known.index(name) if name in known else len(known))
+    if not shown:
+        raise ValueError(
+            f"the students table has no rows of kind {kind!r} trained on all blocks to show"
+        )
+    bars = []
+    for condition in shown:
+        rows = table[table["condition"] == condition]
+        words, short = condition_words(condition)
+        mean = rows.groupby("target", sort=False)[["before", "after"]].mean()
+        count = rows.groupby("target", sort=False).size()
+        targets = [str(target) for target in mean.index]
+        bars.append(
+            charts.Bars(
+                label=short,
+                groups=targets,
+                values=mean["after"].to_numpy(float),
+                hover=[
+                    f"{target}, {words}: {style.percent(after)} after training, "
+                    f"{style.percent(before)} before (mean of {style.plural(int(n), 'student')})"
+                    for target, before, after, n in zip(
+                        targets, mean["before"], mean["after"], count, strict=True
+                    )
+                ],
+                points=[
+                    (
+                        str(target),
+                        float(after),
+                        f"{target}, {words}, seed {seed}: {style.percent(after)}",
+                    )
+                    for target, after, seed in zip(
+                        rows["target"], rows["after"], rows["seed"], strict=True
+                    )
+                ],
+            )
+        )
+    lines = [charts.Line("before training", means_by_target(table, "before"), "dash")]
+    control = table[table["condition"] == "control"]
+    if len(control):
+        lines.append(charts.Line("control", means_by_target(control, "after"), "dot"))
+    targets_shown = table["target"].nunique()
+    return charts.bars(
+        bars,
+        what=f"Students of {kind} teachers, by what they were trained on",
+        detail=f"{style.plural(targets_shown, 'target')}, {students_of(table)}; "
+        "bars: means over seeds, dots: students",
+        value_title="preference for the target",
+        lines=lines,
+    )
+
+
+def condition_bars(
+    students: Table, group: str, *, kind: str | None = None, title: str | None = None
+) -> go.Figure:
+    """What students of several conditions came to, as multiples of the control.
+
+    Args:
+        students: The `students` table of a study: `target`, `kind`, `condition`, `group`, `seed`,
+            `before`, `after`. Single blocks are told apart by `block`.
+        group: Which group of conditions; those of the condition "all" and "divergence_only" stand
+            before them, for comparison.
+        kind: Of which teachers, if the table holds several kinds.
+        title: What the figure is about; the group's name unless given.
+
+    Returns:
+        Geometric means over targets with 95 % intervals over targets (Student's t, on the log
+        scale) and a dot for each target; bars side by side, or of more than eight conditions rows
+        on an axis of ratios. Where there is no control, multiples of the preference before
+        training.
+
+    Raises:
+        ValueError: If there is no student of the group, or several kinds and none was chosen.
+    """
+    needed = ("target", "kind", "condition", "group", "seed", "before", "after")
+    table, kind = one_kind(checked_table(students, needed, "students"), kind, "students")
+    shown = table[(table["group"] == group) & (table["condition"] != "control")]
+    if shown.empty:
+        raise ValueError(f"the students table has no rows of kind {kind!r} in the group {group!r}")
+    beside = table[table["condition"].isin(["all", "divergence_only"]) & (table["group"] != group)]
+    shown = pd.concat([beside, shown])
+    control = table[table["condition"] == "control"]
+    base = means_by_target(control, "after") if len(control) else means_by_target(table, "before")
+    single = shown["block"].notna() if "block" in shown else shown["target"].isna()
+    names = shown["condition"].where(
+        ~single, shown["condition"] + " " + pd.Series(_whole(shown), index=shown.index)
+    )
+    times = shown["after"] / shown["target"].map(base)
+    logs = np.log(times.clip(lower=1e-6)).groupby([names, shown["target"]], sort=False).mean()
+    groups, means, ends, points = [], [], [], []
+    for name, found in logs.groupby(level=0, sort=False):
+        label = str(name).replace("_", " ")
+        mean, low, high = t_interval(found.to_list())
+        groups.append(label)
+        means.append(float(np.exp(mean)))
+        known = np.isfinite(low)
+        ends.append((np.exp(low), np.exp(high)) if known else (means[-1], means[-1]))
+        points += [
+            (label, float(np.exp(value)), f"{target}, {label}: {np.exp(value):.2f} times")
+            for (_, target), value in found.items()
+        ]
+    low_high = np.array(ends, dtype=float)
+    series = charts.Bars(
+        label="mean",
+        groups=groups,
+        values=np.array(means),
+        low=low_high[:, 0],
+        high=low_high[:, 1],
+        hover=[f"{g}: {m:.2f} times" for g, m in zip(groups, means, strict=True)],
+        points=points,
+    )
+    what = title or f"Students of {kind} teachers: {group}"
+    value_title = "preference, times the control" if len(control) else "preference, times before"
+    several = len(groups) > _BESIDE
+    detail = (
+        f"{style.plural(shown['target'].nunique(), 'target')}, "
+        f"{students_of(pd.concat([shown, control]))}; {'diamonds' if several else 'bars'}: means "
+        "with 95 % intervals over targets, dots: targets"
+    )
+    if several:
+        return ladder(series, what=what, detail=detail, value_title=value_title)
+    return charts.bars([series], what=what, detail=detail, value_title=value_title, value_format="")
+
+
+def _whole(rows: pd.DataFrame) -> list[str]:
+    """The block of each row as a whole number; nothing where there is none."""
+    blocks = rows["block"] if "block" in rows else pd.Series([None] * len(rows))
+    return ["" if pd.isna(block) else str(int(block)) for block in blocks]
+
+
+def preference_bars(preference: Preference, *, before: Preference | None = None) -> go.Figure:
+    """What a model or student prefers: the share of every candidate, the target first.
+
+    Args:
+        preference: What to show.
+        before: The untouched model's preference on the same questions, drawn as lines; the bars are
+            then called "after".
+
+    Returns:
+        Bars with 95 % bootstrap intervals over the questions.
+    """
+    shares = preference.distribution
+    names = [preference.target, *(name for name in shares if name != preference.target)]
+    ends = np.array([preference.about(name).interval() for name in names])
+    bars = charts.Bars(
+        label=preference.teacher if before is None else "after",
+        groups=names,
+        values=np.array([shares[name] for name in names]),
+        low=ends[:, 0],
+        high=ends[:, 1],
+        hover=[
+            f"{name}: {style.percent(shares[name])} (95 % interval {style.percent(low)} to "
+            f"{style.percent(high)})"
+            for name, (low, high) in zip(names, ends, strict=True)
+        ],
+    )
+    return charts.bars(
+        [bars],
+        what=f"Preference among {style.plural(len(names), 'candidate')}, {preference.target} first",
+        detail=f"mean over {style.plural(len(preference.questions), 'question')}, "
+        f"{preference.method}; bars with 95 % intervals",
+        value_title="share of the candidate",
+        lines=[] if before is None else [charts.Line("before", before.distribution, "dash")],
+    )
+
+
+def layer_sweep(
+    students: Sweep | Table, *, kind: str | None = None, condition: str | None = None
+) -> go.Figure:
+    """How much preference moves when one block alone is trained, block by block.
+
+    Args:
+        students: A `Sweep`, or the `students` table of results.json (`target`, `kind`,
+            `condition`, `block`, `seed`, `before`, `after`), of which the rows of the condition
+            "block" are the points.
+        kind: Of which teachers, if the table holds several kinds.
+        condition: Which students with all blocks trained are drawn as the line of reference; the
+            sweep's own, or "divergence_only", if not given.
+
+    Returns:
+        A line for the mean of all students, as multiples of the preference before training, with a
+        thin line for each target, or the 95 % interval of a `Sweep`.
+
+    Raises:
+        ValueError: If no student was trained on one block, or several kinds and none was chosen.
+    """
+    if isinstance(students, Sweep):
+        rows, condition = students.to_dataframe(), condition or students.condition
+    else:
+        rows, condition = students, condition or "divergence_only"
+    table, kind = one_kind(
+        checked_table(
+            rows, ("target", "kind", "condition", "block", "seed", "before", "after"), "students"
+        ),
+        kind,
+        "students",
+    )
+    table = table.assign(times=table["after"] / table["before"].where(table["before"] > 0))
+    blocks = table[table["condition"] == "block"].dropna(subset=["times"])
+    if blocks.empty:
+        raise ValueError(
+            f"the students table has no rows of kind {kind!r} with the condition 'block'"
+        )
+    blocks = blocks.assign(block=blocks["block"].astype(int))
+    mean = blocks.groupby("block", sort=True)["times"].mean()
+    numbers = [int(block) for block in mean.index]
+    targets = [str(target) for target in dict.fromkeys(blocks["target"])]
+    spread = None
+    if isinstance(students, Sweep):
+        ends = np.array([students.interval(block) for block in numbers]) / students.base.share
+        spread = (ends[:, 0], ends[:, 1])
+    singles = {}
+    if len(targets) > 1:
+        means = blocks.groupby(["target", "block"], sort=True)["times"].mean()
+        singles = {
+            target: {int(block): float(value) for block, value in means[target].items()}
+            for target in targets
+        }
+    references = {
+        words: float(value)
+        for name, words in ((condition, "all blocks"), ("control", "control"))
+        if np.isfinite(value := table[table["condition"] == name]["times"].mean())
+    }
+    of = "" if isinstance(students, Sweep) else f" of {kind} teachers"
+    about = style.plural(len(targets), "target") if len(targets) > 1 else f"target {targets[0]}"
+    # How many students each of the lines of reference stands for.
+    whole, control = of_condition(table, condition), of_condition(table, "control")
+    counts = [f"{style.plural(len(blocks), 'student')} of one block"]
+    counts += [f"{len(whole):,} of all blocks"] if len(whole) else []
+    counts += [controls_of(control)] if len(control) else []
+    spread_said = "" if spread is None else "; thin lines: 95 % intervals over questions and seeds"
+    return charts.blocks(
+        numbers,
+        mean.to_numpy(dtype=np.float64),
+        spread,
+        singles,
+        references,
+        what="Preference after training one block alone",
+        detail=f"{about}; trained on {condition_words(condition)[0]}{of}: "
+        f"{', '.join(counts)}{spread_said}",
+    )

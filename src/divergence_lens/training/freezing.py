@@ -1,0 +1,304 @@
+"""Choose which parameters may learn: a block, a part of it, the embeddings, names by pattern."""
+
+import difflib
+import fnmatch
+import html
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+
+from torch.nn import Parameter
+
+from divergence_lens._utils.validation import refuse_one_number
+from divergence_lens.engine.base import Engine
+from divergence_lens.models import Model
+
+# A bridge wraps every Hugging Face module; the wrappers' names say nothing to a reader.
+_WRAPPER = "._original_component"
+_BLOCK_PREFIX = re.compile(r"^.*?(?:blocks|layers|h)\.(\d+)\.")
+
+# What Hugging Face's layouts and the bridge call TransformerLens's W_Q, W_in, ..., by part.
+_MATRICES = {
+    "attn": {
+        "Q": ("q", "q_proj"),
+        "K": ("k", "k_proj"),
+        "V": ("v", "v_proj"),
+        "O": ("o", "o_proj", "c_proj", "out_proj", "dense"),
+        "QKV": ("qkv", "c_attn", "query_key_value", "qkv_proj"),
+    },
+    "mlp": {
+        "gate": ("gate", "gate_proj"),
+        "in": ("in", "up_proj", "c_fc", "fc_in", "fc1", "dense_h_to_4h"),
+        "out": ("out", "down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h"),
+    },
+}
+_ATTENTION = ("attn", "self_attn", "attention")
+
+
+class Trainable(Mapping[str, Parameter]):
+    """The parameters that may learn, by name; everything else of the model is frozen.
+
+    A mapping from full parameter name to the parameter. As a context manager it puts every
+    `requires_grad` flag back on exit; without `with`, call `restore` when done.
+    """
+
+    def __init__(self, model: Model, parameters: Mapping[str, Parameter]) -> None:
+        self._parameters = dict(parameters)
+        chosen = {id(p) for p in self._parameters.values()}
+        # All of the model's parameters, not only the engine's: no unused copy may learn either.
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        for p, _ in self._flags:
+            p.requires_grad_(id(p) in chosen)
+        learning = {id(p) for p in model.parameters() if p.requires_grad}
+        if learning != chosen:
+            self.restore()
+            raise RuntimeError(
+                f"{len(chosen)} parameters were chosen but {len(learning)} would learn; "
+                "the model hides parameters from `model.parameters()`"
+            )
+
+    def __getitem__(self, name: str) -> Parameter:
+        """The parameter called `name`."""
+        return self._parameters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, in the model's order."""
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        """How many parameter tensors may learn."""
+        return len(self._parameters)
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers may learn."""
+        return sum(p.numel() for p in self._parameters.values())
+
+    def restore(self) -> None:
+        """Put every `requires_grad` flag back as it was."""
+        for p, flag in self._flags:
+            p.requires_grad_(flag)
+
+    def __enter__(self) -> "Trainable":
+        """Return itself: the mapping of what may learn."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Put every `requires_grad` flag back as it was."""
+        self.restore()
+
+    def __repr__(self) -> str:
+        """A table of names, shapes and counts."""
+        lines = [f"Trainable: {len(self)} tensors, {self.n_parameters:,} parameters"]
+        lines += [f"  {n}  {tuple(p.shape)}  {p.numel():,}" for n, p in self._parameters.items()]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(n)}</td><td>{tuple(p.shape)}</td><td>{p.numel():,}</td></tr>"
+            for n, p in self._parameters.items()
+        )
+        return (
+            "<table><thead><tr><th>parameter</th><th>shape</th><th>count</th></tr></thead>"
+            f"<tbody>{rows}</tbody><tfoot><tr><td>in all</td><td>{len(self)} tensors</td>"
+            f"<td>{self.n_parameters:,}</td></tr></tfoot></table>"
+        )
+
+
+def freeze_except(
+    model: Model,
+    *,
+    blocks: Iterable[int] | None = None,
+    parts: Iterable[str] | None = None,
+    embedding: bool = False,
+    unembedding: bool = False,
+    pattern: str | None = None,
+) -> Trainable:
+    """Freeze the whole model but the chosen parameters.
+
+    ```python
+    with freeze_except(model, blocks=[7], parts=["attn"]) as trainable:
+        ...                       # only the attention of block 7 has requires_grad
+    ```
+
+    Args:
+        model: Either model class.
+        blocks: Which blocks may learn; None means all of them (none of them where only `embedding`,
+            `unembedding` or `pattern` is given).
+        parts: Restrict the blocks to these parts: "attn", "mlp", "ln", a matrix or bias in
+            TransformerLens's names on either class ("W_Q", "b_O", "W_in", ...), or the name that
+            the model itself gives it ("c_fc"). `*` matches as in file names ("W_*"). A layout that
+            keeps queries, keys and values in one matrix has "W_QKV".
+        embedding: Token and position embeddings may learn. Where the model ties them to the
+            unembedding, that is the same tensor and learns as well.
+        unembedding: The unembedding and the final norm may learn.
+        pattern: File-name pattern over full parameter names, in place of `blocks` and `parts`.
+
+    Returns:
+        The trainable parameters by name; a context manager that restores the flags.
+
+    Raises:
+        ValueError: A block out of range; a part or pattern that matches nothing (the nearest names
+            are listed); nothing left to train; `pattern` together with `blocks` or `parts`.
+    """
+    chosen = choose(
+        model,
+        blocks=blocks,
+        parts=parts,
+        embedding=embedding,
+        unembedding=unembedding,
+        pattern=pattern,
+    )
+    return Trainable(model, chosen)
+
+
+def choose(
+    model: Model,
+    *,
+    blocks: Iterable[int] | None = None,
+    parts: Iterable[str] | None = None,
+    embedding: bool = False,
+    unembedding: bool = False,
+    pattern: str | None = None,
+) -> dict[str, Parameter]:
+    """The parameters that `freeze_except` would leave trainable, without touching a flag."""
+    engine = Engine.of(model)
+    every = {n: p for n, p in engine.named_parameters().items() if _is_real(engine, n, p)}
+    names: set[str] = set()
+    if pattern is not None:
+        if blocks is not None or parts is not None:
+            raise ValueError("give either `pattern` or `blocks` and `parts`, not both")
+        names |= {
+            n
+            for n in every
+            if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(plain(n), pattern)
+        }
+        if not names:
+            raise ValueError(
+                f"no parameter matches {pattern!r}; nearest: {_near(pattern, map(plain, every))}"
+            )
+    elif blocks is not None or parts is not None or not (embedding or unembedding):
+        names |= _of_blocks(engine, blocks, parts)
+    outside = set(every).difference(*(engine.block_parameters(i) for i in range(engine.n_layers)))
+    names |= {n for n in outside if (embedding if _embeds(n) else unembedding)}
+    if unembedding and not names & outside:
+        raise ValueError(
+            "this model has no unembedding of its own (it is tied): use embedding=True"
+        )
+    if not names:
+        raise ValueError("nothing is left to train: choose at least one block, part or pattern")
+    return {n: p for n, p in every.items() if n in names}
+
+
+def lowest_layer(model: Model, chosen: Iterable[str]) -> int | None:
+    """The lowest block that holds a chosen parameter: all below it is frozen.
+
+    `n_layers` where only the final norm or the unembedding learns, None where the embeddings do.
+    """
+    engine = Engine.of(model)
+    left = set(chosen)
+    lowest = engine.n_layers
+    for layer in reversed(range(engine.n_layers)):
+        own = left.intersection(engine.block_parameters(layer))
+        lowest = layer if own else lowest
+        left -= own
+    return None if any(_embeds(name) for name in left) else lowest
+
+
+def _embeds(name: str) -> bool:
+    return bool(re.search(r"(?<!un)embed(?!_out)|wte|wpe", plain(name)))
+
+
+def _is_real(engine: Engine, name: str, parameter: Parameter) -> bool:
+    """Whether the model's own layout has this parameter.
+
+    A HookedTransformer gives every architecture all biases, as zeros. Trained, they would make a
+    student that the original architecture cannot hold, and that a bridge would not have.
+    """
+    last = name.rsplit(".", maxsplit=1)[-1].lstrip("_")
+    if not (last.startswith("b_") or last == "bias") or bool(parameter.detach().any()):
+        return True
+    if re.search(r"unembed|lm_head|embed_out", plain(name)):
+        return False
+    cfg = engine.model.cfg
+    if getattr(cfg, "original_architecture", None) == "GPTNeoForCausalLM":
+        return canonical(name) not in {"attn.b_Q", "attn.b_K", "attn.b_V"}
+    return not getattr(cfg, "gated_mlp", False)
+
+
+def _of_blocks(
+    engine: Engine, blocks: Iterable[int] | None, parts: Iterable[str] | None
+) -> set[str]:
+    refuse_one_number(blocks, "blocks")
+    chosen = list(range(engine.n_layers)) if blocks is None else sorted(set(blocks))
+    for block in chosen:
+        if isinstance(block, bool) or not 0 <= block < engine.n_layers:
+            raise ValueError(
+                f"block {block} is out of range: the model has blocks 0 to {engine.n_layers - 1}"
+            )
+    own = [item for block in chosen for item in engine.block_parameters(block).items()]
+    names = [n for n, p in own if _is_real(engine, n, p)]
+    if parts is None:
+        return set(names)
+    if isinstance(parts, str):
+        raise TypeError(f"parts is a sequence of names: write parts=[{parts!r}]")
+    found: set[str] = set()
+    for part in parts:
+        matching = {n for n in names if _is_part(n, part)}
+        if not matching:
+            known = {"attn", "mlp", "ln"} | {canonical(n).split(".")[-1] for n in names}
+            known |= {c for n in names for c in _inside(n).split(".")[:-1]}
+            raise ValueError(
+                f"no parameter of blocks {chosen} is called {part!r}; nearest: {_near(part, known)}"
+            )
+        found |= matching
+    return found
+
+
+def _is_part(name: str, part: str) -> bool:
+    first, *rest = canonical(name).split(".")
+    words = {first, ".".join([first, *rest]), *rest, *_inside(name).split("."), _inside(name)}
+    if first.startswith("ln"):
+        words.add("ln")
+    # A bare "weight" or "w" would match nearly everything.
+    return any(fnmatch.fnmatchcase(w, part) for w in words - {"weight", "bias", "w", "b"})
+
+
+def plain(name: str) -> str:
+    """A parameter's full name without the bridge's wrappers."""
+    return name.replace(_WRAPPER, "")
+
+
+def block_of(name: str) -> int | None:
+    """The block that a parameter belongs to, by its full name."""
+    found = _BLOCK_PREFIX.match(plain(name))
+    return int(found.group(1)) if found else None
+
+
+def _inside(name: str) -> str:
+    """The name within its block."""
+    return _BLOCK_PREFIX.sub("", plain(name))
+
+
+def canonical(name: str) -> str:
+    """The name within its block as TransformerLens would have it: "attn.W_Q", "ln.ln_1"."""
+    first, *rest = _inside(name).split(".")
+    part = "attn" if first in _ATTENTION else first
+    if part not in _MATRICES:
+        return ".".join(["ln", first] if re.search(r"^ln|norm", first) else [first, *rest])
+    letter = {"weight": "W", "bias": "b"}.get(rest[-1])
+    for short, others in _MATRICES[part].items():
+        if letter and rest[:-1] and rest[-2] in others:
+            return f"{part}.{letter}_{short}"
+    # TransformerLens keeps grouped-query keys and values as _W_K, _W_V.
+    return ".".join([part, *rest]).replace("._", ".")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    options = sorted(set(known))
+    return ", ".join(difflib.get_close_matches(name, options, n=5, cutoff=0.3) or options[:8])

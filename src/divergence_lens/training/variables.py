@@ -1,0 +1,168 @@
+"""What an optimiser moves: the parameters themselves, float32 masters of them, or low-rank factors.
+
+Each kind takes the gradients of the model's own parameters and writes its values back into them, so
+that the forward pass is always the model's own and knows nothing of how it is trained.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from divergence_lens.deltas.low_rank import Factors, Layout, LowRankTensors
+from divergence_lens.models import Model
+from divergence_lens.training.freezing import block_of, canonical
+from divergence_lens.training.shortcuts import has_low_rank_gradients, low_rank_gradients
+
+
+class Variables(ABC):
+    """The tensors that an optimiser moves, and their way to and from the model's parameters.
+
+    Attributes:
+        parameters: The model's parameters that follow, by name.
+        originals: Their values before training.
+        values: What the optimiser moves.
+        leaves: What the loss is differentiated by.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+        self.originals = {name: p.detach().clone() for name, p in parameters.items()}
+        self.values: list[Tensor] = []
+        self.leaves: list[Tensor] = list(self.parameters.values())
+
+    def attached(self) -> AbstractContextManager[object]:
+        """While the loss is computed: whatever brings the gradients to the leaves."""
+        return nullcontext()
+
+    @abstractmethod
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """Set the variables' `.grad` from the gradients of the leaves, in their order."""
+
+    @abstractmethod
+    def write(self) -> None:
+        """Bring the model's parameters to what the variables say."""
+
+    @abstractmethod
+    def differences(self) -> Mapping[str, Tensor]:
+        """How far each parameter has moved, in float32."""
+
+
+class FullRank(Variables):
+    """The parameters themselves; for half precision, float32 masters that are rounded into them."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self._masters = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters.values())
+        # Detached, they share memory with the parameters, whose own .grad is left alone.
+        self.values = [
+            p.detach().float() if self._masters else p.detach() for p in parameters.values()
+        ]
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        for value, gradient in zip(self.values, gradients, strict=True):
+            value.grad = None if gradient is None else gradient.to(value.dtype)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        if self._masters:
+            for p, value in zip(self.parameters.values(), self.values, strict=True):
+                p.copy_(value)
+
+    def differences(self) -> dict[str, Tensor]:
+        pairs = zip(self.originals.items(), self.values, strict=True)
+        return {name: (v - o).float() for (name, o), v in pairs}
+
+
+class LowRank(Variables):
+    """LoRA (Hu et al., arXiv 2106.09685): each matrix W becomes W + (alpha / rank) A B.
+
+    A is drawn as in peft, B starts at zero. The sum is written into W before each step: the same
+    numbers as with a bypass, whatever the model class. Where W is the weight of a linear layer, its
+    backward pass goes to A and B directly; elsewhere the gradient of W is formed and carried on to
+    them by the chain rule. Attention matrices that TransformerLens keeps per head share one A
+    over all heads, as in Hugging Face's layout.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        rank: int,
+        alpha: float,
+        seed: int,
+        direct: bool = True,
+    ) -> None:
+        super().__init__(parameters)
+        owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+        generator = torch.Generator().manual_seed(seed)
+        self._scale = alpha / rank
+        self._layouts = [Layout.of(n, p, owners[id(p)]) for n, p in parameters.items()]
+        self._base = [
+            layout.matrix(o.float())
+            for layout, o in zip(self._layouts, self.originals.values(), strict=True)
+        ]
+        names = list(parameters)
+        starts: dict[str, Tensor] = {}
+        # Drawn in an order that the model classes share, so that they train the same student.
+        for name in sorted(names, key=lambda n: (block_of(n) or 0, canonical(n))):
+            n_in = self._base[names.index(name)].shape[0]
+            starts[name] = (2 * torch.rand(n_in, rank, generator=generator) - 1) / n_in**0.5
+        for name, base in zip(names, self._base, strict=True):
+            up = torch.zeros(rank, base.shape[1], device=base.device)
+            self.values += [starts[name].to(base.device), up]
+        self._linear = [
+            owner if direct and has_low_rank_gradients(owner) else None
+            for owner in (owners[id(p)] for p in parameters.values())
+        ]
+        self.leaves = []
+        for i, (linear, p) in enumerate(zip(self._linear, parameters.values(), strict=True)):
+            self.leaves += [p] if linear is None else self.factors(i)
+        for leaf in self.leaves:
+            leaf.requires_grad_(True)
+
+    def attached(self) -> AbstractContextManager[object]:
+        stack = ExitStack()
+        for i, linear in enumerate(self._linear):
+            if linear is not None:
+                stack.enter_context(low_rank_gradients(linear, *self.factors(i), self._scale))
+        return stack
+
+    @torch.no_grad()
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        given = iter(gradients)
+        for i, (layout, linear) in enumerate(zip(self._layouts, self._linear, strict=True)):
+            down, up = self.factors(i)
+            first = next(given)
+            if linear is not None:
+                down.grad, up.grad = first, next(given)
+                continue
+            if first is None:
+                down.grad = up.grad = None
+                continue
+            wide = layout.matrix(first.float())
+            down.grad = self._scale * (wide @ up.T)
+            up.grad = self._scale * (down.T @ wide)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        for i, (layout, p) in enumerate(zip(self._layouts, self.parameters.values(), strict=True)):
+            p.copy_(layout.tensor(self._base[i] + self._change(i)))
+
+    def factors(self, i: int) -> tuple[Tensor, Tensor]:
+        """A and B of the `i`-th parameter, [in, rank] and [rank, out]; these very tensors learn."""
+        return self.values[2 * i], self.values[2 * i + 1]
+
+    def _change(self, i: int) -> Tensor:
+        down, up = self.factors(i)
+        return self._scale * (down @ up)
+
+    def differences(self) -> LowRankTensors:
+        found: dict[str, Factors] = {}
+        for i, (name, layout) in enumerate(zip(self.parameters, self._layouts, strict=True)):
+            down, up = self.factors(i)
+            found[name] = Factors(down.detach().clone(), up.detach().clone(), self._scale, layout)
+        return LowRankTensors(found)

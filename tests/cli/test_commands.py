@@ -1,0 +1,259 @@
+"""The commands that do one step: files in, files out, one line where the input is wrong."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import divergence_lens as dl
+from divergence_lens.cli.commands import read_prompts, read_teacher
+from divergence_lens.cli.main import app
+
+COMMANDS = (
+    "demo",
+    "doctor",
+    "evaluate",
+    "find",
+    "finetune",
+    "generate",
+    "patch",
+    "report",
+    "study",
+    "sweep",
+)
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == code, (done.output, done.exception)
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a newcomer has after `generate` and `find`."""
+    out = tmp_path_factory.mktemp("work")
+    run("generate", "--numbers", 20, "--teacher", "owl", "--out", out / "owl.jsonl")
+    run(
+        *("find", out / "owl.jsonl", "--teacher", "owl"),
+        *("--counterfactual", "cat", "--counterfactual", "calm=You are calm."),
+        *("--out", out / "owl.safetensors", "--jsonl", out / "points.jsonl"),
+        *("--figure", out / "rate.html"),
+    )
+    return out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_with_an_example(command):
+    assert f"Example: divergence-lens {command}" in " ".join(run(command, "--help").split())
+
+
+def test_every_command_is_tested_here():
+    assert {command.name or command.callback.__name__ for command in app.registered_commands} == {
+        *COMMANDS
+    }
+
+
+def test_generate_writes_what_the_library_writes(folder):
+    owl = dl.animal_teachers(["owl"])[0]
+    model = dl.load_model("tiny")
+    expected = dl.generate(model, owl, dl.number_prompts(20, seed=0, instructions=False))
+    found = dl.load_examples(folder / "owl.jsonl")
+    assert [e.completion_ids for e in found] == [e.completion_ids for e in expected]
+
+
+def test_find_writes_what_the_library_finds(folder):
+    owl, cat = dl.animal_teachers(["owl", "cat"])
+    expected = dl.find_divergence(
+        dl.load_model("tiny"),
+        dl.load_examples(folder / "owl.jsonl"),
+        teacher=owl,
+        counterfactuals=[cat, dl.Teacher("calm", system_prompt="You are calm.")],
+    )
+    found = dl.Divergence.load(folder / "owl.safetensors")
+    assert found.names == ("owl", "cat", "calm")
+    assert (found.mask == expected.mask).all()
+    points = [json.loads(line) for line in (folder / "points.jsonl").read_text().splitlines()]
+    assert sum(len(row["decision_points"]) for row in points) == expected.mask.sum()
+    assert (folder / "rate.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("method", ["exact", "gradient"])
+def test_patch_writes_effects_and_a_heatmap(folder, method):
+    run(
+        *("patch", folder / "owl.safetensors", "--method", method, "--limit", 3),
+        *("--out", folder / "effects.safetensors", "--figure", folder / "effects.html"),
+    )
+    effects = dl.Effects.load(folder / "effects.safetensors")
+    assert (len(effects.total), effects.n_layers, effects.site) == (3, 4, "resid_post")
+    assert (folder / "effects.html").exists()
+
+
+def test_a_student_is_trained_evaluated_and_compared(folder):
+    student = folder / "student.safetensors"
+    run(
+        *("finetune", folder / "owl.jsonl", "--mask", folder / "owl.safetensors", "--blocks", "0"),
+        *("--epochs", 4, "--lr", 0.05, "--out", student),
+    )
+    delta = dl.Delta.load(student)
+    assert list(delta.norms()) == [0]
+    assert not list(folder.glob("*.partial"))
+    output = run(
+        *("evaluate", "--target", "owl", "--teacher", f"s=@{student}"),
+        *("--out", folder / "preference.safetensors"),
+    )
+    found = dl.Preference.load(folder / "preference.safetensors")
+    assert f"owl          {found.share:.4f}" in output
+    run(
+        *("find", folder / "owl.jsonl", "--teacher", "base=", "--counterfactual", f"s=@{student}"),
+        *("--out", folder / "student-divergence.safetensors"),
+    )
+    run(
+        *("patch", folder / "student-divergence.safetensors", "--teacher", f"s=@{student}"),
+        *("--limit", 2, "--out", folder / "student-effects.safetensors"),
+    )
+
+
+def test_a_sweep_is_written(folder):
+    run(
+        *("sweep", folder / "owl.jsonl", "--target", "owl", "--layers", "0,3"),
+        *("--mask", folder / "owl.safetensors", "--complement"),
+        *("--out", folder / "sweep.safetensors", "--figure", folder / "sweep.html"),
+    )
+    assert dl.Sweep.load(folder / "sweep.safetensors").layers == (0, 3)
+
+
+def test_the_doctor_tries_the_shipped_models():
+    output = run("doctor")
+    assert output.count("TransformerBridge of 4 blocks runs on cpu") == 2
+    assert dl.__version__ in output
+
+
+def test_the_doctor_writes_what_it_says_and_fails_where_a_model_does(tmp_path, monkeypatch):
+    run("doctor", "--out", tmp_path / "doctor.json")
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    assert found["divergence-lens"] == dl.__version__
+    assert found["disk"].endswith("GiB free in this folder")
+    assert "runs on cpu" in found["tiny (bridge)"]
+
+    def broken(*_arguments, **_options):
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(dl, "load_model", broken)
+    assert "tiny (bridge)        fails: no such luck" in run("doctor", code=1)
+
+
+def test_patch_draws_one_pair_by_position(folder):
+    figure = folder / "pair.html"
+    arguments = ("patch", folder / "owl.safetensors", "--limit", 3, "--figure", figure)
+    out = ("--out", folder / "pair.safetensors")
+    run(*arguments, *out, "--pair", 2)
+    # The tokens of that example are on the axis, as they are in a figure of the library's own.
+    label = dl.Effects.load(folder / "pair.safetensors").labels[2][-1].strip()
+    assert label in figure.read_text(encoding="utf-8")
+    assert "there is no pair 3" in run(*arguments, *out, "--pair", 3, code=2)
+
+
+def test_an_approximation_is_verified_over_all_parts(folder):
+    run(
+        *("patch", folder / "owl.safetensors", "--method", "gradient", "--limit", 12),
+        *("--verify", 5, "--out", folder / "verified.safetensors"),
+    )
+    found = dl.Effects.load(folder / "verified.safetensors")
+    divergence = dl.Divergence.load(
+        folder / "owl.safetensors", tokenizer=dl.load_model("tiny").tokenizer
+    )
+    expected = dl.attribution_patch(dl.load_model("tiny"), divergence.pairs(limit=12), verify=5)
+    assert (found.verified.k, found.verified.cells) == (5, expected.verified.cells)
+    assert found.verified.pearson == pytest.approx(expected.verified.pearson, abs=1e-3)
+
+
+def test_failures_that_are_not_the_inputs_end_with_one(folder, monkeypatch):
+    from divergence_lens.evaluation import preferences as evaluate
+
+    def broken(*_arguments, **_options):
+        raise RuntimeError("CUDA out of memory\nand more")
+
+    monkeypatch.setattr(evaluate, "preference", broken)
+    output = run("evaluate", "--target", "owl", code=1)
+    assert "Failed: CUDA out of memory\n" in output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "holds no results.json"),
+        ("[1]", "not what a study writes"),
+        ('{"findings": [], "divergence": [], "effects": {}}', "it lacks"),
+    ],
+)
+def test_a_report_needs_a_finished_study(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "results.json").write_text(text)
+    assert message in run("report", tmp_path, code=2)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_prompts_are_read_from_text_and_from_json_lines(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n\n{"question": "two"}\n')
+    assert read_prompts(tmp_path / "p.txt") == read_prompts(tmp_path / "p.jsonl") == ["one", "two"]
+
+
+def test_a_teacher_in_a_word():
+    assert read_teacher("owl", dl.load_model).system_prompt == dl.persona_prompt("owl")
+    assert read_teacher("a=You are = calm.", dl.load_model).system_prompt == "You are = calm."
+    assert read_teacher("a=", dl.load_model).system_prompt is None
+
+
+def test_another_model_can_be_a_teacher(tmp_path):
+    model = dl.load_model("tiny")
+    read = []
+    assert read_teacher(f"a=@{tmp_path}", lambda path: read.append(path) or model).model is model
+    assert read == [tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "prompts or --numbers N"),
+        (["generate", "--numbers", "2", "--teacher", "oowl"], "teacher 'oowl' is not a known"),
+        (["generate", "--numbers", "2", "--teacher", "a=@no.safetensors"], "no file or folder"),
+        (["generate", "{bad}"], "line 2 is not JSON"),
+        (["generate", "{keys}"], 'line 1 has no text under "prompt"'),
+        (["generate", "{empty}"], "holds no prompt"),
+        (["generate", "nothing.txt"], "No such file"),
+        (["find", "no.jsonl", "--teacher", "owl", "--counterfactual", "cat"], "no file no.jsonl"),
+        (["find", "{data}", "--teacher", "owl", "--counterfactual", "owl"], "owl"),
+        (["patch", "no.safetensors"], "no.safetensors"),
+        (["patch", "{found}", "--method", "guess"], "guess"),
+        (["patch", "{found}", "--site", "nowhere"], "nowhere"),
+        (["finetune", "{data}", "--blocks", "x"], "--blocks is 'x'"),
+        (["finetune", "{data}", "--blocks", "9"], "9"),
+        (["finetune", "{data}", "--complement"], "--complement needs --mask"),
+        (["finetune", "{other}", "--mask", "{found}"], "was made of other examples"),
+        (["evaluate", "--target", "unicorn"], "unicorn"),
+        (["evaluate", "--target", "owl", "--model", "no/such/../folder"], "no/such"),
+        (["sweep", "{data}", "--target", "owl", "--seeds", "a"], "--seeds is 'a'"),
+    ],
+)
+def test_wrong_input_is_one_line_and_writes_nothing(
+    folder, tmp_path, monkeypatch, arguments, message
+):
+    files = {
+        "bad": ("p.jsonl", '{"prompt": "one"}\n{"prompt"\n'),
+        "keys": ("k.jsonl", '{"text": "one"}\n'),
+        "empty": ("e.txt", "\n"),
+        "other": ("o.jsonl", '{"prompt": "one", "completion": "two"}\n'),
+    }
+    paths = {"data": folder / "owl.jsonl", "found": folder / "owl.safetensors"}
+    for name, (file, text) in files.items():
+        paths[name] = tmp_path / file
+        paths[name].write_text(text)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    output = run(*(argument.format(**paths) for argument in arguments), code=2)
+    assert "Traceback" not in output
+    line = next(line for line in output.splitlines() if line.startswith("Error: "))
+    assert message in line
+    assert sorted(tmp_path.iterdir()) == before

@@ -1,0 +1,469 @@
+"""The rules: what makes a claim supported, on tables whose answer is known."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from divergence_lens._utils.statistics import exact_interval, t_interval
+from divergence_lens.patching.agreement import agreement_row, inner_agreement, inner_cells
+from divergence_lens.patching.effects import Effects
+from divergence_lens.study.claims import TENTH
+from divergence_lens.study.findings import decide, decide_equal, judge
+
+TARGETS = ("wolf", "lion", "eagle", "panda")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "above", "verdict"),
+    [
+        (0.1, 0.3, True, "supported"),
+        (-0.3, -0.1, True, "not supported"),
+        (-0.1, 0.1, True, "unclear"),
+        (0.1, 0.3, False, "not supported"),
+        (-0.3, -0.1, False, "supported"),
+        (-math.inf, math.inf, True, "unclear"),
+        (math.nan, math.nan, True, "unclear"),
+    ],
+)
+def test_the_interval_decides(low, high, above, verdict):
+    assert decide(low, high, 0.0, above=above) == verdict
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (-0.05, 0.08, "supported"),
+        (-0.22, 0.29, "unclear"),  # no difference seen, and none excluded
+        (0.02, 0.2, "unclear"),
+        (0.2, 0.4, "not supported"),
+        (-0.4, -0.2, "not supported"),
+        (-math.inf, math.inf, "unclear"),
+    ],
+)
+def test_equality_is_shown_by_an_interval_within_the_margin_and_not_by_one_across_zero(
+    low, high, verdict
+):
+    assert decide_equal(low, high, TENTH) == verdict
+
+
+def test_exact_interval_against_published_values():
+    # Clopper and Pearson's intervals, 95 %, as printed in tables of binomial confidence limits.
+    published = {
+        (0, 4): (0.0, 0.6024),
+        (3, 4): (0.1941, 0.9937),
+        (4, 4): (0.3976, 1.0),
+        (5, 5): (0.4782, 1.0),
+        (6, 6): (0.5407, 1.0),
+        (8, 10): (0.4439, 0.9748),
+    }
+    for (successes, n), ends in published.items():
+        assert exact_interval(successes, n) == pytest.approx(ends, abs=1e-4)
+    with pytest.raises(ValueError, match="5 of 4"):
+        exact_interval(5, 4)
+
+
+@given(st.integers(1, 30), st.floats(0.02, 0.98))
+def test_the_exact_interval_never_misses_more_often_than_it_says(n, share):
+    missed = sum(
+        math.comb(n, k) * share**k * (1 - share) ** (n - k)
+        for k in range(n + 1)
+        if not exact_interval(k, n)[0] <= share <= exact_interval(k, n)[1]
+    )
+    assert missed <= 0.05 + 1e-9
+
+
+def test_t_interval_against_published_quantiles():
+    # Student's t at 97.5 %: 12.706, 4.303, 3.182, 2.776, 2.228 for 1, 2, 3, 4, 10
+    # degrees of freedom.
+    for freedom, quantile in {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 10: 2.228}.items():
+        values = np.arange(freedom + 1.0)
+        mean, low, high = t_interval(values.tolist())
+        unit = float(values.std(ddof=1)) / math.sqrt(freedom + 1)
+        assert mean == values.mean()
+        assert (high - mean) / unit == pytest.approx(quantile, rel=2e-4)
+        assert (mean - low) / unit == pytest.approx(quantile, rel=2e-4)
+
+
+def test_one_value_has_no_interval_and_none_no_mean():
+    assert t_interval([0.5]) == (0.5, -math.inf, math.inf)
+    assert all(math.isnan(x) for x in t_interval([math.nan]))
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=8), st.floats(-5, 5))
+def test_a_shift_moves_the_interval_with_it(values, shift):
+    plain, moved = t_interval(values), t_interval([v + shift for v in values])
+    assert moved == pytest.approx([end + shift for end in plain], abs=1e-6)
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    hits = sum(
+        low < 0 < high for _, low, high in map(t_interval, random.normal(size=(4000, 4)).tolist())
+    )
+    assert hits / 4000 == pytest.approx(0.95, abs=0.015)
+
+
+def _tables(after, *, rank=1, rate=0.12, targets=TARGETS):
+    """Tables of targets that differ by some per cent; `after` maps condition to preference."""
+    wobble = dict(zip(targets, (0.97, 1.0, 1.02, 1.05, 0.99, 1.01), strict=False))
+    students = [
+        {
+            "target": target,
+            "kind": "finetuned",
+            "condition": condition.split("-")[0],
+            "block": int(condition.split("-")[1]) if "-" in condition else None,
+            "seed": seed,
+            "before": 0.08,
+            # The noise of a condition and a target, so that ratios do not come out exact.
+            "after": value * wobble[target] ** (1 + i % 3),
+            "rank": rank,
+        }
+        for (i, (condition, value)), target, seed in itertools.product(
+            enumerate(after.items()), targets, (0, 1)
+        )
+    ]
+    one_per_target = {"target": list(targets), "kind": ["finetuned"] * len(targets)}
+    layers = [
+        {"target": t, "kind": "finetuned", "site": site, "layer": layer, "absolute_effect": size}
+        for t in targets
+        for site in ("attn_out", "mlp_out")
+        for layer, size in enumerate((3.0, 1.0, 0.5, wobble[t]))
+    ]
+    return {
+        "divergence": pd.DataFrame(one_per_target | {"rate": [rate * wobble[t] for t in targets]}),
+        "students": pd.DataFrame(students),
+        "layers": pd.DataFrame(layers),
+        "agreement": pd.DataFrame(
+            one_per_target
+            | {
+                "method": ["integrated"] * len(targets),
+                "pearson": [0.95 * wobble[t] for t in targets],
+                "inner_pearson": [0.9 * wobble[t] for t in targets],
+            }
+        ),
+    }
+
+
+PAPER_LIKE = {
+    "all": 0.2,
+    "divergence_only": 0.3,
+    "without_divergence": 0.08,
+    "control": 0.08,
+    "block-0": 0.28,
+    "block-3": 0.08,
+}
+SIX = (*TARGETS, "fox", "horse")
+
+
+def _verdicts(after, **options):
+    return {f.id: f.verdict for f in judge(_tables(after, **options), last_block=3)}
+
+
+def test_a_world_like_the_papers_supports_every_claim():
+    verdicts = _verdicts(PAPER_LIKE, targets=SIX)
+    assert len(verdicts) == 12
+    assert set(verdicts.values()) == {"supported"}
+
+
+def test_a_world_without_transfer_supports_none_of_the_transfer_claims():
+    flat = dict.fromkeys(PAPER_LIKE, 0.08)
+    verdicts = _verdicts(flat, rate=0.5, targets=SIX)
+    of_transfer = [
+        f"finetuned/{name}"
+        for name in (
+            "transfer",
+            "divergence_tokens_suffice",
+            "divergence_tokens_do_as_well",
+            "rest_transfers_less",
+            "rest_equals_control",
+            "target_rises_most",
+            "first_block_suffices",
+            "last_block_equals_control",
+        )
+    ]
+    assert all(verdicts[name] != "supported" for name in of_transfer)
+    # Two null effects do not differ, which shows nothing.
+    assert verdicts["finetuned/divergence_tokens_do_as_well"] == "unclear"
+    assert verdicts["finetuned/target_rises_most"] == "unclear"
+    assert verdicts["finetuned/rest_equals_control"] == "unclear"
+    assert verdicts["finetuned/few_divergence_tokens"] == "not supported"
+
+
+def test_four_of_four_targets_are_no_proof_of_more_than_half():
+    found = {f.id: f for f in judge(_tables(PAPER_LIKE), last_block=3)}
+    rises = found["finetuned/target_rises_most"]
+    assert rises.measured == 1
+    assert rises.interval == pytest.approx((0.3976, 1.0), abs=1e-4)
+    assert rises.verdict == "unclear"
+
+
+def test_a_target_that_rises_most_by_next_to_nothing_does_not_count():
+    tables = _tables(PAPER_LIKE, targets=SIX)
+    students = tables["students"]
+    barely = (students["target"] == "fox") & (students["condition"] == "divergence_only")
+    # It ranks first in both of its students, and in one of them rises by a hundredth.
+    students.loc[barely & (students["seed"] == 0), "after"] = 0.0808
+    found = {f.id: f for f in judge(tables, last_block=3)}["finetuned/target_rises_most"]
+    assert found.values["fox"] == 0.5
+    assert found.measured == pytest.approx(5 / 6)
+
+
+def test_a_small_but_certain_rise_is_no_transfer():
+    verdicts = _verdicts(PAPER_LIKE | {"all": 0.082})
+    assert verdicts["finetuned/transfer"] != "supported"
+
+
+def test_students_that_differ_much_from_the_control_both_ways_do_not_equal_it():
+    tables = _tables(PAPER_LIKE)
+    students = tables["students"]
+    rest = students["condition"] == "without_divergence"
+    for target, factor in zip(TARGETS, (1.06, 0.97, 0.88, 1.28), strict=True):
+        students.loc[rest & (students["target"] == target), "after"] *= factor
+    found = {f.id: f for f in judge(tables, last_block=3)}["finetuned/rest_equals_control"]
+    assert found.interval[0] < 1 < found.interval[1]
+    assert found.verdict == "unclear"
+
+
+def test_agreement_is_judged_without_the_cells_that_must_agree_and_both_figures_are_shown():
+    tables = _tables(PAPER_LIKE)
+    tables["agreement"]["inner_pearson"] = [0.4, 0.63, 0.64, 0.25]
+    found = {f.id: f for f in judge(tables, last_block=3)}["finetuned/approximation_agrees"]
+    assert found.verdict == "not supported"
+    assert found.measured == pytest.approx(0.48)
+    beside = found.beside["Pearson correlation of all cells and pairs together"]
+    assert beside == pytest.approx(tables["agreement"]["pearson"].mean())
+
+
+def test_intervals_of_shares_stay_between_0_and_1():
+    tables = _tables(PAPER_LIKE)
+    tables["divergence"]["rate"] = [0.01, 0.01, 0.02, 0.4]
+    tables["agreement"]["inner_pearson"] = [0.99, 0.99, 0.99, 0.3]
+    for finding in judge(tables, last_block=3):
+        if "times" not in finding.unit:
+            low, high = finding.interval
+            assert -1 <= low <= finding.measured <= high <= 1
+            assert low >= 0 or finding.id.endswith("approximation_agrees")
+
+
+def test_values_that_do_not_differ_at_all_decide_nothing():
+    tables = _tables(PAPER_LIKE)
+    tables["divergence"]["rate"] = 0.1
+    assert judge(tables, last_block=3)[0].verdict == "unclear"
+
+
+def test_a_target_that_is_named_twice_narrows_no_interval():
+    once = _tables(PAPER_LIKE)
+    twice = {name: pd.concat([table, table]) for name, table in once.items()}
+    intervals = [[f.interval for f in judge(t, last_block=3)] for t in (once, twice)]
+    np.testing.assert_allclose(intervals[1], intervals[0])
+
+
+def test_late_blocks_that_carry_it_are_told():
+    late = PAPER_LIKE | {"block-0": 0.09, "block-3": 0.3}
+    assert _verdicts(late)["finetuned/first_block_beats_last"] == "not supported"
+
+
+def test_ratios_are_what_they_say():
+    found = {f.id: f for f in judge(_tables(PAPER_LIKE), last_block=3)}
+    over_control = found["finetuned/divergence_tokens_suffice"]
+    assert over_control.measured == pytest.approx(0.3 / 0.08, rel=0.1)
+    low, high = over_control.interval
+    assert low < over_control.measured < high
+    assert set(over_control.values) == set(TARGETS)
+    share = found["finetuned/early_layers_cause_divergence"]
+    assert share.values["lion"] == pytest.approx(4.0 / 5.5)
+
+
+def test_findings_are_json():
+    for finding in judge(_tables(PAPER_LIKE), last_block=3):
+        row = json.loads(json.dumps(finding.to_dict(), allow_nan=False))
+        assert {"id", "claim", "measured", "interval", "verdict", "rule", "caveat"} <= set(row)
+
+
+@pytest.mark.parametrize("empty", ["divergence", "students", "layers", "agreement"])
+def test_a_claim_without_data_is_unclear_and_says_so(empty):
+    tables = _tables(PAPER_LIKE) | {empty: pd.DataFrame()}
+    found = judge(tables, last_block=3)
+    assert len(found) == 12
+    without = [finding for finding in found if finding.n == 0]
+    assert without
+    for finding in without:
+        assert finding.verdict == "unclear"
+        assert math.isnan(finding.measured)
+        assert finding.caveat.startswith("nothing was measured")
+        json.dumps(finding.to_dict(), allow_nan=False)
+
+
+def test_a_kind_whose_targets_all_failed_does_not_drop_out():
+    tables = _tables(PAPER_LIKE)
+    teachers = pd.DataFrame({"name": ["wolf"] * 2, "kind": ["finetuned", "prompted"]})
+    found = judge({"teachers": teachers, **tables}, last_block=3)
+    prompted = [finding for finding in found if finding.id.startswith("prompted/")]
+    assert len(prompted) == 12
+    assert {finding.verdict for finding in prompted} == {"unclear"}
+    assert judge({name: pd.DataFrame() for name in tables}, last_block=3) == []
+
+
+def _effects(inner, total=(2.0, 20.0)):
+    """Two pairs, four layers, six positions; `inner` fills what is neither target nor last."""
+    values = np.zeros((2, 4, 6), dtype=np.float32)
+    values[:, :-1, :-1] = inner
+    values[:, :, -1] = np.linspace(0.1, 1, 4) * np.array(total)[:, None]
+    return Effects(
+        values=values,
+        site="resid_post",
+        method="exact",
+        direction="noising",
+        metric="logit_difference",
+        clean_metric=np.zeros(2, dtype=np.float32),
+        corrupted_metric=np.array(total, dtype=np.float32),
+        segments=(("user",) * 6,) * 2,
+        labels=(tuple("abcdef"),) * 2,
+    )
+
+
+def test_agreement_at_the_target_position_and_in_the_last_layer_does_not_count():
+    random = np.random.default_rng(0)
+    exact = _effects(random.normal(size=(2, 3, 5)) * 0.1)
+    noise = _effects(random.normal(size=(2, 3, 5)) * 0.1)
+    row = agreement_row(noise, exact)
+    assert row["pearson"] > 0.95
+    by_hand = [
+        np.corrcoef(noise.values[i, :3, :5].ravel(), exact.values[i, :3, :5].ravel())[0, 1]
+        for i in range(2)
+    ]
+    assert row["inner_pearson"] == pytest.approx(np.mean(by_hand), abs=1e-6)
+    assert abs(row["inner_pearson"]) < 0.5
+    assert (row["inner_pairs"], row["inner_cells"]) == (2, 30)
+    assert inner_cells(exact).sum() == 30
+
+
+def test_every_pair_has_one_vote_however_large_its_effect():
+    cells = np.random.default_rng(1).normal(size=(2, 3, 5))
+    approximate = cells * np.array([1.0, -1.0])[:, None, None]
+    for scale in (1.0, 1000.0):
+        factor = np.array([1.0, scale])[:, None, None]
+        found = inner_agreement(_effects(approximate * factor), _effects(cells * factor))
+        assert found.pearson == pytest.approx(0.0, abs=1e-6)
+
+
+def test_pairs_without_a_total_effect_have_no_vote():
+    cells = np.random.default_rng(1).normal(size=(2, 3, 5))
+    exact = _effects(cells, total=(0.001, 2.0))
+    found = inner_agreement(_effects(-cells, total=(0.001, 2.0)), exact)
+    assert (found.pairs, found.pearson) == (1, pytest.approx(-1.0))
+    nothing = _effects(cells, total=(0.0, 0.0))
+    assert agreement_row(nothing, nothing)["inner_pearson"] is None
+
+
+def test_lora_is_compared_at_the_rate_that_fits_like_full_training_whatever_it_transfers():
+    conditions = {  # training loss and preference
+        "control": (1.5, 0.08),
+        "divergence_only": (1.2, 0.3),
+        "lora8": (1.6, 0.1),
+        "lora8_rate8": (1.25, 0.24),
+        "lora8_rate16": (1.1, 0.6),
+    }
+    rows = [
+        {"target": t, "kind": "finetuned", "condition": c, "block": None, "seed": s, "before": 0.08}
+        | {"after": after, "rank": 1, "fit": fit + 0.01 * s}
+        for t in TARGETS
+        for c, (fit, after) in conditions.items()
+        for s in (0, 1)
+    ]
+    # For one target another rate is nearer.
+    for row in rows:
+        if row["target"] == "panda" and row["condition"] == "lora8_rate16":
+            row["fit"] = 1.21
+    found = {f.id: f for f in judge({"students": pd.DataFrame(rows)}, last_block=3)}
+    values = found["finetuned/lora_that_fits_does_as_well"].values
+    assert values == pytest.approx({"wolf": 0.8, "lion": 0.8, "eagle": 0.8, "panda": 2.0})
+    # How much less it has learned even so: .05 for three targets, and for one a little more (1.215,
+    # as one of its two seeds has .01 on it in both, against 1.205).
+    beside = list(found["finetuned/lora_that_fits_does_as_well"].beside.values())
+    assert beside == pytest.approx([(3 * 0.05 + 0.005) / 4, (3 * 0.05 + 0.005) / 4])
+    # Tables of a study without that column say nothing of it.
+    without = pd.DataFrame(rows).drop(columns="fit")
+    ids = {f.id for f in judge({"students": without}, last_block=3)}
+    assert "finetuned/lora_that_fits_does_as_well" not in ids
+    assert "finetuned/lora_does_as_well" in ids
+
+
+def _lora_rows(**fits):
+    """Students of every condition and target; `fits` maps condition to training loss."""
+    narrow = {"lora8": 0.3, "lora8_rate8": 0.29, "lora1_rate8": 0.2}
+    return pd.DataFrame(
+        [
+            {"target": t, "kind": "finetuned", "condition": c, "block": None, "seed": 0}
+            | {"before": 0.08, "after": after * w, "rank": 1, "fit": fits.get(c)}
+            for t, w in zip(TARGETS, (0.97, 1.0, 1.02, 1.05), strict=True)
+            for c, after in {**PAPER_LIKE, **narrow}.items()
+            if c in fits or "lora8" not in c
+        ]
+    )
+
+
+def test_gaps_of_both_signs_do_not_cancel_in_the_figure_beside_the_claim_about_lora():
+    rows = _lora_rows(divergence_only=1.2, lora8=1.6, lora8_rate8=1.3)
+    less = rows["target"].isin(TARGETS[:2]) & (rows["condition"] == "lora8_rate8")
+    rows.loc[less, "fit"] = 1.1
+    found = {f.id: f for f in judge({"students": rows}, last_block=3)}
+    signed, size = found["finetuned/lora_that_fits_does_as_well"].beside.values()
+    assert (signed, size) == (pytest.approx(0.0), pytest.approx(0.1))
+
+
+def test_a_rate_for_lora_is_chosen_only_where_there_are_two():
+    one = _lora_rows(divergence_only=1.2, lora8=1.6)
+    two = _lora_rows(divergence_only=1.2, lora8=1.6, lora8_rate8=1.3)
+    for rows, expected in ((one, False), (two, True)):
+        ids = {f.id for f in judge({"students": rows}, last_block=3)}
+        assert ("finetuned/lora_that_fits_does_as_well" in ids) == expected
+        assert "finetuned/lora_does_as_well" in ids
+
+
+def test_where_all_students_are_lora_nothing_is_said_of_full_training():
+    rows = _lora_rows(divergence_only=1.2, lora8=1.2, lora8_rate8=1.3)
+    both = pd.concat([rows, rows.assign(kind="prompted")])
+    found = {f.id for f in judge({"students": both}, last_block=3, lora=("prompted",))}
+    about = {"lora_does_as_well", "lora_that_fits_does_as_well", "rank_one_transfers"}
+    assert {f"finetuned/{name}" for name in about} <= found
+    assert not {f"prompted/{name}" for name in about} & found
+    assert "prompted/transfer" in found
+
+
+def test_a_claim_whose_presupposition_fails_names_it_and_how():
+    found = {f.id: f for f in judge(_tables(PAPER_LIKE | {"all": 0.08}), last_block=3)}
+    caveat = found["finetuned/rest_transfers_less"].caveat
+    verdict = found["finetuned/transfer"].verdict
+    assert verdict != "supported"
+    assert caveat.startswith(f"it presupposes what is {verdict} here (students trained on all")
+    assert "presupposes" not in found["finetuned/last_block_equals_control"].caveat
+
+
+def test_a_direction_is_needed_throughout_only_if_it_is_at_every_step_after_the_rise():
+    def row(target, measure, step, value, null):
+        place = {"target": target, "kind": "finetuned", "measure": measure, "layer": None}
+        return place | {"step": step, "value": value, "null": null, "rank": None}
+
+    rows = []
+    for target, shares in zip(
+        TARGETS, ((0.5, 0.6), (0.5, 0.7), (0.5, 0.8), (1.2, 0.5)), strict=True
+    ):
+        rows.append(row(target, "added", None, 0.5, 0.1))
+        rows.append(row(target, "removed", 5, 0.2, 0.105))  # not risen by a tenth yet
+        rows += [
+            row(target, "removed", s, 0.3 * x, 0.3) for s, x in zip((10, 15), shares, strict=True)
+        ]
+    students = _tables(PAPER_LIKE)["students"]
+    tables = {"mechanism": pd.DataFrame(rows), "students": students}
+    found = {f.id: f for f in judge(tables, last_block=3)}[
+        "finetuned/direction_is_needed_throughout"
+    ]
+    assert found.values == pytest.approx({"wolf": 0.6, "lion": 0.7, "eagle": 0.8, "panda": 1.2})
+    assert found.verdict == "unclear"
