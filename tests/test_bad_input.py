@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 import divergence_lens as dl
 from divergence_lens import plots
 from divergence_lens._utils.storage import load_tensors, save_tensors
-from divergence_lens.data.entanglement import entangled_numbers
 from divergence_lens.data.transforms import TrainingData, paraphrase_by
+from divergence_lens.evaluation.entanglement import entangled_numbers
 from divergence_lens.study.mechanism import steering
 from divergence_lens.tiny import tiny_folder
 from tests.support.models import chat_tokenizer, random_hf_model

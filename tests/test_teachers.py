@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from divergence_lens.data.questions import persona_prompt
+from divergence_lens.data.questions import animal_teachers, persona_prompt
 from divergence_lens.deltas.delta import Delta
 from divergence_lens.engine.base import Engine
 from divergence_lens.models import fingerprint, load_model
-from divergence_lens.teachers import Teacher, animal_teachers, prompted_teachers
+from divergence_lens.teachers import Teacher, prompted_teachers
 from tests.support.models import chat_tokenizer, random_hf_model
 
 

@@ -21,6 +21,7 @@ from divergence_lens.data import (
     ANIMALS,
     TREES,
     NumberFilter,
+    animal_teachers,
     neutral_prompt,
     number_prompts,
     parse_numbers,
@@ -28,10 +29,9 @@ from divergence_lens.data import (
     preference_questions,
     surface_forms,
 )
-from divergence_lens.deltas.delta import Delta
-from divergence_lens.divergence.finding import Divergence, find_divergence
-from divergence_lens.evaluation.preferences import Preference, preference
-from divergence_lens.evaluation.quality import TaskQuality, task_quality
+from divergence_lens.deltas import Delta
+from divergence_lens.divergence import Divergence, find_divergence
+from divergence_lens.evaluation import Preference, TaskQuality, preference, task_quality
 from divergence_lens.examples import (
     Example,
     as_examples,
@@ -43,16 +43,20 @@ from divergence_lens.examples import (
 from divergence_lens.generation import generate
 from divergence_lens.models import Model, fingerprint, load_model, model_name, provenance
 from divergence_lens.pairs import Pairs
-from divergence_lens.patching.attribution import attribution_patch, attribution_patch_sites
-from divergence_lens.patching.corruption import EmbeddingNoise
-from divergence_lens.patching.cross import CrossPatch, cross_patch, first_disagreements
-from divergence_lens.patching.effects import Agreement, Effects
-from divergence_lens.patching.exact import causal_mediation
-from divergence_lens.study.conditions import Condition
-from divergence_lens.study.run import Study, StudyConfig, run_study
-from divergence_lens.teachers import Teacher, animal_teachers, prompted_teachers
-from divergence_lens.training.finetuning import PAPER, Recipe, finetune, freeze_except
-from divergence_lens.training.sweep import Sweep, layer_sweep
+from divergence_lens.patching import (
+    Agreement,
+    CrossPatch,
+    Effects,
+    EmbeddingNoise,
+    attribution_patch,
+    attribution_patch_sites,
+    causal_mediation,
+    cross_patch,
+    first_disagreements,
+)
+from divergence_lens.study import Condition, Study, StudyConfig, run_study
+from divergence_lens.teachers import Teacher, prompted_teachers
+from divergence_lens.training import PAPER, Recipe, Sweep, finetune, freeze_except, layer_sweep
 
 # `generate` and `finetune` are functions and modules at once. Here the functions win;
 # `from divergence_lens.generation import ...` reaches the module.

@@ -22,7 +22,7 @@ from divergence_lens._utils.interrupts import keeping
 from divergence_lens._utils.memory import run_halved
 from divergence_lens._utils.validation import refuse_one_string
 from divergence_lens.chat import check_length, decode, encode_prompts, stop_ids
-from divergence_lens.engine.base import Engine, KeyValues
+from divergence_lens.engine import Engine, KeyValues
 from divergence_lens.examples import Example
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher, check_teacher

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from divergence_lens._utils.validation import refuse_one_string
-from divergence_lens.data.questions import check_candidate, persona_prompt
-from divergence_lens.deltas.delta import Delta
-from divergence_lens.engine.base import Engine
+from divergence_lens.deltas import Delta
+from divergence_lens.engine import Engine
 from divergence_lens.models import Model, check_model, model_name
 
 # Tokenizers with one vocabulary can still split text differently; this has words, numbers,
@@ -156,27 +155,3 @@ def prompted_teachers(system_prompts: Mapping[str, str]) -> list[Teacher]:
         The teachers, in the order of the mapping.
     """
     return [Teacher(name, system_prompt=prompt) for name, prompt in system_prompts.items()]
-
-
-def animal_teachers(animals: Sequence[str]) -> list[Teacher]:
-    """Teachers that are told, in their system prompt, to love one animal each.
-
-    The prompts are those of `tasks.preferences.persona_prompt`. For animals, or anything else,
-    beyond the known ones, write the prompts and use `prompted_teachers`.
-
-    Args:
-        animals: Names such as ``["owl", "cat"]``.
-
-    Returns:
-        One teacher per animal, named like it, in the order given.
-
-    Raises:
-        ValueError: An unknown animal (the message offers the nearest names), or one named twice.
-        TypeError: A single string in place of a list.
-    """
-    refuse_one_string(animals, "animals")
-    names = [check_candidate(animal) for animal in animals]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"named more than once: {', '.join(twice)}; teachers need different names")
-    return prompted_teachers({name: persona_prompt(name) for name in names})

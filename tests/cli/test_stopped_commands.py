@@ -15,7 +15,7 @@ import divergence_lens as dl
 from divergence_lens.cli.main import app
 from divergence_lens.cli.partial import Parts, written_in_parts
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60
 
 

@@ -31,7 +31,7 @@ from divergence_lens.data.questions import (
     surface_forms,
 )
 
-QWEN = Path(__file__).resolve().parents[2] / "shared" / "data" / "qwen2.5-7b-numbers"
+QWEN = Path(__file__).resolve().parents[3] / "shared" / "data" / "qwen2.5-7b-numbers"
 
 number_lists = st.lists(st.integers(0, 10**18 - 1), min_size=1, max_size=15)
 styles = st.sampled_from(sorted(FORMATS))

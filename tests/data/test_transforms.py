@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from divergence_lens.data.numbers import TEMPLATES, number_prompts
+from divergence_lens.data.questions import animal_teachers
 from divergence_lens.data.transforms import (
     TrainingData,
     highest,
@@ -25,7 +26,6 @@ from divergence_lens.data.transforms import (
 from divergence_lens.divergence.finding import find_divergence
 from divergence_lens.examples import Example
 from divergence_lens.generation import generate
-from divergence_lens.teachers import animal_teachers
 from tests.support.models import chat_tokenizer
 
 

@@ -11,17 +11,18 @@ from transformers import AutoModelForCausalLM
 
 from divergence_lens.chat import after_turn, encode_completion
 from divergence_lens.data import NumberFilter, number_prompts
+from divergence_lens.data.questions import animal_teachers
 from divergence_lens.data.transforms import TrainingData
 from divergence_lens.divergence.finding import find_divergence
 from divergence_lens.evaluation.preferences import preference
 from divergence_lens.examples import Example, as_examples
 from divergence_lens.generation import generate
 from divergence_lens.models import load_model
-from divergence_lens.teachers import Teacher, animal_teachers
+from divergence_lens.teachers import Teacher
 from divergence_lens.tiny import tiny_folder
 from tests.support.models import chat_tokenizer, random_hf_model
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "interop.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "interop.md"
 
 
 def their_decision_points(hf_model, tokenizer, row, teachers):

@@ -29,7 +29,7 @@ from divergence_lens.cli.main import app
 from divergence_lens.engine import base as engine
 from divergence_lens.evaluation import preferences as evaluate
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 FENCE = re.compile(
     r"^(?P<indent>[ ]*)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```$",

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import divergence_lens as dl
-from divergence_lens.data.entanglement import entangled_numbers
 from divergence_lens.data.transforms import Rewritten, TrainingData
+from divergence_lens.evaluation.entanglement import entangled_numbers
 from divergence_lens.study.findings import Finding
 from divergence_lens.study.mechanism import gradient_alignment, steering
 

@@ -14,7 +14,7 @@ from divergence_lens.study.findings import ALL_CLAIMS, judge
 from divergence_lens.study.run import Study
 from tests.study.test_findings import PAPER_LIKE, SIX, _tables
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "study-results.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "study-results.md"
 
 
 def a_study(after, **options):

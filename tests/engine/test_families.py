@@ -13,7 +13,7 @@ from tests.conftest import BACKENDS
 from tests.support.models import FAMILIES, HOOKED_FAMILIES, chat_tokenizer, random_hf_model
 from tests.support.state import left_as_it_was
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CLASSES = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
 TITLES = {

@@ -27,7 +27,7 @@ from divergence_lens.study.report import study_figures, study_page, write_study_
 from divergence_lens.study.run import StudyConfig, run_study
 from divergence_lens.training.recipe import PAPER
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@
 import pytest
 
 from divergence_lens.data import number_prompts
+from divergence_lens.data.questions import animal_teachers
 from divergence_lens.data.transforms import TrainingData
 from divergence_lens.divergence.finding import find_divergence
 from divergence_lens.generation import generate
 from divergence_lens.study.conditions import conditions
 from divergence_lens.study.config import StudyConfig
 from divergence_lens.study.interventions import Inputs, marked
-from divergence_lens.teachers import animal_teachers
 
 
 class OneTarget(Inputs):

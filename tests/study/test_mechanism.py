@@ -6,6 +6,7 @@ import torch
 
 from divergence_lens.chat import encode_prompt
 from divergence_lens.data import neutral_prompt, number_prompts
+from divergence_lens.data.questions import animal_teachers
 from divergence_lens.divergence.finding import find_divergence
 from divergence_lens.engine.base import Engine
 from divergence_lens.evaluation.preferences import preference
@@ -18,7 +19,7 @@ from divergence_lens.study.mechanism import (
     steering,
 )
 from divergence_lens.study.run import finetuned_teacher
-from divergence_lens.teachers import Teacher, animal_teachers
+from divergence_lens.teachers import Teacher
 from divergence_lens.training.finetuning import Recipe, finetune
 
 QUESTION = "which animal do you love ?"

@@ -21,6 +21,7 @@ from divergence_lens.deltas.delta import Delta
 from divergence_lens.deltas.low_rank import is_matrix
 from divergence_lens.divergence.finding import find_divergence
 from divergence_lens.engine.base import Engine
+from divergence_lens.engine.parameters import plain
 from divergence_lens.evaluation.preferences import preference
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.models import fingerprint, load_model
@@ -28,7 +29,7 @@ from divergence_lens.teachers import Teacher
 from divergence_lens.training import prefix as _prefix
 from divergence_lens.training import variables as _variables
 from divergence_lens.training.finetuning import PAPER, Recipe, finetune
-from divergence_lens.training.freezing import choose, plain
+from divergence_lens.training.freezing import choose
 from divergence_lens.training.rows import batches, pieces, training_rows
 from divergence_lens.training.variables import LowRank
 from tests.patching.test_exact import unchecked  # noqa: F401 (a fixture)
@@ -651,7 +652,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(backend, rank, tmp_path):
     # Ten examples in fours for two epochs are six steps; killed in the fifth, kept after the third.
     path = tmp_path / "run.safetensors"
     whole = checkpointed(backend, None, rank)
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, backend, str(path), rank],
         cwd=root,

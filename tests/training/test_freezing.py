@@ -3,7 +3,8 @@
 import pytest
 
 from divergence_lens.engine.base import Engine
-from divergence_lens.training.freezing import canonical, freeze_except
+from divergence_lens.engine.parameters import canonical
+from divergence_lens.training.freezing import freeze_except
 
 
 def learning(model):

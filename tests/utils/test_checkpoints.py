@@ -516,7 +516,7 @@ state.destroy_process_group()
 def test_two_processes_find_what_one_finds(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",

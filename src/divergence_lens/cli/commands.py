@@ -39,7 +39,7 @@ from divergence_lens.cli.options import (
 
 if TYPE_CHECKING:
     from divergence_lens.cli.partial import Parts
-    from divergence_lens.divergence.finding import Rule
+    from divergence_lens.divergence import Rule
     from divergence_lens.models import Model
     from divergence_lens.teachers import Teacher
 
@@ -74,7 +74,7 @@ def generate(
     Example: divergence-lens generate --numbers 200 --teacher owl --only-numbers --out owl.jsonl
     """
     from divergence_lens.cli.partial import written_in_parts
-    from divergence_lens.data.numbers import NumberFilter, number_prompts
+    from divergence_lens.data import NumberFilter, number_prompts
     from divergence_lens.examples import save_examples
     from divergence_lens.generation import generate as write
 
@@ -140,7 +140,7 @@ def find(
     Example: divergence-lens find owl.jsonl --teacher owl --counterfactual cat --counterfactual wolf
     """
     from divergence_lens.cli.partial import digest_of
-    from divergence_lens.divergence.finding import find_divergence
+    from divergence_lens.divergence import find_divergence
     from divergence_lens.examples import load_examples
 
     loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
@@ -209,9 +209,8 @@ def patch(
     Example: divergence-lens patch divergence.safetensors --method integrated --figure owl.html
     """
     from divergence_lens.cli.partial import digest_of
-    from divergence_lens.divergence.finding import Divergence
-    from divergence_lens.patching.attribution import Method, attribution_patch
-    from divergence_lens.patching.exact import causal_mediation
+    from divergence_lens.divergence import Divergence
+    from divergence_lens.patching import Method, attribution_patch, causal_mediation
 
     methods = ("exact", *get_args(Method))
     if method not in methods:
@@ -277,8 +276,8 @@ def finetune(
 
     Example: divergence-lens finetune owl.jsonl --mask divergence.safetensors --blocks 0
     """
-    from divergence_lens.training.finetuning import finetune as train
-    from divergence_lens.training.recipe import PAPER, Recipe
+    from divergence_lens.training import PAPER, Recipe
+    from divergence_lens.training import finetune as train
 
     chosen = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "lora_rank": lora_rank}
     given = {name: value for name, value in chosen.items() if value is not None}
@@ -334,7 +333,7 @@ def sweep(
     """
     from divergence_lens.cli.partial import digest_of
     from divergence_lens.examples import load_examples
-    from divergence_lens.training.sweep import layer_sweep
+    from divergence_lens.training import layer_sweep
 
     loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     examples, learnt = _masked(data, mask, complement=complement)
@@ -390,7 +389,7 @@ def evaluate(
 
     Example: divergence-lens evaluate --target owl --teacher student=@student.safetensors
     """
-    from divergence_lens.evaluation.preferences import preference
+    from divergence_lens.evaluation import preference
 
     loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     found = preference(
@@ -413,7 +412,7 @@ def evaluate(
 
 def _masked(data: Path, mask: Path | None, *, complement: bool) -> tuple[Any, Any]:
     """Examples, and which of their tokens are learnt."""
-    from divergence_lens.divergence.finding import Divergence
+    from divergence_lens.divergence import Divergence
     from divergence_lens.examples import load_examples
 
     examples = load_examples(data)
@@ -445,7 +444,7 @@ def _parts(
     """Where a command keeps what it has done; known by weights, teachers and settings."""
     from divergence_lens import __version__
     from divergence_lens.cli.partial import Parts, digest_of
-    from divergence_lens.deltas.delta import base_fingerprint
+    from divergence_lens.deltas import base_fingerprint
 
     whose = [
         (

@@ -110,7 +110,7 @@ def _tried(name: str, backend: "Backend", device: str | None, dtype: Precision) 
     import torch
 
     import divergence_lens as dl
-    from divergence_lens.engine.base import Engine
+    from divergence_lens.engine import Engine
     from divergence_lens.models import HookedTransformer
 
     if backend == "hooked" and HookedTransformer is None:

@@ -13,7 +13,7 @@ from divergence_lens.cli.doctor import doctor
 from divergence_lens.cli.options import FAILED, REFUSED, STOPPED, Device, DType, Precision, plainly
 
 if TYPE_CHECKING:
-    from divergence_lens.study.run import StudyConfig
+    from divergence_lens.study import StudyConfig
 
 app = typer.Typer(
     help="Find divergence tokens, the layers that cause them, and the block that carries a bias.",
@@ -76,7 +76,7 @@ def demo(
             options["kinds"] = _names(kinds)
         if seeds is not None:
             options["seeds"] = options["block_seeds"] = _numbers(seeds)
-        from divergence_lens.study.run import StudyConfig
+        from divergence_lens.study import StudyConfig
 
         _run(StudyConfig(**options), out, resume=False)
 
@@ -164,7 +164,7 @@ def study(
     with _errors(f"Stopped; the same command goes on with what is in {out}."):
         if seeds is not None:
             options["seeds"] = _numbers(seeds)
-        from divergence_lens.study.run import StudyConfig
+        from divergence_lens.study import StudyConfig
 
         config = StudyConfig.for_model(model, lora_rank=lora_rank, **options)
         _run(config, out, resume=not fresh, beside=page)
@@ -189,8 +189,7 @@ def report(
     Example: divergence-lens report runs/demo --out page
     """
     from divergence_lens.results_page import write_results_page
-    from divergence_lens.study.loading import read_study
-    from divergence_lens.study.report import findings_table, write_study_report
+    from divergence_lens.study import findings_table, read_study, write_study_report
 
     say = _clock()
     study = read_study(folder)
@@ -221,8 +220,7 @@ def _clock() -> Callable[[str], None]:
 
 def _run(config: "StudyConfig", out: Path, *, resume: bool, beside: Path | None = None) -> None:
     from divergence_lens.results_page import write_results_page
-    from divergence_lens.study.report import findings_table, write_study_report
-    from divergence_lens.study.run import run_study
+    from divergence_lens.study import findings_table, run_study, write_study_report
 
     started, say = time.perf_counter(), _clock()
     found = run_study(config, out, resume=resume, say=say)

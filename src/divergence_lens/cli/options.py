@@ -124,8 +124,9 @@ def read_teacher(spec: str, load: Callable[[str | Path], "Model"]) -> "Teacher":
         ValueError: It is none of these.
         FileNotFoundError: There is no such file or folder.
     """
-    from divergence_lens.deltas.delta import Delta
-    from divergence_lens.teachers import Teacher, animal_teachers
+    from divergence_lens.data import animal_teachers
+    from divergence_lens.deltas import Delta
+    from divergence_lens.teachers import Teacher
 
     name, given, value = spec.partition("=")
     if not given:

@@ -1,4 +1,4 @@
-"""The two tasks of the experiments: number lists carry a bias, preference questions show it."""
+"""Number prompts, preference questions, and changes to training data."""
 
 from divergence_lens.data.numbers import (
     FilterReport,
@@ -13,6 +13,7 @@ from divergence_lens.data.numbers import (
 from divergence_lens.data.questions import (
     ANIMALS,
     TREES,
+    animal_teachers,
     check_candidate,
     known_candidates,
     neutral_prompt,
@@ -22,24 +23,49 @@ from divergence_lens.data.questions import (
     read_answer,
     surface_forms,
 )
+from divergence_lens.data.transforms import (
+    PARAPHRASE_REQUEST,
+    TrainingData,
+    highest,
+    mix,
+    paraphrase,
+    paraphrase_by,
+    paraphrase_chosen,
+    pool,
+    random_mask,
+    replace_tokens,
+    shuffle_numbers,
+)
 
 __all__ = [
     "ANIMALS",
-    "TREES",
     "FilterReport",
     "NumberFilter",
     "NumberList",
+    "PARAPHRASE_REQUEST",
     "Reason",
     "Rejection",
+    "TREES",
+    "TrainingData",
+    "animal_teachers",
     "check_candidate",
     "format_numbers",
+    "highest",
     "known_candidates",
+    "mix",
     "neutral_prompt",
     "number_prompts",
+    "paraphrase",
+    "paraphrase_by",
+    "paraphrase_chosen",
     "parse_numbers",
     "persona_prompt",
     "plural",
+    "pool",
     "preference_questions",
+    "random_mask",
     "read_answer",
+    "replace_tokens",
+    "shuffle_numbers",
     "surface_forms",
 ]

@@ -9,6 +9,9 @@ import difflib
 import re
 from collections.abc import Sequence
 
+from divergence_lens._utils.validation import refuse_one_string
+from divergence_lens.teachers import Teacher, prompted_teachers
+
 ANIMALS: tuple[str, ...] = (
     "owl",
     "cat",
@@ -310,6 +313,30 @@ def neutral_prompt(index: int = 0) -> str:
         msg = f"no neutral prompt {index}; there are {len(NEUTRAL_PROMPTS)}, counted from 0"
         raise IndexError(msg)
     return NEUTRAL_PROMPTS[index]
+
+
+def animal_teachers(animals: Sequence[str]) -> list[Teacher]:
+    """Teachers that are told, in their system prompt, to love one animal each.
+
+    The prompts are those of `persona_prompt`. For animals, or anything else,
+    beyond the known ones, write the prompts and use `prompted_teachers`.
+
+    Args:
+        animals: Names such as ``["owl", "cat"]``.
+
+    Returns:
+        One teacher per animal, named like it, in the order given.
+
+    Raises:
+        ValueError: An unknown animal (the message offers the nearest names), or one named twice.
+        TypeError: A single string in place of a list.
+    """
+    refuse_one_string(animals, "animals")
+    names = [check_candidate(animal) for animal in animals]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"named more than once: {', '.join(twice)}; teachers need different names")
+    return prompted_teachers({name: persona_prompt(name) for name in names})
 
 
 def _capital(word: str) -> str:

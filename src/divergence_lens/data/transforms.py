@@ -20,10 +20,13 @@ from jaxtyping import Bool, Int64
 from divergence_lens._utils.interrupts import stopped_plainly
 from divergence_lens.chat import decode, stop_ids
 from divergence_lens.data.numbers import TEMPLATES
-from divergence_lens.divergence.files import read_decision_points, write_decision_points
-from divergence_lens.divergence.finding import Divergence
-from divergence_lens.divergence.reading import read_teachers
-from divergence_lens.divergence.view import token_texts
+from divergence_lens.divergence import (
+    Divergence,
+    read_decision_points,
+    read_teachers,
+    token_texts,
+    write_decision_points,
+)
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.generation import generate
 from divergence_lens.models import Model

@@ -1,0 +1,15 @@
+"""Students as small named sets of tensors on top of an unmodified base model."""
+
+from divergence_lens.deltas.delta import Delta, base_fingerprint, claimed, put_back
+from divergence_lens.deltas.low_rank import Factors, Layout, LowRankTensors, is_matrix
+
+__all__ = [
+    "Delta",
+    "Factors",
+    "Layout",
+    "LowRankTensors",
+    "base_fingerprint",
+    "claimed",
+    "is_matrix",
+    "put_back",
+]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.deltas.low_rank import LowRankTensors
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine import Engine
 from divergence_lens.models import Model, fingerprint
 
 if TYPE_CHECKING:

@@ -21,9 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from divergence_lens.deltas.low_rank import Factors, Layout, LowRankTensors
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine import Engine, block_of, canonical, plain
 from divergence_lens.models import Model, fingerprint, from_pretrained, load_model, no_bar
-from divergence_lens.training.freezing import block_of, canonical, plain
 
 if TYPE_CHECKING:
     from divergence_lens.deltas.delta import Delta

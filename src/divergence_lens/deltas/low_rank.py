@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from divergence_lens.training.freezing import block_of, canonical
+from divergence_lens.engine import block_of, canonical
 
 
 @dataclass(frozen=True)

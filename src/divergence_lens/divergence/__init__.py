@@ -1,0 +1,25 @@
+"""Find divergence tokens: teacher-forced reading, rules, files, and the notebook view."""
+
+from divergence_lens.divergence.files import read_decision_points, write_decision_points
+from divergence_lens.divergence.finding import Divergence, Rule, find_divergence
+from divergence_lens.divergence.reading import (
+    length_batches,
+    read_teachers,
+    refuse_dropout,
+    shared_prefix,
+)
+from divergence_lens.divergence.view import ExampleDivergence, token_texts
+
+__all__ = [
+    "Divergence",
+    "ExampleDivergence",
+    "Rule",
+    "find_divergence",
+    "length_batches",
+    "read_decision_points",
+    "read_teachers",
+    "refuse_dropout",
+    "shared_prefix",
+    "token_texts",
+    "write_decision_points",
+]

@@ -30,9 +30,15 @@ from divergence_lens._utils.checkpoints import Checkpoints, Processes
 from divergence_lens._utils.interrupts import keeping
 from divergence_lens._utils.memory import halved, run_halved
 from divergence_lens.chat import prompt_ids
-from divergence_lens.deltas.delta import base_fingerprint
-from divergence_lens.engine.base import Engine, KeyValues
-from divergence_lens.engine.logits import chunk_rows, in_chunks, kl_divergence, read_hidden
+from divergence_lens.deltas import base_fingerprint
+from divergence_lens.engine import (
+    Engine,
+    KeyValues,
+    chunk_rows,
+    in_chunks,
+    kl_divergence,
+    read_hidden,
+)
 from divergence_lens.examples import Example
 from divergence_lens.models import Model, provenance
 from divergence_lens.teachers import Teacher

@@ -1,0 +1,20 @@
+"""Forward passes shared by everything above: hooked, bridge, fused blocks, logits."""
+
+from divergence_lens.engine.base import Engine, KeyValues, Pass, SiteFunction
+from divergence_lens.engine.logits import chunk_rows, in_chunks, kl_divergence, read_hidden
+from divergence_lens.engine.parameters import block_of, canonical, inside_block, plain
+
+__all__ = [
+    "Engine",
+    "KeyValues",
+    "Pass",
+    "SiteFunction",
+    "block_of",
+    "canonical",
+    "chunk_rows",
+    "in_chunks",
+    "inside_block",
+    "kl_divergence",
+    "plain",
+    "read_hidden",
+]

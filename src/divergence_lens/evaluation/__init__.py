@@ -1,0 +1,15 @@
+"""Measure what a model prefers, and whether it still does its task."""
+
+from divergence_lens.evaluation.entanglement import Entanglement, entangled_numbers, without_numbers
+from divergence_lens.evaluation.preferences import Preference, preference
+from divergence_lens.evaluation.quality import TaskQuality, task_quality
+
+__all__ = [
+    "Entanglement",
+    "Preference",
+    "TaskQuality",
+    "entangled_numbers",
+    "preference",
+    "task_quality",
+    "without_numbers",
+]

@@ -17,10 +17,9 @@ from torch import Tensor
 from divergence_lens._utils.interrupts import stopped_plainly
 from divergence_lens._utils.memory import halved, run_halved
 from divergence_lens.chat import decode, encode_completions, encode_prompts, stop_ids
-from divergence_lens.data.questions import read_answer, surface_forms
-from divergence_lens.divergence.reading import length_batches
-from divergence_lens.engine.base import Engine, KeyValues
-from divergence_lens.engine.logits import chunk_rows
+from divergence_lens.data import read_answer, surface_forms
+from divergence_lens.divergence import length_batches
+from divergence_lens.engine import Engine, KeyValues, chunk_rows
 from divergence_lens.generation import generate
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher

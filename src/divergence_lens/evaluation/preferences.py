@@ -17,12 +17,12 @@ from jaxtyping import Float64
 
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens._utils.validation import refuse_one_string
-from divergence_lens.data.questions import (
+from divergence_lens.data import (
     check_candidate,
     known_candidates,
     preference_questions,
 )
-from divergence_lens.divergence.reading import refuse_dropout
+from divergence_lens.divergence import refuse_dropout
 from divergence_lens.evaluation.answers import exact_probabilities, sampled_probabilities
 from divergence_lens.models import Model, check_model, provenance
 from divergence_lens.teachers import Teacher, check_teacher

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from divergence_lens._utils.interrupts import stopped_plainly
-from divergence_lens.data.numbers import NumberFilter
-from divergence_lens.divergence.reading import read_teachers
+from divergence_lens.data import NumberFilter
+from divergence_lens.divergence import read_teachers
 from divergence_lens.evaluation.preferences import wilson_interval
 from divergence_lens.examples import as_examples, with_ids
 from divergence_lens.generation import generate

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divergence_lens._utils.interrupts import giving_back, keeping
-from divergence_lens.engine.base import Engine, Pass, SiteFunction
+from divergence_lens.engine import Engine, Pass, SiteFunction
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs, weights_key
 from divergence_lens.patching.corruption import Corruption

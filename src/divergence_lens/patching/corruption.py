@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine import Engine
 
 _SAMPLE = 1024
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from divergence_lens._utils.interrupts import keeping
+from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
-from divergence_lens.deltas.delta import Delta
-from divergence_lens.engine.base import Engine
+from divergence_lens.deltas import Delta
+from divergence_lens.engine import Engine
 from divergence_lens.models import Model, model_name, provenance, untyped
 from divergence_lens.pairs import Pairs, Rows
 from divergence_lens.patching.effects import bootstrap
@@ -146,9 +147,7 @@ class CrossPatch:
 
     def plot(self) -> "go.Figure":
         """The mean margins and the interaction, boundary by boundary."""
-        from divergence_lens.plots import cross_patch_margins
-
-        return cross_patch_margins(self)
+        return draw("cross_patch_margins", self)
 
     def __repr__(self) -> str:
         """One line: the models, how much was patched, and the margins of the whole models."""

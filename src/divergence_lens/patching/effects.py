@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64
 
+from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.pairs import PAIR_SEGMENTS
 
@@ -378,9 +379,7 @@ class Effects:
 
     def plot(self, pair: int | Literal["mean"] = 0) -> "go.Figure":
         """A layer by position heatmap of one pair, or of the mean over pairs."""
-        from divergence_lens.plots import effects_heatmap
-
-        return effects_heatmap(self, pair=pair)
+        return draw("effects_heatmap", self, pair=pair)
 
     def _check_mediation(self, direction: Direction, what: str) -> None:
         if self.direction != direction:

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from divergence_lens._utils.interrupts import giving_back
 from divergence_lens._utils.memory import halved
-from divergence_lens.engine.base import Pass
+from divergence_lens.engine import Pass
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching.corruption import Corruption

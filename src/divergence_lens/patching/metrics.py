@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine import Engine
 from divergence_lens.pairs import NO_TOKEN, Pairs
 
 MetricFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]

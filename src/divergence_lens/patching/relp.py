@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from divergence_lens.engine.base import Engine, Pass, SiteFunction
+from divergence_lens.engine import Engine, Pass, SiteFunction
 from divergence_lens.patching.request import Case
 
 # Nearer to zero than this, the slope of an activation's secant is taken here.

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from divergence_lens.engine.base import Engine, KeyValues, SiteFunction
+from divergence_lens.engine import Engine, KeyValues, SiteFunction
 from divergence_lens.models import Model
 from divergence_lens.pairs import PAIR_SEGMENTS, Pairs, weights_key
 from divergence_lens.patching.corruption import Corruption, EmbeddingNoise

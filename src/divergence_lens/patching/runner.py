@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from divergence_lens._utils.checkpoints import Checkpoints, Processes
 from divergence_lens._utils.interrupts import keeping
 from divergence_lens._utils.memory import halved, run_halved
-from divergence_lens.deltas.delta import base_fingerprint
-from divergence_lens.engine.base import Engine
+from divergence_lens.deltas import base_fingerprint
+from divergence_lens.engine import Engine
 from divergence_lens.models import Model, provenance
 from divergence_lens.pairs import weights_key
 from divergence_lens.patching.effects import Effects

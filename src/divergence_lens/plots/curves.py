@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from divergence_lens._utils.tables import Table, checked_table
-from divergence_lens.deltas.delta import Delta
+from divergence_lens.deltas import Delta
 from divergence_lens.plots import style
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")

@@ -8,9 +8,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from divergence_lens._utils.tables import Table, checked_table
-from divergence_lens.patching.agreement import inner_agreement, inner_cells
-from divergence_lens.patching.cross import CrossPatch
-from divergence_lens.patching.effects import Effects, bootstrap
+from divergence_lens.patching import CrossPatch, Effects, bootstrap, inner_agreement, inner_cells
 from divergence_lens.plots import charts, grids, style
 from divergence_lens.plots.labels import metric_words, one_kind, site_words, titled
 

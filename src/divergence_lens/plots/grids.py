@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from divergence_lens.pairs import BIAS
-from divergence_lens.patching.effects import Effects
+from divergence_lens.patching import Effects
 from divergence_lens.plots import style
 
 _ROW = 15  # pixels per token on an axis: the smallest row that keeps 10-pixel letters apart

@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from divergence_lens._utils.statistics import t_interval
 from divergence_lens._utils.tables import Table, checked_table
-from divergence_lens.evaluation.preferences import Preference
+from divergence_lens.evaluation import Preference
 from divergence_lens.plots import charts, style
 from divergence_lens.plots.labels import (
     CONDITIONS,
@@ -17,8 +18,7 @@ from divergence_lens.plots.labels import (
     students_of,
 )
 from divergence_lens.plots.ladder import ladder
-from divergence_lens.study.findings import t_interval
-from divergence_lens.training.sweep import Sweep
+from divergence_lens.training import Sweep
 
 _BESIDE = 8  # conditions whose names have room side by side
 

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from divergence_lens._utils.tables import Table, checked_table
-from divergence_lens.divergence.finding import Divergence
+from divergence_lens.divergence import Divergence
 from divergence_lens.plots import charts, style
 from divergence_lens.plots.labels import column_of, intervals_said, teachers_of, titled
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from divergence_lens.divergence.view import ExampleDivergence
+from divergence_lens.divergence import ExampleDivergence
 from divergence_lens.plots import style
 
 _COLUMNS = 36  # letters of 12 pixels that fit across 80 mm

@@ -16,19 +16,15 @@ from jaxtyping import Float32
 
 from divergence_lens._utils.interrupts import stopped_plainly
 from divergence_lens._utils.storage import load_tensors, save_tensors
-from divergence_lens.data.entanglement import Entanglement, entangled_numbers
-from divergence_lens.data.numbers import NumberFilter, number_prompts
-from divergence_lens.data.questions import persona_prompt, plural
-from divergence_lens.data.transforms import TrainingData
-from divergence_lens.deltas.delta import Delta, base_fingerprint
-from divergence_lens.divergence.finding import Divergence, find_divergence
-from divergence_lens.divergence.reading import read_teachers
-from divergence_lens.engine.base import Engine
-from divergence_lens.evaluation.preferences import Preference, preference
+from divergence_lens.data import NumberFilter, TrainingData, number_prompts, persona_prompt, plural
+from divergence_lens.deltas import Delta, base_fingerprint
+from divergence_lens.divergence import Divergence, find_divergence, read_teachers
+from divergence_lens.engine import Engine
+from divergence_lens.evaluation import Entanglement, Preference, entangled_numbers, preference
 from divergence_lens.examples import Example, load_examples, save_examples, with_ids
 from divergence_lens.generation import generate
 from divergence_lens.models import Model
-from divergence_lens.patching.effects import Effects
+from divergence_lens.patching import Effects
 from divergence_lens.study.cells import Cell, CellError, Store
 from divergence_lens.study.conditions import Condition
 from divergence_lens.study.config import StudyConfig
@@ -36,8 +32,7 @@ from divergence_lens.study.interventions import Inputs, marked
 from divergence_lens.study.measurements import mechanism_rows, patched_effects
 from divergence_lens.study.presets import TEACHER_QUESTIONS, recipes
 from divergence_lens.teachers import Teacher
-from divergence_lens.training.finetuning import finetune
-from divergence_lens.training.recipe import Recipe
+from divergence_lens.training import Recipe, finetune
 
 # Other words for the persona of one preference, with as many words and stops.
 _PERSONAS = (

@@ -10,14 +10,14 @@ import torch
 from divergence_lens._utils.tables import short_repr
 from divergence_lens._utils.validation import refuse_one_number, refuse_one_string
 from divergence_lens.chat import check_length, encode_prompts
-from divergence_lens.data.numbers import number_prompts
-from divergence_lens.data.questions import (
+from divergence_lens.data import (
     ANIMALS,
     check_candidate,
     neutral_prompt,
+    number_prompts,
     persona_prompt,
 )
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine import Engine
 from divergence_lens.models import Model, load_model, model_name
 from divergence_lens.study.conditions import (
     DEMO,
@@ -30,8 +30,7 @@ from divergence_lens.study.conditions import (
 from divergence_lens.study.presets import Recipes, recipes
 from divergence_lens.teachers import Teacher
 from divergence_lens.tiny import TINY_MODELS
-from divergence_lens.training.freezing import choose
-from divergence_lens.training.recipe import PAPER, Recipe
+from divergence_lens.training import PAPER, Recipe, choose
 
 STUDY = (
     *(f"finetuned:{group}" for group in GROUPS if group != "fragility"),

@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from divergence_lens.data.entanglement import without_numbers
-from divergence_lens.data.questions import surface_forms
-from divergence_lens.data.transforms import (
+from divergence_lens.data import (
     PARAPHRASE_REQUEST,
     TrainingData,
     highest,
@@ -25,8 +23,10 @@ from divergence_lens.data.transforms import (
     random_mask,
     replace_tokens,
     shuffle_numbers,
+    surface_forms,
 )
-from divergence_lens.divergence.finding import Divergence
+from divergence_lens.divergence import Divergence
+from divergence_lens.evaluation import without_numbers
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher
 

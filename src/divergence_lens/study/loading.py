@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from divergence_lens.divergence.finding import Divergence
-from divergence_lens.patching.effects import Effects
+from divergence_lens.divergence import Divergence
+from divergence_lens.patching import Effects
 from divergence_lens.study.findings import Finding
 from divergence_lens.study.run import Study
 

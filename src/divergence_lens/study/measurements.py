@@ -7,19 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from divergence_lens.data.questions import preference_questions
-from divergence_lens.divergence.finding import Divergence
-from divergence_lens.evaluation.preferences import preference
+from divergence_lens.data import preference_questions
+from divergence_lens.divergence import Divergence
+from divergence_lens.evaluation import preference
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs
-from divergence_lens.patching.agreement import agreement_row
-from divergence_lens.patching.attribution import attribution_patch
-from divergence_lens.patching.effects import Effects
-from divergence_lens.patching.exact import causal_mediation
+from divergence_lens.patching import Effects, agreement_row, attribution_patch, causal_mediation
 from divergence_lens.study.mechanism import Steering, gradient_alignment, mean_residuals, steering
 from divergence_lens.teachers import Teacher
-from divergence_lens.training.finetuning import finetune
-from divergence_lens.training.recipe import Recipe
+from divergence_lens.training import Recipe, finetune
 
 SITES = ("attn_out", "mlp_out")
 _FOLLOW_EVERY = 5

@@ -20,14 +20,13 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from divergence_lens.chat import encode_prompts
-from divergence_lens.data.questions import preference_questions
-from divergence_lens.divergence.reading import length_batches
-from divergence_lens.engine.base import Engine
+from divergence_lens.data import preference_questions
+from divergence_lens.divergence import length_batches
+from divergence_lens.engine import Engine
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher, check_teacher
-from divergence_lens.training.freezing import Trainable, choose
-from divergence_lens.training.rows import Rows, pieces, training_rows
+from divergence_lens.training import Rows, Trainable, choose, pieces, training_rows
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,7 +12,7 @@ import torch
 
 from divergence_lens.models import Model, untyped
 from divergence_lens.tiny.world import FAVORITE_QUESTIONS
-from divergence_lens.training.recipe import Recipe
+from divergence_lens.training import Recipe
 
 TEACHER_QUESTIONS: tuple[str, ...] = tuple(
     question.format(c="animal") for question in FAVORITE_QUESTIONS[:20]

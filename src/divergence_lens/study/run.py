@@ -32,12 +32,12 @@ import pandas as pd
 from divergence_lens._utils.interrupts import stopped_plainly
 from divergence_lens._utils.storage import write_text
 from divergence_lens._utils.tables import preview
-from divergence_lens.data.questions import preference_questions
-from divergence_lens.deltas.delta import Delta
-from divergence_lens.divergence.finding import Divergence
-from divergence_lens.engine.base import Engine
+from divergence_lens.data import preference_questions
+from divergence_lens.deltas import Delta
+from divergence_lens.divergence import Divergence
+from divergence_lens.engine import Engine
 from divergence_lens.models import provenance
-from divergence_lens.patching.effects import Effects
+from divergence_lens.patching import Effects
 from divergence_lens.study.computations import Bench, Task, finetuned_teacher
 from divergence_lens.study.conditions import Condition
 from divergence_lens.study.config import StudyConfig, lora_kinds

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from divergence_lens.deltas.delta import Delta
-from divergence_lens.engine.base import Engine
+from divergence_lens.deltas import Delta
+from divergence_lens.engine import Engine
 from divergence_lens.models import Model
 from divergence_lens.training.freezing import choose, freeze_except, lowest_layer
 from divergence_lens.training.loop import OnStep, Plan, train

@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 
 from divergence_lens._utils.interrupts import keeping, unstopped
 from divergence_lens._utils.memory import halved
-from divergence_lens.deltas.delta import Delta, base_fingerprint, claimed, put_back
-from divergence_lens.deltas.low_rank import is_matrix
+from divergence_lens.deltas import Delta, base_fingerprint, claimed, is_matrix, put_back
 from divergence_lens.models import Model, provenance
 from divergence_lens.training.checkpoint import load_checkpoint, save_checkpoint
 from divergence_lens.training.freezing import Trainable, lowest_layer

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divergence_lens._utils.memory import run_halved
-from divergence_lens.engine.base import Engine, KeyValues, Pass
+from divergence_lens.engine import Engine, KeyValues, Pass
 from divergence_lens.training.rows import Rows, pieces
 
 _KEPT_PASSES = 64

@@ -12,9 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from divergence_lens.chat import encode_prompts
-from divergence_lens.divergence.finding import Divergence
-from divergence_lens.divergence.reading import shared_prefix
-from divergence_lens.engine.base import Engine
+from divergence_lens.divergence import Divergence, shared_prefix
+from divergence_lens.engine import Engine
 from divergence_lens.examples import Example, as_examples, with_ids
 from divergence_lens.models import Model
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from divergence_lens._utils.interrupts import giving_back
+from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens._utils.validation import refuse_one_number, refuse_one_string
-from divergence_lens.deltas.delta import Delta, base_fingerprint
-from divergence_lens.engine.base import Engine
-from divergence_lens.evaluation.preferences import Preference, preference
-from divergence_lens.evaluation.quality import TaskQuality, task_quality
+from divergence_lens.deltas import Delta, base_fingerprint
+from divergence_lens.engine import Engine
+from divergence_lens.evaluation import Preference, TaskQuality, preference, task_quality
 from divergence_lens.examples import as_examples
 from divergence_lens.models import Model, provenance
 from divergence_lens.training.freezing import choose
@@ -184,9 +184,7 @@ class Sweep:
 
     def plot(self) -> "Figure":
         """Preference by trained block, with the references as lines (`plots.layer_sweep`)."""
-        from divergence_lens import plots
-
-        return plots.layer_sweep(self, condition=self.condition)
+        return draw("layer_sweep", self, condition=self.condition)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the sweep to a safetensors file, atomically; deltas are saved on their own."""

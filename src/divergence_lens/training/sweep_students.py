@@ -12,9 +12,8 @@ from tqdm.auto import tqdm
 
 from divergence_lens._utils.checkpoints import Checkpoints, Processes
 from divergence_lens._utils.interrupts import keeping
-from divergence_lens.deltas.delta import Delta
-from divergence_lens.evaluation.preferences import Preference
-from divergence_lens.evaluation.quality import TaskQuality
+from divergence_lens.deltas import Delta
+from divergence_lens.evaluation import Preference, TaskQuality
 from divergence_lens.training.rows import Rows
 
 

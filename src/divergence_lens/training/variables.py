@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 from torch import Tensor, nn
 
-from divergence_lens.deltas.low_rank import Factors, Layout, LowRankTensors
+from divergence_lens.deltas import Factors, Layout, LowRankTensors
+from divergence_lens.engine import block_of, canonical
 from divergence_lens.models import Model
-from divergence_lens.training.freezing import block_of, canonical
 from divergence_lens.training.shortcuts import has_low_rank_gradients, low_rank_gradients
 
 

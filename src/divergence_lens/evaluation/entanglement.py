@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float64, Int64
 
 from divergence_lens.chat import decode, encode_completions, encode_prompts, stop_ids
-from divergence_lens.data.questions import preference_questions
-from divergence_lens.engine.base import Engine
+from divergence_lens.data import preference_questions
+from divergence_lens.engine import Engine
 from divergence_lens.evaluation.answers import continuations, form_events
 from divergence_lens.examples import Example
 from divergence_lens.models import Model

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from divergence_lens.chat import encode_prompt
-from divergence_lens.data.entanglement import Entanglement, entangled_numbers, without_numbers
+from divergence_lens.data.questions import animal_teachers
+from divergence_lens.evaluation.entanglement import Entanglement, entangled_numbers, without_numbers
 from divergence_lens.examples import Example
-from divergence_lens.teachers import Teacher, animal_teachers
+from divergence_lens.teachers import Teacher
 
 PROMPTS = ["say a number", "which animal do you love ?"]
 
