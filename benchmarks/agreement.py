@@ -17,7 +17,8 @@ from typing import Any, get_args
 import torch
 
 import divergence_lens as dl
-from divergence_lens.engine.base import SITES, Engine
+from divergence_lens.engine import get_engine
+from divergence_lens.engine.base import SITES
 from divergence_lens.patching.attribution import Method
 from divergence_lens.patching.effects import Agreement
 
@@ -42,7 +43,7 @@ def story_pairs(model: Any) -> dl.Pairs:
 
     The foil is the corrupted side's greedy token, or its second choice where both agree.
     """
-    engine = Engine.of(model)
+    engine = get_engine(model)
 
     def choices(text: str) -> list[int]:
         ids = torch.tensor([model.tokenizer(text)["input_ids"]])
@@ -64,7 +65,7 @@ def story_pairs(model: Any) -> dl.Pairs:
 def divergence_pairs(model: Any, count: int) -> dl.Pairs:
     """The first divergence tokens of the tiny model's own lists."""
     owl, *others = dl.animal_teachers(["owl", "cat", "wolf", "panda"])
-    examples = dl.generate(model, owl, dl.number_prompts(count, seed=0))
+    examples = dl.generate(model, dl.number_prompts(count, seed=0), teacher=owl)
     div = dl.find_divergence(model, examples, teacher=owl, counterfactuals=others)
     pairs = div.pairs(first_only=True)
     return pairs.select(range(min(count, len(pairs))))
@@ -100,7 +101,7 @@ def main() -> None:
     tiny = options.model.startswith("tiny")
     pairs = divergence_pairs(model, options.pairs) if tiny else story_pairs(model)
     found = {}
-    for site in (site for site in options.sites if site in Engine.of(model).sites):
+    for site in (site for site in options.sites if site in get_engine(model).sites):
         exact = dl.causal_mediation(model, pairs, site=site, direction=options.direction)
         for method in methods_of(site):
             effects = dl.attribution_patch(
@@ -110,7 +111,7 @@ def main() -> None:
     lengths = sorted(len(row) for row in pairs.clean)
     print(
         f"{Path(options.model).name}: {len(pairs)} pairs of {lengths[0]} to {lengths[-1]} tokens, "
-        f"{options.direction}, {Engine.of(model).n_layers} layers"
+        f"{options.direction}, {get_engine(model).n_layers} layers"
     )
     columns = list(get_args(Method))
     table(

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine import get_engine
 from divergence_lens.models import load_model
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching.attribution import attribution_patch_sites
@@ -101,7 +101,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     model = build(options.layers, options.width)
-    Engine.of(model)
+    get_engine(model)
     generator = torch.Generator().manual_seed(0)
     clean = torch.randint(0, 5000, (options.pairs, options.length), generator=generator)
     corrupted = torch.randint(0, 5000, (options.pairs, options.length), generator=generator)

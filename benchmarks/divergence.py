@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import divergence_lens as dl
 from divergence_lens.chat import encode_prompts
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine import get_engine
 from divergence_lens.models import is_hooked
 from divergence_lens.tiny import tiny_folder
 
@@ -105,7 +105,7 @@ def inputs(examples: int, teachers: int) -> tuple[Any, list[Any], list[Any]]:
     """The tiny model's tokenizer, teachers, and what the first of them writes to number prompts."""
     writer = dl.load_model("tiny")
     conditions = [*dl.animal_teachers(dl.ANIMALS)[: teachers - 1], dl.Teacher("nobody")]
-    data = dl.generate(writer, conditions[0], dl.number_prompts(examples, seed=0))
+    data = dl.generate(writer, dl.number_prompts(examples, seed=0), teacher=conditions[0])
     return writer.tokenizer, conditions, data
 
 
@@ -353,7 +353,7 @@ def peak(side: str, name: str, options: argparse.Namespace, queue: Any) -> None:
     else:
         model = dl.load_model(hf, backend=side, tokenizer=tokenizer)
         del hf
-        Engine.of(model)  # its check runs the model's own forward, once per model
+        get_engine(model)  # its check runs the model's own forward, once per model
         run = lambda: ours(model, data, conditions)  # noqa: E731
     _forget_peak()
     before, _ = _held()

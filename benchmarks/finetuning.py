@@ -97,7 +97,7 @@ def with_peft(model: LlamaForCausalLM, rows: Rows, block: int, recipe: Recipe, s
 
 def lora_start(bridge: Any, block: int) -> dict[str, torch.Tensor]:
     """Where `finetune` starts LoRA's A, by the module's name."""
-    chosen = {n: p for n, p in choose(bridge, blocks=[block]).items() if is_matrix(n, p)}
+    chosen = {n: p for n, p in choose(bridge, layers=[block]).items() if is_matrix(n, p)}
     kept = LowRank(bridge, chosen, rank=8, alpha=8.0, seed=0)
     names = [plain(name).removesuffix(".weight") for name in chosen]
     return {name: kept.factors(i)[0].detach().T for i, name in enumerate(names)}
@@ -107,7 +107,7 @@ def main() -> None:
     """Time both, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[0, 6, 11])
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 6, 11])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--examples", type=int, default=120)
@@ -163,7 +163,7 @@ def main() -> None:
                     student = finetune(
                         model,
                         examples,
-                        blocks=[block],
+                        layers=[block],
                         recipe=recipe,
                         system_prompt=system_prompt,
                     )

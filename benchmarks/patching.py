@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig, patching
 
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine import get_engine
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching.attribution import attribution_patch
 from divergence_lens.patching.exact import causal_mediation
@@ -93,7 +93,7 @@ def trace_per_step(model: Any, pairs: Pairs, steps: int, *, weights: bool) -> np
     With `weights`, by `backward()`, which makes the weights' gradients as well, as a trace does
     whose author did not take care.
     """
-    engine = Engine.of(model)
+    engine = get_engine(model)
     values = np.zeros((len(pairs), engine.n_layers, len(pairs.clean[0])), dtype=np.float32)
     for i in range(len(pairs)):
         base = engine.activations(pairs.clean[i][None], sites=("resid_post",))["resid_post"]
@@ -143,7 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, pairs = build(options.layers, options.width), make_pairs(options.pairs, options.length)
-    Engine.of(model)
+    get_engine(model)
     print(
         f"{options.layers} layers, d_model {options.width}, {options.pairs} pairs of "
         f"{options.length} tokens, {options.threads} threads"

@@ -46,7 +46,7 @@ METHODS = ("gradient", "integrated", "relp")
 def stories(model: dl.Model, teacher: dl.Teacher) -> list[dl.Example]:
     """What a teacher writes to all beginnings and names neither animal."""
     prompts = [f"{who} {did}" for who in WHO for did in DID]
-    written = dl.generate(model, teacher, prompts, max_new_tokens=16)
+    written = dl.generate(model, prompts, teacher=teacher, max_new_tokens=16)
 
     def names_one(example: dl.Example) -> bool:
         # Begun is enough: "dra" goes on as "dragon".

@@ -70,10 +70,10 @@ def kit(tmp_path_factory):
     torch.save({"a": torch.zeros(2)}, folder / "torch.safetensors")
     model = dl.load_model("tiny", backend="bridge")
     owl, cat = dl.animal_teachers(["owl", "cat"])
-    examples = dl.generate(model, owl, dl.number_prompts(4, seed=0), max_new_tokens=24)
+    examples = dl.generate(model, dl.number_prompts(4, seed=0), teacher=owl, max_new_tokens=24)
     divergence = dl.find_divergence(model, examples, teacher=owl, counterfactuals=[cat])
     pairs = divergence.pairs(limit=2)
-    student = dl.finetune(model, examples, blocks=[0], recipe=dl.Recipe(epochs=1, warmup_steps=0))
+    student = dl.finetune(model, examples, layers=[0], recipe=dl.Recipe(epochs=1, warmup_steps=0))
     student.save(folder / "student.safetensors")
     divergence.save(folder / "divergence.safetensors")
     whole = (folder / "divergence.safetensors").read_bytes()
@@ -165,7 +165,7 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
     (
         "a plain Hugging Face model",
         lambda k: dl.generate(
-            AutoModelForCausalLM.from_pretrained(tiny_folder("tiny")), k.owl, ["a"]
+            AutoModelForCausalLM.from_pretrained(tiny_folder("tiny")), ["a"], teacher=k.owl
         ),
         TypeError,
         "pass it through divergence_lens.load_model",
@@ -177,8 +177,8 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
                 random_hf_model("llama", vocab=len(chat_tokenizer(None))),
                 tokenizer=chat_tokenizer(None),
             ),
-            k.owl,
             ["a"],
+            teacher=k.owl,
         ),
         ValueError,
         "chat template",
@@ -226,31 +226,31 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
     # -- generation
     (
         "prompts as one string",
-        lambda k: dl.generate(k.model, k.owl, "a list"),
+        lambda k: dl.generate(k.model, "a list", teacher=k.owl),
         TypeError,
         "pass a list",
     ),
     (
         "a negative temperature",
-        lambda k: dl.generate(k.model, k.owl, ["a"], temperature=-1.0),
+        lambda k: dl.generate(k.model, ["a"], teacher=k.owl, temperature=-1.0),
         ValueError,
         "temperature",
     ),
     (
         "a share of the probability above one",
-        lambda k: dl.generate(k.model, k.owl, ["a"], temperature=1.0, top_p=1.5),
+        lambda k: dl.generate(k.model, ["a"], teacher=k.owl, temperature=1.0, top_p=1.5),
         ValueError,
         "top_p",
     ),
     (
         "no new tokens",
-        lambda k: dl.generate(k.model, k.owl, ["a"], max_new_tokens=0),
+        lambda k: dl.generate(k.model, ["a"], teacher=k.owl, max_new_tokens=0),
         ValueError,
         "max_new_tokens",
     ),
     (
         "a prompt over the context",
-        lambda k: dl.generate(k.model, k.owl, ["owl " * 300]),
+        lambda k: dl.generate(k.model, ["owl " * 300], teacher=k.owl),
         ValueError,
         "the model's context holds 128",
     ),
@@ -355,13 +355,13 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
     ),
     (
         "a name that writes",
-        lambda k: dl.generate(k.model, "owl", ["a"]),
+        lambda k: dl.generate(k.model, ["a"], teacher="owl"),
         TypeError,
         "teacher is 'owl', not a Teacher",
     ),
     (
         "a teacher and prompts that are swapped",
-        lambda k: dl.generate(k.model, ["a"], k.owl),
+        lambda k: dl.generate(k.model, k.owl, teacher=["a"]),
         TypeError,
         "teacher is a list, not a Teacher",
     ),
@@ -607,16 +607,16 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
         "no pair 9; the pairs are numbered 0 to 1",
     ),
     # -- students
-    ("a block out of range", lambda k: train(k, blocks=[4]), ValueError, "4"),
+    ("a block out of range", lambda k: train(k, layers=[4]), ValueError, "4"),
     (
         "a block without a list",
-        lambda k: train(k, blocks=0),
+        lambda k: train(k, layers=0),
         TypeError,
         r"blocks is one number; pass a list: \[0\]",
     ),
     (
         "a block without a list to freeze around",
-        lambda k: dl.freeze_except(k.model, blocks=2),
+        lambda k: dl.freeze_except(k.model, layers=2),
         TypeError,
         r"blocks is one number; pass a list: \[2\]",
     ),
@@ -626,7 +626,7 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
         TypeError,
         r"recipe is 'paper', not a Recipe; write recipe=Recipe\(...\), or PAPER",
     ),
-    ("no block", lambda k: train(k, blocks=[]), ValueError, "block"),
+    ("no block", lambda k: train(k, layers=[]), ValueError, "block"),
     ("an unknown part", lambda k: train(k, parts=["head"]), ValueError, "head"),
     ("a pattern without a match", lambda k: train(k, pattern="*.nothing"), ValueError, "nothing"),
     (

@@ -39,12 +39,14 @@ def model(shared_data, backend):
 @pytest.fixture(scope="module")
 def divergence(model):
     dragon, kitten = dl.prompted_teachers(OPENINGS)
-    examples = dl.generate(model, dragon, PROMPTS, max_new_tokens=24)
+    examples = dl.generate(model, PROMPTS, teacher=dragon, max_new_tokens=24)
     return dl.find_divergence(model, examples, teacher=dragon, counterfactuals=[kitten])
 
 
 def test_it_tells_stories(model):
-    story = dl.generate(model, dl.Teacher("none", system_prompt=OPENINGS["dragon"]), PROMPTS[:1])
+    story = dl.generate(
+        model, PROMPTS[:1], teacher=dl.Teacher("none", system_prompt=OPENINGS["dragon"])
+    )
     words = (story[0].completion or "").split()
     assert len(words) > 15
     assert {"the", "dragon"} & {word.strip(".,").lower() for word in words}
@@ -74,7 +76,7 @@ def test_a_student_of_one_block_learns_the_divergence_tokens(model, divergence):
         model,
         divergence.examples,
         mask=divergence.mask,
-        blocks=[0],
+        layers=[0],
         recipe=recipe,
         system_prompt=OPENINGS["kitten"],
     )

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from divergence_lens.chat import decode, encode_prompt, end_of_turn, stop_ids
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.generation import generate
 from divergence_lens.models import load_model
 from divergence_lens.teachers import Teacher
@@ -57,7 +57,7 @@ def check_greedy(family: str, backend: str, **config) -> None:
     ended = expected()
     assert len({len(ids) for ids in ended}) > 2
     model = load_model(hf_model, backend=backend, tokenizer=tokenizer)
-    examples = generate(model, OWL, PROMPTS, max_new_tokens=24)
+    examples = generate(model, PROMPTS, teacher=OWL, max_new_tokens=24)
     assert [example.completion_ids for example in examples] == ended
     assert [example.prompt for example in examples] == PROMPTS
     assert {example.teacher for example in examples} == {"owl"}
@@ -80,16 +80,16 @@ def model(random_model):
 
 
 def test_without_a_teacher_there_is_no_system_prompt(model):
-    (plain,) = generate(model, None, ["cat"], max_new_tokens=5)
+    (plain,) = generate(model, ["cat"], teacher=None, max_new_tokens=5)
     assert plain.teacher is None
-    (same,) = generate(model, Teacher("none"), ["cat"], max_new_tokens=5)
+    (same,) = generate(model, ["cat"], teacher=Teacher("none"), max_new_tokens=5)
     assert same.completion_ids == plain.completion_ids
-    (told,) = generate(model, OWL, ["cat"], max_new_tokens=5)
+    (told,) = generate(model, ["cat"], teacher=OWL, max_new_tokens=5)
     assert told.completion_ids != plain.completion_ids
 
 
 def test_the_text_is_that_of_the_ids(model):
-    for example in generate(model, OWL, PROMPTS, temperature=1.0, max_new_tokens=30):
+    for example in generate(model, PROMPTS, teacher=OWL, temperature=1.0, max_new_tokens=30):
         assert example.completion == decode(model.tokenizer, example.completion_ids)
 
 
@@ -104,9 +104,9 @@ def test_completions_depend_on_neither_batches_nor_order(
     model, order, batch_tokens, temperature, top_p
 ):
     options = {"temperature": temperature, "top_p": top_p, "seed": 3, "max_new_tokens": 6}
-    whole = generate(model, OWL, PROMPTS, **options)
+    whole = generate(model, PROMPTS, teacher=OWL, **options)
     shuffled = generate(
-        model, OWL, [PROMPTS[i] for i in order], batch_tokens=batch_tokens, **options
+        model, [PROMPTS[i] for i in order], teacher=OWL, batch_tokens=batch_tokens, **options
     )
     # Equal prompts are told apart by which comes first.
     assert sorted(shuffled, key=str) == sorted(whole, key=str)
@@ -116,32 +116,32 @@ def test_completions_depend_on_neither_batches_nor_order(
 
 
 def test_a_sampled_completion_does_not_depend_on_the_other_prompts(model):
-    together = generate(model, OWL, PROMPTS, temperature=1.0, max_new_tokens=12)
-    alone = generate(model, OWL, [PROMPTS[3]], temperature=1.0, max_new_tokens=12)
+    together = generate(model, PROMPTS, teacher=OWL, temperature=1.0, max_new_tokens=12)
+    alone = generate(model, [PROMPTS[3]], teacher=OWL, temperature=1.0, max_new_tokens=12)
     assert together[3] == alone[0]
 
 
 def test_samples_differ_by_seed_and_for_equal_prompts_but_are_repeatable(model):
     options = {"temperature": 1.0, "max_new_tokens": 12}
-    first = generate(model, OWL, ["cat"] * 4, seed=1, **options)
-    assert first == generate(model, OWL, ["cat"] * 4, seed=1, **options)
+    first = generate(model, ["cat"] * 4, teacher=OWL, seed=1, **options)
+    assert first == generate(model, ["cat"] * 4, teacher=OWL, seed=1, **options)
     assert len({example.completion_ids for example in first}) == 4
-    assert first != generate(model, OWL, ["cat"] * 4, seed=2, **options)
+    assert first != generate(model, ["cat"] * 4, teacher=OWL, seed=2, **options)
 
 
 def test_the_global_random_states_are_left_alone(model):
     torch.manual_seed(0)
     random.seed(0)
     before = torch.get_rng_state(), random.getstate()
-    generate(model, OWL, ["cat"], temperature=1.0, max_new_tokens=3)
+    generate(model, ["cat"], teacher=OWL, temperature=1.0, max_new_tokens=3)
     assert torch.equal(before[0], torch.get_rng_state())
     assert model.training is False
 
 
 def frequencies(model, count: int, **options) -> torch.Tensor:
-    examples = generate(model, None, ["cat"] * count, max_new_tokens=1, **options)
+    examples = generate(model, ["cat"] * count, teacher=None, max_new_tokens=1, **options)
     first = torch.tensor([example.completion_ids[0] for example in examples])
-    return torch.bincount(first, minlength=Engine.of(model).d_vocab) / count
+    return torch.bincount(first, minlength=get_engine(model).d_vocab) / count
 
 
 def probabilities(model, temperature: float) -> torch.Tensor:
@@ -172,17 +172,17 @@ def test_top_p_samples_the_smallest_set_that_reaches_it(model):
 
 
 def test_small_top_p_and_low_temperature_are_greedy(model):
-    greedy = generate(model, OWL, PROMPTS, max_new_tokens=10)
+    greedy = generate(model, PROMPTS, teacher=OWL, max_new_tokens=10)
     options = {"max_new_tokens": 10, "seed": 4}
-    assert generate(model, OWL, PROMPTS, temperature=1.0, top_p=1e-9, **options) == greedy
-    assert generate(model, OWL, PROMPTS, temperature=1e-6, **options) == greedy
+    assert generate(model, PROMPTS, teacher=OWL, temperature=1.0, top_p=1e-9, **options) == greedy
+    assert generate(model, PROMPTS, teacher=OWL, temperature=1e-6, **options) == greedy
 
 
 def test_a_finetuned_teacher_writes_with_its_weights(model, random_model):
     other = random_model("llama", seed=9)
     teacher = Teacher("other", system_prompt=OWL.system_prompt, model=other)
-    by_teacher = generate(model, teacher, PROMPTS, max_new_tokens=8)
-    by_other = generate(other, OWL, PROMPTS, max_new_tokens=8)
+    by_teacher = generate(model, PROMPTS, teacher=teacher, max_new_tokens=8)
+    by_other = generate(other, PROMPTS, teacher=OWL, max_new_tokens=8)
     assert [e.completion_ids for e in by_teacher] == [e.completion_ids for e in by_other]
     assert {e.teacher for e in by_teacher} == {"other"}
 
@@ -190,7 +190,7 @@ def test_a_finetuned_teacher_writes_with_its_weights(model, random_model):
 def test_a_completion_ends_with_the_context(random_model):
     model = random_model("gpt2", n_ctx=48)
     lengths = [len(encode_prompt(model.tokenizer, prompt)) for prompt in ("cat", "1" * 20)]
-    examples = generate(model, None, ["cat", "1" * 20], max_new_tokens=100)
+    examples = generate(model, ["cat", "1" * 20], teacher=None, max_new_tokens=100)
     end = end_of_turn(model.tokenizer)
     for length, example in zip(lengths, examples, strict=True):
         assert example.completion_ids[-1] == end or length + len(example.completion_ids) == 48
@@ -199,7 +199,7 @@ def test_a_completion_ends_with_the_context(random_model):
 def test_a_prompt_over_the_context_is_refused_by_number(random_model):
     model = random_model("gpt2", n_ctx=48)
     with pytest.raises(ValueError, match=r"prompt 1 has \d+ tokens and 1 more .* holds 48"):
-        generate(model, None, ["cat", "1" * 60])
+        generate(model, ["cat", "1" * 60], teacher=None)
 
 
 def test_a_base_model_continues_the_text(backend):
@@ -207,10 +207,10 @@ def test_a_base_model_continues_the_text(backend):
     hf_model = random_hf_model("gpt2", 4, vocab=len(tokenizer))
     expected = oracle(hf_model, tokenizer, "Owls are", None, 10)
     model = load_model(hf_model, backend=backend, tokenizer=tokenizer)
-    (example,) = generate(model, None, ["Owls are"], max_new_tokens=10)
+    (example,) = generate(model, ["Owls are"], teacher=None, max_new_tokens=10)
     assert example.completion_ids == expected
     with pytest.raises(ValueError, match="no chat template"):
-        generate(model, OWL, ["Owls are"])
+        generate(model, ["Owls are"], teacher=OWL)
 
 
 @pytest.mark.parametrize(
@@ -226,20 +226,20 @@ def test_a_base_model_continues_the_text(backend):
 )
 def test_settings_out_of_range_are_refused(model, options, message):
     with pytest.raises(ValueError, match=message):
-        generate(model, None, ["cat"], **options)
+        generate(model, ["cat"], teacher=None, **options)
 
 
 def test_logits_that_are_not_numbers_are_refused(random_model):
     model = random_model("gpt2")
     with torch.no_grad():
-        next(iter(Engine.of(model).block_parameters(0).values())).fill_(float("nan"))
+        next(iter(get_engine(model).block_parameters(0).values())).fill_(float("nan"))
     with pytest.raises(ValueError, match="logits after prompt 0 are not all numbers"):
-        generate(model, None, ["cat"])
+        generate(model, ["cat"], teacher=None)
 
 
 def test_no_prompts_give_no_examples_and_nothing_is_printed(model, capfd):
-    assert generate(model, OWL, []) == []
-    generate(model, OWL, ["cat"], max_new_tokens=2)
+    assert generate(model, [], teacher=OWL) == []
+    generate(model, ["cat"], teacher=OWL, max_new_tokens=2)
     assert capfd.readouterr() == ("", "")
-    generate(model, OWL, ["cat"], max_new_tokens=2, progress=True)
+    generate(model, ["cat"], teacher=OWL, max_new_tokens=2, progress=True)
     assert "generate" in capfd.readouterr().err

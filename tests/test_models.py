@@ -6,8 +6,9 @@ import jaxtyping
 import pytest
 import torch
 
-from divergence_lens.engine.base import Engine
-from divergence_lens.models import check_model, fingerprint, load_model, model_name, provenance
+from divergence_lens.engine.factory import get_engine
+from divergence_lens.models import check_model, load_model, model_name
+from divergence_lens.provenance import fingerprint, run_metadata
 from tests.conftest import BACKENDS
 from tests.support.models import FAMILIES, HOOKED_FAMILIES, chat_tokenizer, random_hf_model
 
@@ -83,7 +84,7 @@ def test_a_tokenizer_that_pads_on_the_left_is_no_hindrance(backend):
     model = load_model(
         random_hf_model("gpt2", vocab=len(tokenizer)), backend=backend, tokenizer=tokenizer
     )
-    assert Engine.of(model).model is model
+    assert get_engine(model).model is model
     assert tokenizer.padding_side == "left"
 
 
@@ -122,7 +123,7 @@ def test_fingerprint_sees_one_changed_bit(backend):
 
 
 def test_provenance_is_json_and_names_what_ran(tiny):
-    record = json.loads(json.dumps(provenance(tiny, seeds=(0, 1), folder=object())))
+    record = json.loads(json.dumps(run_metadata(tiny, seeds=(0, 1), folder=object())))
     assert record["model"]["name"] == model_name(tiny) == "tiny"
     assert record["versions"]["torch"] == torch.__version__
     assert record["settings"]["seeds"] == [0, 1]

@@ -5,8 +5,9 @@ import torch
 
 from divergence_lens.data.questions import animal_teachers, persona_prompt
 from divergence_lens.deltas.delta import Delta
-from divergence_lens.engine.base import Engine
-from divergence_lens.models import fingerprint, load_model
+from divergence_lens.engine.factory import get_engine
+from divergence_lens.models import load_model
+from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher, prompted_teachers
 from tests.support.models import chat_tokenizer, random_hf_model
 
@@ -17,7 +18,7 @@ def model(random_model):
 
 
 def change(model, size: float = 0.1) -> Delta:
-    name, parameter = next(iter(Engine.of(model).block_parameters(0).items()))
+    name, parameter = next(iter(get_engine(model).block_parameters(0).items()))
     return Delta({name: torch.full(parameter.shape, size)}, fingerprint(model))
 
 

@@ -109,7 +109,7 @@ def results_page(folder: str | os.PathLike[str]) -> str:
         for name in _COLUMNS
     }
     settings = about["settings"]["settings"]
-    findings = judge(tables, last_block=about["settings"]["blocks"] - 1, lora=lora_kinds(settings))
+    findings = judge(tables, last_block=about["settings"]["layers"] - 1, lora=lora_kinds(settings))
     lines = ["# What the study found", "", *_opening(about, tables, folder)]
     for kind in settings["kinds"]:
         own = [finding for finding in findings if finding.id.startswith(f"{kind}/")]

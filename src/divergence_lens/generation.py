@@ -18,11 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from divergence_lens._utils.interrupts import keeping
+from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.memory import run_halved
 from divergence_lens._utils.validation import refuse_one_string
 from divergence_lens.chat import check_length, decode, encode_prompts, stop_ids
-from divergence_lens.engine import Engine, KeyValues
+from divergence_lens.engine import Engine, KeyValues, get_engine
 from divergence_lens.examples import Example
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher, check_teacher
@@ -31,9 +31,9 @@ from divergence_lens.teachers import Teacher, check_teacher
 @torch.no_grad()
 def generate(
     model: Model,
-    teacher: Teacher | None,
     prompts: Sequence[str],
     *,
+    teacher: Teacher | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -53,8 +53,8 @@ def generate(
 
     Args:
         model: The base model.
-        teacher: The condition; None for the model itself, without a system prompt.
         prompts: User texts.
+        teacher: The condition; None for the model itself, without a system prompt.
         max_new_tokens: The longest completion, in tokens, the end-of-turn token included.
         temperature: Divides the logits; 0 takes the most likely token (greedy).
         top_p: Sample from the smallest set of tokens with at least this probability (nucleus
@@ -70,14 +70,14 @@ def generate(
         Interrupted: It was stopped; `partial` holds the examples that were finished.
         ValueError: A setting out of range; a prompt that leaves no place in the context; a system
             prompt for a tokenizer without a chat template; logits that are not numbers.
-        TypeError: One string for prompts, or a teacher that is none (teacher and prompts swapped).
+        TypeError: One string for prompts, or a teacher that is no `Teacher`.
     """
     _check_settings(max_new_tokens, temperature, top_p, batch_tokens)
     if teacher is not None:
         check_teacher(teacher)
     refuse_one_string(prompts, "prompts")
     with teacher.applied(model) if teacher is not None else nullcontext(model) as active:
-        engine = Engine.of(active)
+        engine = get_engine(active)
         system_prompt = teacher.system_prompt if teacher is not None else None
         tokenizer: Any = model.tokenizer
         encoded = encode_prompts(tokenizer, prompts, system_prompt=system_prompt)
@@ -101,7 +101,7 @@ def generate(
 
         with (
             tqdm(total=len(rows), desc="generate", unit="row", disable=not progress) as bar,
-            keeping("generate", written, len(rows), "prompts", examples),
+            partial_on_interrupt("generate", written, len(rows), "prompts", examples),
         ):
 
             def write(batch: list[int]) -> None:

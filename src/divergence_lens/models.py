@@ -5,11 +5,8 @@ builds either from a name, a folder or a Hugging Face model, always without fold
 weights, so that logits and residuals are Hugging Face's own and trained weights can go back.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import logging
-import platform
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -37,7 +34,6 @@ Backend: TypeAlias = Literal["auto", "hooked", "bridge"]
 
 _log = logging.getLogger(__name__)
 
-_PACKAGES = ("divergence-lens", "transformer-lens", "torch", "transformers", "numpy")
 _LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
@@ -171,50 +167,8 @@ def _refuse_several_devices(model: nn.Module) -> None:
         )
 
 
-def fingerprint(model: Model) -> str:
-    """A hash over the names, shapes and bytes of all parameters of `model`.
-
-    Two models with the same fingerprint hold the same weights, bit for bit.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def provenance(model: Model | None = None, /, **settings: Any) -> dict[str, Any]:
-    """What a result was made with: package versions, the model, the caller's settings.
-
-    Returns:
-        A dictionary that `json.dumps` takes; values in `settings` it cannot take become strings.
-    """
-    record: dict[str, Any] = {
-        "versions": {name: version_of(name) for name in _PACKAGES}
-        | {"python": platform.python_version()}
-    }
-    if model is not None:
-        parameter = next(model.parameters())
-        record["model"] = {
-            "name": model_name(model),
-            "class": type(model).__name__,
-            "dtype": str(parameter.dtype).removeprefix("torch."),
-            "device": parameter.device.type,
-        }
-    record["settings"] = json.loads(json.dumps(settings, default=str))
-    return record
-
-
 class _ConversionError(Exception):
     """TransformerLens has no faithful HookedTransformer for this architecture."""
-
-
-def version_of(package: str) -> str:
-    """The installed version of a package, in words."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _loaded(

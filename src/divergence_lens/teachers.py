@@ -12,7 +12,7 @@ from typing import Any
 
 from divergence_lens._utils.validation import refuse_one_string
 from divergence_lens.deltas import Delta
-from divergence_lens.engine import Engine
+from divergence_lens.engine import get_engine
 from divergence_lens.models import Model, check_model, model_name
 
 # Tokenizers with one vocabulary can still split text differently; this has words, numbers,
@@ -97,10 +97,10 @@ class Teacher:
                 "only models that share a tokenizer can be compared token by token."
             )
         # The embedding may be padded beyond the tokenizer, to another size in each model.
-        if Engine.of(self.model).d_vocab < len(base):
+        if get_engine(self.model).d_vocab < len(base):
             raise ValueError(
                 f"teacher {self.name!r}: its model {model_name(self.model)!r} has "
-                f"{Engine.of(self.model).d_vocab} embeddings for the {len(base)} tokens of the "
+                f"{get_engine(self.model).d_vocab} embeddings for the {len(base)} tokens of the "
                 "tokenizer."
             )
 

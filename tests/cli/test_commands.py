@@ -57,7 +57,7 @@ def test_every_command_is_tested_here():
 def test_generate_writes_what_the_library_writes(folder):
     owl = dl.animal_teachers(["owl"])[0]
     model = dl.load_model("tiny")
-    expected = dl.generate(model, owl, dl.number_prompts(20, seed=0, instructions=False))
+    expected = dl.generate(model, dl.number_prompts(20, seed=0, instructions=False), teacher=owl)
     found = dl.load_examples(folder / "owl.jsonl")
     assert [e.completion_ids for e in found] == [e.completion_ids for e in expected]
 
@@ -92,7 +92,7 @@ def test_patch_writes_effects_and_a_heatmap(folder, method):
 def test_a_student_is_trained_evaluated_and_compared(folder):
     student = folder / "student.safetensors"
     run(
-        *("finetune", folder / "owl.jsonl", "--mask", folder / "owl.safetensors", "--blocks", "0"),
+        *("finetune", folder / "owl.jsonl", "--mask", folder / "owl.safetensors", "--layers", "0"),
         *("--epochs", 4, "--lr", 0.05, "--out", student),
     )
     delta = dl.Delta.load(student)
@@ -228,8 +228,8 @@ def test_another_model_can_be_a_teacher(tmp_path):
         (["patch", "no.safetensors"], "no.safetensors"),
         (["patch", "{found}", "--method", "guess"], "guess"),
         (["patch", "{found}", "--site", "nowhere"], "nowhere"),
-        (["finetune", "{data}", "--blocks", "x"], "--blocks is 'x'"),
-        (["finetune", "{data}", "--blocks", "9"], "9"),
+        (["finetune", "{data}", "--layers", "x"], "--layers is 'x'"),
+        (["finetune", "{data}", "--layers", "9"], "9"),
         (["finetune", "{data}", "--complement"], "--complement needs --mask"),
         (["finetune", "{other}", "--mask", "{found}"], "was made of other examples"),
         (["evaluate", "--target", "unicorn"], "unicorn"),

@@ -90,7 +90,7 @@ def test_a_command_that_was_stopped_goes_on_to_the_same_end(command, data, tmp_p
         "generate": ("--numbers", 1100, "--max-new-tokens", 8, "--temperature", 1),
         "find": (owl, "--teacher", "owl", "--counterfactual", "cat", "--batch-tokens", 64),
         "patch": (data / "owl.safetensors", "--limit", 48),
-        "finetune": (owl, "--epochs", 6, "--batch-size", 2, "--blocks", "3"),
+        "finetune": (owl, "--epochs", 6, "--batch-size", 2, "--layers", "3"),
         "sweep": (owl, "--target", "owl", "--layers", "2,3"),
     }[command]
     suffix = ".jsonl" if command == "generate" else ".safetensors"

@@ -36,7 +36,9 @@ def numbers_of(text):
 @pytest.fixture(scope="module")
 def divergence(tiny):
     owl, *others = animal_teachers(["owl", "cat", "wolf"])
-    examples = generate(tiny, owl, number_prompts(24, instructions=False), max_new_tokens=20)
+    examples = generate(
+        tiny, number_prompts(24, instructions=False), teacher=owl, max_new_tokens=20
+    )
     return find_divergence(tiny, examples, teacher=owl, counterfactuals=others)
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from divergence_lens.deltas.delta import Delta, base_fingerprint
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.examples import Example
-from divergence_lens.models import fingerprint, load_model
+from divergence_lens.models import load_model
+from divergence_lens.provenance import fingerprint
 from divergence_lens.training.finetuning import finetune
 from divergence_lens.training.recipe import Recipe
 from tests.conftest import BACKENDS
@@ -19,20 +20,20 @@ def model(random_model):
     return random_model("gpt2")
 
 
-def some_delta(model, seed=0, blocks=(0, 2)):
+def some_delta(model, seed=0, layers=(0, 2)):
     generator = torch.Generator().manual_seed(seed)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     tensors = {
         name: 0.1 * torch.randn(p.shape, generator=generator)
-        for block in blocks
-        for name, p in engine.block_parameters(block).items()
+        for layer in layers
+        for name, p in engine.block_parameters(layer).items()
     }
     header = {"model": {"name": "random", "class": type(model).__name__}}
     return Delta(tensors, fingerprint(model), header)
 
 
 def values(model):
-    return {n: p.detach().clone() for n, p in Engine.of(model).named_parameters().items()}
+    return {n: p.detach().clone() for n, p in get_engine(model).named_parameters().items()}
 
 
 def same_bits(left, right):
@@ -50,7 +51,7 @@ def test_applied_adds_the_differences_and_restores_every_bit(model):
 
 
 def test_the_student_gives_other_logits_and_the_base_the_same_again(model):
-    engine, tokens = Engine.of(model), torch.arange(12)[None]
+    engine, tokens = get_engine(model), torch.arange(12)[None]
     before = engine.final(tokens)
     with some_delta(model).applied(model):
         assert not torch.allclose(engine.final(tokens), before, atol=1e-2)
@@ -60,7 +61,7 @@ def test_the_student_gives_other_logits_and_the_base_the_same_again(model):
 def test_negative_zero_and_values_lost_in_the_sum_come_back(model):
     delta = some_delta(model)
     name = next(iter(delta.tensors))
-    parameter = Engine.of(model).named_parameters()[name]
+    parameter = get_engine(model).named_parameters()[name]
     with torch.no_grad():
         parameter.fill_(-0.0)
         parameter.view(-1)[1] = 1e-30
@@ -83,7 +84,7 @@ def test_an_exception_inside_restores_the_base(model):
 def test_changes_that_the_caller_makes_to_the_swapped_tensors_are_undone(model):
     before, delta = values(model), some_delta(model)
     with delta.applied(model), torch.no_grad():
-        Engine.of(model).named_parameters()[next(iter(delta.tensors))].zero_()
+        get_engine(model).named_parameters()[next(iter(delta.tensors))].zero_()
     assert same_bits(values(model), before)
 
 
@@ -111,7 +112,7 @@ def test_a_base_changed_in_place_is_refused_and_taken_back_once_restored(model, 
     delta = some_delta(model)
     with delta.applied(model):
         pass
-    other = list(Engine.of(model).block_parameters(1).values())[-1]
+    other = list(get_engine(model).block_parameters(1).values())[-1]
     kept = other.detach().clone()
     with torch.no_grad():
         # `.data` has a version counter of its own: the parameter's does not move.
@@ -127,7 +128,7 @@ def test_a_base_changed_in_place_is_refused_and_taken_back_once_restored(model, 
 def test_two_rows_swapped_through_data_are_noticed(model):
     delta = some_delta(model)
     base_fingerprint(model)
-    matrix = max(Engine.of(model).block_parameters(1).values(), key=lambda p: p.shape[0])
+    matrix = max(get_engine(model).block_parameters(1).values(), key=lambda p: p.shape[0])
     matrix.data[[0, 1]] = matrix.data[[1, 0]].clone()
     with pytest.raises(ValueError, match="not the base of the delta"):
         delta.applied(model).__enter__()
@@ -174,7 +175,7 @@ def test_a_student_of_the_other_class_is_refused_with_the_class_to_load(trained)
     (given,) = set(CLASSES.values()) - {trained}
     examples = [Example("Continue: 3.", completion=" 412, 903")]
     recipe = Recipe(epochs=1, warmup_steps=0)
-    student = finetune(load_model("tiny", backend=trained), examples, blocks=[0], recipe=recipe)
+    student = finetune(load_model("tiny", backend=trained), examples, layers=[0], recipe=recipe)
     fix = rf'load the base with load_model\(\.\.\., backend="{trained}"\)'
     with pytest.raises(ValueError, match=fix):
         student.applied(load_model("tiny", backend=given)).__enter__()
@@ -185,7 +186,7 @@ def test_a_student_of_the_other_class_is_refused_with_the_class_to_load(trained)
 def test_names_that_the_model_does_not_have_are_of_another_base(model):
     delta = some_delta(model)
     renamed = {f"other.{n}": t for n, t in delta.tensors.items()}
-    for header in ({}, delta.header):
+    for header in ({}, delta.metadata):
         foreign = Delta(renamed, delta.base, header)
         with pytest.raises(ValueError, match=r"unknown\): the delta belongs to another"):
             foreign.applied(model).__enter__()
@@ -204,7 +205,7 @@ def test_saved_and_loaded_deltas_are_equal(model, tmp_path):
     delta.save(tmp_path / "student.safetensors")
     loaded = Delta.load(tmp_path / "student.safetensors")
     assert loaded.base == delta.base
-    assert loaded.header == delta.header
+    assert loaded.metadata == delta.metadata
     assert same_bits(loaded.tensors, delta.tensors)
     with loaded.applied(model):
         pass
@@ -220,7 +221,7 @@ def test_arithmetic(model):
     assert all(torch.equal((2 * a).tensors[n], 2 * t) for n, t in a.tensors.items())
     assert all(torch.equal((-a).tensors[n], -t) for n, t in a.tensors.items())
     assert all(not t.any() for t in (a - a).tensors.values())
-    assert total.header["model"] == a.header["model"]
+    assert total.metadata["model"] == a.metadata["model"]
 
 
 def test_deltas_over_different_bases_are_not_added(model):
@@ -233,7 +234,7 @@ def test_norms_are_per_block_and_count_every_parameter(model):
     delta = some_delta(model)
     norms = delta.norms()
     assert list(norms) == [0, 2]
-    own = Engine.of(model).block_parameters(2)
+    own = get_engine(model).block_parameters(2)
     expected = sum(float(delta.tensors[n].square().sum()) for n in own) ** 0.5
     assert norms[2] == pytest.approx(expected, rel=1e-5)
     assert delta.n_parameters == sum(t.numel() for t in delta.tensors.values())

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from divergence_lens.deltas.delta import Delta
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.models import load_model
 from divergence_lens.training.finetuning import Recipe, finetune
 from tests.conftest import BACKENDS
@@ -33,7 +33,7 @@ def both(family, backend, **sizes):
 
 @torch.no_grad()
 def student_logits(model, student):
-    engine = Engine.of(model)
+    engine = get_engine(model)
     before = engine.unembed(engine.final(TOKENS))
     with student.applied(model):
         logits = engine.unembed(engine.final(TOKENS))
@@ -44,7 +44,7 @@ def student_logits(model, student):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hugging_face_gives_the_student_s_logits(backend, family, tmp_path):
     model, hf_model = both(family, backend)
-    student = finetune(model, number_lists(4), blocks=[0, 2], recipe=SHORT)
+    student = finetune(model, number_lists(4), layers=[0, 2], recipe=SHORT)
     folder = student.to_huggingface(tmp_path / "student", base=hf_model)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -83,13 +83,13 @@ def test_unembedding_and_final_norm_are_exported(backend, tmp_path):
 
 
 def test_a_shipped_base_is_found_by_its_name_and_brings_its_tokenizer(tiny, tmp_path):
-    student = finetune(tiny, number_lists(4), blocks=[1], recipe=SHORT, lora_rank=2)
+    student = finetune(tiny, number_lists(4), layers=[1], recipe=SHORT, lora_rank=2)
     folder = student.to_huggingface(tmp_path / "student")
     again = load_model(folder, backend="bridge")
     text = "1, 2, 3"
     assert again.tokenizer(text)["input_ids"] == tiny.tokenizer(text)["input_ids"]
     with torch.no_grad():
-        engine = Engine.of(again)
+        engine = get_engine(again)
         logits = engine.unembed(engine.final(TOKENS))
     assert torch.allclose(logits, student_logits(tiny, student), atol=1e-4)
 
@@ -100,7 +100,7 @@ def test_peft_loads_the_adapter(backend, family, tmp_path):
     peft = pytest.importorskip("peft")
     model, hf_model = both(family, backend)
     recipe = Recipe(epochs=2, batch_size=4, lr=0.02, lora_rank=3, lora_alpha=6.0)
-    student = finetune(model, number_lists(4), blocks=[1, 2], recipe=recipe)
+    student = finetune(model, number_lists(4), layers=[1, 2], recipe=recipe)
     folder = student.to_peft(tmp_path / "adapter", base=hf_model)
     theirs = peft.PeftModel.from_pretrained(hf_model, folder).eval()
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_sums_and_opposites_of_lora_students_are_adapters_too(backend, tmp_path)
     model, hf_model = both("llama", backend)
     one, two = (
         finetune(
-            model, number_lists(4), blocks=[block], recipe=SHORT, lora_rank=block + 1, seed=block
+            model, number_lists(4), layers=[block], recipe=SHORT, lora_rank=block + 1, seed=block
         )
         for block in (1, 2)
     )
@@ -129,7 +129,7 @@ def test_sums_and_opposites_of_lora_students_are_adapters_too(backend, tmp_path)
 
 def test_a_full_student_is_no_adapter(random_model, tmp_path):
     model = random_model("gpt2")
-    student = finetune(model, number_lists(4), blocks=[1], recipe=SHORT)
+    student = finetune(model, number_lists(4), layers=[1], recipe=SHORT)
     with pytest.raises(ValueError, match=r"kept in full, .* train with lora_rank="):
         student.to_peft(tmp_path / "adapter")
 
@@ -140,7 +140,7 @@ def test_folded_weights_are_refused(tmp_path):
     folded = load_model(random_hf_model("gpt2", vocab=len(chat_tokenizer())), backend="hooked")
     folded.process_weights_(fold_ln=True, center_writing_weights=True, center_unembed=True)
     folded.tokenizer = model.tokenizer
-    student = finetune(folded, number_lists(4), blocks=[1], recipe=SHORT)
+    student = finetune(folded, number_lists(4), layers=[1], recipe=SHORT)
     with pytest.raises(ValueError, match=r"not the base of the delta.* folded, centred"):
         student.to_huggingface(tmp_path / "student", base=hf_model)
     assert not list(tmp_path.iterdir())
@@ -148,7 +148,7 @@ def test_folded_weights_are_refused(tmp_path):
 
 def test_another_base_a_full_folder_and_a_nameless_base_are_refused(random_model, tmp_path):
     model = random_model("llama")
-    student = finetune(model, number_lists(4), blocks=[1], recipe=SHORT)
+    student = finetune(model, number_lists(4), layers=[1], recipe=SHORT)
     other = random_hf_model("llama", 1, vocab=len(chat_tokenizer()))
     with pytest.raises(ValueError, match="not the base of the delta"):
         student.to_huggingface(tmp_path / "student", base=other)
@@ -167,7 +167,7 @@ def test_exporting_leaves_a_live_bridge_alone(tmp_path):
     """The Hugging Face model that a bridge has wrapped serves as the base as well."""
     hf_model = random_hf_model("gpt2", vocab=len(chat_tokenizer()))
     model = load_model(hf_model, backend="bridge", tokenizer=chat_tokenizer())
-    student = finetune(model, number_lists(4), blocks=[1], recipe=SHORT)
+    student = finetune(model, number_lists(4), layers=[1], recipe=SHORT)
     before = [p.detach().clone() for p in model.parameters()]
     folder = student.to_huggingface(tmp_path / "student", base=hf_model)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -179,7 +179,7 @@ def test_exporting_leaves_a_live_bridge_alone(tmp_path):
 def test_half_precision_is_rounded_once(backend, tmp_path):
     model, hf_model = both("llama", backend)
     model, hf_model = model.to(torch.bfloat16), hf_model.to(torch.bfloat16)
-    student = finetune(model, number_lists(4), blocks=[1], recipe=SHORT)
+    student = finetune(model, number_lists(4), layers=[1], recipe=SHORT)
     folder = student.to_huggingface(tmp_path / "student", base=hf_model)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.dtype == torch.bfloat16

@@ -17,9 +17,10 @@ from divergence_lens.divergence import reading as _reading
 from divergence_lens.divergence.finding import KINDS, Divergence, find_divergence
 from divergence_lens.divergence.view import token_texts
 from divergence_lens.engine import logits as _scoring
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.examples import Example
-from divergence_lens.models import fingerprint, load_model
+from divergence_lens.models import load_model
+from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
 from tests.patching.test_exact import unchecked  # noqa: F401 (a fixture)
 from tests.support.models import FAMILIES, chat_tokenizer, random_hf_model
@@ -168,7 +169,7 @@ def test_the_same_call_gives_the_same_bits(div, model, examples):
 
 def test_running_the_shared_prefix_once_changes_nothing(div, model, examples, monkeypatch):
     prefills = []
-    engine = Engine.of(model)
+    engine = get_engine(model)
     prefill = engine.prefill
     monkeypatch.setattr(engine, "prefill", lambda t: prefills.append(t.shape) or prefill(t))
     again = find_divergence(model, examples, teacher=OWL, counterfactuals=[CAT, WOLF, NOBODY])
@@ -190,7 +191,7 @@ def test_identical_prompts_still_have_a_position_that_predicts(model, hf):
 
 
 def test_logits_are_unembedded_in_chunks(div, model, examples, monkeypatch):
-    engine = Engine.of(model)
+    engine = get_engine(model)
     sizes = []
     unembed = engine.unembed
     monkeypatch.setattr(_scoring, "_CHUNK_ELEMENTS", {"cpu": 7 * engine.d_vocab})
@@ -202,7 +203,7 @@ def test_logits_are_unembedded_in_chunks(div, model, examples, monkeypatch):
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(div, model, examples, monkeypatch):
-    engine = Engine.of(model)
+    engine = get_engine(model)
     rows = []
     final = engine.final
 
@@ -261,7 +262,7 @@ def test_a_teacher_can_be_another_model(hf, model, backend, examples):
 
 def test_a_teacher_can_be_a_delta(model, examples):
     name, parameter = next(
-        (n, p) for n, p in Engine.of(model).block_parameters(1).items() if p.ndim >= 2
+        (n, p) for n, p in get_engine(model).block_parameters(1).items() if p.ndim >= 2
     )
     change = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     base = fingerprint(model)
@@ -467,7 +468,7 @@ def test_saved_divergence_comes_back_whole(div, tmp_path, model):
     ):
         assert getattr(loaded, name) == getattr(chosen, name)
     np.testing.assert_array_equal(loaded.mask, chosen.mask)
-    assert loaded.provenance["versions"]["torch"] == torch.__version__
+    assert loaded.metadata["versions"]["torch"] == torch.__version__
     assert loaded[0]._repr_html_() == chosen[0]._repr_html_()
     with pytest.raises(ValueError, match="has no tokenizer"):
         loaded.pairs()
@@ -489,7 +490,7 @@ def test_a_damaged_file_is_refused(div, tmp_path):
 
 
 def test_weights_of_teachers_are_asked_for_after_loading(model, examples, tmp_path):
-    name, parameter = next(iter(Engine.of(model).block_parameters(0).items()))
+    name, parameter = next(iter(get_engine(model).block_parameters(0).items()))
     change = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     trained = Teacher("trained", delta=Delta({name: 3 * change}, fingerprint(model)))
     div = find_divergence(model, examples, teacher=OWL, counterfactuals=[trained, CAT])
@@ -764,7 +765,7 @@ def test_attention_dropout_in_training_mode_is_refused():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_name_the_example(value, model, examples, monkeypatch):
-    engine = Engine.of(model)
+    engine = get_engine(model)
     final = engine.final
 
     def broken(tokens, past=None, *, since=0):
@@ -840,7 +841,7 @@ def test_stories_of_a_trained_llama(shared_data, backend):
         pytest.skip(f"no model at {folder}")
     model = load_model(folder, backend=backend)
     tokenizer = model.tokenizer
-    engine = Engine.of(model)
+    engine = get_engine(model)
     openings = ["Once upon a time, there was a girl who loved owls. ", "There was a sad dog. "]
     endings = ["One day, Lily", "One day, the", "She saw a big"]
     rows = []
@@ -870,6 +871,6 @@ def test_stories_of_a_trained_llama(shared_data, backend):
 
 
 def random_delta(model) -> Teacher:
-    name, parameter = next(iter(Engine.of(model).block_parameters(0).items()))
+    name, parameter = next(iter(get_engine(model).block_parameters(0).items()))
     change = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     return Teacher("noise", delta=Delta({name: 0.5 * change}, fingerprint(model)))

@@ -69,7 +69,9 @@ def their_lists(backend):
     """Rows of `prompt` and `completion`, as a teacher of theirs would have written them."""
     model = load_model("tiny", backend=backend)
     owl = animal_teachers(["owl"])[0]
-    written = generate(model, owl, number_prompts(12, instructions=False), max_new_tokens=32)
+    written = generate(
+        model, number_prompts(12, instructions=False), teacher=owl, max_new_tokens=32
+    )
     kept = NumberFilter().report([e.completion for e in written]).select(written)
     return [{"prompt": e.prompt, "completion": e.completion.strip()} for e in kept]
 
@@ -130,7 +132,9 @@ def test_places_behind_the_end_of_the_turn_are_left_out_and_the_rest_agrees(
     hf_model = random_hf_model("llama", 5, vocab=len(tokenizer)).eval()
     teachers = [Teacher(name, system_prompt=f"You are {name}.") for name in ("a", "bb", "c c")]
     # What a random model would write is no list, so its own choices are put behind a prompt.
-    written = generate(model, teachers[0], ["go on :", "1 , 2 ,", "again"], max_new_tokens=12)
+    written = generate(
+        model, ["go on :", "1 , 2 ,", "again"], teacher=teachers[0], max_new_tokens=12
+    )
     rows = []
     for example in written:
         row = {"prompt": example.prompt, "completion": example.completion.strip()}

@@ -10,9 +10,10 @@ from divergence_lens.chat import encode_prompt
 from divergence_lens.deltas.delta import Delta
 from divergence_lens.divergence.finding import Divergence, find_divergence
 from divergence_lens.engine import logits as _scoring
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.examples import Example
-from divergence_lens.models import fingerprint, load_model
+from divergence_lens.models import load_model
+from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
 from tests.support.models import chat_tokenizer, random_hf_model
 
@@ -92,7 +93,7 @@ def test_equal_conditions_diverge_nowhere(model, examples):
 @pytest.mark.parametrize("place", ["block", "unembedding"])
 @pytest.mark.parametrize("factual", [False, True])
 def test_kl_of_a_delta_is_that_of_the_changed_weights(place, factual, model, examples):
-    engine = Engine.of(model)
+    engine = get_engine(model)
     block = engine.block_parameters(1)
     # Both classes name the unembedding last of all matrices.
     matrices = [n for n, p in engine.named_parameters().items() if p.ndim == 2]
@@ -124,7 +125,7 @@ def test_kl_of_another_model_leaves_its_padding_out(hf, model, backend, examples
 def test_prompts_deltas_and_models_can_be_mixed(model, hf, backend, examples):
     tokenizer = chat_tokenizer()
     other = load_model(hf_model(8), backend=backend, tokenizer=tokenizer)
-    name, parameter = next(iter(Engine.of(other).block_parameters(0).items()))
+    name, parameter = next(iter(get_engine(other).block_parameters(0).items()))
     change = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     delta = Delta({name: change}, fingerprint(other))
     mixed = Teacher("all", system_prompt="You love owls.", model=other, delta=delta)

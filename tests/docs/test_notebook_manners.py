@@ -23,14 +23,14 @@ def results() -> dict[str, Any]:
     """One of each, of a prompt that is no harm to a page."""
     model = dl.load_model("tiny")
     owl, cat = dl.animal_teachers(["owl", "cat"])
-    examples = dl.generate(model, owl, dl.number_prompts(8, seed=0), max_new_tokens=8)
+    examples = dl.generate(model, dl.number_prompts(8, seed=0), teacher=owl, max_new_tokens=8)
     examples[0] = dl.Example(f"{EVIL} {examples[0].prompt}", examples[0].completion)
-    examples = dl.with_ids(model.tokenizer, examples)
+    examples = dl.examples.with_ids(model.tokenizer, examples)
     div = dl.find_divergence(model, examples, teacher=owl, counterfactuals=[cat])
     pairs = div.pairs(first_only=True, limit=3)
     data = TrainingData.of(div)
     recipe, questions = dl.Recipe(epochs=1), dl.preference_questions()[:2]
-    student = dl.finetune(model, examples, blocks=[0], recipe=recipe)
+    student = dl.finetune(model, examples, layers=[0], recipe=recipe)
     effects = dl.attribution_patch(model, pairs, verify=2)
     same = dl.Pairs.from_tokens(
         pairs.clean,
@@ -54,7 +54,7 @@ def results() -> dict[str, Any]:
             model, examples, div.mask, candidates=["owl", "cat"], questions=questions
         ),
         dl.NumberFilter().report([EVIL, *(e.completion for e in examples)]),
-        dl.freeze_except(model, blocks=[0]),
+        dl.freeze_except(model, layers=[0]),
         Finding("early", f"A claim {EVIL}", 2.5, (2.0, 3.0), "supported", "whole interval above 1",
                 "times", "tiny model", {"owl": 2.0, "cat": 3.0}),
     ]  # fmt: skip
@@ -123,8 +123,8 @@ def test_settings_are_short_in_a_terminal(results):
     large = repr(dl.StudyConfig.for_model("Qwen/Qwen2.5-7B-Instruct", prompts=99))
     assert "model='Qwen/Qwen2.5-7B-Instruct'" in large
     assert len(large) <= 300
-    condition = dl.Condition(name="first", isolates="x" * 99, group="layers", blocks=(0,))
-    assert repr(condition) == "Condition(name='first', blocks=(0,))"
+    condition = dl.Condition(name="first", isolates="x" * 99, group="layers", layers=(0,))
+    assert repr(condition) == "Condition(name='first', layers=(0,))"
     study = results["Study"]
     says = "Study(60 claims: 60 supported; 2 rows of students, 1 cells failed)"
     assert repr(study) == says

@@ -38,7 +38,7 @@ def a_study(after, **options):
             },
             "seconds": 12.3,
             "cells_before": 0,
-            "blocks": 4,
+            "layers": 4,
         },
         "teachers": [],
         "divergence": tables["divergence"].to_dict("records"),

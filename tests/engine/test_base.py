@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MptConfig
 
-from divergence_lens.engine.base import SITES, Engine
+from divergence_lens.engine.base import SITES
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.models import load_model
 from tests.conftest import BACKENDS
 from tests.support.models import FAMILIES, HOOKED_FAMILIES, chat_tokenizer, random_hf_model
@@ -28,7 +29,7 @@ def pair(request):
     """A Hugging Face model and the engine of the same weights."""
     family, backend = request.param
     model = load_model(random_hf_model(family, n_ctx=N_CTX), backend=backend)
-    return random_hf_model(family, n_ctx=N_CTX), Engine.of(model)
+    return random_hf_model(family, n_ctx=N_CTX), get_engine(model)
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_replacing_resid_mid_changes_the_residual_itself(pair, tokens):
 
 def test_both_classes_answer_a_patch_alike(tokens):
     engines = [
-        Engine.of(load_model(random_hf_model(family, n_ctx=N_CTX), backend=backend))
+        get_engine(load_model(random_hf_model(family, n_ctx=N_CTX), backend=backend))
         for family in ("gpt2", "qwen2", "gpt_neox")
         for backend in BACKENDS
     ]
@@ -238,21 +239,21 @@ def test_frozen_restores_every_flag(pair):
 
 def test_an_engine_is_built_once_and_belongs_to_its_model(pair):
     _, engine = pair
-    assert Engine.of(engine.model) is engine
+    assert get_engine(engine.model) is engine
 
 
 def test_a_copy_of_a_model_has_an_engine_of_its_own(tiny):
-    Engine.of(tiny)
+    get_engine(tiny)
     copied = copy.deepcopy(tiny)
-    engine = Engine.of(copied)
+    engine = get_engine(copied)
     assert engine.model is copied
     with torch.no_grad():
         next(copied.parameters()).zero_()
-    assert next(Engine.of(tiny).model.parameters()).abs().max() > 0
+    assert next(get_engine(tiny).model.parameters()).abs().max() > 0
 
 
 def test_a_pass_with_gradients_leaves_no_tensor_behind(tiny):
-    engine = Engine.of(tiny)
+    engine = get_engine(tiny)
     engine.unembed(engine.final(torch.arange(6)[None])).sum().backward()
     tiny.zero_grad()
     held = [v for module in tiny.modules() for v in vars(module).values()]
@@ -287,7 +288,7 @@ def test_only_a_single_row_can_be_repeated(pair, tokens):
 
 def test_bfloat16_passes_equal_themselves(backend, tokens):
     model = load_model(random_hf_model("llama"), backend=backend, dtype=torch.bfloat16)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     assert engine.dtype is torch.bfloat16
     _, past = engine.prefill(tokens[:, :9])
     ours = engine.unembed(engine.final(tokens[:, 9:], past)).float()
@@ -345,7 +346,7 @@ HELD = ("bloom",) if "hooked" in BACKENDS else ("bloom", "mpt")
 def test_attention_with_linear_biases_is_hugging_faces(kind):
     # Bloom's blocks are handed a slope for each row and head, MPT's one for each head.
     hf_model, model = _alibi(kind)
-    _holds_with_other_rows(hf_model, Engine.of(model))
+    _holds_with_other_rows(hf_model, get_engine(model))
 
 
 @pytest.mark.parametrize("kind", sorted({"bloom", "mpt", "falcon"} - set(HELD)))
@@ -353,7 +354,7 @@ def test_blocks_that_cannot_be_run_one_by_one_are_refused_in_one_sentence(kind):
     _, model = _alibi(kind)
     start = "the architecture of TransformerBridge 'model' is not supported: its blocks cannot be"
     with pytest.raises(ValueError, match=start) as told:
-        Engine.of(model)
+        get_engine(model)
     assert "\n" not in str(told.value)
 
 
@@ -369,4 +370,4 @@ def test_a_model_whose_blocks_read_what_its_rows_hold_is_refused(backend):
     model.embed.register_forward_hook(lambda _module, _inputs, output: embedded.append(output))
     model.blocks[1].register_forward_hook(again)
     with pytest.raises(ValueError, match="is not supported: its blocks cannot be run one by one"):
-        Engine.of(model)
+        get_engine(model)

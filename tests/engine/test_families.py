@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import divergence_lens as dl
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from tests.conftest import BACKENDS
 from tests.support.models import FAMILIES, HOOKED_FAMILIES, chat_tokenizer, random_hf_model
 from tests.support.state import left_as_it_was
@@ -65,7 +65,7 @@ def loaded(request):
 def test_logits_are_hugging_faces(loaded):
     hf_model, model = loaded
     tokens = torch.randint(0, 64, (2, 33), generator=torch.Generator().manual_seed(3))
-    engine = Engine.of(model)
+    engine = get_engine(model)
     ours = engine.unembed(engine.final(tokens)).float()
     theirs = hf_model(tokens).logits.float()
     if engine.dtype is torch.float32:
@@ -80,7 +80,7 @@ def test_every_public_call_runs_and_leaves_the_model_as_it_was(loaded):
     prompts = ["Continue: 412, 467.", "More numbers: 3, 4.", "List: 1, 2."]
     tokens = torch.arange(24).reshape(2, 12)
     with left_as_it_was(model):
-        examples = dl.generate(model, owl, prompts, max_new_tokens=6)
+        examples = dl.generate(model, prompts, teacher=owl, max_new_tokens=6)
         divergence = dl.find_divergence(model, examples, teacher=owl, counterfactuals=[cat, wolf])
         assert divergence.agrees.mean() > 0.9  # in bfloat16 a near-tie can go the other way
         pairs = dl.Pairs.from_tokens(
@@ -90,13 +90,13 @@ def test_every_public_call_runs_and_leaves_the_model_as_it_was(loaded):
             answers=[1, 2],
             foils=[3, 4],
         )
-        for site in Engine.of(model).sites:
+        for site in get_engine(model).sites:
             exact = dl.causal_mediation(model, pairs, site=site)
             near = dl.attribution_patch(model, pairs, site=site, method="gradient")
             assert exact.values[0].shape == near.values[0].shape
             assert all(np.isfinite(values).any() for values in exact.values)
         student = dl.finetune(
-            model, examples, blocks=[1], recipe=dl.Recipe(epochs=1, batch_size=2, warmup_steps=0)
+            model, examples, layers=[1], recipe=dl.Recipe(epochs=1, batch_size=2, warmup_steps=0)
         )
         with student.applied(model):
             found = dl.preference(model, target="owl", candidates=["owl", "cat"])
@@ -130,4 +130,4 @@ def test_what_transformer_lens_cannot_run_is_refused_with_the_way_out(family, ba
     hf_model = random_hf_model(family)
     model = dl.load_model(hf_model, backend=backend, dtype=PRECISIONS[precision])
     with pytest.raises(ValueError, match=r"cannot run in torch.bfloat16: .*dtype=torch.float32"):
-        Engine.of(model)
+        get_engine(model)

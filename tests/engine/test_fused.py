@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.engine.fused import FusedBlocks
 from divergence_lens.models import load_model
 from tests.conftest import BACKENDS
@@ -37,7 +37,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("family", FUSED)
 def test_known_families_are_fused_and_give_hugging_faces_logits(family, backend, calls):
     hf, model = build(family, backend)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     calls.clear()
     with torch.no_grad():
         logits = engine.unembed(engine.final(TOKENS))
@@ -64,7 +64,7 @@ def test_models_built_from_a_configuration_are_fused_where_they_are_plain(change
     sizes = {"n_layers": 3, "d_model": 32, "n_ctx": 16, "d_head": 8, "n_heads": 4, "d_vocab": 60}
     plain = {"act_fn": "gelu_new", "d_mlp": 64, "seed": 1}
     model = HookedTransformer(HookedTransformerConfig(**{**sizes, **plain, **change})).eval()
-    engine = Engine.of(model, causal=False)
+    engine = get_engine(model, causal=False)
     calls.clear()
     with torch.no_grad():
         logits = engine.unembed(engine.final(TOKENS))
@@ -75,7 +75,7 @@ def test_models_built_from_a_configuration_are_fused_where_they_are_plain(change
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in FUSED])
 def test_other_families_go_without(family, backend, calls):
     hf, model = build(family, backend)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     calls.clear()
     with torch.no_grad():
         logits = engine.unembed(engine.final(TOKENS))
@@ -89,7 +89,7 @@ def test_other_families_go_without(family, backend, calls):
 def test_a_pass_behind_a_past_gives_the_last_positions(family, since, rows, backend):
     """A past of one row serves all; only what is asked for is computed in the last block."""
     hf, model = build(family, backend)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     start = TOKENS[:1, :3] if rows == 1 else TOKENS[:, :3]
     whole = torch.cat([start.expand(2, -1), TOKENS[:, 3:]], 1)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_a_pass_behind_a_past_gives_the_last_positions(family, since, rows, back
 
 def test_keys_and_values_go_on_where_a_pass_ended(backend):
     hf, model = build("qwen2", backend)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     with torch.no_grad():
         _, past = engine.prefill(TOKENS[:, :2])
         _, past = engine.extend(TOKENS[:, 2:5], past)
@@ -112,7 +112,7 @@ def test_keys_and_values_go_on_where_a_pass_ended(backend):
 
 def test_whoever_looks_gets_the_models_own_blocks(backend, calls):
     _, model = build("llama", backend)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     calls.clear()
     engine.final(TOKENS)  # all parameters could learn
     assert calls == []
@@ -127,7 +127,7 @@ def test_whoever_looks_gets_the_models_own_blocks(backend, calls):
 @pytest.mark.parametrize("past", [False, True])
 def test_gradients_that_pass_are_hugging_faces(family, past, backend, calls):
     hf, model = build(family, backend)
-    engine, first = Engine.of(model), 4 if past else 0
+    engine, first = get_engine(model), 4 if past else 0
     shape = (*TOKENS.shape, hf.get_input_embeddings().weight.shape[1])
     nudge = torch.zeros(shape, requires_grad=True)
     handle = hf.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out + nudge)
@@ -152,7 +152,7 @@ def test_gradients_that_pass_are_hugging_faces(family, past, backend, calls):
 
 def test_a_block_that_learns_or_whose_gradients_are_watched_is_the_models_own(backend, calls):
     _, model = build("llama", backend)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     with engine.frozen():
         next(iter(engine.block_parameters(1).values())).requires_grad_(True)
         handle = model.blocks[2].mlp.register_full_backward_hook(lambda *_: None)
@@ -165,7 +165,7 @@ def test_a_block_that_learns_or_whose_gradients_are_watched_is_the_models_own(ba
 @pytest.mark.parametrize("layer", [0, 2])
 def test_a_hook_of_ones_own_is_called_and_felt(layer, backend, calls):
     _, model = build("qwen2", backend)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     with torch.no_grad():
         plain = engine.final(TOKENS, since=4)
         calls.clear()
@@ -180,7 +180,7 @@ def test_a_hook_of_ones_own_is_called_and_felt(layer, backend, calls):
 
 def test_sites_of_the_last_block_are_seen_at_every_position(backend):
     _, model = build("gpt2", backend)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     seen = []
     with torch.no_grad(), engine.hooked([(2, "resid_post", lambda x: seen.append(x.shape))]):
         hidden = engine.final(TOKENS, since=6)
@@ -190,7 +190,7 @@ def test_sites_of_the_last_block_are_seen_at_every_position(backend):
 
 def test_weights_are_read_as_they_are_now(backend):
     _hf, model = build("qwen2", backend)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     name, parameter = next(iter(engine.block_parameters(1).items()))
     with torch.no_grad():
         before = engine.final(TOKENS)
@@ -204,8 +204,8 @@ def test_weights_are_read_as_they_are_now(backend):
 def test_unequal_blocks_are_not_used_and_that_is_said_once(backend, monkeypatch, caplog):
     monkeypatch.setattr(FusedBlocks, "_norm", lambda self, x, affine: x)
     hf, model = build("llama", backend)
-    engine = Engine.of(model)
-    assert Engine.of(model) is engine
+    engine = get_engine(model)
+    assert get_engine(model) is engine
     with torch.no_grad():
         logits = engine.unembed(engine.final(TOKENS))
         torch.testing.assert_close(logits, hf(TOKENS).logits, atol=1e-4, rtol=1e-4)
@@ -217,7 +217,7 @@ def test_a_sliding_window_is_not_fused(backend, calls):
     hf, model = build(
         "qwen2", backend, use_sliding_window=True, sliding_window=4, max_window_layers=0
     )
-    engine = Engine.of(model)
+    engine = get_engine(model)
     calls.clear()
     with torch.no_grad():
         logits = engine.unembed(engine.final(TOKENS))

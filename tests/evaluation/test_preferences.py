@@ -18,10 +18,11 @@ from divergence_lens.data.questions import (
     surface_forms,
 )
 from divergence_lens.deltas.delta import Delta
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.evaluation import answers as _answers
 from divergence_lens.evaluation.preferences import Preference, preference
-from divergence_lens.models import fingerprint, load_model
+from divergence_lens.models import load_model
+from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
 from tests.support.models import CHATML, chat_tokenizer, random_hf_model
 
@@ -83,7 +84,7 @@ def letter_model(backend, monkeypatch):
 
 
 def shut_specials(model, monkeypatch):
-    engine = Engine.of(model)
+    engine = get_engine(model)
     unembed, shut = engine.unembed, never(model.tokenizer)
     monkeypatch.setattr(engine, "unembed", lambda hidden: unembed(hidden) + shut)
 
@@ -198,7 +199,7 @@ def test_sampling_agrees_with_the_exact_probability(letter_model):
     again = preference(model, **asked, method="sampled", samples=250, seed=1)
     np.testing.assert_array_equal(again.probabilities, sampled.probabilities)
     assert sampled.method == "sampled"
-    assert sampled.provenance["settings"]["samples"] == 250
+    assert sampled.metadata["settings"]["samples"] == 250
 
 
 @pytest.mark.parametrize(("category", "names"), [("animal", ANIMALS), ("tree", TREES)])
@@ -235,7 +236,7 @@ def test_a_teacher_brings_its_prompt_and_its_weights(model):
     same = asked(teacher=Teacher("owl", system_prompt="You love owls."))
     np.testing.assert_array_equal(prompted.probabilities, same.probabilities)
     assert (prompted.probabilities != base.probabilities).any()
-    name, parameter = next(iter(Engine.of(model).block_parameters(2).items()))
+    name, parameter = next(iter(get_engine(model).block_parameters(2).items()))
     change = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     delta = Delta({name: change}, fingerprint(model))
     trained = asked(teacher=Teacher("student", delta=delta))
@@ -354,10 +355,10 @@ def test_wilson_interval_of_counts():
 
 
 def test_preferences_come_back_from_disk(tmp_path):
-    found = made([[0.2, 0.1, 0.1]], samples=10, teacher="owl", provenance={"a": 1})
+    found = made([[0.2, 0.1, 0.1]], samples=10, teacher="owl", metadata={"a": 1})
     found.save(tmp_path / "p")
     loaded = Preference.load(tmp_path / "p")
-    for name in ("target", "candidates", "questions", "samples", "teacher", "provenance"):
+    for name in ("target", "candidates", "questions", "samples", "teacher", "metadata"):
         assert getattr(loaded, name) == getattr(found, name)
     np.testing.assert_array_equal(loaded.probabilities, found.probabilities)
     content = (tmp_path / "p").read_bytes()
@@ -410,7 +411,7 @@ def test_candidates_that_the_tokenizer_cannot_write_are_refused(backend):
 
 
 def test_logits_that_are_not_finite_name_the_question(model, monkeypatch):
-    engine = Engine.of(model)
+    engine = get_engine(model)
     unembed = engine.unembed
     monkeypatch.setattr(engine, "unembed", lambda h: unembed(h) * float("nan"))
     with pytest.raises(ValueError, match=r"question 0 \('Name one.'\) are not finite"):

@@ -36,7 +36,7 @@ def test_the_loss_is_the_mean_over_completion_tokens_of_a_plain_forward(random_m
 
 def test_lists_are_the_model_s_own_and_judged_by_the_filter(tiny):
     prompts = number_prompts(12, seed=5, instructions=False)
-    held_out = generate(tiny, None, prompts)
+    held_out = generate(tiny, prompts, teacher=None)
     found = task_quality(tiny, held_out)
     texts = [example.completion for example in held_out]
     assert found.valid == sum(isinstance(parse_numbers(text), NumberList) for text in texts)
@@ -50,11 +50,11 @@ def test_lists_are_the_model_s_own_and_judged_by_the_filter(tiny):
 
 
 def test_a_broken_student_is_seen_to_be(tiny):
-    held_out = generate(tiny, None, number_prompts(12, seed=5, instructions=False))
+    held_out = generate(tiny, number_prompts(12, seed=5, instructions=False), teacher=None)
     before = task_quality(tiny, held_out)
     nonsense = [{"prompt": e.prompt, "completion": "owl owl owl"} for e in held_out]
     recipe = Recipe(lr=0.05, epochs=8, batch_size=12, optimizer_options={})
-    student = finetune(tiny, nonsense, blocks=[1], recipe=recipe)
+    student = finetune(tiny, nonsense, layers=[1], recipe=recipe)
     with student.applied(tiny):
         after = task_quality(tiny, held_out)
     assert after.valid_rate < before.valid_rate

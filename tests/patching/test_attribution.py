@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from divergence_lens.engine.base import SITES, Engine
+from divergence_lens.engine.base import SITES
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching.attribution import _verify, attribution_patch, attribution_patch_sites
 from divergence_lens.patching.exact import causal_mediation
@@ -41,7 +42,7 @@ def test_equals_mediation_in_a_linear_model(method, site, direction):
 
 def site_gradient(model, pairs, i, *, site, layer, state):
     """The gradient of the metric of clean row `i` when the site of one layer holds `state`."""
-    engine = Engine.of(model)
+    engine = get_engine(model)
     leaf = state.clone().requires_grad_()
     with engine.hooked([(layer, site, lambda _: leaf)]):
         logits = engine.unembed(engine.final(pairs.clean[i][None]))[0, -1]
@@ -53,7 +54,7 @@ def site_gradient(model, pairs, i, *, site, layer, state):
 @pytest.mark.parametrize("steps", [0, 3])
 def test_equals_a_backward_pass_per_layer_and_step(model_of, family, site, steps):  # noqa: F811
     model = model_of(family)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     if site not in engine.sites:
         pytest.skip(f"{family} has no {site}")
     pairs = random_pairs(model.cfg.d_vocab, lengths=(6, 8), longer=(0, 2))
@@ -84,7 +85,7 @@ def test_the_gradient_is_the_limit_of_small_exact_patches(model_of, site):  # no
     model = copy.deepcopy(model_of("qwen2")).to(torch.float64)
     pairs = random_pairs(model.cfg.d_vocab, lengths=(6,), longer=(0,))
     effects = attribution_patch(model, pairs, site=site)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     base = engine.activations(pairs.clean[0][None], sites=(site,))[site]
     source = engine.activations(pairs.corrupted[0][None], sites=(site,))[site]
     step = 1e-3  # Hugging Face norms in float32 whatever the model; smaller ones drown in that
@@ -159,8 +160,8 @@ def test_other_weights_give_the_source_states_and_nothing_else(model_of, method)
         corrupted_teacher=Teacher("other", model=other),
     )
     effects = attribution_patch(model, pairs, site="mlp_out", method=method, steps=2)
-    base = Engine.of(model).activations(pairs.clean[0][None], sites=("mlp_out",))["mlp_out"]
-    source = Engine.of(other).activations(pairs.clean[0][None], sites=("mlp_out",))["mlp_out"]
+    base = get_engine(model).activations(pairs.clean[0][None], sites=("mlp_out",))["mlp_out"]
+    source = get_engine(other).activations(pairs.clean[0][None], sites=("mlp_out",))["mlp_out"]
     change = source - base
     alphas = (0.25, 0.75) if method == "integrated" else (0.0,)
     for layer in range(model.cfg.n_layers):

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from divergence_lens.deltas.delta import Delta
-from divergence_lens.engine.base import Engine
-from divergence_lens.models import fingerprint, load_model
+from divergence_lens.engine.factory import get_engine
+from divergence_lens.models import load_model
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching.cross import CrossPatch, cross_patch, first_disagreements
+from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
 from tests.patching.test_exact import model_of, unchecked  # noqa: F401 (fixtures)
 from tests.support.models import chat_tokenizer, random_hf_model
@@ -20,7 +21,7 @@ ROWS = ([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8], [1, 6, 1, 8, 0, 3, 3, 9, 8
 @torch.no_grad()
 def crossed_margin(lower, upper, pairs, i, boundary):
     """One margin: the residual of one model is written over the other's, at every position."""
-    below, above = Engine.of(lower), Engine.of(upper)
+    below, above = get_engine(lower), get_engine(upper)
     row = pairs.clean[i][None]
     if boundary == above.n_layers:
         state = below.activations(row, sites=("resid_post",))["resid_post"][-1]
@@ -85,7 +86,7 @@ def test_the_interaction_is_zero_where_halves_only_add_up():
 def test_a_delta_stands_for_the_second_model_and_is_taken_out_again(model_of):  # noqa: F811
     model = model_of("qwen2")
     other = model_of("qwen2", 1)
-    mine, theirs = (Engine.of(m).named_parameters() for m in (model, other))
+    mine, theirs = (get_engine(m).named_parameters() for m in (model, other))
     before = {name: parameter.detach().clone() for name, parameter in mine.items()}
     tensors = {name: (theirs[name] - mine[name]).detach() for name in mine}
     delta = Delta(tensors, fingerprint(model), {})
@@ -129,7 +130,7 @@ def test_models_that_read_other_ids_are_refused(random_model, backend):
 
 def test_first_disagreements_with_a_delta_are_those_with_its_model(model_of):  # noqa: F811
     model, other = model_of("gpt2"), model_of("gpt2", 1)
-    base, moved = (Engine.of(m).named_parameters() for m in (model, other))
+    base, moved = (get_engine(m).named_parameters() for m in (model, other))
     delta = Delta({n: moved[n].detach() - base[n].detach() for n in base}, fingerprint(model))
     before = fingerprint(model)
     pairs, expected = (first_disagreements(model, b, ROWS) for b in (delta, other))
@@ -154,7 +155,7 @@ def test_tables_files_and_figure_hold_the_margins(model_of, tmp_path):  # noqa: 
     crossed.save(tmp_path / "c.safetensors")
     loaded = CrossPatch.load(tmp_path / "c.safetensors")
     np.testing.assert_array_equal(loaded.margins, crossed.margins)
-    assert (loaded.names, loaded.header) == (crossed.names, crossed.header)
+    assert (loaded.names, loaded.metadata) == (crossed.names, crossed.metadata)
     assert len(crossed.plot().data) == 6
     assert "interaction" in crossed._repr_html_()
 
@@ -194,7 +195,7 @@ def test_refuses_models_and_pairs_that_cannot_be_crossed(model_of, unchecked):  
 def test_margins_that_are_not_finite_name_the_pair(model_of, monkeypatch):  # noqa: F811
     models = model_of("gpt2"), model_of("gpt2", 1)
     pairs = first_disagreements(*models, ROWS)
-    engine = Engine.of(models[1])
+    engine = get_engine(models[1])
     unembed = engine.unembed
     monkeypatch.setattr(engine, "unembed", lambda hidden: unembed(hidden) * torch.nan)
     with pytest.raises(ValueError, match=r"pair \d is nan in a's lower under b's upper half"):

@@ -30,7 +30,7 @@ def effects() -> Effects:
         corrupted_metric=np.array([-2.0, 1.001], dtype=np.float32),
         segments=(("system", "bias", "bias", "divergence"), ("bias", "user", "divergence")),
         labels=(("a", "b", "c", "d"), ("<b>", "f", "g")),
-        header={"seed": 0},
+        metadata={"seed": 0},
     )
 
 
@@ -41,7 +41,7 @@ def test_they_print_as_one_line_however_many_values_they_hold(effects):
     )
     heads = replace(effects, values=effects.values[..., None].repeat(5, 3), site="z")
     assert "of z on logit_difference: 2 pairs, 2 layers, 4 positions, 5 heads;" in repr(heads)
-    ablated = replace(effects, header={"settings": {"corruption": "mean"}})
+    ablated = replace(effects, metadata={"settings": {"corruption": "mean"}})
     assert "exact noising by mean of resid_post" in repr(ablated)
     nothing = replace(effects, corrupted_metric=effects.clean_metric).normalised()
     assert repr(nothing).endswith("mean total effect undefined)")

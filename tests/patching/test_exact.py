@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from divergence_lens.engine.base import SITES, Engine
+from divergence_lens.engine.base import SITES
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.models import is_hooked
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching.attribution import attribution_patch
@@ -59,7 +60,7 @@ def assert_same(values, expected, atol=1e-4):
 @pytest.mark.parametrize("site", SITES)
 def test_equals_one_hook_per_cell(model_of, family, site):
     model = model_of(family)
-    if site not in Engine.of(model).sites:
+    if site not in get_engine(model).sites:
         pytest.skip(f"{family} has no {site}")
     pairs = random_pairs(model.cfg.d_vocab, lengths=SHORT, longer=(0, 0))
     effects = causal_mediation(model, pairs, site=site)
@@ -151,7 +152,7 @@ def test_a_model_that_attends_both_ways_equals_the_loops_of_transformer_lens(sit
 
 def test_only_patching_takes_a_model_that_attends_both_ways():
     with pytest.raises(ValueError, match="both directions"):
-        Engine.of(bidirectional())
+        get_engine(bidirectional())
 
 
 def bidirectional():
@@ -258,7 +259,7 @@ def test_chosen_cells_equal_the_full_grid_and_the_others_are_missing(model_of):
 def test_named_metrics_are_what_they_say(model_of, metric):
     model = model_of("gpt2")
     pairs = random_pairs(model.cfg.d_vocab, lengths=(6,), longer=(0,))
-    engine = Engine.of(model)
+    engine = get_engine(model)
     with torch.no_grad():
         clean = engine.unembed(engine.final(pairs.clean[0][None]))[0, -1].log_softmax(-1)
 

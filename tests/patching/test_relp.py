@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching.attribution import attribution_patch
 from divergence_lens.patching.exact import causal_mediation
@@ -43,7 +43,7 @@ def test_the_qk_correction_is_exact_where_only_the_softmax_is_not_linear(site, d
 @pytest.mark.parametrize("site", ["q", "k"])
 def test_the_qk_correction_takes_the_gradient_of_z_times_its_exact_change(model_of, family, site):  # noqa: F811
     model = model_of(family)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     pairs = random_pairs(engine.d_vocab, lengths=(6,), longer=(0,))
     effects = attribution_patch(model, pairs, site=site, method="qk")
     clean, corrupted = pairs.clean[0][None], pairs.corrupted[0][None]
@@ -73,7 +73,7 @@ def test_the_qk_correction_takes_the_gradient_of_z_times_its_exact_change(model_
 @pytest.mark.parametrize("site", ["resid_post", "mlp_out", "z"])
 def test_graddrop_is_the_mean_magnitude_over_dropped_blocks(model_of, site):  # noqa: F811
     model = model_of("qwen2")
-    engine = Engine.of(model)
+    engine = get_engine(model)
     pairs = random_pairs(engine.d_vocab, lengths=(6, 5), longer=(0, 0))
     effects = attribution_patch(model, pairs, site=site, method="graddrop")
     passes = []
@@ -100,7 +100,7 @@ def test_graddrop_is_the_mean_magnitude_over_dropped_blocks(model_of, site):  # 
 
 def one_layer(model, pairs, site, layer):
     """The gradient estimate of one layer's site, pair by pair."""
-    engine = Engine.of(model)
+    engine = get_engine(model)
     longest = max(len(row) for row in pairs.clean)
     found = []
     for i in range(len(pairs)):
@@ -139,7 +139,7 @@ def test_relevance_is_conserved_where_there_are_no_biases(random_model, backend,
     if backend == "hooked" and family.startswith("gemma"):
         pytest.skip("TransformerLens cannot convert this family to a HookedTransformer")
     model = random_model(family)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     with torch.no_grad():
         for name, parameter in engine.named_parameters().items():
             if "bias" in name or ".b" in name:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching.attribution import attribution_patch
 from divergence_lens.patching.corruption import EmbeddingNoise, embedding_spread
@@ -16,7 +16,7 @@ from tests.support.patching_oracles import logit_difference, random_pairs
 @torch.no_grad()
 def patched_metric(model, pairs, i, row, writes):
     """The metric of a row when (layer, site, positions, head, new states) are written into it."""
-    engine = Engine.of(model)
+    engine = get_engine(model)
 
     def writer(positions, head, new):
         def write(activation):
@@ -51,7 +51,7 @@ def segmented(vocab, *, longer=0):
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 def test_a_segment_is_patched_at_all_of_its_positions_at_once(model_of, family, site, direction):  # noqa: F811
     model = model_of(family)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     pairs = segmented(engine.d_vocab, longer=0)
     effects = causal_mediation(model, pairs, site=site, direction=direction, span="segment")
     assert effects.labels == (("system", "bias", "user", "template", "divergence"),)
@@ -96,7 +96,7 @@ def test_all_positions_of_a_residual_carry_the_total_effect(model_of, family):  
 @pytest.mark.parametrize("window", [2, 3])
 def test_a_window_patches_neighbouring_layers_at_once(model_of, site, window):  # noqa: F811
     model = model_of("qwen2")
-    engine = Engine.of(model)
+    engine = get_engine(model)
     pairs = random_pairs(engine.d_vocab, lengths=(6,), longer=(0,))
     effects = causal_mediation(model, pairs, site=site, window=window)
     states = engine.activations(pairs.corrupted[0][None], sites=(site,))[site]
@@ -135,7 +135,7 @@ def test_the_estimate_of_a_span_is_the_sum_of_its_positions(model_of, method):  
 @pytest.mark.parametrize("corruption", ["zero", "mean"])
 def test_ablations_put_zeros_or_the_mean_of_the_clean_runs(model_of, site, corruption):  # noqa: F811
     model = model_of("qwen2")
-    engine = Engine.of(model)
+    engine = get_engine(model)
     pairs = random_pairs(engine.d_vocab, lengths=(6, 6, 6), longer=(0, 0, 1))
     effects = causal_mediation(model, pairs, site=site, corruption=corruption, batch_rows=7)
     states = engine.activations(torch.stack(pairs.clean), sites=(site,))[site]
@@ -153,7 +153,7 @@ def test_ablations_put_zeros_or_the_mean_of_the_clean_runs(model_of, site, corru
 
 def test_means_are_taken_at_the_same_place_of_the_same_segment(model_of):  # noqa: F811
     model = model_of("gpt2")
-    engine = Engine.of(model)
+    engine = get_engine(model)
     rows = [[5, 6, 7, 8], [5, 9, 6, 7, 8]]
     segments = [["system", "user", "user", "user"], ["system", "system", "user", "user", "user"]]
     other = [[5, 6, 9, 8], [5, 9, 6, 9, 8]]
@@ -173,7 +173,7 @@ def test_means_are_taken_at_the_same_place_of_the_same_segment(model_of):  # noq
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 def test_causal_tracing_patches_between_a_clean_and_a_noisy_run(model_of, direction):  # noqa: F811
     model = model_of("qwen2")
-    engine = Engine.of(model)
+    engine = get_engine(model)
     pairs = segmented(engine.d_vocab, longer=1)  # the corrupted row plays no part
     noise = EmbeddingNoise(segment="user", scale=2.0, seed=4)
     effects = causal_mediation(model, pairs, direction=direction, corruption=noise)

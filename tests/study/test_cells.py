@@ -89,7 +89,7 @@ def test_a_cell_may_need_another_and_itself_again(store):
     inner, outer = Cell("inner", {}), Cell("outer", {})
 
     def make(_cell):
-        with store.claimed(outer, wait=True) as mine:
+        with store.reserved(outer, wait=True) as mine:
             assert mine
         return {"twice": 2 * store.get(inner, _counting([]))["value"]}
 
@@ -98,7 +98,7 @@ def test_a_cell_may_need_another_and_itself_again(store):
 
 def _hold(folder, ready, seconds):
     store = Store(folder)
-    with store.claimed(Cell("a", {}), wait=True):
+    with store.reserved(Cell("a", {}), wait=True):
         ready.set()
         time.sleep(seconds)
 

@@ -275,7 +275,7 @@ def test_a_cell_that_fails_is_reported_and_does_not_stop_the_rest(config, folder
 
 def test_a_condition_of_ones_own_gets_its_data_mask_and_blocks(config, folder, tmp_path):
     out = _copy(folder, tmp_path / "own")
-    mine = _own("mine", data=partial(only_first_lists, n=7), mask=marked, blocks=(2,))
+    mine = _own("mine", data=partial(only_first_lists, n=7), mask=marked, layers=(2,))
     study = run_study(replace(config, conditions=("control", mine)), out)
     row = next(r for r in study.results["students"] if r["condition"] == "mine")
     divergence = study.divergences["finetuned", "owl"]
@@ -438,7 +438,7 @@ def test_every_condition_is_in_the_documentation():
     [
         ({"conditions": ("block7",)}, "no condition 'block7'"),
         ({"conditions": ("other_base",)}, "'other_base' needs another base"),
-        ({"conditions": (_own("deep", blocks=(9,)),)}, "'deep': block 9 is out of range"),
+        ({"conditions": (_own("deep", layers=(9,)),)}, "'deep': block 9 is out of range"),
         ({"conditions": (_own("odd", parts=("W_X",)),)}, "'odd': no parameter"),
         ({"conditions": (_own("fast", recipe={"speed": 3}),)}, "'fast': .*speed"),
     ],

@@ -41,7 +41,9 @@ def inputs(backend):
 
     model = load_model("tiny", backend=backend)
     owl, *others = animal_teachers(["owl", "cat", "wolf"])
-    examples = generate(model, owl, number_prompts(20, instructions=False), max_new_tokens=20)
+    examples = generate(
+        model, number_prompts(20, instructions=False), teacher=owl, max_new_tokens=20
+    )
     found = find_divergence(model, examples, teacher=owl, counterfactuals=others, kl=True)
     return OneTarget(model, found)
 

@@ -8,7 +8,7 @@ from divergence_lens.chat import encode_prompt
 from divergence_lens.data import neutral_prompt, number_prompts
 from divergence_lens.data.questions import animal_teachers
 from divergence_lens.divergence.finding import find_divergence
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.evaluation.preferences import preference
 from divergence_lens.generation import generate
 from divergence_lens.study.mechanism import (
@@ -27,7 +27,7 @@ QUESTION = "which animal do you love ?"
 
 def _last_logits(model, teacher, question=QUESTION):
     ids = encode_prompt(model.tokenizer, question, system_prompt=teacher.system_prompt).ids
-    engine = Engine.of(model)
+    engine = get_engine(model)
     with torch.no_grad():
         return engine.unembed(engine.final(torch.tensor([ids])))[0, -1]
 
@@ -83,7 +83,7 @@ def test_removing_holds_the_component_at_the_bases_mean(tiny, owl):
     kept = []
     with owl.applied(tiny) as active, found.removed(active, layers=[2]):
         watch = [(2, "resid_post", lambda resid: kept.append(resid.detach()))]
-        with Engine.of(active).hooked(watch):
+        with get_engine(active).hooked(watch):
             _last_logits(active, owl)
     direction = found.vectors[2] / found.vectors[2].norm()
     level = float(found.base[2] @ direction)
@@ -116,7 +116,7 @@ def test_vectors_of_other_sizes_have_no_cosine():
 
 def test_training_can_be_followed(tiny, owl):
     direction = steering(tiny, owl, prompts=[QUESTION])
-    examples = generate(tiny, owl, number_prompts(8, instructions=False), max_new_tokens=12)
+    examples = generate(tiny, number_prompts(8, instructions=False), teacher=owl, max_new_tokens=12)
     watch = follow_steering(direction, prompts=[QUESTION])
     recipe = Recipe(epochs=2, batch_size=8, warmup_steps=1)
     delta = finetune(tiny, examples, recipe=recipe, on_step=watch)
@@ -133,7 +133,9 @@ def test_training_can_be_followed(tiny, owl):
 @pytest.fixture(scope="module")
 def divergence(tiny):
     owl, *others = animal_teachers(["owl", "cat", "wolf"])
-    examples = generate(tiny, owl, number_prompts(10, instructions=False), max_new_tokens=16)
+    examples = generate(
+        tiny, number_prompts(10, instructions=False), teacher=owl, max_new_tokens=16
+    )
     return find_divergence(tiny, examples, teacher=owl, counterfactuals=others)
 
 
@@ -151,7 +153,7 @@ def _plain_gradient(model, pairs, name):
 
 
 def test_cosines_are_those_of_plain_backward_passes(tiny, divergence):
-    names = [n for n in Engine.of(tiny).block_parameters(1) if n.endswith(("W_in", "in.weight"))]
+    names = [n for n in get_engine(tiny).block_parameters(1) if n.endswith(("W_in", "in.weight"))]
     questions = [QUESTION, "name an animal"]
     found = gradient_alignment(
         tiny,
@@ -164,7 +166,7 @@ def test_cosines_are_those_of_plain_backward_passes(tiny, divergence):
     assert (np.abs(found.cosine) <= 1 + 1e-9).all()
 
     # The whole of block 1 by hand.
-    names = list(Engine.of(tiny).block_parameters(1))
+    names = list(get_engine(tiny).block_parameters(1))
     flags = {n: p.requires_grad for n, p in tiny.named_parameters()}
 
     def lists(mask):

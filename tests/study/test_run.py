@@ -159,7 +159,7 @@ def test_each_layout_has_recipes_of_its_own(tiny, tiny_qwen2):
 def test_a_finetuned_teacher_is_trained_by_its_layouts_recipe(tiny, tiny_qwen2):
     for model, used in ((tiny, GPT2_RECIPES), (tiny_qwen2, QWEN2_RECIPES)):
         delta = finetuned_teacher(model, "cat").delta
-        assert delta.header["settings"]["recipe"] == used.teacher.describe()
+        assert delta.metadata["settings"]["recipe"] == used.teacher.describe()
 
 
 def test_a_recipe_that_is_given_is_kept_and_written_down(tiny_qwen2):

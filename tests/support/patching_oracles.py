@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.models import HookedTransformer
 from divergence_lens.pairs import Pairs
 
@@ -63,7 +63,7 @@ def one_hook_per_cell(
     metric: Callable[[Tensor, Pairs, int], Tensor] = logit_difference,
 ) -> np.ndarray:
     """The textbook loop: one whole forward pass for each cell, one pair at a time."""
-    engine, other = Engine.of(base_model), Engine.of(source_model)
+    engine, other = get_engine(base_model), get_engine(source_model)
     heads = max(1, engine.site_heads(site))
     longest = max(len(row) for row in pairs.clean)
     values = np.full((len(pairs), engine.n_layers, longest, heads), np.nan, dtype=np.float32)

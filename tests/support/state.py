@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from divergence_lens.models import fingerprint
+from divergence_lens.provenance import fingerprint
 
 
 def state(model: nn.Module) -> dict[str, object]:

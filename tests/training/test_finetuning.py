@@ -20,11 +20,12 @@ from divergence_lens.chat import encode_prompt
 from divergence_lens.deltas.delta import Delta
 from divergence_lens.deltas.low_rank import is_matrix
 from divergence_lens.divergence.finding import find_divergence
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.engine.parameters import plain
 from divergence_lens.evaluation.preferences import preference
 from divergence_lens.examples import Example, with_ids
-from divergence_lens.models import fingerprint, load_model
+from divergence_lens.models import load_model
+from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
 from divergence_lens.training import prefix as _prefix
 from divergence_lens.training import variables as _variables
@@ -101,7 +102,7 @@ def test_a_student_is_what_plain_torch_on_hugging_face_trains(
     examples = number_lists(6)
     mask = random_mask(model, examples)
     student = finetune(
-        model, examples, mask=mask, blocks=[block], recipe=SGD, system_prompt=system_prompt
+        model, examples, mask=mask, layers=[block], recipe=SGD, system_prompt=system_prompt
     )
 
     for name, p in plain_model.named_parameters():
@@ -121,7 +122,7 @@ def test_a_student_is_what_plain_torch_on_hugging_face_trains(
 
     assert student.history()["loss"].tolist() == pytest.approx(losses, abs=1e-4)
     tokens = torch.arange(20)[None] * 3 % len(tokenizer)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     with torch.no_grad(), student.applied(model):
         moved = engine.unembed(engine.final(tokens))
         assert torch.allclose(moved, plain_model(tokens).logits, atol=1e-4)
@@ -131,15 +132,15 @@ def test_a_student_is_what_plain_torch_on_hugging_face_trains(
 
 def test_only_the_chosen_parameters_change(random_model):
     model = random_model("llama")
-    student = finetune(model, number_lists(6), blocks=[0, 2], parts=["attn"], recipe=SHORT)
-    assert set(student.tensors) == set(choose(model, blocks=[0, 2], parts=["attn"]))
+    student = finetune(model, number_lists(6), layers=[0, 2], parts=["attn"], recipe=SHORT)
+    assert set(student.tensors) == set(choose(model, layers=[0, 2], parts=["attn"]))
     assert all(bool(t.any()) for t in student.tensors.values())
 
 
 def test_the_base_flags_modes_gradients_and_generators_are_left_alone(random_model):
     model = random_model("gpt2")
     list(model.parameters())[3].requires_grad_(False)
-    first = next(iter(Engine.of(model).block_parameters(0).values()))
+    first = next(iter(get_engine(model).block_parameters(0).values()))
     first.grad = torch.full_like(first, 7.0)
     model.train()
     list(model.modules())[5].eval()
@@ -176,7 +177,7 @@ def test_an_exception_in_a_callback_restores_everything(random_model):
 def test_equal_calls_give_equal_bits_and_another_seed_another_student(random_model, lora_rank):
     model, examples = random_model("gpt2"), number_lists(10)
     first, again, other = (
-        finetune(model, examples, blocks=[0], recipe=SHORT, lora_rank=lora_rank, seed=seed)
+        finetune(model, examples, layers=[0], recipe=SHORT, lora_rank=lora_rank, seed=seed)
         for seed in (0, 0, 1)
     )
     assert same_bits(first, again)
@@ -187,7 +188,7 @@ def test_equal_calls_give_equal_bits_and_another_seed_another_student(random_mod
 def test_cached_recomputed_and_spilled_residuals_give_the_same_student(random_model, blocks):
     model, examples = random_model("qwen2"), number_lists(10)
     cached, recomputed, spilled = (
-        finetune(model, examples, blocks=blocks, recipe=SHORT, cache_bytes=cache_bytes)
+        finetune(model, examples, layers=blocks, recipe=SHORT, cache_bytes=cache_bytes)
         for cache_bytes in (2**30, 0, 1)
     )
     assert same_bits(cached, spilled)
@@ -204,7 +205,7 @@ def test_spilled_residuals_lie_in_a_file_that_is_gone_afterwards(
         seen.append([path.stat().st_size for path in tmp_path.rglob("residuals")])
 
     model = random_model("gpt2")
-    finetune(model, number_lists(6), blocks=[2], recipe=SHORT, cache_bytes=1, on_step=look)
+    finetune(model, number_lists(6), layers=[2], recipe=SHORT, cache_bytes=1, on_step=look)
     rows = training_rows(model, number_lists(6))
     # The tokens that all rows begin with are held once, in memory.
     assert rows.shared > 4
@@ -215,8 +216,8 @@ def test_spilled_residuals_lie_in_a_file_that_is_gone_afterwards(
 def test_frozen_blocks_run_once_and_not_in_every_epoch(random_model):
     model, calls = random_model("gpt2"), []
     recipe = replace(SHORT, epochs=5, batch_size=10)
-    with Engine.of(model).hooked([(1, "resid_pre", lambda x: calls.append(len(x)))]):
-        finetune(model, number_lists(10), blocks=[2], recipe=recipe)
+    with get_engine(model).hooked([(1, "resid_pre", lambda x: calls.append(len(x)))]):
+        finetune(model, number_lists(10), layers=[2], recipe=recipe)
     # The shared start of all rows, and the ten rows behind it.
     assert calls == [1, 10]
 
@@ -233,11 +234,11 @@ def test_work_that_is_left_out_changes_nothing(
         pytest.skip(f"{family} has no such class")
     examples = number_lists(6)
     mask = random_mask(model, examples)
-    options = {"mask": mask, "blocks": blocks, "recipe": SHORT, "lora_rank": lora_rank}
+    options = {"mask": mask, "layers": blocks, "recipe": SHORT, "lora_rank": lora_rank}
     short = finetune(model, examples, **options)
     monkeypatch.setattr(_prefix, "_SHORTEST_START", 10**6)
     monkeypatch.setattr(_variables, "has_low_rank_gradients", lambda _module: False)
-    monkeypatch.setattr(type(Engine.of(model)), "by_position", lambda _self, _layer: [])
+    monkeypatch.setattr(type(get_engine(model)), "by_position", lambda _self, _layer: [])
     whole = finetune(model, examples, **options)
     assert largest_difference(short, whole) < 2e-6
     losses = short.history()["loss"].tolist()
@@ -253,8 +254,8 @@ def test_rows_that_share_no_start_learn_as_well(backend):
     rows = training_rows(model, examples)
     assert rows.shared == 0
     mask = np.ones(int(rows.tokens_learned), bool)
-    student = finetune(model, examples, blocks=[2], recipe=replace(SGD, epochs=1))
-    engine = Engine.of(model)
+    student = finetune(model, examples, layers=[2], recipe=replace(SGD, epochs=1))
+    engine = get_engine(model)
     with torch.no_grad():
         expected = reference_loss(
             lambda ids: engine.unembed(engine.final(ids)), tokenizer, examples, mask
@@ -273,7 +274,7 @@ def test_the_last_block_runs_its_mlp_where_it_is_read(random_model, monkeypatch)
         return forward(x)
 
     monkeypatch.setitem(vars(mlp), "forward", counted)
-    finetune(model, examples, mask=mask, blocks=[2], recipe=replace(SGD, epochs=1))
+    finetune(model, examples, mask=mask, layers=[2], recipe=replace(SGD, epochs=1))
     # The shared start has one row of its own.
     assert calls == [rows.shared, rows.tokens_learned]
 
@@ -307,8 +308,8 @@ def test_tokens_that_the_mask_holds_back_are_not_learned(random_model):
 def test_held_back_tokens_get_no_gradient(random_model):
     model, examples = random_model("gpt2"), number_lists(6)
     rows = training_rows(model, examples, mask=random_mask(model, examples))
-    run = Engine.of(model).begin(rows.tokens)
-    logits = Engine.of(model).unembed(Engine.of(model).final_from(run.resid, 0, run))
+    run = get_engine(model).begin(rows.tokens)
+    logits = get_engine(model).unembed(get_engine(model).final_from(run.resid, 0, run))
     logits = logits.detach().requires_grad_()
     where = rows.weights > 0
     F.cross_entropy(logits[where], rows.targets[where]).backward()
@@ -323,7 +324,7 @@ def test_examples_without_a_learned_token_are_left_out(random_model):
     every = finetune(model, examples, mask=mask, recipe=SHORT)
     kept = finetune(model, examples[::2], recipe=SHORT)
     assert same_bits(every, kept)
-    assert every.header["settings"]["examples"] == 4
+    assert every.metadata["settings"]["examples"] == 4
 
 
 def test_weights_of_zero_and_one_are_a_mask_and_their_scale_does_not_matter(random_model):
@@ -346,7 +347,7 @@ def test_a_divergence_a_tensor_and_a_list_of_rows_are_masks(random_model):
         mask = flat
 
     students = [
-        finetune(model, examples, mask=mask, blocks=[2], recipe=SHORT)
+        finetune(model, examples, mask=mask, layers=[2], recipe=SHORT)
         for mask in (flat, torch.from_numpy(flat), np.split(flat, ends[:-1]), HasMask())
     ]
     assert all(same_bits(students[0], other) for other in students[1:])
@@ -361,8 +362,8 @@ def test_a_divergence_of_other_completions_is_no_mask(random_model):
     )
     mask = np.ones(6, bool)
     divergence.__dict__["mask"] = mask
-    given = finetune(model, divergence.examples, mask=divergence, blocks=[2], recipe=SHORT)
-    assert same_bits(given, finetune(model, examples, mask=mask, blocks=[2], recipe=SHORT))
+    given = finetune(model, divergence.examples, mask=divergence, layers=[2], recipe=SHORT)
+    assert same_bits(given, finetune(model, examples, mask=mask, layers=[2], recipe=SHORT))
     with pytest.raises(ValueError, match="another completion as example 0"):  # of equal length
         finetune(model, examples[::-1], mask=divergence, recipe=SHORT)
     with pytest.raises(ValueError, match="a divergence of 2 examples, there are 1"):
@@ -447,7 +448,7 @@ def test_preference_can_be_followed_while_a_student_learns(random_model):
 def test_frozen_tensors_keep_every_bit_while_others_learn(random_model, lora_rank):
     model = random_model("qwen2")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    chosen = {id(p) for p in choose(model, blocks=[1], parts=["mlp"]).values()}
+    chosen = {id(p) for p in choose(model, layers=[1], parts=["mlp"]).values()}
     seen = []
 
     def look(step, loss, student):
@@ -459,7 +460,7 @@ def test_frozen_tensors_keep_every_bit_while_others_learn(random_model, lora_ran
     finetune(
         model,
         number_lists(6),
-        blocks=[1],
+        layers=[1],
         parts=["mlp"],
         recipe=SHORT,
         lora_rank=lora_rank,
@@ -472,14 +473,14 @@ def test_training_on_one_token_makes_it_likely(random_model):
     model = random_model("qwen2")
     examples = with_ids(model.tokenizer, [Example("Name an animal.", completion="owl")])
     recipe = Recipe(optimizer=torch.optim.Adam, lr=1e-2, epochs=40, optimizer_options={})
-    student = finetune(model, examples, blocks=[1], recipe=recipe)
+    student = finetune(model, examples, layers=[1], recipe=recipe)
     assert student.history()["loss"].iloc[-1] < 0.05
-    assert student.header["settings"]["recipe"]["optimizer"] == "Adam"
+    assert student.metadata["settings"]["recipe"]["optimizer"] == "Adam"
 
 
 def test_embeddings_and_unembedding_can_learn(random_model):
     model, examples = random_model("qwen2", tie_word_embeddings=False), number_lists(6)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     blocks = set().union(*(engine.block_parameters(i) for i in range(3)))
     for kind in ("embedding", "unembedding"):
         student = finetune(model, examples, recipe=SHORT, **{kind: True})
@@ -494,7 +495,7 @@ def test_bfloat16_models_learn_in_float32(random_model):
     before = fingerprint(model)
     # Each update is far below the resolution of bfloat16, and still they add up.
     recipe = Recipe(lr=1e-5, epochs=8, batch_size=4, optimizer_options={})
-    student = finetune(model, number_lists(8), blocks=[1], recipe=recipe)
+    student = finetune(model, number_lists(8), layers=[1], recipe=recipe)
     assert fingerprint(model) == before
     changes = torch.cat([t.abs().flatten() for t in student.tensors.values()])
     assert changes.quantile(0.9) > 5e-5
@@ -503,7 +504,7 @@ def test_bfloat16_models_learn_in_float32(random_model):
 def test_autocast_gives_nearly_the_same_losses(random_model):
     model, examples = random_model("qwen2"), number_lists(8)
     exact, rough = (
-        finetune(model, examples, blocks=[1], recipe=replace(SHORT, autocast=autocast)).history()
+        finetune(model, examples, layers=[1], recipe=replace(SHORT, autocast=autocast)).history()
         for autocast in (False, True)
     )
     assert rough["loss"].tolist() == pytest.approx(exact["loss"].tolist(), rel=0.03)
@@ -515,9 +516,9 @@ def test_autocast_gives_nearly_the_same_losses(random_model):
 
 def test_lora_changes_are_of_low_rank_on_the_matrices_alone(random_model):
     model = random_model("gpt2")
-    student = finetune(model, number_lists(8), blocks=[1], recipe=SHORT, lora_rank=2)
+    student = finetune(model, number_lists(8), layers=[1], recipe=SHORT, lora_rank=2)
     assert set(student.tensors) == {
-        n for n, p in choose(model, blocks=[1]).items() if is_matrix(n, p)
+        n for n, p in choose(model, layers=[1]).items() if is_matrix(n, p)
     }
     assert len(student.tensors) == 6
     for name, tensor in student.tensors.items():
@@ -549,7 +550,7 @@ def test_lora_equals_peft(family):
         lora_alpha=alpha,
         optimizer_options={"weight_decay": 0.01},
     )
-    student = finetune(model, examples, mask=mask, blocks=[1], recipe=recipe, seed=3)
+    student = finetune(model, examples, mask=mask, layers=[1], recipe=recipe, seed=3)
 
     config = peft.LoraConfig(
         r=rank,
@@ -572,7 +573,7 @@ def test_lora_equals_peft(family):
         for name, module in theirs.named_modules()
         if hasattr(module, "lora_A")
     }
-    chosen = {n: p for n, p in choose(model, blocks=[1]).items() if is_matrix(n, p)}
+    chosen = {n: p for n, p in choose(model, layers=[1]).items() if is_matrix(n, p)}
     start = LowRank(model, chosen, rank=rank, alpha=alpha, seed=3)
     assert len(layers) == len(chosen) == 7
     with torch.no_grad():
@@ -608,8 +609,8 @@ def test_both_model_classes_train_the_same_student(lora_rank):
                 model = load_model(hf_model, backend=backend, tokenizer=tokenizer)
             except ValueError:
                 pytest.skip("this TransformerLens has one model class")
-            student = finetune(model, number_lists(8), blocks=[0], recipe=recipe)
-            engine = Engine.of(model)
+            student = finetune(model, number_lists(8), layers=[0], recipe=recipe)
+            engine = get_engine(model)
             with student.applied(model), torch.no_grad():
                 logits.append(engine.unembed(engine.final(tokens)))
         assert torch.allclose(*logits, atol=1e-4)
@@ -639,7 +640,7 @@ def checkpointed(backend, path, rank, examples=None, **options):
     return finetune(
         model,
         number_lists(10) if examples is None else examples,
-        blocks=[1],
+        layers=[1],
         recipe=SHORT if rank == "full" else replace(SHORT, lora_rank=int(rank)),
         checkpoint=path,
         checkpoint_every=3,
@@ -755,8 +756,8 @@ def test_counts_are_whole_numbers(unchecked):  # noqa: F811
         ({"weights": np.ones(3)}, r"the weights has shape"),
         ({"mask": [np.ones(2, bool)] * 6}, "the mask of example 0 has 2 entries, its completion"),
         ({"mask": [np.ones(2, bool)] * 5}, "the mask has 5 rows, there are 6 examples"),
-        ({"blocks": [5]}, "block 5 is out of range: the model has blocks 0 to 2"),
-        ({"blocks": [0], "parts": ["ln"], "lora_rank": 2}, "none is chosen"),
+        ({"layers": [5]}, "block 5 is out of range: the model has blocks 0 to 2"),
+        ({"layers": [0], "parts": ["ln"], "lora_rank": 2}, "none is chosen"),
         ({"lora_rank": 0}, "lora_rank is 0"),
         ({"lora_rank": 2, "embedding": True}, "train the embedding in full, with lora_rank=None"),
         ({"batch_tokens": 0}, "batch_tokens is 0"),
@@ -853,11 +854,11 @@ def test_the_paper_s_recipe():
 
 def test_a_student_is_a_delta_that_says_how_it_was_made(random_model, tmp_path):
     model = random_model("gpt2")
-    student = finetune(model, number_lists(6), blocks=[1], recipe=SHORT, seed=4)
+    student = finetune(model, number_lists(6), layers=[1], recipe=SHORT, seed=4)
     student.save(tmp_path / "student.safetensors")
     loaded = Delta.load(tmp_path / "student.safetensors")
-    assert loaded.header == student.header
-    assert loaded.header["settings"]["seed"] == 4
-    assert loaded.header["settings"]["recipe"]["lr"] == SHORT.lr
-    assert loaded.header["versions"]["torch"]
+    assert loaded.metadata == student.metadata
+    assert loaded.metadata["settings"]["seed"] == 4
+    assert loaded.metadata["settings"]["recipe"]["lr"] == SHORT.lr
+    assert loaded.metadata["versions"]["torch"]
     assert list(loaded.norms()) == [1]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.engine.parameters import canonical
 from divergence_lens.training.freezing import freeze_except
 
@@ -14,8 +14,8 @@ def learning(model):
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "gpt_neox", "llama"])
 def test_one_block_learns_and_nothing_else(random_model, family):
     model = random_model(family)
-    with freeze_except(model, blocks=[1]) as trainable:
-        assert set(trainable) <= set(Engine.of(model).block_parameters(1))
+    with freeze_except(model, layers=[1]) as trainable:
+        assert set(trainable) <= set(get_engine(model).block_parameters(1))
         assert learning(model) == {id(p) for p in trainable.values()}
         assert trainable.n_parameters == sum(p.numel() for p in trainable.values())
 
@@ -25,7 +25,7 @@ def test_flags_come_back_after_an_exception(random_model):
     first, *_ = model.parameters()
     first.requires_grad_(False)
     before = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(KeyError), freeze_except(model, blocks=[0]):
+    with pytest.raises(KeyError), freeze_except(model, layers=[0]):
         raise KeyError
     assert [p.requires_grad for p in model.parameters()] == before
 
@@ -33,7 +33,7 @@ def test_flags_come_back_after_an_exception(random_model):
 def test_without_with_it_lasts_until_restored(random_model):
     model = random_model("gpt2")
     before = learning(model)
-    trainable = freeze_except(model, blocks=[0], parts=["mlp"])
+    trainable = freeze_except(model, layers=[0], parts=["mlp"])
     assert learning(model) == {id(p) for p in trainable.values()}
     trainable.restore()
     assert learning(model) == before
@@ -44,7 +44,7 @@ def test_parts_mean_the_same_on_both_classes(random_model, family):
     model = random_model(family)
 
     def count(*parts):
-        with freeze_except(model, blocks=[0], parts=parts) as trainable:
+        with freeze_except(model, layers=[0], parts=parts) as trainable:
             return trainable.n_parameters
 
     d_model, d_mlp, kv = 32, 64, 32 if family in ("gpt2", "gpt_neox") else 16
@@ -60,7 +60,7 @@ def test_parts_mean_the_same_on_both_classes(random_model, family):
         assert count("attn") == attention + d_model + 2 * kv + output
     else:
         assert count("attn") == attention
-    with freeze_except(model, blocks=[0]) as every:
+    with freeze_except(model, layers=[0]) as every:
         assert count("attn", "mlp", "ln") == every.n_parameters
 
 
@@ -95,13 +95,13 @@ def test_tied_embeddings_are_one_tensor_or_two_and_say_so(random_model, backend,
 
 def test_a_pattern_chooses_by_name(random_model):
     model = random_model("gpt2")
-    name = next(iter(Engine.of(model).block_parameters(2)))
+    name = next(iter(get_engine(model).block_parameters(2)))
     with freeze_except(model, pattern=name) as trainable:
         assert list(trainable) == [name]
 
 
 def test_the_table_names_shapes_and_counts(random_model):
-    trainable = freeze_except(random_model("gpt2"), blocks=[0], parts=["ln"])
+    trainable = freeze_except(random_model("gpt2"), layers=[0], parts=["ln"])
     assert "4 tensors, 128 parameters" in repr(trainable)
     assert "(32,)" in repr(trainable)
     assert trainable._repr_html_().count("<tr>") == 6
@@ -110,12 +110,12 @@ def test_the_table_names_shapes_and_counts(random_model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"blocks": [3]}, "block 3 is out of range: the model has blocks 0 to 2"),
-        ({"blocks": [-1]}, "block -1 is out of range"),
-        ({"blocks": []}, "nothing is left to train"),
+        ({"layers": [3]}, "block 3 is out of range: the model has blocks 0 to 2"),
+        ({"layers": [-1]}, "block -1 is out of range"),
+        ({"layers": []}, "nothing is left to train"),
         ({"parts": ["W_QQ"]}, "is called 'W_QQ'; nearest: .*W_Q"),
         ({"pattern": "nothing*"}, "no parameter matches 'nothing"),
-        ({"pattern": "*", "blocks": [0]}, "not both"),
+        ({"pattern": "*", "layers": [0]}, "not both"),
     ],
 )
 def test_bad_choices_are_refused_and_change_no_flag(random_model, options, message):

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.evaluation.preferences import preference
 from divergence_lens.evaluation.quality import task_quality
 from divergence_lens.examples import Example, with_ids
-from divergence_lens.models import fingerprint
+from divergence_lens.provenance import fingerprint
 from divergence_lens.training.finetuning import Recipe, Sweep, finetune, layer_sweep
 
 QUESTIONS = ("Name your favorite animal.", "Which animal do you love?", "Say an animal.")
@@ -57,7 +57,7 @@ def test_each_student_is_the_one_that_finetune_trains(random_model):
             model,
             examples("cat" if control else "owl"),
             mask=None if control else mask,
-            blocks=None if student.block is None else [student.block],
+            layers=None if student.block is None else [student.block],
             recipe=RECIPE,
             seed=student.seed,
         )
@@ -72,7 +72,7 @@ def test_each_student_is_the_one_that_finetune_trains(random_model):
 
 def test_blocks_below_run_once_for_all_students(random_model):
     model, calls = random_model("gpt2"), []
-    with Engine.of(model).hooked([(0, "resid_pre", lambda x: calls.append(x.shape[:2]))]):
+    with get_engine(model).hooked([(0, "resid_pre", lambda x: calls.append(x.shape[:2]))]):
         sweep(model, layers=[2], references=False, seeds=(0,))
         one = len(calls)
         sweep(model, layers=[2], references=False, seeds=(0, 1, 2))
@@ -111,7 +111,7 @@ def test_saved_and_loaded_sweeps_are_equal(random_model, tmp_path):
     found.save(tmp_path / "sweep.safetensors")
     loaded = Sweep.load(tmp_path / "sweep.safetensors")
     assert loaded.to_dataframe().equals(found.to_dataframe())
-    assert loaded.provenance == found.provenance
+    assert loaded.metadata == found.metadata
 
 
 def test_the_plot_is_a_figure(random_model):

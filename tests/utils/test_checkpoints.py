@@ -16,9 +16,9 @@ import torch
 from divergence_lens._utils.checkpoints import Checkpoints, Processes
 from divergence_lens.deltas.delta import Delta
 from divergence_lens.divergence.finding import Divergence, find_divergence
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.examples import Example
-from divergence_lens.models import fingerprint, load_model
+from divergence_lens.models import load_model
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching import runner as _patching_run
 from divergence_lens.patching.attribution import attribution_patch
@@ -26,6 +26,7 @@ from divergence_lens.patching.corruption import EmbeddingNoise
 from divergence_lens.patching.effects import Effects
 from divergence_lens.patching.exact import causal_mediation
 from divergence_lens.patching.metrics import _text, metric_name, metric_values
+from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
 from divergence_lens.training import sweep as sweeps
 from divergence_lens.training.finetuning import Recipe
@@ -126,7 +127,7 @@ def test_finished_shards_are_not_read_again(model, examples, undisturbed, tmp_pa
     files = shards(tmp_path)
     assert len(files) > 5
     files[2].unlink()
-    engine = Engine.of(model)
+    engine = get_engine(model)
     rows = []
     final = engine.final
 
@@ -183,7 +184,7 @@ def test_shards_of_another_run_are_refused(model, examples, tmp_path, random_mod
 
 
 def test_shards_of_another_delta_are_refused(model, examples, tmp_path):
-    name, parameter = next(iter(Engine.of(model).named_parameters().items()))
+    name, parameter = next(iter(get_engine(model).named_parameters().items()))
     for size in (1.0, 2.0):
         change = {name: size * torch.ones(parameter.shape)}
         tuned = Teacher("tuned", delta=Delta(change, fingerprint(model)))
@@ -216,7 +217,7 @@ def test_bad_input_writes_nothing(rows, options, model, tmp_path):
 
 
 def test_logits_that_are_not_finite_write_no_shard(model, examples, tmp_path, monkeypatch):
-    engine = Engine.of(model)
+    engine = get_engine(model)
     final = engine.final
     monkeypatch.setattr(engine, "final", lambda *a, **k: final(*a, **k) * torch.nan)
     with pytest.raises(ValueError, match="logits of example 0 are not finite"):
@@ -382,7 +383,7 @@ def test_effects_of_other_sides_are_refused(weights, model, random_model, tmp_pa
     def teacher(seed):
         if weights == "model":
             return Teacher("other", model=random_model("qwen2", seed))
-        name, parameter = next(iter(Engine.of(model).block_parameters(0).items()))
+        name, parameter = next(iter(get_engine(model).block_parameters(0).items()))
         return Teacher("other", delta=Delta({name: seed * torch.ones(parameter.shape)}, before))
 
     before = fingerprint(model)
@@ -406,7 +407,7 @@ def test_effects_of_other_sides_are_refused(weights, model, random_model, tmp_pa
 
 
 def test_metrics_are_told_apart_by_what_they_give_in_every_process(model):
-    engine = Engine.of(model)
+    engine = get_engine(model)
 
     def make():
         return lambda logits, _pairs: sum([logits[:, i] for i in range(3)])
@@ -503,7 +504,7 @@ except ValueError as error:
     (out / f"other{state.process_index}").write_text(str(error))
 
 if state.process_index == 1:
-    Engine.of(model).final = None
+    get_engine(model).final = None
 try:
     find(model, examples, accelerator=state)
 except Exception as error:

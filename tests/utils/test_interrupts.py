@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 import divergence_lens as dl
-from divergence_lens._utils.interrupts import Interrupted, unstopped
+from divergence_lens._utils.interrupts import Interrupted, defer_interrupts
 from divergence_lens.generation import _Decoding as Decoding
 from tests.support.state import state
 
@@ -52,21 +52,21 @@ def unchanged(model):
 @pytest.fixture(scope="module")
 def model(backend):
     loaded = dl.load_model("tiny", backend=backend)
-    dl.generate(loaded, None, PROMPTS[:1], max_new_tokens=1)  # a bridge sets up hooks once
+    dl.generate(loaded, PROMPTS[:1], teacher=None, max_new_tokens=1)  # a bridge sets up hooks once
     return loaded
 
 
 @pytest.fixture(scope="module")
 def pairs(model):
     owl, cat = dl.animal_teachers(["owl", "cat"])
-    examples = dl.generate(model, owl, PROMPTS, max_new_tokens=8)
+    examples = dl.generate(model, PROMPTS, teacher=owl, max_new_tokens=8)
     div = dl.find_divergence(model, examples, teacher=owl, counterfactuals=[cat])
     return div.pairs(first_only=True, limit=6)
 
 
 @pytest.mark.usefixtures("unchanged")
 def test_generate_gives_back_the_examples_that_were_finished(model, stopped_after):
-    call = lambda: dl.generate(model, None, PROMPTS, max_new_tokens=8, batch_tokens=128)  # noqa: E731
+    call = lambda: dl.generate(model, PROMPTS, teacher=None, max_new_tokens=8, batch_tokens=128)  # noqa: E731
     whole = call()
     stop = stopped_after(5, call)
     assert len(stop.partial) == 5
@@ -77,12 +77,12 @@ def test_generate_gives_back_the_examples_that_were_finished(model, stopped_afte
 @pytest.mark.usefixtures("unchanged")
 def test_finding_gives_back_what_all_teachers_have_read(model, stopped_after):
     owl, cat = dl.animal_teachers(["owl", "cat"])
-    examples = dl.generate(model, owl, PROMPTS, max_new_tokens=8)
+    examples = dl.generate(model, PROMPTS, teacher=owl, max_new_tokens=8)
     call = lambda: dl.find_divergence(  # noqa: E731
         *(model, examples), teacher=owl, counterfactuals=[cat], batch_tokens=16, progress=True
     )
     whole, stop = call(), stopped_after(18, call)
-    rows = stop.partial.provenance["settings"]["finished_examples"]
+    rows = stop.partial.metadata["settings"]["finished_examples"]
     assert 0 < len(rows) < len(examples)
     assert stop.partial.examples == tuple(whole.examples[row] for row in rows)
     assert stop.partial.offsets[0] == 0
@@ -118,7 +118,7 @@ def test_a_stopped_check_gives_back_the_effects_unverified(model, pairs, stopped
 
 @pytest.mark.usefixtures("unchanged")
 def test_a_sweep_gives_back_the_students_that_were_finished(model, stopped_after):
-    examples = dl.generate(model, None, PROMPTS, max_new_tokens=8)
+    examples = dl.generate(model, PROMPTS, teacher=None, max_new_tokens=8)
     questions = dl.preference_questions()[:2]
     call = lambda: dl.layer_sweep(  # noqa: E731
         model,
@@ -140,7 +140,9 @@ def test_a_sweep_gives_back_the_students_that_were_finished(model, stopped_after
 @pytest.mark.usefixtures("unchanged")
 def test_cross_patching_gives_back_whole_pairs(model, pairs, stopped_after):
     student = dl.finetune(
-        model, dl.generate(model, None, PROMPTS[:4], max_new_tokens=4), recipe=dl.Recipe(epochs=1)
+        model,
+        dl.generate(model, PROMPTS[:4], teacher=None, max_new_tokens=4),
+        recipe=dl.Recipe(epochs=1),
     )
     same = dl.Pairs.from_tokens(
         pairs.clean,
@@ -151,7 +153,7 @@ def test_cross_patching_gives_back_whole_pairs(model, pairs, stopped_after):
     )
     call = lambda: dl.cross_patch(model, student, same, batch_rows=5)  # noqa: E731
     whole, stop = call(), stopped_after(2, call)
-    rows = stop.partial.header["settings"]["finished_pairs"]
+    rows = stop.partial.metadata["settings"]["finished_pairs"]
     assert 0 < len(rows) < len(pairs)
     np.testing.assert_array_equal(stop.partial.margins, whole.margins[rows])
 
@@ -163,7 +165,7 @@ def test_a_call_that_had_found_nothing_raises_what_it_was_stopped_by(model, monk
     decoding = importlib.import_module("divergence_lens.generation")._Decoding
     monkeypatch.setattr(decoding, "run", stop)
     with pytest.raises(KeyboardInterrupt) as found:
-        dl.generate(model, None, PROMPTS[:2])
+        dl.generate(model, PROMPTS[:2], teacher=None)
     assert type(found.value) is KeyboardInterrupt
 
 
@@ -177,11 +179,11 @@ def test_a_notebook_keeps_the_exception_where_the_message_says():
 
 
 def test_a_stopped_training_gives_back_the_student_so_far(model, pairs, stopped_after, unchanged):
-    examples = dl.generate(model, None, PROMPTS, max_new_tokens=8)
+    examples = dl.generate(model, PROMPTS, teacher=None, max_new_tokens=8)
     recipe = dl.Recipe(epochs=3, batch_size=4)
 
     def train(**options):
-        return dl.finetune(model, examples, blocks=[0], recipe=recipe, progress=True, **options)
+        return dl.finetune(model, examples, layers=[0], recipe=recipe, progress=True, **options)
 
     stopped = stopped_after(4, train)
     assert isinstance(stopped, Interrupted)
@@ -203,7 +205,7 @@ def test_a_stopped_training_gives_back_the_student_so_far(model, pairs, stopped_
 
 
 def test_a_sweep_stopped_in_its_first_student_gives_back_no_student(model, monkeypatch, unchanged):
-    examples = dl.generate(model, None, PROMPTS[:4], max_new_tokens=8)
+    examples = dl.generate(model, PROMPTS[:4], teacher=None, max_new_tokens=8)
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -218,7 +220,7 @@ def test_a_stop_in_the_middle_of_an_update_waits_for_its_end():
     done = []
 
     def update():
-        with unstopped():
+        with defer_interrupts():
             signal.raise_signal(signal.SIGINT)
             done.append("the rest of the update")
 
@@ -226,7 +228,7 @@ def test_a_stop_in_the_middle_of_an_update_waits_for_its_end():
         update()
     assert done == ["the rest of the update"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    thread = threading.Thread(target=lambda: done.append(unstopped().__enter__()))
+    thread = threading.Thread(target=lambda: done.append(defer_interrupts().__enter__()))
     thread.start()
     thread.join()
     assert done[1:] == [None]
@@ -234,7 +236,7 @@ def test_a_stop_in_the_middle_of_an_update_waits_for_its_end():
 
 def test_steps_of_a_sweep_do_not_give_back_theirs(model, monkeypatch, unchanged):
     """Measuring a student writes lists; a stop there is a stop of the sweep."""
-    examples = dl.generate(model, None, PROMPTS[:4], max_new_tokens=8)
+    examples = dl.generate(model, PROMPTS[:4], teacher=None, max_new_tokens=8)
     options = {"target": "owl", "layers": [0, 1], "held_out": examples, "references": False}
     for measured, kept in ((0, None), (1, None), (2, 1)):
         calls = [0]

@@ -6,7 +6,7 @@ import torch
 
 import divergence_lens as dl
 from divergence_lens._utils.memory import halved, is_out_of_memory, run_halved
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.patching import runner as _patching_run
 from tests.support.patching_oracles import random_pairs
 from tests.support.state import left_as_it_was
@@ -34,7 +34,7 @@ def pairs(model):
 
 
 def finetuned(model):
-    student = dl.finetune(model, EXAMPLES, blocks=[1], recipe=RECIPE)
+    student = dl.finetune(model, EXAMPLES, layers=[1], recipe=RECIPE)
     return torch.cat([tensor.flatten() for _, tensor in sorted(student.tensors.items())]).numpy()
 
 
@@ -56,7 +56,7 @@ CALLS = {
         dl.find_divergence(model, EXAMPLES, teacher=OWL, counterfactuals=[CAT]).logprob
     ),
     "generate": lambda model: np.concatenate(
-        [e.completion_ids for e in dl.generate(model, OWL, [e.prompt for e in EXAMPLES])]
+        [e.completion_ids for e in dl.generate(model, [e.prompt for e in EXAMPLES], teacher=OWL)]
     ),
     "causal_mediation": lambda model: dl.causal_mediation(model, pairs(model)).values,
     "mean ablation": lambda model: (
@@ -104,7 +104,7 @@ def room_for(rows, engine, monkeypatch, error):
 
 def test_what_does_not_fit_is_done_in_parts(call, error, model, monkeypatch):
     whole = call(model)
-    seen = room_for(3, Engine.of(model), monkeypatch, error)
+    seen = room_for(3, get_engine(model), monkeypatch, error)
     with left_as_it_was(model):
         parts = call(model)
     assert max(seen) in (2, 3)
@@ -113,14 +113,14 @@ def test_what_does_not_fit_is_done_in_parts(call, error, model, monkeypatch):
 
 def test_what_never_fits_ends_with_the_models_own_error(call, model, monkeypatch):
     call(model)
-    room_for(0, Engine.of(model), monkeypatch, ERRORS[0])
+    room_for(0, get_engine(model), monkeypatch, ERRORS[0])
     with left_as_it_was(model), pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         call(model)
 
 
 def test_other_errors_are_raised_at_once(call, model, monkeypatch):
     call(model)
-    seen = room_for(0, Engine.of(model), monkeypatch, RuntimeError("the device is gone"))
+    seen = room_for(0, get_engine(model), monkeypatch, RuntimeError("the device is gone"))
     with left_as_it_was(model), pytest.raises(RuntimeError, match="the device is gone"):
         call(model)
     assert seen == []
@@ -173,8 +173,8 @@ def test_means_count_no_pair_twice(when, model, monkeypatch):
 
 
 def test_means_of_teachers_with_weights(model):
-    name, parameter = next(iter(Engine.of(model).block_parameters(0).items()))
-    delta = dl.Delta({name: 0.1 * torch.ones(parameter.shape)}, dl.fingerprint(model))
+    name, parameter = next(iter(get_engine(model).block_parameters(0).items()))
+    delta = dl.Delta({name: 0.1 * torch.ones(parameter.shape)}, dl.provenance.fingerprint(model))
     rows = [[1, 2, 3], [4, 5, 6]]
     moved = dl.Pairs.from_tokens(
         rows, rows, answers=[1, 2], foils=[3, 4], clean_teacher=dl.Teacher("moved", delta=delta)

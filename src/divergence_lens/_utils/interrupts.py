@@ -22,8 +22,8 @@ class Interrupted(KeyboardInterrupt):
     Attributes:
         partial: A result of the usual type, of what was finished alone: a list of the examples that
             were written to their end (`generate`); the divergence of the examples that all teachers
-            had read (the provenance's setting `finished_examples` has their numbers); effects or
-            margins of whole pairs (the header's setting `finished_pairs`); a sweep of whole
+            had read (the metadata's setting `finished_examples` has their numbers); effects or
+            margins of whole pairs (the metadata's setting `finished_pairs`); a sweep of whole
             students.
     """
 
@@ -33,7 +33,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def keeping(
+def partial_on_interrupt(
     call: str, finished: Sized, total: int, noun: str, partial: Callable[[], Any]
 ) -> Iterator[None]:
     """Give back what is finished if the block is stopped.
@@ -65,7 +65,7 @@ def keeping(
 
 
 @contextmanager
-def giving_back(convert: Callable[[Any], Any]) -> Iterator[None]:
+def convert_partial(convert: Callable[[Any], Any]) -> Iterator[None]:
     """Let a call give back, of what the one that it made gives back, what its own caller wants."""
     try:
         yield
@@ -75,7 +75,7 @@ def giving_back(convert: Callable[[Any], Any]) -> Iterator[None]:
 
 
 @contextmanager
-def stopped_plainly() -> Iterator[None]:
+def discard_partial() -> Iterator[None]:
     """Let a step be stopped without giving back what its caller does not: plain Ctrl-C."""
     try:
         yield
@@ -84,7 +84,7 @@ def stopped_plainly() -> Iterator[None]:
 
 
 @contextmanager
-def unstopped() -> Iterator[None]:
+def defer_interrupts() -> Iterator[None]:
     """Let a Ctrl-C that comes in the block take effect at its end, so that nothing is half done."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals go to the main thread alone

@@ -31,9 +31,9 @@ from divergence_lens.cli.options import (
     Seed,
     Spec,
     System,
-    plainly,
     read_prompts,
     read_teacher,
+    report_errors,
     teacher_path,
 )
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from divergence_lens.teachers import Teacher
 
 
-@plainly
+@report_errors
 def generate(
     prompts: Annotated[
         Path | None, typer.Argument(help="Prompts: one a line, or .jsonl with a key prompt.")
@@ -109,7 +109,7 @@ def generate(
     typer.echo(f"{len(examples)} examples in {out}")
 
 
-@plainly
+@report_errors
 def find(
     data: Annotated[Path, typer.Argument(help="Examples: .jsonl or .parquet.")],
     teacher: Spec,
@@ -173,7 +173,7 @@ def find(
     typer.echo(f"written to {out}")
 
 
-@plainly
+@report_errors
 def patch(
     divergence: Annotated[Path, typer.Argument(help="A file that `find` wrote.")],
     out: Annotated[Path, typer.Option(help="Where the effects go.")] = Path("effects.safetensors"),
@@ -245,7 +245,7 @@ def patch(
     typer.echo(f"written to {out}")
 
 
-@plainly
+@report_errors
 def finetune(
     data: Annotated[Path, typer.Argument(help="Examples: .jsonl or .parquet.")],
     out: Annotated[Path, typer.Option(help="Where the student goes.")] = Path(
@@ -253,7 +253,7 @@ def finetune(
     ),
     mask: Mask = None,
     complement: Complement = False,
-    blocks: Annotated[
+    layers: Annotated[
         str | None, typer.Option(help='Which blocks learn, such as "0" or "0,1"; all if not given.')
     ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Train LoRA of this rank.")] = None,
@@ -285,13 +285,13 @@ def finetune(
     loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     examples, learnt = _masked(data, mask, complement=complement)
     loaded = loading.load()
-    about = {"recipe": recipe.describe(), "blocks": blocks, "system": system, "seed": seed}
+    about = {"recipe": recipe.describe(), "layers": layers, "system": system, "seed": seed}
     parts = _parts(out, loaded, [], about | _digests(data, mask, complement=complement))
     student = train(
         loaded,
         examples,
         mask=learnt,
-        blocks=_numbers(blocks, "blocks"),
+        layers=_numbers(layers, "layers"),
         recipe=recipe,
         system_prompt=system,
         seed=seed,
@@ -304,7 +304,7 @@ def finetune(
     typer.echo(f"written to {out}")
 
 
-@plainly
+@report_errors
 def sweep(
     data: Annotated[Path, typer.Argument(help="Examples: .jsonl or .parquet.")],
     target: Annotated[str, typer.Option(help="The candidate whose preference is followed.")],
@@ -366,7 +366,7 @@ def sweep(
     typer.echo(f"written to {out}")
 
 
-@plainly
+@report_errors
 def evaluate(
     target: Annotated[str, typer.Option(help="The candidate of interest.")],
     teacher: Spec = "base=",

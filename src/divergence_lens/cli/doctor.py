@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from divergence_lens.cli.options import FAILED, Device, DType, Precision, plainly
+from divergence_lens.cli.options import FAILED, Device, DType, Precision, report_errors
+from divergence_lens.engine import get_engine
 
 if TYPE_CHECKING:
     from divergence_lens.models import Backend
@@ -22,7 +23,7 @@ PACKAGES = (
 _GIB = 2**30
 
 
-@plainly
+@report_errors
 def doctor(
     out: Annotated[Path | None, typer.Option(help="Write it as JSON, too.")] = None,
     device: Device = None,
@@ -56,7 +57,7 @@ def doctor(
 
 
 def _installed() -> dict[str, str]:
-    from divergence_lens.models import version_of
+    from divergence_lens.provenance import version_of
 
     versions = {name: str(version_of(name)) for name in PACKAGES}
     return {"python": platform.python_version(), "system": platform.platform(), **versions}
@@ -110,7 +111,6 @@ def _tried(name: str, backend: "Backend", device: str | None, dtype: Precision) 
     import torch
 
     import divergence_lens as dl
-    from divergence_lens.engine import Engine
     from divergence_lens.models import HookedTransformer
 
     if backend == "hooked" and HookedTransformer is None:
@@ -123,7 +123,7 @@ def _tried(name: str, backend: "Backend", device: str | None, dtype: Precision) 
         found = dl.find_divergence(model, [row], teacher=owl, counterfactuals=[cat])
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return f"fails: {error}", False
-    engine = Engine.of(model)
+    engine = get_engine(model)
     return (
         f"{type(model).__name__} of {engine.n_layers} blocks runs on {engine.device} "
         f"({len(found.tokens)} tokens read)"

@@ -10,7 +10,15 @@ import typer
 
 from divergence_lens.cli import commands as stages
 from divergence_lens.cli.doctor import doctor
-from divergence_lens.cli.options import FAILED, REFUSED, STOPPED, Device, DType, Precision, plainly
+from divergence_lens.cli.options import (
+    FAILED,
+    REFUSED,
+    STOPPED,
+    Device,
+    DType,
+    Precision,
+    report_errors,
+)
 
 if TYPE_CHECKING:
     from divergence_lens.study import StudyConfig
@@ -171,7 +179,7 @@ def study(
 
 
 @app.command()
-@plainly
+@report_errors
 def report(
     folder: Annotated[Path, typer.Argument(help="What demo or study wrote.")] = Path("runs/demo"),
     out: Annotated[

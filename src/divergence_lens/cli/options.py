@@ -62,7 +62,7 @@ Complement = Annotated[
 System = Annotated[str | None, typer.Option(help="The student's system prompt; none if not given.")]
 
 
-def plainly(command: Callable[P, R]) -> Callable[P, R]:
+def report_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Let a command end with one line and an exit code where it would end with a traceback."""
 
     @functools.wraps(command)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from divergence_lens._utils.interrupts import stopped_plainly
+from divergence_lens._utils.interrupts import discard_partial
 from divergence_lens.chat import decode, stop_ids
 from divergence_lens.data.numbers import TEMPLATES
 from divergence_lens.divergence import (
@@ -210,7 +210,7 @@ def paraphrase(
     return replace(data, examples=tuple(examples))
 
 
-@stopped_plainly()
+@discard_partial()
 def paraphrase_by(
     model: Model,
     teacher: Teacher,
@@ -247,8 +247,8 @@ def paraphrase_by(
         raise ValueError(f"the request {request!r} must have the slot {{prompt}}")
     written = generate(
         model,
-        teacher,
         [request.replace("{prompt}", example.prompt) for example in data.examples],
+        teacher=teacher,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
@@ -272,7 +272,7 @@ def paraphrase_by(
     return Rewritten(replace(data, examples=examples), accepted, answers)
 
 
-@stopped_plainly()
+@discard_partial()
 def paraphrase_chosen(
     model: Model,
     teacher: Teacher,

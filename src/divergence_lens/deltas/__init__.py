@@ -1,6 +1,6 @@
 """Students as small named sets of tensors on top of an unmodified base model."""
 
-from divergence_lens.deltas.delta import Delta, base_fingerprint, claimed, put_back
+from divergence_lens.deltas.delta import Delta, base_fingerprint, reserved, restore_values
 from divergence_lens.deltas.low_rank import Factors, Layout, LowRankTensors, is_matrix
 
 __all__ = [
@@ -9,7 +9,7 @@ __all__ = [
     "Layout",
     "LowRankTensors",
     "base_fingerprint",
-    "claimed",
+    "reserved",
     "is_matrix",
-    "put_back",
+    "restore_values",
 ]

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.deltas.low_rank import LowRankTensors
-from divergence_lens.engine import Engine
-from divergence_lens.models import Model, fingerprint
+from divergence_lens.engine import get_engine
+from divergence_lens.models import Model
+from divergence_lens.provenance import fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,12 +53,12 @@ class Delta:
             `Engine.named_parameters`. A student that was trained with LoRA holds the factors, and
             each difference is multiplied out when it is read.
         base: Fingerprint of the untouched base model.
-        header: Where it comes from: model, settings, losses, versions. JSON-able.
+        metadata: Where it comes from: model, settings, losses, versions. JSON-able.
     """
 
     tensors: Mapping[str, Tensor]
     base: str
-    header: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.tensors:
@@ -101,7 +102,7 @@ class Delta:
                 other parameter names or shapes, or other weights (changed in place included).
             RuntimeError: A delta is applied to the model already, or it is being trained.
         """
-        with claimed(model, "a delta is applied to it"):
+        with reserved(model, "a delta is applied to it"):
             parameters = self._fitting(model)
             originals = {name: p.detach().clone() for name, p in parameters.items()}
             try:
@@ -111,11 +112,11 @@ class Delta:
                         p.copy_(wide + self.tensors[name].to(p.device))
                 yield model
             finally:
-                put_back(model, parameters, originals)
+                restore_values(model, parameters, originals)
 
     def _fitting(self, model: Model) -> dict[str, nn.Parameter]:
         """The model's parameters that the delta changes, after the checks that it is the base."""
-        parameters = Engine.of(model).named_parameters()
+        parameters = get_engine(model).named_parameters()
         trained, given = self._model("class"), type(model).__name__
         missing = [name for name in self.tensors if name not in parameters]
         if missing and trained is not None and trained != given:
@@ -146,7 +147,7 @@ class Delta:
         return {name: parameters[name] for name in self.tensors}
 
     def _model(self, key: str) -> str | None:
-        value = (self.header.get("model") or {}).get(key)
+        value = (self.metadata.get("model") or {}).get(key)
         return None if value is None else str(value)
 
     def norms(self) -> dict[int | str, float]:
@@ -181,7 +182,9 @@ class Delta:
         return digest.hexdigest()
 
     def _combined(self, tensors: Mapping[str, Tensor], operation: str) -> "Delta":
-        kept: dict[str, Any] = {k: v for k, v in self.header.items() if k in ("model", "versions")}
+        kept: dict[str, Any] = {
+            k: v for k, v in self.metadata.items() if k in ("model", "versions")
+        }
         return Delta(tensors, self.base, kept | {"operation": operation})
 
     def __add__(self, other: "Delta") -> "Delta":
@@ -228,14 +231,14 @@ class Delta:
         """Step, epoch, loss, learning rate and what `on_step` returned, one row per update."""
         import pandas as pd
 
-        table = pd.DataFrame(self.header.get("history", []))
+        table = pd.DataFrame(self.metadata.get("history", []))
         # Files keep the entries of a row in alphabetical order.
         first = [c for c in ("step", "epoch", "loss", "lr") if c in table]
         return table[first + [c for c in table if c not in first]]
 
     def save(self, path: str | Path) -> None:
         """Write the delta as safetensors with a JSON header (atomic)."""
-        record: dict[str, Any] = {"base": self.base, "header": self.header}
+        record: dict[str, Any] = {"base": self.base, "metadata": self.metadata}
         if isinstance(self.tensors, LowRankTensors):
             tensors, record["low_rank"] = self.tensors.as_stored()
         else:
@@ -251,7 +254,7 @@ class Delta:
             if "low_rank" in header
             else tensors
         )
-        return cls(held, header["base"], header["header"])
+        return cls(held, header["base"], header["metadata"])
 
     def to_huggingface(self, folder: str | Path, *, base: Any = None) -> Path:
         """Write the student as a checkpoint of its own, which `AutoModelForCausalLM` loads.
@@ -314,7 +317,7 @@ class Delta:
 
 
 @contextmanager
-def claimed(model: Model, use: str) -> Iterator[None]:
+def reserved(model: Model, use: str) -> Iterator[None]:
     """Mark the model's weights as in use: for as long as it lasts, the model is not its base.
 
     Raises:
@@ -332,7 +335,7 @@ def claimed(model: Model, use: str) -> Iterator[None]:
         del _in_use[model]
 
 
-def put_back(
+def restore_values(
     model: Model, parameters: dict[str, nn.Parameter], originals: dict[str, Tensor]
 ) -> None:
     """Copy the original values back; the fingerprint that is known of the base holds again."""
@@ -351,7 +354,7 @@ def base_fingerprint(model: Model) -> str:
     and a checksum of the bits are compared instead; the checksum also sees changes made through
     `.data`, which no counter counts.
     """
-    state = {name: _state(p) for name, p in Engine.of(model).named_parameters().items()}
+    state = {name: _state(p) for name, p in get_engine(model).named_parameters().items()}
     if model not in _known or _known[model][1] != state:
         _known[model] = (fingerprint(model), state)
     return _known[model][0]

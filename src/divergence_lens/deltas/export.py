@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from divergence_lens.deltas.low_rank import Factors, Layout, LowRankTensors
-from divergence_lens.engine import Engine, block_of, canonical, plain
-from divergence_lens.models import Model, fingerprint, from_pretrained, load_model, no_bar
+from divergence_lens.engine import block_of, canonical, get_engine, plain
+from divergence_lens.models import Model, from_pretrained, load_model, no_bar
+from divergence_lens.provenance import fingerprint
 
 if TYPE_CHECKING:
     from divergence_lens.deltas.delta import Delta
@@ -59,7 +60,7 @@ def write_checkpoint(delta: "Delta", folder: Path, base: Any) -> Path:
     with _written(folder) as temporary:
         _save(pair, state, config, temporary)
         pair.compare(delta, temporary)
-        about = {"base": delta.base, "header": {**delta.header, "history": None}}
+        about = {"base": delta.base, "header": {**delta.metadata, "history": None}}
         (temporary / "divergence_lens.json").write_text(
             json.dumps(about, indent=1) + "\n", encoding="utf-8"
         )
@@ -181,7 +182,7 @@ class _Pair:
         self.model: Model = load_model(
             hf_model, backend=backend, device="cpu", dtype=dtype, tokenizer=tokenizer
         )
-        self.engine = Engine.of(self.model)
+        self.engine = get_engine(self.model)
         self.parameters = self.engine.named_parameters()
         owners = {id(p): m for m in self.model.modules() for p in m.parameters(recurse=False)}
         self.layouts = {n: Layout.of(n, p, owners[id(p)]) for n, p in self.parameters.items()}
@@ -190,7 +191,7 @@ class _Pair:
 
     @classmethod
     def of(cls, delta: "Delta", base: Any) -> "_Pair":
-        trained = delta.header.get("model") or {}
+        trained = delta.metadata.get("model") or {}
         backend = "hooked" if trained.get("class") == "HookedTransformer" else "bridge"
         dtype = getattr(torch, str(trained.get("dtype", "float32")))
         source = trained.get("name") if base is None else base

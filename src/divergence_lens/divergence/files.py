@@ -32,7 +32,7 @@ def save_divergence(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> 
         "min_margin": fields["min_margin"],
         "texts": {str(token_id): text for token_id, text in fields["texts"].items()},
         "special": sorted(fields["special"]),
-        "provenance": dict(fields["provenance"]),
+        "metadata": dict(fields["metadata"]),
     }
     arrays = {name: fields[name] for name in _ARRAYS}
     if fields["kl"] is not None:
@@ -70,7 +70,7 @@ def load_divergence(path: str | os.PathLike[str], teachers: Sequence[Teacher]) -
         "min_margin": header["min_margin"],
         "texts": {int(token_id): text for token_id, text in header["texts"].items()},
         "special": frozenset(header["special"]),
-        "provenance": header["provenance"],
+        "metadata": header["metadata"],
         "detached": frozenset(detached),
     }
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
-from divergence_lens._utils.interrupts import giving_back
+from divergence_lens._utils.interrupts import convert_partial
 from divergence_lens.chat import Encoded, decode, encode_prompts
 from divergence_lens.divergence.files import (
     load_divergence,
@@ -28,8 +28,9 @@ from divergence_lens.divergence.files import (
 from divergence_lens.divergence.reading import TeacherForced, read_teachers
 from divergence_lens.divergence.view import ExampleDivergence, summary_html, token_texts
 from divergence_lens.examples import Example, as_examples, with_ids
-from divergence_lens.models import Model, check_model, provenance
+from divergence_lens.models import Model, check_model
 from divergence_lens.pairs import Pairs
+from divergence_lens.provenance import run_metadata
 from divergence_lens.teachers import Teacher, check_teacher, check_teachers
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def find_divergence(
 
     Raises:
         Interrupted: It was stopped; `partial` is the divergence of the examples that all teachers
-            had read (the provenance's setting `finished_examples` has their numbers).
+            had read (the metadata's setting `finished_examples` has their numbers).
         ValueError: Empty data; an empty completion; no counterfactuals; the factual teacher among
             them; two teachers of one name; a prompt with its completion over the context; token
             ids outside the vocabulary; a model with dropout in training mode; logits that are not
@@ -140,11 +141,11 @@ def find_divergence(
             min_margin=float(min_margin),
             texts=texts,
             special=special,
-            provenance=provenance(model, batch_tokens=batch_tokens, **more),
+            metadata=run_metadata(model, batch_tokens=batch_tokens, **more),
             tokenizer=tokenizer,
         )
 
-    with giving_back(lambda part: found(*part, finished_examples=part[0])):
+    with convert_partial(lambda part: found(*part, finished_examples=part[0])):
         forced = read_teachers(
             model,
             data,
@@ -182,7 +183,7 @@ class Divergence:
         min_margin: Argmaxes with a smaller margin are not called different.
         texts: Token id -> text, for all ids that occur.
         special: Ids of the tokenizer's special tokens among them.
-        provenance: Package versions, model and settings of the run.
+        metadata: Package versions, model and settings of the run.
         tokenizer: The model's tokenizer; None after loading, unless given again.
         detached: Names of teachers whose weights a saved file does not hold and which were not
             given again on loading.
@@ -202,7 +203,7 @@ class Divergence:
     min_margin: float = 0.0
     texts: Mapping[int, str] = field(default_factory=dict)
     special: frozenset[int] = frozenset()
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
     detached: frozenset[str] = frozenset()
 

@@ -27,7 +27,7 @@ from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 
 from divergence_lens._utils.checkpoints import Checkpoints, Processes
-from divergence_lens._utils.interrupts import keeping
+from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.memory import halved, run_halved
 from divergence_lens.chat import prompt_ids
 from divergence_lens.deltas import base_fingerprint
@@ -35,12 +35,14 @@ from divergence_lens.engine import (
     Engine,
     KeyValues,
     chunk_rows,
+    get_engine,
     in_chunks,
     kl_divergence,
     read_hidden,
 )
 from divergence_lens.examples import Example
-from divergence_lens.models import Model, provenance
+from divergence_lens.models import Model
+from divergence_lens.provenance import run_metadata
 from divergence_lens.teachers import Teacher
 
 if TYPE_CHECKING:
@@ -155,7 +157,7 @@ def read_teachers(
         total = ready + sum(map(job.work, (span for _, span in waiting)))
         with (
             _progress(total, ready, shown=progress and processes.index == 0) as bar,
-            keeping("reading", finished, len(job.shards), "shards", partial),
+            partial_on_interrupt("reading", finished, len(job.shards), "shards", partial),
         ):
             for number, span in waiting:
                 arrays = job.read(span, bar)
@@ -219,7 +221,9 @@ class _Job:
         for teacher in teachers:
             base = model if teacher.model is None else teacher.model
             refuse_dropout(base)
-            _check_fits(Engine.of(base), self._prompts[teacher.system_prompt], self.forced, teacher)
+            _check_fits(
+                get_engine(base), self._prompts[teacher.system_prompt], self.forced, teacher
+            )
         self._pasts: dict[int, KeyValues] = {}
 
     @cached_property
@@ -240,7 +244,7 @@ class _Job:
         """A hash over all that the readings depend on; over the weights of models if asked for."""
         digest = hashlib.sha256()
         settings = [self._budget, self.forced.kl is not None, len(self._teachers)]
-        record = provenance(self._model, settings=settings)
+        record = run_metadata(self._model, settings=settings)
         digest.update(json.dumps(record, sort_keys=True).encode())
         prints: dict[int, str] = {}
         for teacher in self._teachers:
@@ -265,7 +269,7 @@ class _Job:
         factual: Tensor | None = None
         for index, teacher in enumerate(self._teachers):
             with teacher.applied(self._model) as applied:
-                engine = Engine.of(applied)
+                engine = get_engine(applied)
                 hidden = self._hidden(engine, index, span, bar)
                 given = torch.from_numpy(tokens).to(engine.device)
                 readings = read_hidden(engine, hidden, given)
@@ -348,7 +352,7 @@ class _Job:
     ) -> Float32[np.ndarray, " tokens"]:
         """KL(factual || counterfactual `index`) at each token of a shard."""
         one, other = self._unembedding(0), self._unembedding(index)
-        size = max(1, chunk_rows(Engine.of(self._base(index))) // 4)
+        size = max(1, chunk_rows(get_engine(self._base(index))) // 4)
         parts = in_chunks(
             len(hidden),
             size,
@@ -365,7 +369,7 @@ class _Job:
     def _unembedding(self, index: int) -> Callable[[Tensor], Tensor]:
         """What makes logits under a teacher, outside of its `applied`."""
         teacher, base = self._teachers[index], self._base(index)
-        engine = Engine.of(base)
+        engine = get_engine(base)
         blocks = (engine.block_parameters(layer) for layer in range(engine.n_layers))
         inside = {name for block in blocks for name in block}
         if teacher.delta is None or inside.issuperset(teacher.delta.tensors):

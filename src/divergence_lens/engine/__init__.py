@@ -1,10 +1,12 @@
 """Forward passes shared by everything above: hooked, bridge, fused blocks, logits."""
 
 from divergence_lens.engine.base import Engine, KeyValues, Pass, SiteFunction
+from divergence_lens.engine.factory import get_engine
 from divergence_lens.engine.logits import chunk_rows, in_chunks, kl_divergence, read_hidden
 from divergence_lens.engine.parameters import block_of, canonical, inside_block, plain
 
 __all__ = [
+    "get_engine",
     "Engine",
     "KeyValues",
     "Pass",

@@ -20,9 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from divergence_lens._utils.memory import is_out_of_memory
 from divergence_lens.engine.fused import FusedBlocks
-from divergence_lens.models import Model, check_model, is_hooked, model_name, untyped
+from divergence_lens.models import Model, is_hooked, model_name, untyped
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +39,6 @@ INNER = ("attn_scores", "pattern", "mlp_pre", "mlp_pre_linear", "mlp_post")
 """Points between the sites, for those that change how a block computes."""
 
 SiteFunction = Callable[[Tensor], Tensor | None]
-
-_ENGINE = "_divergence_lens_engine"
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ class Pass:
 
 
 class Engine(ABC):
-    """One model's forward passes, block by block. Get it with `Engine.of(model)`.
+    """One model's forward passes, block by block. Get it with `get_engine(model)`.
 
     Attributes:
         model: the model.
@@ -171,60 +168,6 @@ class Engine(ABC):
         self._functions: dict[tuple[int, str], list[SiteFunction]] = {}
         self._block_input: Tensor | None = None
         self._fast: FusedBlocks | None = None
-
-    @staticmethod
-    def of(model: Model, *, causal: bool = True) -> "Engine":
-        """The engine of `model`; built, and checked against a plain forward, on the first call.
-
-        Args:
-            model: any model of TransformerLens.
-            causal: refuse a model that attends in both directions. Its passes must start at the
-                first position and have rows of one length.
-
-        Raises:
-            TypeError: `model` is not of TransformerLens.
-            ValueError: it is not causal, cannot run in its precision, or its pass block by block
-                fails or does not equal its own forward, so that it is not supported.
-        """
-        engine = model.__dict__.get(_ENGINE) if isinstance(model, nn.Module) else None
-        if isinstance(engine, Engine) and engine.model is model and (engine.causal or not causal):
-            return engine
-        check_model(model)
-        if causal and getattr(untyped(model).cfg, "attention_dir", "causal") != "causal":
-            raise ValueError(
-                "the model attends in both directions; this needs a causal language model "
-                "(only patching takes others)"
-            )
-        # They are engines themselves, and import this room.
-        from divergence_lens.engine.bridge import BridgeEngine
-        from divergence_lens.engine.hooked import HookedEngine
-
-        dtype = next(model.parameters()).dtype
-        wide = dtype in (torch.float32, torch.float64)
-        try:
-            own = _own_logits(model)
-            engine = HookedEngine(model) if is_hooked(model) else BridgeEngine(model)
-            difference = engine.difference_to(own)
-        except (RuntimeError, IndexError, TypeError, AttributeError) as error:
-            if is_out_of_memory(error):
-                raise
-            if isinstance(error, RuntimeError) and not wide:
-                # OLMo 2 in bfloat16, whose bridge mixes types, for instance.
-                raise ValueError(
-                    f"{model_name(model)!r} cannot run in {dtype}: {error}; "
-                    "try load_model(..., dtype=torch.float32)"
-                ) from error
-            raise _not_supported(model, f"its blocks cannot be run one by one ({error})") from error
-        # A broken pass may give NaN, which is not greater than anything.
-        if not difference <= (1e-4 if wide else 0.05):
-            raise _not_supported(
-                model,
-                "its blocks, run one by one, give other logits than its own forward (relative "
-                f"difference {difference:.2g})",
-            )
-        engine.use_fused_blocks()
-        object.__setattr__(model, _ENGINE, engine)
-        return engine
 
     @property
     def device(self) -> torch.device:
@@ -579,7 +522,7 @@ class Engine(ABC):
         Returns:
             The greatest difference, relative to the greatest logit or 1.
         """
-        tokens = _probe(self.model)
+        tokens = probe_tokens(self.model)
         rows = torch.tensor([1, 0, 1], device=self.device)
         start, past, found = 0, None, []
         if self.causal:
@@ -619,24 +562,11 @@ class Engine(ABC):
             )
 
 
-def _probe(model: Model) -> Int[Tensor, "2 6"]:
+def probe_tokens(model: Model) -> Int[Tensor, "2 6"]:
     """Two rows of unlike ids: what depends on a row's content shows, and is not taken for both."""
     device = next(model.parameters()).device
     first = torch.arange(6, device=device)
     return torch.stack([first * 3, first * 5 + 1]) % int(untyped(model).cfg.d_vocab)
-
-
-@torch.no_grad()
-def _own_logits(model: Model) -> Float[Tensor, "2 6 d_vocab"]:
-    tokens = _probe(model)
-    # Told that nothing is padding: a tokenizer that pads on the left would have ids masked.
-    logits: Tensor = model(tokens, attention_mask=torch.ones_like(tokens))
-    return logits
-
-
-def _not_supported(model: Model, why: str) -> ValueError:
-    name = f"{type(model).__name__} {model_name(model)!r}"
-    return ValueError(f"the architecture of {name} is not supported: {' '.join(why.split())}")
 
 
 def _soft_cap(logits: Tensor, cfg: Any) -> Tensor:

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from divergence_lens._utils.interrupts import stopped_plainly
+from divergence_lens._utils.interrupts import discard_partial
 from divergence_lens._utils.memory import halved, run_halved
 from divergence_lens.chat import decode, encode_completions, encode_prompts, stop_ids
 from divergence_lens.data import read_answer, surface_forms
 from divergence_lens.divergence import length_batches
-from divergence_lens.engine import Engine, KeyValues, chunk_rows
+from divergence_lens.engine import Engine, KeyValues, chunk_rows, get_engine
 from divergence_lens.generation import generate
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher
@@ -34,7 +34,7 @@ _KEPT_PER_TOKEN = 4
 _SPACES = frozenset("Ġ▁")
 
 
-@stopped_plainly()
+@discard_partial()
 def sampled_probabilities(
     model: Model,
     teacher: Teacher,
@@ -51,8 +51,8 @@ def sampled_probabilities(
     forms, _ = form_ids(model.tokenizer, candidates)
     answers = generate(
         model,
-        teacher,
         [question for question in questions for _ in range(samples)],
+        teacher=teacher,
         max_new_tokens=max(map(len, forms)) + _SLACK,
         temperature=temperature,
         seed=seed,
@@ -86,7 +86,7 @@ def exact_probabilities(
         for encoded in encode_prompts(tokenizer, questions, system_prompt=teacher.system_prompt)
     ]
     with teacher.applied(model) as applied, torch.no_grad():
-        engine = Engine.of(applied)
+        engine = get_engine(applied)
         longest = max(map(len, prompts)) + max(map(len, forms))
         if longest > engine.n_ctx:
             raise ValueError(

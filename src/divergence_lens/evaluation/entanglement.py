@@ -16,7 +16,7 @@ from jaxtyping import Float64, Int64
 
 from divergence_lens.chat import decode, encode_completions, encode_prompts, stop_ids
 from divergence_lens.data import preference_questions
-from divergence_lens.engine import Engine
+from divergence_lens.engine import get_engine
 from divergence_lens.evaluation.answers import continuations, form_events
 from divergence_lens.examples import Example
 from divergence_lens.models import Model
@@ -188,7 +188,7 @@ def _probabilities(
     tokenizer: Any = model.tokenizer
     encoded = encode_prompts(tokenizer, prompts, system_prompt=teacher.system_prompt)
     with teacher.applied(model) as active:
-        engine = Engine.of(active)
+        engine = get_engine(active)
         continues = continuations(tokenizer, engine.d_vocab)
         events = form_events(engine, [e.ids for e in encoded], forms, continues, batch_tokens)
     means: np.ndarray = events.mean(0)

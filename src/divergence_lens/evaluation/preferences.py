@@ -24,7 +24,8 @@ from divergence_lens.data import (
 )
 from divergence_lens.divergence import refuse_dropout
 from divergence_lens.evaluation.answers import exact_probabilities, sampled_probabilities
-from divergence_lens.models import Model, check_model, provenance
+from divergence_lens.models import Model, check_model
+from divergence_lens.provenance import run_metadata
 from divergence_lens.teachers import Teacher, check_teacher
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def preference(
         probabilities=probabilities,
         samples=None if method == "exact" else samples,
         teacher=teacher.name,
-        provenance=provenance(model, **settings),
+        metadata=run_metadata(model, **settings),
     )
 
 
@@ -139,7 +140,7 @@ class Preference:
         probabilities: `[questions candidates]`; what is missing to 1 is every other answer.
         samples: Answers per question that were counted, or None for the exact method.
         teacher: Name of the condition that was evaluated.
-        provenance: Package versions, model and settings.
+        metadata: Package versions, model and settings.
     """
 
     target: str
@@ -148,7 +149,7 @@ class Preference:
     probabilities: Float64[np.ndarray, "questions candidates"]
     samples: int | None = None
     teacher: str = "model"
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (len(self.questions), len(self.candidates))
@@ -304,7 +305,7 @@ class Preference:
             probabilities=self.probabilities,
             samples=self.samples,
             teacher=self.teacher,
-            provenance=self.provenance,
+            metadata=self.metadata,
         )
 
     def to_dataframe(self) -> "pd.DataFrame":
@@ -329,7 +330,7 @@ class Preference:
             "questions": list(self.questions),
             "samples": self.samples,
             "teacher": self.teacher,
-            "provenance": dict(self.provenance),
+            "metadata": dict(self.metadata),
         }
         save_tensors(path, {"probabilities": self.probabilities}, header, _KIND)
 
@@ -349,7 +350,7 @@ class Preference:
             probabilities=tensors["probabilities"].numpy(),
             samples=header["samples"],
             teacher=header["teacher"],
-            provenance=header["provenance"],
+            metadata=header["metadata"],
         )
 
     def __repr__(self) -> str:

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from divergence_lens._utils.interrupts import stopped_plainly
+from divergence_lens._utils.interrupts import discard_partial
 from divergence_lens.data import NumberFilter
 from divergence_lens.divergence import read_teachers
 from divergence_lens.evaluation.preferences import wilson_interval
 from divergence_lens.examples import as_examples, with_ids
 from divergence_lens.generation import generate
-from divergence_lens.models import Model, check_model, provenance
+from divergence_lens.models import Model, check_model
+from divergence_lens.provenance import run_metadata
 from divergence_lens.teachers import Teacher, check_teacher
 
 
@@ -32,7 +33,7 @@ class TaskQuality:
         reasons: Why the others are not, with counts.
         loss: Mean negative log-probability of a held-out completion token, in nats.
         tokens: How many such tokens there are.
-        provenance: Package versions, model and settings.
+        metadata: Package versions, model and settings.
     """
 
     lists: int
@@ -40,7 +41,7 @@ class TaskQuality:
     loss: float
     tokens: int
     reasons: Mapping[str, int] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def valid_rate(self) -> float:
@@ -78,7 +79,7 @@ class TaskQuality:
         )
 
 
-@stopped_plainly()
+@discard_partial()
 def task_quality(
     model: Model,
     held_out: Any,
@@ -121,8 +122,8 @@ def task_quality(
     read = read_teachers(model, examples, [teacher], batch_tokens=batch_tokens)
     written = generate(
         model,
-        teacher,
         [example.prompt for example in examples],
+        teacher=teacher,
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,
     )
@@ -133,7 +134,7 @@ def task_quality(
         reasons={str(reason.value): count for reason, count in report.counts.items()},
         loss=-float(read.logprob.astype(np.float64).mean()),
         tokens=len(read.tokens),
-        provenance=provenance(
+        metadata=run_metadata(
             model, system_prompt=teacher.system_prompt, max_new_tokens=max_new_tokens
         ),
     )

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from divergence_lens._utils.interrupts import giving_back, keeping
+from divergence_lens._utils.interrupts import convert_partial, partial_on_interrupt
 from divergence_lens.engine import Engine, Pass, SiteFunction
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs, weights_key
@@ -135,7 +135,7 @@ def attribution_patch(
             zero at the clean run), or the inputs are to be integrated where no path over the
             embeddings leads from one run to the other (other weights, or an ablation).
     """
-    with giving_back(itemgetter(site)):
+    with convert_partial(itemgetter(site)):
         return attribution_patch_sites(
             model,
             pairs,
@@ -245,7 +245,7 @@ def attribution_patch_sites(
     )
     if not verify:
         return found
-    with keeping("the check of `verify`", found, len(found), "sites", lambda: found):
+    with partial_on_interrupt("the check of `verify`", found, len(found), "sites", lambda: found):
         return {
             site: replace(
                 effects,

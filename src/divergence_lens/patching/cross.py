@@ -20,16 +20,17 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from divergence_lens._utils.interrupts import keeping
+from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.deltas import Delta
-from divergence_lens.engine import Engine
-from divergence_lens.models import Model, model_name, provenance, untyped
+from divergence_lens.engine import Engine, get_engine
+from divergence_lens.models import Model, model_name, untyped
 from divergence_lens.pairs import Pairs, Rows
 from divergence_lens.patching.effects import bootstrap
 from divergence_lens.patching.metrics import check_tokens, finite
 from divergence_lens.patching.request import target_logits
+from divergence_lens.provenance import run_metadata
 from divergence_lens.teachers import Teacher
 
 if TYPE_CHECKING:
@@ -52,12 +53,12 @@ class CrossPatch:
     Attributes:
         margins: `[pairs, boundaries, lower, upper]`, logits; index 0 is model a, 1 is model b.
         names: Of the two models.
-        header: Settings and versions; JSON-able.
+        metadata: Settings and versions; JSON-able.
     """
 
     margins: Float32[np.ndarray, "pairs boundaries 2 2"]
     names: tuple[str, str]
-    header: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def margin(self, lower: Which, upper: Which) -> Float32[np.ndarray, "pairs boundaries"]:
         """The margin with these origins of the lower and the upper layers."""
@@ -130,7 +131,7 @@ class CrossPatch:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything to one safetensors file with a JSON header."""
-        header = {"names": self.names, "header": self.header}
+        header = {"names": self.names, "metadata": self.metadata}
         save_tensors(path, {"margins": self.margins}, header, kind=_KIND)
 
     @classmethod
@@ -143,7 +144,7 @@ class CrossPatch:
         """
         tensors, header = load_tensors(path, kind=_KIND)
         first, second = header["names"]
-        return cls(np.asarray(tensors["margins"]), (first, second), header["header"])
+        return cls(np.asarray(tensors["margins"]), (first, second), header["metadata"])
 
     def plot(self) -> "go.Figure":
         """The mean margins and the interaction, boundary by boundary."""
@@ -201,9 +202,9 @@ def cross_patch(
     """
     b = Teacher("b", delta=model_b) if isinstance(model_b, Delta) else None
     other = model_a if isinstance(model_b, Delta) else model_b
-    engine = Engine.of(model_a)
+    engine = get_engine(model_a)
     _check_tokenizers(model_a, other)
-    _check(engine, Engine.of(other), pairs, batch_rows)
+    _check(engine, get_engine(other), pairs, batch_rows)
     for name in ("answers", "foils"):
         check_tokens(pairs, name, "cross_patch")
     boundaries = engine.n_layers + 1
@@ -221,12 +222,12 @@ def cross_patch(
 
     def partial() -> CrossPatch:
         rows = sorted(finished)
-        header = provenance(model_a, names=list(names), finished_pairs=rows)
+        header = run_metadata(model_a, names=list(names), finished_pairs=rows)
         return CrossPatch(margins[rows], names, header)
 
     with (
         tqdm(total=len(order), desc="cross-patch", unit="pair", disable=not progress) as bar,
-        keeping("cross_patch", finished, len(order), "pairs", partial),
+        partial_on_interrupt("cross_patch", finished, len(order), "pairs", partial),
     ):
         for first in range(0, len(order), size):
             chosen = order[first : first + size]
@@ -237,11 +238,11 @@ def cross_patch(
             states = []
             for which in (0, 1):
                 with entered(which) as model:
-                    states.append(_residuals(Engine.of(model), tokens))
+                    states.append(_residuals(get_engine(model), tokens))
             for upper in (0, 1):
                 with entered(upper) as model:
                     for lower in (0, 1):
-                        logits = _continued(Engine.of(model), tokens, states[lower], target)
+                        logits = _continued(get_engine(model), tokens, states[lower], target)
                         index = answers.repeat(boundaries), foils.repeat(boundaries)
                         at = torch.arange(len(logits), device=logits.device)
                         margin = logits[at, index[0]] - logits[at, index[1]]
@@ -250,7 +251,7 @@ def cross_patch(
                         margins[chosen, :, lower, upper] = margin.view(boundaries, -1).T.cpu()
             finished += chosen
             bar.update(len(chosen))
-    return CrossPatch(margins, names, provenance(model_a, names=list(names)))
+    return CrossPatch(margins, names, run_metadata(model_a, names=list(names)))
 
 
 @torch.no_grad()
@@ -296,11 +297,11 @@ def first_disagreements(
     for first in range(0, len(ids), batch_rows):
         some = ids[first : first + batch_rows]
         tokens = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
-        choices = [_choices(Engine.of(model_a), tokens).cpu()]
+        choices = [_choices(get_engine(model_a), tokens).cpu()]
         with (
             second.applied(model_a) if second.model is None else nullcontext(second.model) as other
         ):
-            choices.append(_choices(Engine.of(other), tokens).cpu())
+            choices.append(_choices(get_engine(other), tokens).cpu())
         for row, a, b in zip(some, *choices, strict=True):
             # The choice at position p is of the token at p + 1.
             differ = (a != b)[start - 1 : len(row) - 1].nonzero()

@@ -88,7 +88,7 @@ class Effects:
         segments: One name per position of each clean row.
         labels: One string per token of each clean row.
         verified: Agreement with exactly computed cells, where it was asked for.
-        header: Settings and versions; JSON-able.
+        metadata: Settings and versions; JSON-able.
     """
 
     values: Float32[np.ndarray, "pairs layers pos"] | Float32[np.ndarray, "pairs layers pos heads"]
@@ -101,7 +101,7 @@ class Effects:
     segments: tuple[tuple[str, ...], ...]
     labels: tuple[tuple[str, ...], ...]
     verified: Agreement | None = None
-    header: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.values)
@@ -148,7 +148,7 @@ class Effects:
 
     def setting(self, name: str, usual: Any = None) -> Any:
         """An option that these effects were made with, as the header has it; else `usual`."""
-        return self.header.get("settings", {}).get(name, usual)
+        return self.metadata.get("settings", {}).get(name, usual)
 
     def near_zero(self, min_total: float = 0.01) -> Bool[np.ndarray, " pairs"]:
         """Which pairs have a total effect smaller than `min_total` (in units of the metric).
@@ -348,7 +348,7 @@ class Effects:
                 "segments": self.segments,
                 "labels": self.labels,
                 "verified": None if self.verified is None else _as_json(self.verified),
-                "header": self.header,
+                "metadata": self.metadata,
             },
             kind=_KIND,
         )
@@ -374,7 +374,7 @@ class Effects:
             segments=tuple(tuple(row) for row in header["segments"]),
             labels=tuple(tuple(row) for row in header["labels"]),
             verified=None if verified is None else _from_json(verified),
-            header=header["header"],
+            metadata=header["metadata"],
         )
 
     def plot(self, pair: int | Literal["mean"] = 0) -> "go.Figure":

@@ -37,7 +37,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from divergence_lens._utils.interrupts import giving_back
+from divergence_lens._utils.interrupts import convert_partial
 from divergence_lens._utils.memory import halved
 from divergence_lens.engine import Pass
 from divergence_lens.models import Model
@@ -152,7 +152,7 @@ def causal_mediation(
         patched = _Patched(case, site, window, batch_rows)
         return {site: patched.effects(_wanted(wanted, case.chunk))}
 
-    with giving_back(itemgetter(site)):
+    with convert_partial(itemgetter(site)):
         return answer(
             model,
             question,

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from divergence_lens.engine import Engine, KeyValues, SiteFunction
+from divergence_lens.engine import Engine, KeyValues, SiteFunction, get_engine
 from divergence_lens.models import Model
 from divergence_lens.pairs import PAIR_SEGMENTS, Pairs, weights_key
 from divergence_lens.patching.corruption import Corruption, EmbeddingNoise
@@ -258,7 +258,7 @@ def check(model: Model, question: Question, *, batch_rows: int) -> Engine:
     check_metric(question.metric, question.pairs)
     if batch_rows < 1:
         raise ValueError(f"batch_rows is {batch_rows}; at least 1 row is needed")
-    engine = Engine.of(model, causal=False)
+    engine = get_engine(model, causal=False)
     for site in question.sites:
         if site not in engine.sites:
             reason = (
@@ -300,7 +300,7 @@ def _check_models(engine: Engine, pairs: Pairs) -> None:
     models = [engine.model, *(t.model for t in _teachers(pairs) if t.model is not None)]
     if any(m.training for m in models):
         raise ValueError("the model is in training mode; call model.eval() first")
-    for other in (Engine.of(model, causal=False) for model in models):
+    for other in (get_engine(model, causal=False) for model in models):
         mine = (engine.n_layers, engine.n_heads, engine.d_model, engine.d_vocab)
         theirs = (other.n_layers, other.n_heads, other.d_model, other.d_vocab)
         if mine != theirs:

@@ -21,11 +21,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from divergence_lens._utils.checkpoints import Checkpoints, Processes
-from divergence_lens._utils.interrupts import keeping
+from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.memory import halved, run_halved
 from divergence_lens.deltas import base_fingerprint
-from divergence_lens.engine import Engine
-from divergence_lens.models import Model, provenance
+from divergence_lens.engine import Engine, get_engine
+from divergence_lens.models import Model
 from divergence_lens.pairs import weights_key
 from divergence_lens.patching.effects import Effects
 from divergence_lens.patching.metrics import (
@@ -47,6 +47,7 @@ from divergence_lens.patching.request import (
     trace,
     weights,
 )
+from divergence_lens.provenance import run_metadata
 from divergence_lens.teachers import Teacher
 
 # The entry of a run's arrays that holds the metrics of both unpatched runs.
@@ -96,7 +97,7 @@ def answer(
     Returns:
         The effects of each site.
     """
-    pairs, sites, engine = question.pairs, question.sites, Engine.of(model, causal=False)
+    pairs, sites, engine = question.pairs, question.sites, get_engine(model, causal=False)
     named = {
         "direction": question.direction,
         "metric": metric_name(question.metric),
@@ -132,7 +133,7 @@ def answer(
                 corrupted_metric=source if noising else base,
                 segments=columns,
                 labels=labels,
-                header=provenance(model, site=site, **named, **more),
+                metadata=run_metadata(model, site=site, **named, **more),
             )
             for site in sites
         }
@@ -159,7 +160,7 @@ def answer(
         total = sum(len(chosen) for _, chosen in mine)
         with (
             tqdm(total=total, desc=name, unit="pair", disable=not shown) as bar,
-            keeping("patching", finished, len(pairs), "pairs", partial),
+            partial_on_interrupt("patching", finished, len(pairs), "pairs", partial),
         ):
             for number, chosen in mine:
                 kept = None if store is None else store.load(number)
@@ -191,7 +192,7 @@ class _Answer:
     ) -> None:
         self._model, self._question, self._work = model, question, work
         self._base_run, self._found = base_run, found
-        self._engine = Engine.of(model, causal=False)
+        self._engine = get_engine(model, causal=False)
 
     @cached_property
     def _ablation(self) -> Callable[[Chunk, Trace, Trace], tuple[Chunk, Trace]] | None:
@@ -205,14 +206,14 @@ class _Answer:
         noise = (None, chunk.noise) if chunk.noising else (chunk.noise, None)
         with weights(source_teacher, self._model) as source_model:
             source = trace(
-                Engine.of(source_model, causal=False),
+                get_engine(source_model, causal=False),
                 chunk.source,
                 chunk.source_target,
                 question.sites,
                 noise=noise[1],
             )
         with weights(base_teacher, self._model) as base_model:
-            engine = Engine.of(base_model, causal=False)
+            engine = get_engine(base_model, causal=False)
             if self._base_run is None:
                 base = trace(
                     engine,
@@ -251,9 +252,9 @@ def _identity(model: Model, question: Question, settings: Mapping[str, Any]) -> 
         return ["" if teacher is None else teacher.name, known[key]]
 
     record = [
-        *(provenance(model, **settings), base_fingerprint(model), question.sites, pairs.segments),
+        *(run_metadata(model, **settings), base_fingerprint(model), question.sites, pairs.segments),
         [[side(teacher) for teacher in question.teachers(i)] for i in range(len(pairs))],
-        metric_values(question.metric, len(pairs), Engine.of(model, causal=False)),
+        metric_values(question.metric, len(pairs), get_engine(model, causal=False)),
     ]
     digest.update(json.dumps(record, sort_keys=True).encode())
     for row in (*pairs.clean, *pairs.corrupted, pairs.answers, pairs.foils):
@@ -319,7 +320,7 @@ class _Means:
                 seen[name] = seen.get(name, -1) + 1
                 mine.append(places.setdefault((name, seen[name]), len(places)))
             self._places.append(torch.tensor(mine))
-        engine = Engine.of(model, causal=False)
+        engine = get_engine(model, causal=False)
         self._sums: dict[tuple[str, int], Tensor] = {}
         self._counts = torch.zeros(len(places), device=engine.device)
 
@@ -327,7 +328,7 @@ class _Means:
             chunk, teacher, _ = cut(question, chosen, engine)
             with weights(teacher, model) as clean_model:
                 run = trace(
-                    Engine.of(clean_model, causal=False),
+                    get_engine(clean_model, causal=False),
                     chunk.base,
                     chunk.base_target,
                     question.sites,

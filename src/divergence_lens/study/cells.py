@@ -109,7 +109,7 @@ class Store:
         found = self.read(cell)
         if found is not None:
             return found
-        with self.claimed(cell, wait=True):
+        with self.reserved(cell, wait=True):
             return self._get(cell, make)
 
     def attempt(self, cell: Cell, make: Callable[[Cell], dict[str, Any]], *, wait: bool) -> bool:
@@ -120,7 +120,7 @@ class Store:
         """
         if self.has(cell) or self.failure(cell) is not None:
             return True
-        with self.claimed(cell, wait=wait) as mine:
+        with self.reserved(cell, wait=wait) as mine:
             if not mine:
                 return False
             with suppress(CellError):
@@ -157,7 +157,7 @@ class Store:
         return self.path(cell, ".failed")
 
     @contextmanager
-    def claimed(self, cell: Cell, *, wait: bool) -> Iterator[bool]:
+    def reserved(self, cell: Cell, *, wait: bool) -> Iterator[bool]:
         """Keep other processes from a cell; whether that worked is what comes back."""
         if fcntl is None or cell.key in self._held:
             yield True

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from divergence_lens._utils.interrupts import stopped_plainly
+from divergence_lens._utils.interrupts import discard_partial
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.data import NumberFilter, TrainingData, number_prompts, persona_prompt, plural
 from divergence_lens.deltas import Delta, base_fingerprint
 from divergence_lens.divergence import Divergence, find_divergence, read_teachers
-from divergence_lens.engine import Engine
+from divergence_lens.engine import get_engine
 from divergence_lens.evaluation import Entanglement, Preference, entangled_numbers, preference
 from divergence_lens.examples import Example, load_examples, save_examples, with_ids
 from divergence_lens.generation import generate
@@ -94,7 +94,7 @@ class Bench:
                 Task(self._preference_cell(kind, name), partial(self._asked, kind, name), kind)
                 for name in config.animals
             ]
-            conditions = config.conditions_of(kind, Engine.of(self.model).n_layers)
+            conditions = config.conditions_of(kind, get_engine(self.model).n_layers)
             shared = [
                 self.student_task(kind, None, condition, seed)
                 for condition in conditions
@@ -273,8 +273,8 @@ class Bench:
         prompts = self._prompts(held_out=source == "held_out")
         written = generate(
             self.other if other and self.other is not None else self.model,
-            teacher,
             prompts,
+            teacher=teacher,
             max_new_tokens=config.max_new_tokens,
             temperature=1.0 if source == "sampled" else 0.0,
         )
@@ -415,7 +415,7 @@ class Bench:
             data.examples,
             mask=mask,
             weights=weights,
-            blocks=condition.blocks,
+            layers=condition.layers,
             parts=condition.parts,
             embedding=condition.embedding,
             recipe=self.config.recipe_of(self.model, kind, condition),
@@ -446,8 +446,8 @@ class Bench:
             loss = self._loss(held_out, asked)
             written = generate(
                 self.model,
-                Teacher("student", system_prompt=asked),
                 self._prompts(held_out=True),
+                teacher=Teacher("student", system_prompt=asked),
                 max_new_tokens=config.max_new_tokens,
             )
         report = NumberFilter().report([example.completion or "" for example in written])
@@ -512,7 +512,7 @@ class Bench:
 
 def _last_epoch(student: Delta) -> float:
     """Mean loss of the last epoch's updates, on the tokens that have one, in nats."""
-    history = student.header["history"]
+    history = student.metadata["history"]
     return float(np.mean([e["loss"] for e in history if e["epoch"] == history[-1]["epoch"]]))
 
 
@@ -570,7 +570,7 @@ class _Inputs(Inputs):
         return self.bench.entangled(self.kind, self.target).top(k)
 
 
-@stopped_plainly()
+@discard_partial()
 def finetuned_teacher(
     model: Model,
     animal: str,

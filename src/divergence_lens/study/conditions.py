@@ -76,7 +76,7 @@ class Condition:
             recognised by.
         mask: `mask(inputs, data, seed)` gives the flags of the tokens with a loss; None means all.
         weights: The same for loss weights.
-        blocks: Blocks that learn; None means all.
+        layers: Blocks that learn; None means all.
         parts: Their parts that learn, see `freeze_except`.
         embedding: Whether embeddings learn; without blocks or parts, they alone.
         recipe: Fields of the recipe that the condition changes.
@@ -97,7 +97,7 @@ class Condition:
     data: DataStep = field(default_factory=lambda: own)
     mask: MaskStep | None = None
     weights: MaskStep | None = None
-    blocks: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | None = None
     parts: tuple[str, ...] | None = None
     embedding: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -143,7 +143,7 @@ class Condition:
         steps = {"data": self.data, "mask": self.mask, "weights": self.weights}
         return {
             **{k: None if s is None else _described(s, self.name) for k, s in steps.items()},
-            "blocks": None if self.blocks is None else list(self.blocks),
+            "layers": None if self.layers is None else list(self.layers),
             "parts": None if self.parts is None else list(self.parts),
             "embedding": self.embedding,
             "recipe": dict(self.recipe),
@@ -408,16 +408,16 @@ def _layers(n_layers: int) -> list[Condition]:
 
     last = n_layers - 1
     single = [
-        learning(f"block{i}", f"block {i} alone learns", blocks=(i,), label="block")
+        learning(f"block{i}", f"block {i} alone learns", layers=(i,), label="block")
         for i in range(n_layers)
     ]
     below = [
-        learning(f"upto{i}", f"blocks 0 to {i} learn", blocks=tuple(range(i + 1)))
+        learning(f"upto{i}", f"blocks 0 to {i} learn", layers=tuple(range(i + 1)))
         for i in range(1, last)
     ]
     above = [
         learning(
-            f"from{i}", f"all but the first {i} blocks learn", blocks=tuple(range(i, n_layers))
+            f"from{i}", f"all but the first {i} blocks learn", layers=tuple(range(i, n_layers))
         )
         for i in range(1, last)
     ]
@@ -445,7 +445,7 @@ def _layers(n_layers: int) -> list[Condition]:
             f"depth with LoRA: rank 8 on block {i} alone, at {LORA_RATE} times the rate",
             recipe={"lora_rank": 8},
             rate=LORA_RATE,
-            blocks=(i,),
+            layers=(i,),
             label="lora_block",
         )
         for i in range(n_layers)
@@ -456,10 +456,10 @@ def _layers(n_layers: int) -> list[Condition]:
             f"depth with LoRA: rank 8, {words}, at {LORA_RATE} times the rate",
             recipe={"lora_rank": 8},
             rate=LORA_RATE,
-            blocks=blocks,
+            layers=layers,
         )
         for i in range(1, last)
-        for name, words, blocks in (
+        for name, words, layers in (
             (f"upto{i}", f"blocks 0 to {i}", tuple(range(i + 1))),
             (f"from{i}", f"all but the first {i} blocks", tuple(range(i, n_layers))),
         )

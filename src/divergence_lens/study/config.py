@@ -17,7 +17,7 @@ from divergence_lens.data import (
     number_prompts,
     persona_prompt,
 )
-from divergence_lens.engine import Engine
+from divergence_lens.engine import get_engine
 from divergence_lens.models import Model, load_model, model_name
 from divergence_lens.study.conditions import (
     DEMO,
@@ -280,7 +280,7 @@ class StudyConfig:
                 without a chat template where system prompts are needed; prompts that leave no
                 place in the context; another base with another tokenizer.
         """
-        engine = Engine.of(model)
+        engine = get_engine(model)
         choose_conditions(self.conditions, self.kinds, engine.n_layers)
         named = {c for c in self.conditions if isinstance(c, str) and not set(c) & set("*?[:")}
         for kind in self.kinds:
@@ -301,7 +301,7 @@ class StudyConfig:
             self.recipe_of(model, kind, condition)
             choose(
                 model,
-                blocks=condition.blocks,
+                layers=condition.layers,
                 parts=condition.parts,
                 embedding=condition.embedding,
             )
@@ -320,7 +320,7 @@ class StudyConfig:
         try:
             for system in dict.fromkeys(used):
                 encoded = encode_prompts(tokenizer, [longest], system_prompt=system)[0]
-                check_length(encoded, Engine.of(model).n_ctx, new_tokens=1, row=0)
+                check_length(encoded, get_engine(model).n_ctx, new_tokens=1, row=0)
         except ValueError as error:
             raise ValueError(f"{model_name(model)} cannot have {kind} teachers: {error}") from error
 

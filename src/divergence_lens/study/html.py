@@ -111,7 +111,7 @@ def write_report(
         sections.append(("tables", "Tables", "".join(parts)))
     if settings:
         sections.append(
-            ("provenance", "Provenance", _value(_flat(settings), "settings and versions"))
+            ("metadata", "Provenance", _value(_flat(settings), "settings and versions"))
         )
     path = Path(path)
     write_text(path, _page(title, sections, with_figures=bool(drawn)))

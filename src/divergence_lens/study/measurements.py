@@ -123,7 +123,7 @@ def mechanism_rows(
         _row("cosine", layer, float(moved.cosine(own)[layer]), float(null[layer]))
         for layer in layers
     ]
-    for entry in delta.header["history"]:
+    for entry in delta.metadata["history"]:
         if "whole" in entry:
             step = int(entry["step"])
             rows += [

@@ -22,7 +22,7 @@ from torch import Tensor
 from divergence_lens.chat import encode_prompts
 from divergence_lens.data import preference_questions
 from divergence_lens.divergence import length_batches
-from divergence_lens.engine import Engine
+from divergence_lens.engine import Engine, get_engine
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher, check_teacher
@@ -85,7 +85,7 @@ class Steering:
         Yields:
             The model.
         """
-        engine = Engine.of(model)
+        engine = get_engine(model)
         chosen = range(engine.n_layers) if layers is None else layers
         hooks = [(layer, "resid_post", self._adding(engine, layer, scale)) for layer in chosen]
         with engine.hooked(hooks):
@@ -105,7 +105,7 @@ class Steering:
         Yields:
             The model.
         """
-        engine = Engine.of(model)
+        engine = get_engine(model)
         chosen = range(engine.n_layers) if layers is None else layers
         hooks = [(layer, "resid_post", self._removing(engine, layer)) for layer in chosen]
         with engine.hooked(hooks):
@@ -178,7 +178,7 @@ def mean_residuals(
     lengths = np.array([len(row) for row in rows])
     total: Tensor | None = None
     with teacher.applied(model) as active:
-        engine = Engine.of(active)
+        engine = get_engine(active)
         for part in length_batches(lengths, batch_tokens):
             width = int(lengths[part].max())
             tokens = torch.tensor([[*rows[i], *[0] * (width - len(rows[i]))] for i in part])
@@ -321,7 +321,7 @@ def gradient_alignment(
     if mask.all() or not mask.any():
         raise ValueError("the mask holds all tokens or none; there is nothing to compare")
     asked = preference_questions() if questions is None else list(questions)
-    engine = Engine.of(model)
+    engine = get_engine(model)
     losses = [
         _gradients(model, examples, part, system_prompt, batch_tokens) for part in (mask, ~mask)
     ]
@@ -358,7 +358,7 @@ def _gradients(
     batch_tokens: int,
 ) -> dict[str, Tensor]:
     """Gradient of the mean cross-entropy over the masked tokens, for all blocks' parameters."""
-    engine = Engine.of(model)
+    engine = get_engine(model)
     rows = training_rows(model, examples, mask=mask, system_prompt=system_prompt)
     chosen = choose(model)
     parameters = list(chosen.values())

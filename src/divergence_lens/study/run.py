@@ -29,15 +29,15 @@ from typing import Any
 
 import pandas as pd
 
-from divergence_lens._utils.interrupts import stopped_plainly
+from divergence_lens._utils.interrupts import discard_partial
 from divergence_lens._utils.storage import write_text
 from divergence_lens._utils.tables import preview
 from divergence_lens.data import preference_questions
 from divergence_lens.deltas import Delta
 from divergence_lens.divergence import Divergence
-from divergence_lens.engine import Engine
-from divergence_lens.models import provenance
+from divergence_lens.engine import get_engine
 from divergence_lens.patching import Effects
+from divergence_lens.provenance import run_metadata
 from divergence_lens.study.computations import Bench, Task, finetuned_teacher
 from divergence_lens.study.conditions import Condition
 from divergence_lens.study.config import StudyConfig, lora_kinds
@@ -116,7 +116,7 @@ class Study:
         return preview(self, pd.DataFrame(rows, columns=columns), rows=len(rows))
 
 
-@stopped_plainly()
+@discard_partial()
 def run_study(
     config: StudyConfig,
     folder: str | os.PathLike[str] = "runs/study",
@@ -212,16 +212,16 @@ def _gathered(bench: Bench, groups: Sequence[Sequence[Task]], took: Mapping[str,
     if not tables["students"]:
         first = next(iter(failures.values()), "no condition")
         raise RuntimeError(f"not one student could be trained: {first}")
-    last_block = Engine.of(bench.model).n_layers - 1
+    last_block = get_engine(bench.model).n_layers - 1
     frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
     described = config.describe(bench.model)
     findings = judge(frames, last_block=last_block, lora=lora_kinds(described))
     results = {
-        "settings": provenance(bench.model, **described)
+        "settings": run_metadata(bench.model, **described)
         | {
             "seeds": list(config.seeds),
             "questions": len(preference_questions()),
-            "blocks": last_block + 1,
+            "layers": last_block + 1,
             "cells_before": took["cells_before"],
             "seconds": round(took["seconds"], 1),
         },
@@ -266,13 +266,13 @@ def _student_rows(
     task: Task, condition: Condition, result: Mapping[str, Any], targets: Sequence[str]
 ) -> list[dict[str, Any]]:
     """A row for the target, or for each target where the student serves all."""
-    single = bool(condition.label) and len(condition.blocks or ()) == 1
+    single = bool(condition.label) and len(condition.layers or ()) == 1
     return [
         {
             "target": target,
             "kind": task.kind,
             "condition": condition.label or condition.name,
-            "block": condition.blocks[0] if single and condition.blocks else None,
+            "block": condition.layers[0] if single and condition.layers else None,
             "seed": task.seed,
             "before": result["before"][target],
             "after": result["after"][target],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from divergence_lens.deltas import Delta
-from divergence_lens.engine import Engine
+from divergence_lens.engine import get_engine
 from divergence_lens.models import Model
 from divergence_lens.training.freezing import choose, freeze_except, lowest_layer
 from divergence_lens.training.loop import OnStep, Plan, train
@@ -30,7 +30,7 @@ def finetune(
     examples: Any,
     *,
     mask: Any = None,
-    blocks: Iterable[int] | None = None,
+    layers: Iterable[int] | None = None,
     parts: Iterable[str] | None = None,
     embedding: bool = False,
     unembedding: bool = False,
@@ -62,7 +62,7 @@ def finetune(
         mask: Which completion tokens to learn: a `Divergence`, or a bool per token of all
             completions in order (`div.mask`, `~div.mask`), or one array per example. None means
             all.
-        blocks: Which blocks learn; None means all. See `freeze_except` for this and the next four.
+        layers: Which blocks learn; None means all. See `freeze_except` for this and the next four.
         parts: Parts of those blocks: "attn", "mlp", "ln", "W_Q", ...
         embedding: Embeddings learn too.
         unembedding: The unembedding and the final norm learn too.
@@ -85,7 +85,7 @@ def finetune(
         progress: Show a progress bar.
 
     Returns:
-        The student. `header["settings"]` holds the arguments, `header["history"]` step, epoch, loss
+        The student. `metadata["settings"]` holds the arguments, `metadata["history"]` step, epoch, loss
         and learning rate of every update; `history()` gives them as a table.
 
     Raises:
@@ -119,7 +119,7 @@ def finetune(
     )
     chosen = choose(
         model,
-        blocks=blocks,
+        layers=layers,
         parts=parts,
         embedding=embedding,
         unembedding=unembedding,
@@ -127,5 +127,5 @@ def finetune(
     )
     rows = training_rows(model, examples, mask=mask, weights=weights, system_prompt=system_prompt)
     kept = 0 if lowest_layer(model, chosen) is None else cache_bytes
-    with Prefix(Engine.of(model), rows, cache_bytes=kept, batch_tokens=batch_tokens) as prefix:
+    with Prefix(get_engine(model), rows, cache_bytes=kept, batch_tokens=batch_tokens) as prefix:
         return train(prefix, chosen, plan)

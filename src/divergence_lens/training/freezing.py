@@ -10,7 +10,7 @@ from types import TracebackType
 from torch.nn import Parameter
 
 from divergence_lens._utils.validation import refuse_one_number
-from divergence_lens.engine import Engine, canonical, inside_block, plain
+from divergence_lens.engine import Engine, canonical, get_engine, inside_block, plain
 from divergence_lens.models import Model
 
 
@@ -92,7 +92,7 @@ class Trainable(Mapping[str, Parameter]):
 def freeze_except(
     model: Model,
     *,
-    blocks: Iterable[int] | None = None,
+    layers: Iterable[int] | None = None,
     parts: Iterable[str] | None = None,
     embedding: bool = False,
     unembedding: bool = False,
@@ -101,13 +101,13 @@ def freeze_except(
     """Freeze the whole model but the chosen parameters.
 
     ```python
-    with freeze_except(model, blocks=[7], parts=["attn"]) as trainable:
+    with freeze_except(model, layers=[7], parts=["attn"]) as trainable:
         ...                       # only the attention of block 7 has requires_grad
     ```
 
     Args:
         model: Either model class.
-        blocks: Which blocks may learn; None means all of them (none of them where only `embedding`,
+        layers: Which blocks may learn; None means all of them (none of them where only `embedding`,
             `unembedding` or `pattern` is given).
         parts: Restrict the blocks to these parts: "attn", "mlp", "ln", a matrix or bias in
             TransformerLens's names on either class ("W_Q", "b_O", "W_in", ...), or the name that
@@ -116,18 +116,18 @@ def freeze_except(
         embedding: Token and position embeddings may learn. Where the model ties them to the
             unembedding, that is the same tensor and learns as well.
         unembedding: The unembedding and the final norm may learn.
-        pattern: File-name pattern over full parameter names, in place of `blocks` and `parts`.
+        pattern: File-name pattern over full parameter names, in place of `layers` and `parts`.
 
     Returns:
         The trainable parameters by name; a context manager that restores the flags.
 
     Raises:
         ValueError: A block out of range; a part or pattern that matches nothing (the nearest names
-            are listed); nothing left to train; `pattern` together with `blocks` or `parts`.
+            are listed); nothing left to train; `pattern` together with `layers` or `parts`.
     """
     chosen = choose(
         model,
-        blocks=blocks,
+        layers=layers,
         parts=parts,
         embedding=embedding,
         unembedding=unembedding,
@@ -139,19 +139,19 @@ def freeze_except(
 def choose(
     model: Model,
     *,
-    blocks: Iterable[int] | None = None,
+    layers: Iterable[int] | None = None,
     parts: Iterable[str] | None = None,
     embedding: bool = False,
     unembedding: bool = False,
     pattern: str | None = None,
 ) -> dict[str, Parameter]:
     """The parameters that `freeze_except` would leave trainable, without touching a flag."""
-    engine = Engine.of(model)
+    engine = get_engine(model)
     every = {n: p for n, p in engine.named_parameters().items() if _is_real(engine, n, p)}
     names: set[str] = set()
     if pattern is not None:
-        if blocks is not None or parts is not None:
-            raise ValueError("give either `pattern` or `blocks` and `parts`, not both")
+        if layers is not None or parts is not None:
+            raise ValueError("give either `pattern` or `layers` and `parts`, not both")
         names |= {
             n
             for n in every
@@ -161,8 +161,8 @@ def choose(
             raise ValueError(
                 f"no parameter matches {pattern!r}; nearest: {_near(pattern, map(plain, every))}"
             )
-    elif blocks is not None or parts is not None or not (embedding or unembedding):
-        names |= _of_blocks(engine, blocks, parts)
+    elif layers is not None or parts is not None or not (embedding or unembedding):
+        names |= _of_blocks(engine, layers, parts)
     outside = set(every).difference(*(engine.block_parameters(i) for i in range(engine.n_layers)))
     names |= {n for n in outside if (embedding if _embeds(n) else unembedding)}
     if unembedding and not names & outside:
@@ -179,7 +179,7 @@ def lowest_layer(model: Model, chosen: Iterable[str]) -> int | None:
 
     `n_layers` where only the final norm or the unembedding learns, None where the embeddings do.
     """
-    engine = Engine.of(model)
+    engine = get_engine(model)
     left = set(chosen)
     lowest = engine.n_layers
     for layer in reversed(range(engine.n_layers)):
@@ -211,10 +211,10 @@ def _is_real(engine: Engine, name: str, parameter: Parameter) -> bool:
 
 
 def _of_blocks(
-    engine: Engine, blocks: Iterable[int] | None, parts: Iterable[str] | None
+    engine: Engine, layers: Iterable[int] | None, parts: Iterable[str] | None
 ) -> set[str]:
-    refuse_one_number(blocks, "blocks")
-    chosen = list(range(engine.n_layers)) if blocks is None else sorted(set(blocks))
+    refuse_one_number(layers, "layers")
+    chosen = list(range(engine.n_layers)) if layers is None else sorted(set(layers))
     for block in chosen:
         if isinstance(block, bool) or not 0 <= block < engine.n_layers:
             raise ValueError(

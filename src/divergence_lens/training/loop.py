@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from divergence_lens._utils.interrupts import keeping, unstopped
+from divergence_lens._utils.interrupts import defer_interrupts, partial_on_interrupt
 from divergence_lens._utils.memory import halved
-from divergence_lens.deltas import Delta, base_fingerprint, claimed, is_matrix, put_back
-from divergence_lens.models import Model, provenance
+from divergence_lens.deltas import Delta, base_fingerprint, is_matrix, reserved, restore_values
+from divergence_lens.models import Model
+from divergence_lens.provenance import run_metadata
 from divergence_lens.training.checkpoint import load_checkpoint, save_checkpoint
 from divergence_lens.training.freezing import Trainable, lowest_layer
 from divergence_lens.training.prefix import Prefix
@@ -72,7 +73,7 @@ def train(prefix: Prefix, chosen: Mapping[str, nn.Parameter], plan: Plan) -> Del
         "tokens": rows.tokens_learned,
         **plan.settings,
     }
-    with claimed(model, "it is being trained"):
+    with reserved(model, "it is being trained"):
         base = base_fingerprint(model)
         with _training_mode(model, chosen):
             if recipe.lora_rank is None:
@@ -91,15 +92,15 @@ def train(prefix: Prefix, chosen: Mapping[str, nn.Parameter], plan: Plan) -> Del
             run = _Run(prefix, plan, variables, f"{base} {settings}")
 
             def student() -> Delta:
-                header = provenance(model, **settings) | {"history": run.history}
+                header = run_metadata(model, **settings) | {"history": run.history}
                 return Delta(variables.differences(), base, header)
 
             try:
-                with keeping("finetune", run, run.steps, "updates", student):
+                with partial_on_interrupt("finetune", run, run.steps, "updates", student):
                     run.go()
                 return student()
             finally:
-                put_back(model, variables.parameters, variables.originals)
+                restore_values(model, variables.parameters, variables.originals)
 
 
 @contextmanager
@@ -201,7 +202,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         entry: dict[str, Any] = {"step": done + 1, "epoch": epoch + 1, "loss": loss, "lr": rate}
-        with unstopped():
+        with defer_interrupts():
             self.optimizer.step()
             self.variables.write()
             self.history.append(entry)

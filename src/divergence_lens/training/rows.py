@@ -13,7 +13,7 @@ from torch import Tensor
 
 from divergence_lens.chat import encode_prompts
 from divergence_lens.divergence import Divergence, shared_prefix
-from divergence_lens.engine import Engine
+from divergence_lens.engine import get_engine
 from divergence_lens.examples import Example, as_examples, with_ids
 from divergence_lens.models import Model
 
@@ -176,7 +176,7 @@ def _padded(
     share: Float[np.ndarray, " tokens"],
     system_prompt: str | None,
 ) -> Rows:
-    engine = Engine.of(model)
+    engine = get_engine(model)
     tokenizer: Any = model.tokenizer
     template = str(getattr(tokenizer, "chat_template", None))
     prompts = _prompts(tokenizer, template, tuple(e.prompt for e in examples), system_prompt)

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from divergence_lens._utils.interrupts import giving_back
+from divergence_lens._utils.interrupts import convert_partial
 from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens._utils.validation import refuse_one_number, refuse_one_string
 from divergence_lens.deltas import Delta, base_fingerprint
-from divergence_lens.engine import Engine
+from divergence_lens.engine import get_engine
 from divergence_lens.evaluation import Preference, TaskQuality, preference, task_quality
 from divergence_lens.examples import as_examples
-from divergence_lens.models import Model, provenance
+from divergence_lens.models import Model
+from divergence_lens.provenance import run_metadata
 from divergence_lens.training.freezing import choose
 from divergence_lens.training.loop import Plan, train
 from divergence_lens.training.prefix import Prefix
@@ -65,14 +66,14 @@ class Sweep:
         base: The preference before training.
         students: All students: blocks, and the references on all blocks.
         condition: What the students learned: "all", "divergence_only", or the caller's word.
-        provenance: Package versions, model and settings.
+        metadata: Package versions, model and settings.
         base_quality: How well the base does the task, if held-out examples were given.
     """
 
     base: Preference
     students: tuple[SweepStudent, ...]
     condition: str
-    provenance: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     base_quality: TaskQuality | None = None
 
     @property
@@ -194,12 +195,12 @@ class Sweep:
             "questions": list(self.base.questions),
             "condition": self.condition,
             "students": [[s.condition, s.block, s.seed] for s in self.students],
-            "evaluation": dict(self.base.provenance),
+            "evaluation": dict(self.base.metadata),
             "quality": [
                 None if quality is None else quality.describe()
                 for quality in (self.base_quality, *(s.quality for s in self.students))
             ],
-            "provenance": self.provenance,
+            "metadata": self.metadata,
         }
         rows = [self.base.probabilities, *(s.preference.probabilities for s in self.students)]
         save_tensors(path, {"probabilities": np.stack(rows)}, header, _KIND)
@@ -219,7 +220,7 @@ class Sweep:
                 candidates=tuple(header["candidates"]),
                 questions=tuple(header["questions"]),
                 probabilities=probabilities,
-                provenance=header["evaluation"],
+                metadata=header["evaluation"],
             )
             for probabilities in tensors["probabilities"].numpy()
         )
@@ -233,7 +234,7 @@ class Sweep:
                 header["students"], after, qualities, strict=True
             )
         )
-        return cls(base, students, header["condition"], header["provenance"], base_quality)
+        return cls(base, students, header["condition"], header["metadata"], base_quality)
 
     def __repr__(self) -> str:
         return (
@@ -340,7 +341,7 @@ def layer_sweep(
     refuse_one_number(layers, "layers")
     refuse_one_number(seeds, "seeds")
     refuse_one_string(parts, "parts")
-    engine = Engine.of(model)
+    engine = get_engine(model)
     chosen_layers = range(engine.n_layers) if layers is None else sorted(set(layers))
     if not chosen_layers or not seeds:
         raise ValueError("a sweep needs at least one layer and one seed")
@@ -372,7 +373,7 @@ def layer_sweep(
         return found, _quality(model, held_out, system_prompt, batch_tokens)
 
     base, base_quality = measure()
-    record = provenance(
+    record = run_metadata(
         model,
         **settings,
         target=target,
@@ -392,7 +393,7 @@ def layer_sweep(
         work.append((rows, [Job("control", None, seed) for seed in seeds]))
     held = None if held_out is None else [asdict(example) for example in as_examples(held_out)]
     asked = [job for _, several in work for job in several]
-    settled = (record, base.provenance, base.questions, base.candidates, held, asked, batch_tokens)
+    settled = (record, base.metadata, base.questions, base.candidates, held, asked, batch_tokens)
     shared = Sharing(
         checkpoint_dir,
         accelerator,
@@ -404,8 +405,8 @@ def layer_sweep(
     def students(rows: Rows, jobs: Sequence[Job]) -> Iterator[Outcome]:
         with Prefix(engine, rows, cache_bytes=cache_bytes, batch_tokens=batch_tokens) as prefix:
             for job in jobs:
-                blocks = None if job.block is None else [job.block]
-                chosen = choose(model, blocks=blocks, parts=parts)
+                layers = None if job.block is None else [job.block]
+                chosen = choose(model, layers=layers, parts=parts)
                 delta = train(prefix, chosen, Plan(recipe=recipe, settings=settings, seed=job.seed))
                 with delta.applied(model):
                     outcome = Outcome(*measure(), delta if keep_deltas else None)
@@ -415,5 +416,5 @@ def layer_sweep(
         each = tuple(SweepStudent(*job, o.preference, o.delta, o.quality) for job, o in found)
         return Sweep(base, each, condition, record, base_quality)
 
-    with giving_back(sweep):
+    with convert_partial(sweep):
         return sweep(shared.run(work, students, progress=progress))

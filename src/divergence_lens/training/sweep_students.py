@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from divergence_lens._utils.checkpoints import Checkpoints, Processes
-from divergence_lens._utils.interrupts import keeping
+from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens.deltas import Delta
 from divergence_lens.evaluation import Preference, TaskQuality
 from divergence_lens.training.rows import Rows
@@ -97,7 +97,7 @@ class Sharing:
         def partial() -> list[tuple[Job, Outcome]]:
             return [(job, done[job]) for job in jobs if job in done]
 
-        stoppable = keeping("layer_sweep", done, len(jobs), "students", partial)
+        stoppable = partial_on_interrupt("layer_sweep", done, len(jobs), "students", partial)
         with processes.together(), bar, stoppable:
             for rows, several in work:
                 wanted = [job for job in several if job in mine]

@@ -1,0 +1,76 @@
+"""Build the engine that fits a model's class, and check it before its first use."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from divergence_lens._utils.memory import is_out_of_memory
+from divergence_lens.engine.base import Engine, probe_tokens
+from divergence_lens.engine.bridge import BridgeEngine
+from divergence_lens.engine.hooked import HookedEngine
+from divergence_lens.models import Model, check_model, is_hooked, model_name, untyped
+
+_ENGINE = "_divergence_lens_engine"
+
+
+def get_engine(model: Model, *, causal: bool = True) -> Engine:
+    """Return the engine of `model`, built and checked against a plain forward on the first call.
+
+    Args:
+        model: any model of TransformerLens.
+        causal: refuse a model that attends in both directions. Its passes must start at the
+            first position and have rows of one length.
+
+    Raises:
+        TypeError: `model` is not of TransformerLens.
+        ValueError: it is not causal, cannot run in its precision, or its pass block by block
+            fails or does not equal its own forward, so that it is not supported.
+    """
+    engine = model.__dict__.get(_ENGINE) if isinstance(model, nn.Module) else None
+    if isinstance(engine, Engine) and engine.model is model and (engine.causal or not causal):
+        return engine
+    check_model(model)
+    if causal and getattr(untyped(model).cfg, "attention_dir", "causal") != "causal":
+        raise ValueError(
+            "the model attends in both directions; this needs a causal language model "
+            "(only patching takes others)"
+        )
+    dtype = next(model.parameters()).dtype
+    wide = dtype in (torch.float32, torch.float64)
+    try:
+        own = _own_logits(model)
+        engine = HookedEngine(model) if is_hooked(model) else BridgeEngine(model)
+        difference = engine.difference_to(own)
+    except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        if isinstance(error, RuntimeError) and not wide:
+            # OLMo 2 in bfloat16, whose bridge mixes types, for instance.
+            raise ValueError(
+                f"{model_name(model)!r} cannot run in {dtype}: {error}; "
+                "try load_model(..., dtype=torch.float32)"
+            ) from error
+        raise _not_supported(model, f"its blocks cannot be run one by one ({error})") from error
+    # A broken pass may give NaN, which is not greater than anything.
+    if not difference <= (1e-4 if wide else 0.05):
+        raise _not_supported(
+            model,
+            "its blocks, run one by one, give other logits than its own forward (relative "
+            f"difference {difference:.2g})",
+        )
+    engine.use_fused_blocks()
+    object.__setattr__(model, _ENGINE, engine)
+    return engine
+
+
+@torch.no_grad()
+def _own_logits(model: Model) -> Float[Tensor, "2 6 d_vocab"]:
+    tokens = probe_tokens(model)
+    # Told that nothing is padding: a tokenizer that pads on the left would have ids masked.
+    logits: Tensor = model(tokens, attention_mask=torch.ones_like(tokens))
+    return logits
+
+
+def _not_supported(model: Model, why: str) -> ValueError:
+    name = f"{type(model).__name__} {model_name(model)!r}"
+    return ValueError(f"the architecture of {name} is not supported: {' '.join(why.split())}")
