@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -19,6 +20,15 @@ from safetensors import SafetensorError
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from divergence_lens.load_checks import (
+    Reference,
+    check_checkpoint_names,
+    check_no_pointer,
+    check_weights,
+    longrope_switch,
+    position_switches,
+    short_windows,
+)
 from divergence_lens.tiny import TINY_MODELS, tiny_folder
 
 HookedTransformer: Any
@@ -33,8 +43,6 @@ Model: TypeAlias = nn.Module
 Backend: TypeAlias = Literal["auto", "hooked", "bridge"]
 
 _log = logging.getLogger(__name__)
-
-_LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
 def is_hooked(model: object) -> bool:
@@ -73,6 +81,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     tokenizer: Any = None,
+    check: bool = True,
 ) -> Model:
     """Load a language model as a `HookedTransformer` or a `TransformerBridge`.
 
@@ -92,6 +101,10 @@ def load_model(
             any other; large models are better loaded in bfloat16.
         tokenizer: a Hugging Face tokenizer; needed with a loaded Hugging Face model that has none
             beside it, optional otherwise.
+        check: compare the loaded model's logits with those of the Hugging Face model that the
+            weights came from, on an input longer than any window of at most 1,024 positions on a
+            CPU (8,192 on a GPU); longer windows are shortened for the comparison. False skips
+            this and logs a warning.
 
     Returns:
         The model in eval mode. `model.tokenizer` is set. Which class it is, and whether weights
@@ -100,11 +113,13 @@ def load_model(
 
     Raises:
         FileNotFoundError: `source` looks like a folder and is none, or lacks `config.json`.
-        ValueError: the backend cannot hold this model; the message says which can.
+        ValueError: the backend cannot hold this model (the message says which can); the built
+            model's logits are not Hugging Face's; the checkpoint lacks tensors, or has some that
+            the architecture does not have; a weight is NaN or infinite, or on the meta device.
         TypeError: `source` is of another type.
     """
     with torch.random.fork_rng(devices=[]):  # TransformerLens draws weights before it has them
-        model = _load(source, backend, device, dtype, tokenizer)
+        model = _load(source, backend, device, dtype, tokenizer, check=check)
     _log.info("%s", describe_model(model))
     return model
 
@@ -128,12 +143,15 @@ def _load(
     device: str | torch.device | None,
     dtype: torch.dtype | None,
     tokenizer: Any,
+    *,
+    check: bool,
 ) -> Model:
     if backend not in ("auto", "hooked", "bridge"):
         raise ValueError(f'backend is {backend!r}; use "auto", "hooked" or "bridge"')
     if is_hooked(source) or isinstance(source, TransformerBridge):
         return _loaded(source, backend, device, dtype)
     if isinstance(source, nn.Module):
+        _refuse_adapters_around(source)
         _refuse_several_devices(source)
         hf_model, name = source, str(getattr(source.config, "name_or_path", "") or "model")
     elif isinstance(source, str | Path):
@@ -143,18 +161,31 @@ def _load(
         raise TypeError(
             f"source is a {type(source).__name__}; pass a name, a folder or a loaded model"
         )
+    check_weights(hf_model, name)
     hf_model = hf_model.to(device=device, dtype=dtype).eval()
     dtype = next(hf_model.parameters()).dtype
+    # Before anything is built: a bridge wraps the modules of `hf_model` and changes them.
+    references = _References.of(hf_model) if check else None
+    if not check:
+        _log.warning("%s was loaded without comparing its logits with Hugging Face's", name)
     if backend == "bridge":
-        return _bridge(hf_model, tokenizer, name)
+        return _bridge(hf_model, tokenizer, name, references)
     try:
-        return _hooked(hf_model, tokenizer, name, dtype)
+        return _hooked(hf_model, tokenizer, name, dtype, references)
     except _ConversionError as error:
         if backend == "hooked":
             raise ValueError(
                 f'{name!r} cannot be a HookedTransformer: {error}; use backend="bridge"'
             ) from error
-        return _bridge(hf_model, tokenizer, name)
+        return _bridge(hf_model, tokenizer, name, references)
+
+
+def _refuse_adapters_around(model: nn.Module) -> None:
+    if hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"the model is a {type(model).__name__}, whose adapters lie around the base model's "
+            "modules; pass model.merge_and_unload()"
+        )
 
 
 def _refuse_several_devices(model: nn.Module) -> None:
@@ -217,9 +248,12 @@ def from_pretrained(
             raise FileNotFoundError(
                 f"{name!r} has no config.json; give a folder written by save_pretrained"
             )
+        check_no_pointer(path)
     try:
         with no_bar(hidden=name in TINY_MODELS):
-            model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                location, dtype=dtype, output_loading_info=True
+            )
         if tokenizer is None:
             tokenizer = _tokenizer(location)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -227,6 +261,7 @@ def from_pretrained(
             f"cannot load {name!r} (a shipped name is one of {', '.join(TINY_MODELS)}; otherwise "
             f"a hub name or a folder in Hugging Face's layout): {_first_line(error)}"
         ) from error
+    check_checkpoint_names(loading["missing_keys"], loading["unexpected_keys"], name=name)
     return model, tokenizer, name
 
 
@@ -270,7 +305,9 @@ def _architecture(hf_model: Any) -> str:
     return type(hf_model).__name__
 
 
-def _bridge(hf_model: Any, tokenizer: Any, name: str) -> Model:
+def _bridge(
+    hf_model: Any, tokenizer: Any, name: str, references: "_References | None" = None
+) -> Model:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     try:
@@ -279,11 +316,21 @@ def _bridge(hf_model: Any, tokenizer: Any, name: str) -> Model:
         )
     except (ValueError, KeyError) as error:
         raise ValueError(f"{name!r} cannot be a bridge: {_first_line(error)}") from error
+    bridge = bridge.eval()
+    if references is not None:
+        references.check_bridge(bridge, hf_model, name)
     _give_tokenizer(bridge, tokenizer)
-    return bridge.eval()
+    _limit_context(bridge, hf_model.config, name)
+    return bridge
 
 
-def _hooked(hf_model: Any, tokenizer: Any, name: str, dtype: torch.dtype) -> Model:
+def _hooked(
+    hf_model: Any,
+    tokenizer: Any,
+    name: str,
+    dtype: torch.dtype,
+    references: "_References | None" = None,
+) -> Model:
     """A HookedTransformer with `hf_model`'s weights, converted by TransformerLens's own code.
 
     Its loader takes a name or a folder and branches on substrings of it ("llama", "gemma"), so
@@ -331,23 +378,88 @@ def _hooked(hf_model: Any, tokenizer: Any, name: str, dtype: torch.dtype) -> Mod
     except (RuntimeError, KeyError) as error:
         raise _ConversionError(_first_line(error)) from error
     model = model.to(device, print_details=False).to(dtype, print_details=False).eval()
-    _refuse_other_logits(model, hf_model, dtype)
+    if references is not None:
+        references.check_hooked(model)
     _give_tokenizer(model, tokenizer)
+    _limit_context(model, hf_model.config, name)
     loaded: Model = model
     return loaded
 
 
-@torch.no_grad()
-def _refuse_other_logits(model: Any, hf_model: Any, dtype: torch.dtype) -> None:
-    device = next(model.parameters()).device
-    tokens = torch.arange(7, device=device)[None] * 5 % model.cfg.d_vocab
-    ours, theirs = model(tokens).float(), hf_model(tokens).logits.float()
-    tolerance = _LOGIT_TOLERANCE.get(dtype, 0.05) * max(1.0, float(theirs.abs().max()))
-    difference = float((ours - theirs).abs().max())
-    if not difference <= tolerance:
-        raise _ConversionError(
-            f"its logits would differ from Hugging Face's by {difference:.3g} on a short input"
+@dataclass(frozen=True)
+class _References:
+    """Hugging Face's logits before conversion, with and without shortened windows.
+
+    Attributes:
+        plain: Windows as they are.
+        short: Windows of a few positions; None where the probe crosses the real ones.
+        windows: Real lengths of the windows that the plain probe does not cross.
+    """
+
+    plain: Reference
+    short: Reference | None
+    windows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, hf_model: Any) -> "_References":
+        plain = Reference.of(hf_model)
+        length = plain.tokens.shape[1]
+        windows = tuple(n for n in position_switches(hf_model.config) if n >= length)
+        short = Reference.of(hf_model, shorten=True) if windows else None
+        return cls(plain, short, windows)
+
+    def check_hooked(self, model: Any) -> None:
+        """Refuse a HookedTransformer that computes something else, so that a bridge is tried."""
+        difference = self.plain.difference(model)
+        if not self.plain.agrees(difference):
+            raise _ConversionError(
+                f"its logits would differ from Hugging Face's by {difference:.3g} of the largest "
+                f"on {self.plain.tokens.shape[1]} tokens"
+            )
+        # The class has windows for some families only, and nothing crossed these.
+        own = model.cfg.window_size if getattr(model.cfg, "use_local_attn", False) else None
+        if any(window != own for window in self.windows):
+            raise _ConversionError(
+                f"its attention changes at {', '.join(map(str, self.windows))} positions, which "
+                "the conversion does not have"
+            )
+
+    def check_bridge(self, bridge: Any, hf_model: Any, name: str) -> None:
+        """Refuse a bridge that computes something else."""
+        for reference in (self.plain, self.short):
+            if reference is None:
+                continue
+            with short_windows(hf_model, shortened=reference is self.short):
+                difference = reference.difference(bridge)
+            if not reference.agrees(difference):
+                adapters = getattr(hf_model, "_hf_peft_config_loaded", False)
+                raise ValueError(
+                    f"{name!r} cannot be a bridge: its logits differ from Hugging Face's by "
+                    f"{difference:.3g} of the largest on {reference.tokens.shape[1]} tokens, where "
+                    f"{reference.tolerance:.3g} is rounding; "
+                    + (
+                        "its adapters are not converted: merge them into the weights first"
+                        if adapters
+                        else "TransformerLens does not convert this architecture faithfully"
+                    )
+                )
+
+
+def _limit_context(model: Any, config: Any, name: str) -> None:
+    """End the context where LongRoPE changes the rotation of every position of a batch.
+
+    Hugging Face chooses the factors by the longest row of a batch, so a row would depend on its
+    neighbors, and keys stored before the switch would carry the wrong rotation after it.
+    """
+    switch = longrope_switch(config)
+    if switch is not None and model.cfg.n_ctx > switch:
+        _log.warning(
+            "%s: the context ends at %d positions here, where LongRoPE changes its factors; longer "
+            "rows are refused",
+            name,
+            switch,
         )
+        model.cfg.n_ctx = switch
 
 
 def _give_tokenizer(model: Any, tokenizer: Any) -> None:
