@@ -397,7 +397,9 @@ def refuse_dropout(model: Model) -> None:
     for name, module in model.named_modules():
         share = module.p if isinstance(module, nn.Dropout) else 0.0
         # Hugging Face's attention layers keep theirs as a plain number.
-        share = max(share, getattr(module, "attention_dropout", 0.0) or 0.0)
+        own = getattr(module, "attention_dropout", 0.0)
+        # Falcon and Bloom hold a module there, which this loop reaches by itself.
+        share = max(share, own if isinstance(own, float) else 0.0)
         if module.training and share > 0:
             raise ValueError(
                 f"the model is in training mode and {name} drops {share:.0%} at random, so its "
