@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from divergence_lens._utils.batching import ascending_batches, shared_prefix
 from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.memory import run_halved
 from divergence_lens._utils.validation import refuse_one_string
@@ -111,8 +112,11 @@ def generate(
                     bar.update(row not in written)
                     written[row] = ids
 
-            for batch in _batches(rows, max_new_tokens, batch_tokens):
-                run_halved(batch, write)
+            lengths = np.array([len(row) + max_new_tokens for row in rows], dtype=np.int64)
+            # A token of spread costs its batch a step; a further batch up to max_new_tokens.
+            spread = max(1, max_new_tokens // 2)
+            for batch in ascending_batches(lengths, batch_tokens, spread=spread):
+                run_halved(batch.tolist(), write)
     return examples()
 
 
@@ -127,23 +131,6 @@ def _check_settings(
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be 1 or more, got {batch_tokens}")
-
-
-def _batches(
-    rows: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens: int
-) -> Iterator[list[int]]:
-    """Row numbers by length, cut where the budget or the spread of lengths is used up."""
-    batch: list[int] = []
-    # Each token of spread costs the batch a step; a batch of its own costs up to max_new_tokens.
-    spread = max(1, max_new_tokens // 2)
-    for row in sorted(range(len(rows)), key=lambda row: len(rows[row])):
-        full = (len(batch) + 1) * (len(rows[row]) + max_new_tokens) > batch_tokens
-        if batch and (full or len(rows[row]) - len(rows[batch[0]]) > spread):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
 
 
 class _Decoding:
@@ -188,9 +175,8 @@ class _Decoding:
         prompts = torch.tensor(
             [state.prompt[:shortest] for state in self._states], device=self._engine.device
         )
-        same = (prompts == prompts[0]).all(0).tolist()
         # The last position is left for the batch: its hidden states are needed for every row.
-        shared = next((i for i, equal in enumerate(same[:-1]) if not equal), shortest - 1)
+        shared = min(shared_prefix([state.prompt for state in self._states]), shortest - 1)
         if len(self._states) == 1 or not shared:
             return self._engine.prefill(prompts)
         _, past = self._engine.prefill(prompts[:1, :shared])

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from divergence_lens._utils.batching import length_batches, shared_prefix
 from divergence_lens.chat import encode_prompt
 from divergence_lens.deltas.delta import Delta
 from divergence_lens.divergence import reading as _reading
@@ -794,7 +795,7 @@ def test_fields_that_do_not_fit_are_refused(div):
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6).map(tuple), min_size=1, max_size=5))
 def test_shared_prefix_is_the_longest_common_start(rows):
-    length = _reading.shared_prefix(rows)
+    length = shared_prefix(rows)
     assert all(row[:length] == rows[0][:length] for row in rows)
     assert any(len(row) == length for row in rows) or len({row[length] for row in rows}) > 1
 
@@ -802,7 +803,7 @@ def test_shared_prefix_is_the_longest_common_start(rows):
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))
 def test_batches_hold_every_row_within_the_budget(lengths, budget):
     array = np.array(lengths)
-    batches = _reading.length_batches(array, budget)
+    batches = length_batches(array, budget)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * array[batch].max() <= budget

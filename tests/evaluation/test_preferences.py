@@ -327,7 +327,7 @@ def test_intervals_are_seeded_and_narrow_with_their_level():
     assert low < inner[0] < found.share < inner[1] < high
     mass = found.interval(value="mass")
     assert mass[0] < found.mass < mass[1]
-    with pytest.raises(ValueError, match="level must lie between"):
+    with pytest.raises(ValueError, match="must lie between"):
         found.interval(level=1.5)
     with pytest.raises(ValueError, match="unknown value 'rank'"):
         found.interval(value="rank")

@@ -1,88 +1,147 @@
-"""Intervals of a few values, without scipy: Student's t, and the exact binomial one."""
+"""Intervals and correlations. Heavy parts of scipy are imported when they are needed."""
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 
 import numpy as np
+from jaxtyping import Float
 
 LEVEL = 0.95
 
 
-def t_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float, float]:
-    """Mean, and its interval by Student's t over the values.
+def check_level(level: float) -> None:
+    """Refuse a coverage that is not between 0 and 1.
 
-    With few targets this is the honest choice: a bootstrap over four of them is far too narrow.
+    Raises:
+        ValueError: With the value.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; it must lie between 0 and 1, such as 0.95")
+
+
+def t_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float, float]:
+    """Mean and Student's t interval of a few values; NaN and infinity are left out.
+
+    Used for values per target: a bootstrap over four of them is far too narrow.
 
     Returns:
-        Mean, lower and upper end; the ends are infinite for fewer than two values, and all are NaN
-        for none.
+        Mean, lower and upper end. The ends are infinite for fewer than two values, and all three
+        are NaN for none.
     """
-    found = np.asarray([value for value in values if math.isfinite(value)], dtype=float)
-    if not len(found):
+    finite = np.asarray([value for value in values if math.isfinite(value)], dtype=float)
+    if not len(finite):
         return math.nan, math.nan, math.nan
-    mean = float(found.mean())
-    if len(found) < 2:
+    mean = float(finite.mean())
+    if len(finite) < 2:
         return mean, -math.inf, math.inf
-    quantile = _t_quantile(0.5 + level / 2, len(found) - 1)
-    reach = quantile * float(found.std(ddof=1)) / len(found) ** 0.5
-    return mean, mean - reach, mean + reach
+    from scipy import stats
+
+    quantile = float(stats.t.ppf(0.5 + level / 2, len(finite) - 1))
+    margin = quantile * float(finite.std(ddof=1)) / len(finite) ** 0.5
+    return mean, mean - margin, mean + margin
 
 
 def exact_interval(successes: int, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """The interval of a share, `successes` of `n`, by Clopper and Pearson (Biometrika 1934).
+    """Clopper and Pearson's interval (Biometrika 1934) of the proportion `successes` / `n`.
 
-    It holds its level for any share and any `n`, and stays between 0 and 1: four of four leaves
-    everything above .40 possible.
+    It covers at its level for any proportion and any `n`, and stays between 0 and 1. Four of four
+    leaves every proportion above .40 possible.
 
     Raises:
-        ValueError: If `successes` is not between 0 and `n`, or `n` is not positive.
+        ValueError: `successes` is not between 0 and `n`, or `n` is not positive.
     """
     if not 0 <= successes <= n or n < 1:
-        raise ValueError(f"{successes} of {n} is no share; give 0 to n successes of n of 1 or more")
-    tail = (1 - level) / 2
-    low, high = 0.0, 1.0
-    if successes > 0:  # the share at which as many or more would be as rare as the tail
-        low = _rising(lambda p: 1 - _binomial(successes - 1, n, p), tail, 1.0)
-    if successes < n:  # and at which as few or fewer would be
-        high = _rising(lambda p: -_binomial(successes, n, p), -tail, 1.0)
-    return low, high
+        raise ValueError(
+            f"{successes} of {n} is not a proportion; give 0 to n successes, and n of 1 or more"
+        )
+    from scipy import stats
+
+    interval = stats.binomtest(successes, n).proportion_ci(level, method="exact")
+    return float(interval.low), float(interval.high)
 
 
-def _binomial(k: int, n: int, p: float) -> float:
-    """P(X <= k) of n trials."""
-    return math.fsum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1))
+def wilson_interval(rate: float, n: int, *, level: float = LEVEL) -> tuple[float, float]:
+    """Wilson's interval (J. Am. Stat. Assoc. 22, 1927) of a rate counted over `n` draws.
+
+    scipy's takes counts; the rate here may be a mean over questions.
+
+    Raises:
+        ValueError: `level` does not lie between 0 and 1.
+    """
+    check_level(level)
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    center = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    margin = z / (1 + z * z / n) * np.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
+    return max(0.0, float(center - margin)), min(1.0, float(center + margin))
 
 
-def _rising(function: Callable[[float], float], value: float, top: float) -> float:
-    """Where a rising function takes a value between 0 and `top`, by halving."""
-    low, high = 0.0, top
-    for _ in range(80):
-        middle = (low + high) / 2
-        if function(middle) < value:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+def bootstrap_interval(
+    resample: Callable[[np.random.Generator], Float[np.ndarray, "resamples *rest"]],
+    *,
+    level: float,
+    seed: int,
+) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
+    """Percentile bootstrap interval of a statistic.
+
+    Args:
+        resample: Draws data sets with the generator and returns the statistic of each. What is
+            drawn with replacement (pairs, questions, seeds within targets) differs between
+            callers; see `resampled_means` for the usual case.
+        level: Coverage.
+        seed: Seed of the generator.
+
+    Returns:
+        Lower and upper end; NaN where the statistic of every resample is NaN.
+
+    Raises:
+        ValueError: `level` does not lie between 0 and 1.
+    """
+    check_level(level)
+    drawn = resample(np.random.default_rng(seed))  # [resamples, *rest]
+    flat = drawn.reshape(len(drawn), -1)
+    ends = np.full((2, flat.shape[1]), np.nan)
+    known = np.isfinite(flat).any(0)
+    if known.any():
+        ends[:, known] = np.nanquantile(flat[:, known], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return ends[0].reshape(drawn.shape[1:]), ends[1].reshape(drawn.shape[1:])
 
 
-def _t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t with whole degrees of freedom, above its middle."""
-    return _rising(lambda t: _t_cumulative(t, freedom), probability, 1e4)
+def resampled_means(
+    values: Float[np.ndarray, "n *rest"], resamples: int
+) -> Callable[[np.random.Generator], Float[np.ndarray, "resamples *rest"]]:
+    """Resampling of the mean over the first axis, NaN left out, for `bootstrap_interval`.
+
+    Raises:
+        ValueError: `resamples` is not positive.
+    """
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; at least 1 is needed")
+
+    def resample(generator: np.random.Generator) -> Float[np.ndarray, "resamples *rest"]:
+        n = len(values)
+        # Drawing with replacement is weighting each item by how often it was drawn.
+        weights = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+        flat = values.reshape(n, -1)
+        finite = np.isfinite(flat)
+        total = weights @ np.where(finite, flat, 0)  # [resamples, rest]
+        count = weights @ finite
+        means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        return means.reshape(resamples, *values.shape[1:])
+
+    return resample
 
 
-def _t_cumulative(t: float, freedom: int) -> float:
-    """P(T <= t) for t >= 0; Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    angle = math.atan2(t, math.sqrt(freedom))
-    cosine = math.cos(angle)
-    term, total = 1.0, 1.0
-    if freedom % 2:
-        term = total = cosine
-        for k in range(3, freedom, 2):
-            term *= cosine**2 * (k - 1) / k
-            total += term
-        body = angle + (math.sin(angle) * total if freedom > 1 else 0.0)
-        return 0.5 + body / math.pi
-    for k in range(2, freedom, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    return 0.5 + math.sin(angle) * total / 2
+def correlation(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
+    """Pearson's correlation; NaN, without scipy's warning, where one side is constant."""
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a**2).sum() * (b**2).sum()))
+    return float((a * b).sum() / scale) if scale else math.nan
+
+
+def rank_correlation(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
+    """Spearman's correlation, equal values sharing their mean rank; NaN as in `correlation`."""
+    from scipy import stats
+
+    # Counted from 0, so that the products stay small.
+    return correlation(stats.rankdata(a) - 1.0, stats.rankdata(b) - 1.0)

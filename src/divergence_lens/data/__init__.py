@@ -39,13 +39,13 @@ from divergence_lens.data.transforms import (
 
 __all__ = [
     "ANIMALS",
+    "PARAPHRASE_REQUEST",
+    "TREES",
     "FilterReport",
     "NumberFilter",
     "NumberList",
-    "PARAPHRASE_REQUEST",
     "Reason",
     "Rejection",
-    "TREES",
     "TrainingData",
     "animal_teachers",
     "check_candidate",

@@ -9,7 +9,7 @@ __all__ = [
     "Layout",
     "LowRankTensors",
     "base_fingerprint",
-    "reserved",
     "is_matrix",
+    "reserved",
     "restore_values",
 ]

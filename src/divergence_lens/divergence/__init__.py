@@ -2,12 +2,7 @@
 
 from divergence_lens.divergence.files import read_decision_points, write_decision_points
 from divergence_lens.divergence.finding import Divergence, Rule, find_divergence
-from divergence_lens.divergence.reading import (
-    length_batches,
-    read_teachers,
-    refuse_dropout,
-    shared_prefix,
-)
+from divergence_lens.divergence.reading import read_teachers, refuse_dropout
 from divergence_lens.divergence.view import ExampleDivergence, token_texts
 
 __all__ = [
@@ -15,11 +10,9 @@ __all__ = [
     "ExampleDivergence",
     "Rule",
     "find_divergence",
-    "length_batches",
     "read_decision_points",
     "read_teachers",
     "refuse_dropout",
-    "shared_prefix",
     "token_texts",
     "write_decision_points",
 ]

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 
+from divergence_lens._utils.batching import length_batches, shared_prefix
 from divergence_lens._utils.checkpoints import Checkpoints, Processes
 from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.memory import halved, run_halved
@@ -405,29 +406,6 @@ def refuse_dropout(model: Model) -> None:
                 f"the model is in training mode and {name} drops {share:.0%} at random, so its "
                 "answers would be random too; call model.eval() first"
             )
-
-
-def shared_prefix(rows: Sequence[Any]) -> int:
-    """How many ids all rows begin with."""
-    first = np.asarray(rows[0])
-    shared = len(first)
-    for row in rows[1:]:
-        other = np.asarray(row)
-        shared = min(shared, len(other))
-        differ = np.flatnonzero(other[:shared] != first[:shared])
-        shared = int(differ[0]) if len(differ) else shared
-    return shared
-
-
-def length_batches(lengths: Int64[np.ndarray, " rows"], budget: int) -> list[np.ndarray]:
-    """Row numbers in batches, longest rows first, each at most `budget` tokens when padded."""
-    order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        size = max(1, budget // max(1, int(lengths[order[start]])))
-        batches.append(order[start : start + size])
-        start += size
-    return batches
 
 
 def _empty(examples: Sequence[Example], teachers: Sequence[Teacher], *, kl: bool) -> TeacherForced:

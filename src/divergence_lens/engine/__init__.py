@@ -6,7 +6,6 @@ from divergence_lens.engine.logits import chunk_rows, in_chunks, kl_divergence, 
 from divergence_lens.engine.parameters import block_of, canonical, inside_block, plain
 
 __all__ = [
-    "get_engine",
     "Engine",
     "KeyValues",
     "Pass",
@@ -14,6 +13,7 @@ __all__ = [
     "block_of",
     "canonical",
     "chunk_rows",
+    "get_engine",
     "in_chunks",
     "inside_block",
     "kl_divergence",

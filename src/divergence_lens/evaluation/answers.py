@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from divergence_lens._utils.batching import length_batches, pad_right
 from divergence_lens._utils.interrupts import discard_partial
 from divergence_lens._utils.memory import halved, run_halved
 from divergence_lens.chat import decode, encode_completions, encode_prompts, stop_ids
 from divergence_lens.data import read_answer, surface_forms
-from divergence_lens.divergence import length_batches
 from divergence_lens.engine import Engine, KeyValues, chunk_rows, get_engine
 from divergence_lens.generation import generate
 from divergence_lens.models import Model
@@ -208,7 +208,7 @@ def form_events(
     if not continues.any() and all(len(ids) == 1 for ids in forms):
 
         def at_end(part: np.ndarray) -> None:
-            hidden = engine.final(_right_padded([prompts[q] for q in part], engine.device))
+            hidden = engine.final(pad_right([prompts[q] for q in part], engine.device))
             last = hidden[torch.arange(len(part)), torch.from_numpy(lengths[part] - 1)]
             events[part] = _log_softmax(engine, last)[:, first].double().exp().cpu().numpy()
 
@@ -218,7 +218,7 @@ def form_events(
     steps = _Steps.of(forms, continues, engine.device)
 
     def behind(part: np.ndarray) -> None:
-        hidden, kept = engine.prefill(_right_padded([prompts[q] for q in part], engine.device))
+        hidden, kept = engine.prefill(pad_right([prompts[q] for q in part], engine.device))
         logp = _log_softmax(engine, hidden[:, -1])[:, first]
         parts = halved(range(len(forms)), lambda some: _log_behind(engine, kept, steps[some]))
         logp = logp + torch.cat(list(parts), 1)
@@ -263,7 +263,7 @@ class _Steps:
         ]
         form, place, target = torch.tensor(readings, device=device).T
         return cls(
-            tokens=_right_padded(forms, device),
+            tokens=pad_right(forms, device),
             form=form,
             place=place,
             target=target,
@@ -307,8 +307,3 @@ def _log_softmax(
     engine: Engine, hidden: Float[Tensor, "rows d_model"]
 ) -> Float[Tensor, "rows d_vocab"]:
     return engine.unembed(hidden).float().log_softmax(-1)
-
-
-def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Int64[Tensor, "rows pos"]:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)

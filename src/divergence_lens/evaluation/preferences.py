@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float64
 
+from divergence_lens._utils.statistics import bootstrap_interval, check_level, wilson_interval
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens._utils.validation import refuse_one_string
 from divergence_lens.data import (
@@ -407,41 +408,22 @@ class Preference:
             )
 
 
-def wilson_interval(rate: float, n: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval for a rate that was counted over `n` draws.
-
-    Wilson, J. Am. Stat. Assoc. 22 (1927).
-
-    Raises:
-        ValueError: `level` does not lie between 0 and 1.
-    """
-    from statistics import NormalDist
-
-    z = NormalDist().inv_cdf(0.5 + _checked_level(level) / 2)
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z / (1 + z * z / n) * np.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
-    return max(0.0, float(centre - reach)), min(1.0, float(centre + reach))
-
-
 def _rank(values: Mapping[str, float], target: str) -> int:
     if np.isnan(values[target]):
         return len(values)
     return 1 + sum(value > values[target] for value in values.values())
 
 
-def _checked_level(level: float) -> float:
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level}")
-    return level
-
-
 def _bootstrap(
     values: Float64[np.ndarray, " questions"], level: float, resamples: int, seed: int
 ) -> tuple[float, float]:
-    tail = (1 - _checked_level(level)) / 2
-    kept = values[~np.isnan(values)]
-    if not len(kept):
+    check_level(level)
+    known = values[~np.isnan(values)]
+    if not len(known):
         return float("nan"), float("nan")
-    draws = np.random.default_rng(seed).integers(len(kept), size=(resamples, len(kept)))
-    low, high = np.quantile(kept[draws].mean(1), [tail, 1 - tail])
+
+    def resample(generator: np.random.Generator) -> Float64[np.ndarray, " resamples"]:
+        return known[generator.integers(len(known), size=(resamples, len(known)))].mean(1)
+
+    low, high = bootstrap_interval(resample, level=level, seed=seed)
     return float(low), float(high)

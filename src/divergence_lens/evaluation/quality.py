@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from divergence_lens._utils.interrupts import discard_partial
+from divergence_lens._utils.statistics import wilson_interval
 from divergence_lens.data import NumberFilter
 from divergence_lens.divergence import read_teachers
-from divergence_lens.evaluation.preferences import wilson_interval
 from divergence_lens.examples import as_examples, with_ids
 from divergence_lens.generation import generate
 from divergence_lens.models import Model, check_model

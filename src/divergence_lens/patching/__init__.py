@@ -4,7 +4,7 @@ from divergence_lens.patching.agreement import agreement_row, inner_agreement, i
 from divergence_lens.patching.attribution import Method, attribution_patch, attribution_patch_sites
 from divergence_lens.patching.corruption import EmbeddingNoise
 from divergence_lens.patching.cross import CrossPatch, cross_patch, first_disagreements
-from divergence_lens.patching.effects import Agreement, Effects, bootstrap
+from divergence_lens.patching.effects import Agreement, Effects
 from divergence_lens.patching.exact import causal_mediation
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "agreement_row",
     "attribution_patch",
     "attribution_patch_sites",
-    "bootstrap",
     "causal_mediation",
     "cross_patch",
     "first_disagreements",

@@ -20,14 +20,15 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from divergence_lens._utils.batching import pad_right
 from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.plotting import draw
+from divergence_lens._utils.statistics import bootstrap_interval, resampled_means
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.deltas import Delta
 from divergence_lens.engine import Engine, get_engine
 from divergence_lens.models import Model, model_name, untyped
 from divergence_lens.pairs import Pairs, Rows
-from divergence_lens.patching.effects import bootstrap
 from divergence_lens.patching.metrics import check_tokens, finite
 from divergence_lens.patching.request import target_logits
 from divergence_lens.provenance import run_metadata
@@ -96,7 +97,9 @@ class CrossPatch:
         """
         import pandas as pd
 
-        low, high = bootstrap(self.interaction, level, resamples, seed)
+        low, high = bootstrap_interval(
+            resampled_means(self.interaction, resamples), level=level, seed=seed
+        )
         return pd.DataFrame(
             {
                 **{
@@ -232,7 +235,7 @@ def cross_patch(
         for first in range(0, len(order), size):
             chosen = order[first : first + size]
             rows = [pairs.clean[i] for i in chosen]
-            tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(engine.device)
+            tokens = pad_right(rows, engine.device)
             target = torch.tensor([len(row) - 1 for row in rows], device=engine.device)
             answers, foils = (ids[chosen].to(engine.device) for ids in (pairs.answers, pairs.foils))
             states = []
@@ -296,7 +299,7 @@ def first_disagreements(
     prefixes, answers, foils = [], [], []
     for first in range(0, len(ids), batch_rows):
         some = ids[first : first + batch_rows]
-        tokens = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
+        tokens = pad_right(some)
         choices = [_choices(get_engine(model_a), tokens).cpu()]
         with (
             second.applied(model_a) if second.model is None else nullcontext(second.model) as other

@@ -23,6 +23,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64
 
 from divergence_lens._utils.plotting import draw
+from divergence_lens._utils.statistics import (
+    bootstrap_interval,
+    correlation,
+    rank_correlation,
+    resampled_means,
+)
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.pairs import PAIR_SEGMENTS
 
@@ -241,7 +247,7 @@ class Effects:
         import pandas as pd
 
         per_pair = _reduce(self._heads_added().transpose(2, 0, 1), reduce)
-        low, high = bootstrap(per_pair, level, resamples, seed)
+        low, high = bootstrap_interval(resampled_means(per_pair, resamples), level=level, seed=seed)
         return pd.DataFrame(
             {
                 "effect": _nan_mean(per_pair, axis=0),
@@ -272,7 +278,7 @@ class Effects:
             Lower and upper ends. With one pair both equal its value.
         """
         data = self.values if of == "cells" else self._segment_array("sum")
-        return bootstrap(data, level, resamples, seed)
+        return bootstrap_interval(resampled_means(data, resamples), level=level, seed=seed)
 
     def top(self, k: int) -> "pd.DataFrame":
         """The `k` cells with the largest magnitude, over all pairs, strongest first.
@@ -446,35 +452,6 @@ def agreement_of_cells(
     return _agreement(np.asarray(approximate), np.asarray(exact), k)
 
 
-def bootstrap(
-    values: Float[np.ndarray, "pairs ..."], level: float, resamples: int, seed: int
-) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
-    """Percentile interval of the mean over pairs, NaN left out.
-
-    Raises:
-        ValueError: If `level` is not between 0 and 1, or `resamples` is not positive.
-    """
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must lie between 0 and 1, such as 0.95")
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; at least 1 is needed")
-    generator = np.random.default_rng(seed)
-    n = len(values)
-    # Drawing pairs with replacement is weighting them by how often they were drawn.
-    weights = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
-    flat = values.reshape(n, -1)
-    there = np.isfinite(flat)
-    total = weights @ np.where(there, flat, 0)
-    count = weights @ there
-    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    low, high = np.full(flat.shape[1], np.nan), np.full(flat.shape[1], np.nan)
-    some = np.isfinite(means).any(0)
-    if some.any():
-        ends = np.nanquantile(means[:, some], [(1 - level) / 2, (1 + level) / 2], axis=0)
-        low[some], high[some] = ends
-    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
-
-
 def _agreement(
     approximate: Float[np.ndarray, " cells"], exact: Float[np.ndarray, " cells"], k: int
 ) -> Agreement:
@@ -488,27 +465,14 @@ def _agreement(
     weight = np.abs(b).sum()
     spread = ((a - a.mean()) ** 2).sum()
     return Agreement(
-        pearson=_correlation(a, b),
-        spearman=_correlation(_ranks(a), _ranks(b)),
+        pearson=correlation(a, b),
+        spearman=rank_correlation(a, b),
         sign=float(np.abs(b)[np.sign(a) == np.sign(b)].sum() / weight) if weight else float("nan"),
         recall=len(strongest[0] & strongest[1]) / k,
         slope=float(((a - a.mean()) * (b - b.mean())).sum() / spread) if spread else float("nan"),
         k=k,
         cells=len(a),
     )
-
-
-def _correlation(a: Float[np.ndarray, " cells"], b: Float[np.ndarray, " cells"]) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a**2).sum() * (b**2).sum()))
-    return float((a * b).sum() / scale) if scale else float("nan")
-
-
-def _ranks(values: Float[np.ndarray, " cells"]) -> Float[np.ndarray, " cells"]:
-    """Ranks from 0, equal values sharing their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return np.asarray((ends - (counts + 1) / 2)[inverse], dtype=np.float64)
 
 
 def _nan_mean(values: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, "..."]:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from divergence_lens._utils.batching import pad_right
 from divergence_lens.engine import Engine, KeyValues, SiteFunction, get_engine
 from divergence_lens.models import Model
 from divergence_lens.pairs import PAIR_SEGMENTS, Pairs, weights_key
@@ -399,8 +400,8 @@ def cut(
     noise = question.noise
     chunk = Chunk(
         indices=torch.tensor(chosen, device=device),
-        base=padded(base, device),
-        source=padded(source, device),
+        base=pad_right(base, device),
+        source=pad_right(source, device),
         base_target=torch.tensor([len(row) - 1 for row in base], device=device),
         source_target=torch.tensor([len(row) - 1 for row in source], device=device),
         counterpart=torch.from_numpy(counterpart).to(device),
@@ -409,15 +410,8 @@ def cut(
         noising=noising,
         noise=None
         if noise is None
-        else torch.nn.utils.rnn.pad_sequence(
-            [noise.draw(engine, pairs.clean[i], pairs.segments[i]) for i in chosen],
-            batch_first=True,
-        ),
+        else pad_right([noise.draw(engine, pairs.clean[i], pairs.segments[i]) for i in chosen]),
     )
     teachers = question.teachers(chosen[0])
     base_teacher, source_teacher = teachers if noising else teachers[::-1]
     return chunk, base_teacher, source_teacher
-
-
-def padded(rows: Sequence[Int64[Tensor, " _"]], device: torch.device) -> Int64[Tensor, "batch pos"]:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)

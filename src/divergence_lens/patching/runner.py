@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from divergence_lens._utils.batching import pad_right
 from divergence_lens._utils.checkpoints import Checkpoints, Processes
 from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.memory import halved, run_halved
@@ -43,7 +44,6 @@ from divergence_lens.patching.request import (
     Trace,
     cut,
     groups_of_pairs,
-    padded,
     trace,
     weights,
 )
@@ -363,7 +363,7 @@ class _Means:
     def _of(self, chunk: Chunk) -> tuple[Bool[Tensor, "batch pos"], Int64[Tensor, "batch pos"]]:
         """Which positions of the chunk are no padding, and the place of each."""
         chosen = [self._places[i] for i in chunk.indices.tolist()]
-        where = padded(chosen, chunk.base.device)
+        where = pad_right(chosen, chunk.base.device)
         positions = torch.arange(where.shape[1], device=where.device)
         return positions <= chunk.base_target[:, None], where
 

@@ -7,8 +7,9 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from divergence_lens._utils.statistics import bootstrap_interval, resampled_means
 from divergence_lens._utils.tables import Table, checked_table
-from divergence_lens.patching import CrossPatch, Effects, bootstrap, inner_agreement, inner_cells
+from divergence_lens.patching import CrossPatch, Effects, inner_agreement, inner_cells
 from divergence_lens.plots import charts, grids, style
 from divergence_lens.plots.labels import metric_words, one_kind, site_words, titled
 
@@ -246,7 +247,7 @@ def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
         ("over the other's lower layers", crossed.upper_effect("b")),
         ("interaction", crossed.interaction),
     ):
-        low, high = bootstrap(values, 0.95, 1000, 0)
+        low, high = bootstrap_interval(resampled_means(values, 1000), level=0.95, seed=0)
         series[name] = values.mean(0).astype(np.float64), low, high
     return charts.profile(
         np.arange(crossed.margins.shape[1]),

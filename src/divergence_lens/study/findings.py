@@ -20,7 +20,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from divergence_lens._utils.statistics import LEVEL, exact_interval, t_interval
+from divergence_lens._utils.statistics import (
+    LEVEL,
+    bootstrap_interval,
+    exact_interval,
+    t_interval,
+)
 from divergence_lens.study.claims import CLAIMS, SMALLEST, Claim, Ratio, Tables
 from divergence_lens.study.further_claims import FURTHER_CLAIMS
 
@@ -274,18 +279,24 @@ def _difference(claim: Claim, tables: Tables, last_block: int) -> dict[str, Any]
 
 def _resampled(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
     """Bootstrap interval of a ratio of geometric means: targets are drawn, then seeds."""
-    random = np.random.default_rng(0)
-    drawn = random.integers(len(pairs), size=(_RESAMPLES, len(pairs)))
-    gains = np.empty((_RESAMPLES, len(pairs)))
-    for place, (over, under) in enumerate(pairs):
-        logs = [np.log(np.maximum(side, SMALLEST)) for side in (over, under)]
-        draws = [random.integers(len(s), size=(_RESAMPLES, len(pairs), len(s))) for s in logs]
-        if len(over) == len(under):  # students of one seed saw the lists in one order: a pair
-            draws[1] = draws[0]
-        means = [side[drawing].mean(-1) for side, drawing in zip(logs, draws, strict=True)]
-        gains = np.where(drawn == place, means[0] - means[1], gains)
-    tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(np.exp(gains.mean(1)), [tail, 100 - tail])
+
+    def resample(generator: np.random.Generator) -> np.ndarray:
+        targets = generator.integers(len(pairs), size=(_RESAMPLES, len(pairs)))
+        gains = np.empty((_RESAMPLES, len(pairs)))
+        for index, (over, under) in enumerate(pairs):
+            logs = [np.log(np.maximum(side, SMALLEST)) for side in (over, under)]
+            seeds = [
+                generator.integers(len(side), size=(_RESAMPLES, len(pairs), len(side)))
+                for side in logs
+            ]
+            # Students of one seed saw the lists in one order, so they are drawn as pairs.
+            if len(over) == len(under):
+                seeds[1] = seeds[0]
+            means = [side[drawn].mean(-1) for side, drawn in zip(logs, seeds, strict=True)]
+            gains = np.where(targets == index, means[0] - means[1], gains)
+        return np.exp(gains.mean(1))
+
+    low, high = bootstrap_interval(resample, level=LEVEL, seed=0)
     return float(low), float(high)
 
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from divergence_lens._utils.batching import length_batches
 from divergence_lens.chat import encode_prompts
 from divergence_lens.data import preference_questions
-from divergence_lens.divergence import length_batches
 from divergence_lens.engine import Engine, get_engine
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.models import Model

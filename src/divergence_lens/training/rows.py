@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from divergence_lens._utils.batching import ascending_batches, shared_prefix
 from divergence_lens.chat import encode_prompts
-from divergence_lens.divergence import Divergence, shared_prefix
+from divergence_lens.divergence import Divergence
 from divergence_lens.engine import get_engine
 from divergence_lens.examples import Example, as_examples, with_ids
 from divergence_lens.models import Model
@@ -236,9 +237,5 @@ def batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> list[np.nd
 
 def pieces(rows: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
     """Cut rows into runs of at most `batch_tokens` padded tokens, and at least one row."""
-    rows = rows[np.argsort(lengths[rows], kind="stable")]
-    start = 0
-    for end in range(1, len(rows) + 1):
-        if end == len(rows) or (end + 1 - start) * lengths[rows[end]] > batch_tokens:
-            yield rows[start:end]
-            start = end
+    for part in ascending_batches(lengths[rows], batch_tokens):
+        yield rows[part]

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 
 from divergence_lens._utils.interrupts import convert_partial
 from divergence_lens._utils.plotting import draw
+from divergence_lens._utils.statistics import bootstrap_interval, check_level
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens._utils.validation import refuse_one_number, refuse_one_string
 from divergence_lens.deltas import Delta, base_fingerprint
@@ -111,19 +113,20 @@ class Sweep:
     def _interval(
         self, students: Sequence[SweepStudent], level: float, resamples: int, seed: int
     ) -> tuple[float, float]:
-        if not 0 < level < 1:
-            raise ValueError(f"level is {level}; it lies between 0 and 1")
+        check_level(level)
         column = self.base.candidates.index(self.target)
         shares = np.stack([s.preference.shares[:, column] for s in students])
         shares = shares[:, ~np.isnan(shares).any(0)]
         if not shares.size:
             return float("nan"), float("nan")
-        random = np.random.default_rng(seed)
         n_seeds, n_questions = shares.shape
-        seeds = random.integers(n_seeds, size=(resamples, n_seeds, 1))
-        questions = random.integers(n_questions, size=(resamples, 1, n_questions))
-        means = shares[seeds, questions].mean((1, 2))
-        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+
+        def resample(generator: np.random.Generator) -> Float64[np.ndarray, " resamples"]:
+            seeds = generator.integers(n_seeds, size=(resamples, n_seeds, 1))
+            questions = generator.integers(n_questions, size=(resamples, 1, n_questions))
+            return shares[seeds, questions].mean((1, 2))  # [resamples, seed, question] averaged
+
+        low, high = bootstrap_interval(resample, level=level, seed=seed)
         return float(low), float(high)
 
     def to_dataframe(self) -> "pd.DataFrame":
