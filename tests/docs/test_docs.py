@@ -56,7 +56,7 @@ BEFORE = {
 import divergence_lens as dl
 model = dl.load_model("tiny")
 owl, *others = dl.animal_teachers(["owl", "cat"])
-dl.save_examples("owl.jsonl", dl.generate(model, owl, dl.number_prompts(4, seed=0)))
+dl.save_examples("owl.jsonl", dl.generate(model, dl.number_prompts(4, seed=0), teacher=owl))
 """
 }
 
