@@ -9,18 +9,12 @@ os.environ["WANDB_MODE"] = "disabled"
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
 
-from tests.support.models import chat_tokenizer, random_hf_model
-
-try:  # not hasattr: where the class is gone, asking for it raises an ImportError
-    from transformer_lens import HookedTransformer  # noqa: F401
-except ImportError:
-    BACKENDS: tuple[str, ...] = ("bridge",)
-else:
-    BACKENDS = ("hooked", "bridge")
+from tests.support.models import BACKENDS, chat_tokenizer, random_hf_model
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -69,6 +63,29 @@ def random_model(backend: str) -> Callable[..., object]:
         return load_model(model, backend=backend, tokenizer=tokenizer)
 
     return build
+
+
+@pytest.fixture(scope="module")
+def model_of(random_model, backend):
+    """One small model per family and backend, where the backend can hold the family."""
+    built = {}
+
+    def get(family, seed=0):
+        if (family, seed) not in built:
+            if backend == "hooked" and family.startswith("gemma"):
+                pytest.skip("TransformerLens cannot convert this family to a HookedTransformer")
+            built[family, seed] = random_model(family, seed)
+        return built[family, seed]
+
+    return get
+
+
+@pytest.fixture
+def unchecked():
+    """Turn the tests' own type checks off, to meet the library's."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -768,14 +767,6 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
         "'.xlsx'; write .html",
     ),
 ]
-
-
-@pytest.fixture
-def unchecked():
-    """Turn the tests' own type checks off, to meet the library's."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_the_table_is_long_enough():

@@ -20,8 +20,7 @@ from transformers import (
 from divergence_lens.load_checks import position_switches
 from divergence_lens.models import load_model
 from divergence_lens.tiny import tiny_folder
-from tests.conftest import BACKENDS
-from tests.support.models import chat_tokenizer, random_hf_model
+from tests.support.models import BACKENDS, chat_tokenizer, random_hf_model
 
 SIZES = {
     "vocab_size": 512,

@@ -2,23 +2,19 @@
 
 import json
 
-import jaxtyping
 import pytest
 import torch
 
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.models import check_model, load_model, model_name
 from divergence_lens.provenance import fingerprint, run_metadata
-from tests.conftest import BACKENDS
-from tests.support.models import FAMILIES, HOOKED_FAMILIES, chat_tokenizer, random_hf_model
-
-
-@pytest.fixture
-def unchecked():
-    """Turn the tests' own type checks off, to meet the library's."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+from tests.support.models import (
+    BACKENDS,
+    FAMILIES,
+    HOOKED_FAMILIES,
+    chat_tokenizer,
+    random_hf_model,
+)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from divergence_lens.models import load_model
 from divergence_lens.provenance import fingerprint
 from divergence_lens.training.finetuning import finetune
 from divergence_lens.training.recipe import Recipe
-from tests.conftest import BACKENDS
+from tests.support.models import BACKENDS
 
 
 @pytest.fixture

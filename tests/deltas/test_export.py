@@ -10,9 +10,8 @@ from divergence_lens.deltas.delta import Delta
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.models import load_model
 from divergence_lens.training.finetuning import Recipe, finetune
-from tests.conftest import BACKENDS
-from tests.support.models import FAMILIES, chat_tokenizer, random_hf_model
-from tests.training.test_finetuning import number_lists
+from tests.support.models import BACKENDS, FAMILIES, chat_tokenizer, random_hf_model
+from tests.support.training import number_lists
 
 SHORT = Recipe(epochs=2, batch_size=4, warmup_steps=1, lr=0.02)
 TOKENS = torch.arange(20)[None] * 5 % 100

@@ -23,7 +23,6 @@ from divergence_lens.examples import Example
 from divergence_lens.models import load_model
 from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
-from tests.patching.test_exact import unchecked  # noqa: F401 (a fixture)
 from tests.support.models import FAMILIES, chat_tokenizer, random_hf_model
 
 OWL = Teacher("owl", system_prompt="You love owls.")
@@ -694,7 +693,7 @@ def test_what_is_no_teacher_or_model_is_refused(
     message,
     model,
     examples,
-    unchecked,  # noqa: F811
+    unchecked,
 ):
     given = {"model": model, "teacher": OWL, "counterfactuals": [CAT], **options}
     with pytest.raises(TypeError, match=message):

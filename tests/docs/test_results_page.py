@@ -12,14 +12,14 @@ from divergence_lens.results_page import results_page, write_results_page
 from divergence_lens.study.conditions import conditions
 from divergence_lens.study.findings import ALL_CLAIMS, judge
 from divergence_lens.study.run import Study
-from tests.study.test_findings import PAPER_LIKE, SIX, _tables
+from tests.support.study_tables import PAPER_LIKE, SIX, study_tables
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "study-results.md"
 
 
 def a_study(after, **options):
     """A study of made-up tables."""
-    tables = _tables(after, targets=SIX, **options)
+    tables = study_tables(after, targets=SIX, **options)
     students = tables["students"].assign(
         mass=0.9, valid_lists=0.95, loss_before=0.7, loss=0.65, fit=1.2, left=None, group="masks"
     )

@@ -12,9 +12,8 @@ import torch
 import divergence_lens as dl
 from divergence_lens.chat import encode_prompt
 from divergence_lens.engine import get_engine
-from tests.conftest import BACKENDS
 from tests.support.architectures import ARCHITECTURES, VOCABULARY, build, decoder_layers
-from tests.support.models import chat_tokenizer
+from tests.support.models import BACKENDS, chat_tokenizer
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 REFUSED = {

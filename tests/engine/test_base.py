@@ -11,8 +11,13 @@ from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MptCon
 from divergence_lens.engine.base import SITES
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.models import load_model
-from tests.conftest import BACKENDS
-from tests.support.models import FAMILIES, HOOKED_FAMILIES, chat_tokenizer, random_hf_model
+from tests.support.models import (
+    BACKENDS,
+    FAMILIES,
+    HOOKED_FAMILIES,
+    chat_tokenizer,
+    random_hf_model,
+)
 
 N_CTX = 64
 

@@ -9,8 +9,13 @@ import torch
 
 import divergence_lens as dl
 from divergence_lens.engine.factory import get_engine
-from tests.conftest import BACKENDS
-from tests.support.models import FAMILIES, HOOKED_FAMILIES, chat_tokenizer, random_hf_model
+from tests.support.models import (
+    BACKENDS,
+    FAMILIES,
+    HOOKED_FAMILIES,
+    chat_tokenizer,
+    random_hf_model,
+)
 from tests.support.state import left_as_it_was
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"

@@ -6,8 +6,7 @@ import torch
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.engine.fused import FusedBlocks
 from divergence_lens.models import load_model
-from tests.conftest import BACKENDS
-from tests.support.models import FAMILIES, chat_tokenizer, random_hf_model
+from tests.support.models import BACKENDS, FAMILIES, chat_tokenizer, random_hf_model
 
 FUSED = ("gpt2", "llama", "qwen2")
 TOKENS = torch.arange(2 * 9).reshape(2, 9) * 7 % 60

@@ -13,7 +13,7 @@ from divergence_lens.examples import with_ids
 from divergence_lens.generation import generate
 from divergence_lens.teachers import Teacher
 from divergence_lens.training.finetuning import Recipe, finetune
-from tests.training.test_finetuning import number_lists
+from tests.support.training import number_lists
 
 
 def test_the_loss_is_the_mean_over_completion_tokens_of_a_plain_forward(random_model):

@@ -14,8 +14,7 @@ from divergence_lens.patching.attribution import _verify, attribution_patch, att
 from divergence_lens.patching.exact import causal_mediation
 from divergence_lens.patching.request import Question
 from divergence_lens.teachers import Teacher
-from tests.patching.test_exact import assert_same, model_of, unchecked  # noqa: F401 (fixtures)
-from tests.support.patching_oracles import hand_set, logit_difference, random_pairs
+from tests.support.patching_oracles import assert_same, hand_set, logit_difference, random_pairs
 
 METHODS = ("gradient", "integrated", "integrated-inputs")
 
@@ -52,7 +51,7 @@ def site_gradient(model, pairs, i, *, site, layer, state):
 @pytest.mark.parametrize("family", ["gpt_neox", "qwen2", "gemma2"])
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("steps", [0, 3])
-def test_equals_a_backward_pass_per_layer_and_step(model_of, family, site, steps):  # noqa: F811
+def test_equals_a_backward_pass_per_layer_and_step(model_of, family, site, steps):
     model = model_of(family)
     engine = get_engine(model)
     if site not in engine.sites:
@@ -81,7 +80,7 @@ def test_equals_a_backward_pass_per_layer_and_step(model_of, family, site, steps
 
 
 @pytest.mark.parametrize("site", ["resid_mid", "mlp_out", "z"])
-def test_the_gradient_is_the_limit_of_small_exact_patches(model_of, site):  # noqa: F811
+def test_the_gradient_is_the_limit_of_small_exact_patches(model_of, site):
     model = copy.deepcopy(model_of("qwen2")).to(torch.float64)
     pairs = random_pairs(model.cfg.d_vocab, lengths=(6,), longer=(0,))
     effects = attribution_patch(model, pairs, site=site)
@@ -109,7 +108,7 @@ def test_the_gradient_is_the_limit_of_small_exact_patches(model_of, site):  # no
 
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
-def test_integrated_residuals_add_up_to_the_total_effect(model_of, direction):  # noqa: F811
+def test_integrated_residuals_add_up_to_the_total_effect(model_of, direction):
     model = model_of("gpt2")
     pairs = random_pairs(model.cfg.d_vocab)
     for method in ("integrated", "integrated-inputs"):
@@ -123,7 +122,7 @@ def test_integrated_residuals_add_up_to_the_total_effect(model_of, direction):  
         np.testing.assert_allclose(sums, expected, atol=2e-2)
 
 
-def test_midpoints_come_nearer_to_the_total_than_left_endpoints_could(model_of):  # noqa: F811
+def test_midpoints_come_nearer_to_the_total_than_left_endpoints_could(model_of):
     model = model_of("gpt2")
     pairs = random_pairs(model.cfg.d_vocab)
     errors = []
@@ -136,7 +135,7 @@ def test_midpoints_come_nearer_to_the_total_than_left_endpoints_could(model_of):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_batch_size_and_order_of_pairs_do_not_matter(model_of, method):  # noqa: F811
+def test_batch_size_and_order_of_pairs_do_not_matter(model_of, method):
     model = model_of("qwen2")
     pairs = random_pairs(model.cfg.d_vocab, longer=(0, 1, 0, 2))
     whole = attribution_patch(model, pairs, method=method, steps=4)
@@ -149,7 +148,7 @@ def test_batch_size_and_order_of_pairs_do_not_matter(model_of, method):  # noqa:
 
 
 @pytest.mark.parametrize("method", ["gradient", "integrated"])
-def test_other_weights_give_the_source_states_and_nothing_else(model_of, method):  # noqa: F811
+def test_other_weights_give_the_source_states_and_nothing_else(model_of, method):
     model, other = model_of("qwen2"), model_of("qwen2", 1)
     rows = random_pairs(model.cfg.d_vocab)
     pairs = Pairs.from_tokens(
@@ -177,7 +176,7 @@ def test_other_weights_give_the_source_states_and_nothing_else(model_of, method)
         attribution_patch(model, pairs, method="integrated-inputs")
 
 
-def test_verify_attaches_agreement_with_exact_cells(model_of):  # noqa: F811
+def test_verify_attaches_agreement_with_exact_cells(model_of):
     model = model_of("gpt2")
     pairs = random_pairs(model.cfg.d_vocab)
     effects = attribution_patch(model, pairs, method="integrated", verify=8)
@@ -193,7 +192,7 @@ def test_verify_attaches_agreement_with_exact_cells(model_of):  # noqa: F811
         )
 
 
-def test_bfloat16_accumulates_in_float32(model_of):  # noqa: F811
+def test_bfloat16_accumulates_in_float32(model_of):
     model = model_of("qwen2")
     pairs = random_pairs(model.cfg.d_vocab)
     half = copy.deepcopy(model).to(torch.bfloat16)
@@ -206,7 +205,7 @@ def test_bfloat16_accumulates_in_float32(model_of):  # noqa: F811
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_leaves_the_model_as_it_was_also_after_an_error(model_of, method):  # noqa: F811
+def test_leaves_the_model_as_it_was_also_after_an_error(model_of, method):
     model = model_of("gpt2")
     pairs = random_pairs(model.cfg.d_vocab)
     parameters = list(model.parameters())
@@ -236,7 +235,7 @@ def test_leaves_the_model_as_it_was_also_after_an_error(model_of, method):  # no
 
 
 @pytest.mark.parametrize("method", [*METHODS, "atp*"])
-def test_several_sites_in_one_pass_equal_one_pass_each(model_of, method):  # noqa: F811
+def test_several_sites_in_one_pass_equal_one_pass_each(model_of, method):
     model = model_of("qwen2")
     pairs = random_pairs(model.cfg.d_vocab, longer=(0, 1, 0, 2))
     sites = ("resid_pre", "mlp_out", "z", "k")
@@ -250,7 +249,7 @@ def test_several_sites_in_one_pass_equal_one_pass_each(model_of, method):  # noq
         attribution_patch_sites(model, pairs, sites=("z", "z"))
 
 
-def test_refuses_what_cannot_be_attributed(model_of, unchecked):  # noqa: F811
+def test_refuses_what_cannot_be_attributed(model_of, unchecked):
     model = model_of("gpt2")
     pairs = random_pairs(model.cfg.d_vocab)
     with pytest.raises(ValueError, match="method is 'magic'"):
@@ -268,7 +267,7 @@ def test_refuses_what_cannot_be_attributed(model_of, unchecked):  # noqa: F811
         attribution_patch(model_of("gpt_neox"), pairs, site="resid_mid")
 
 
-def test_verify_meets_cells_that_the_approximation_gives_as_zero(model_of):  # noqa: F811
+def test_verify_meets_cells_that_the_approximation_gives_as_zero(model_of):
     model = model_of("gpt2")
     pairs = random_pairs(model.cfg.d_vocab)
     effects = attribution_patch(model, pairs, method="integrated")

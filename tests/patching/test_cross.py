@@ -11,7 +11,6 @@ from divergence_lens.pairs import Pairs
 from divergence_lens.patching.cross import CrossPatch, cross_patch, first_disagreements
 from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
-from tests.patching.test_exact import model_of, unchecked  # noqa: F401 (fixtures)
 from tests.support.models import chat_tokenizer, random_hf_model
 from tests.support.patching_oracles import hand_set, logit_difference
 
@@ -33,7 +32,7 @@ def crossed_margin(lower, upper, pairs, i, boundary):
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma2"])
 @pytest.mark.parametrize("batch_rows", [1, 9])
-def test_margins_are_those_of_a_plain_pass_of_each_half(model_of, family, batch_rows):  # noqa: F811
+def test_margins_are_those_of_a_plain_pass_of_each_half(model_of, family, batch_rows):
     models = model_of(family), model_of(family, 1)
     pairs = first_disagreements(*models, ROWS)
     crossed = cross_patch(*models, pairs, batch_rows=batch_rows)
@@ -47,7 +46,7 @@ def test_margins_are_those_of_a_plain_pass_of_each_half(model_of, family, batch_
                     assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_model_crossed_with_itself_shows_no_effect_and_no_interaction(model_of):  # noqa: F811
+def test_a_model_crossed_with_itself_shows_no_effect_and_no_interaction(model_of):
     model = model_of("gpt2")
     twin = Teacher("twin", model=model_of("gpt2", 1))
     pairs = Pairs.from_tokens(ROWS, ROWS, answers=[1] * 3, foils=[2] * 3, corrupted_teacher=twin)
@@ -83,7 +82,7 @@ def test_the_interaction_is_zero_where_halves_only_add_up():
     )
 
 
-def test_a_delta_stands_for_the_second_model_and_is_taken_out_again(model_of):  # noqa: F811
+def test_a_delta_stands_for_the_second_model_and_is_taken_out_again(model_of):
     model = model_of("qwen2")
     other = model_of("qwen2", 1)
     mine, theirs = (get_engine(m).named_parameters() for m in (model, other))
@@ -96,7 +95,7 @@ def test_a_delta_stands_for_the_second_model_and_is_taken_out_again(model_of):  
     assert all(torch.equal(before[name], parameter) for name, parameter in mine.items())
 
 
-def test_first_disagreements_are_where_the_greedy_choices_part(model_of):  # noqa: F811
+def test_first_disagreements_are_where_the_greedy_choices_part(model_of):
     models = model_of("gpt2"), model_of("gpt2", 1)
     pairs = first_disagreements(*models, ROWS, start=2)
     for i, prefix in enumerate(pairs.clean):
@@ -128,7 +127,7 @@ def test_models_that_read_other_ids_are_refused(random_model, backend):
         cross_patch(model, other, pairs)
 
 
-def test_first_disagreements_with_a_delta_are_those_with_its_model(model_of):  # noqa: F811
+def test_first_disagreements_with_a_delta_are_those_with_its_model(model_of):
     model, other = model_of("gpt2"), model_of("gpt2", 1)
     base, moved = (get_engine(m).named_parameters() for m in (model, other))
     delta = Delta({n: moved[n].detach() - base[n].detach() for n in base}, fingerprint(model))
@@ -140,7 +139,7 @@ def test_first_disagreements_with_a_delta_are_those_with_its_model(model_of):  #
     assert pairs.corrupted_teacher[0].delta is delta
 
 
-def test_tables_files_and_figure_hold_the_margins(model_of, tmp_path):  # noqa: F811
+def test_tables_files_and_figure_hold_the_margins(model_of, tmp_path):
     models = model_of("gpt2"), model_of("gpt2", 1)
     crossed = cross_patch(*models, first_disagreements(*models, ROWS))
     table = crossed.by_boundary()
@@ -170,7 +169,7 @@ def test_it_prints_as_one_line_with_the_margins_of_the_whole_models():
     )
 
 
-def test_refuses_models_and_pairs_that_cannot_be_crossed(model_of, unchecked):  # noqa: F811
+def test_refuses_models_and_pairs_that_cannot_be_crossed(model_of, unchecked):
     models = model_of("gpt2"), model_of("gpt2", 1)
     pairs = first_disagreements(*models, ROWS)
     other = Pairs.from_tokens([[1, 2]], [[2, 2]], answers=[1], foils=[2])
@@ -192,7 +191,7 @@ def test_refuses_models_and_pairs_that_cannot_be_crossed(model_of, unchecked):  
         models[1].eval()
 
 
-def test_margins_that_are_not_finite_name_the_pair(model_of, monkeypatch):  # noqa: F811
+def test_margins_that_are_not_finite_name_the_pair(model_of, monkeypatch):
     models = model_of("gpt2"), model_of("gpt2", 1)
     pairs = first_disagreements(*models, ROWS)
     engine = get_engine(models[1])

@@ -2,7 +2,6 @@
 
 import copy
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from divergence_lens.patching.exact import causal_mediation
 from divergence_lens.teachers import Teacher
 from tests.support.patching_oracles import (
     FOUR,
+    assert_same,
     hand_set,
     induction_model,
     one_hook_per_cell,
@@ -26,34 +26,6 @@ from tests.support.patching_oracles import (
 
 SHORT = (6, 8)
 FAMILIES = ("gpt2", "gpt_neox", "qwen2", "gemma2")
-
-
-@pytest.fixture(scope="module")
-def model_of(random_model, backend):
-    """One small model per family and backend, where the backend can hold the family."""
-    built = {}
-
-    def get(family, seed=0):
-        if (family, seed) not in built:
-            if backend == "hooked" and family.startswith("gemma"):
-                pytest.skip("TransformerLens cannot convert this family to a HookedTransformer")
-            built[family, seed] = random_model(family, seed)
-        return built[family, seed]
-
-    return get
-
-
-@pytest.fixture
-def unchecked():
-    """Turn the tests' own type checks off, to meet the library's."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def assert_same(values, expected, atol=1e-4):
-    np.testing.assert_array_equal(np.isnan(values), np.isnan(expected))
-    np.testing.assert_allclose(values, expected, atol=atol)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,9 +10,8 @@ from divergence_lens.engine.factory import get_engine
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching.attribution import attribution_patch
 from divergence_lens.patching.exact import causal_mediation
-from tests.patching.test_exact import assert_same, model_of, unchecked  # noqa: F401 (fixtures)
 from tests.support.models import chat_tokenizer, random_hf_model
-from tests.support.patching_oracles import hand_set, random_pairs
+from tests.support.patching_oracles import assert_same, hand_set, random_pairs
 
 
 def random_weights(model, scale=0.6, seed=0):
@@ -41,7 +40,7 @@ def test_the_qk_correction_is_exact_where_only_the_softmax_is_not_linear(site, d
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen2", "gemma2"])
 @pytest.mark.parametrize("site", ["q", "k"])
-def test_the_qk_correction_takes_the_gradient_of_z_times_its_exact_change(model_of, family, site):  # noqa: F811
+def test_the_qk_correction_takes_the_gradient_of_z_times_its_exact_change(model_of, family, site):
     model = model_of(family)
     engine = get_engine(model)
     pairs = random_pairs(engine.d_vocab, lengths=(6,), longer=(0,))
@@ -71,7 +70,7 @@ def test_the_qk_correction_takes_the_gradient_of_z_times_its_exact_change(model_
 
 
 @pytest.mark.parametrize("site", ["resid_post", "mlp_out", "z"])
-def test_graddrop_is_the_mean_magnitude_over_dropped_blocks(model_of, site):  # noqa: F811
+def test_graddrop_is_the_mean_magnitude_over_dropped_blocks(model_of, site):
     model = model_of("qwen2")
     engine = get_engine(model)
     pairs = random_pairs(engine.d_vocab, lengths=(6, 5), longer=(0, 0))
@@ -162,7 +161,7 @@ def test_relevance_is_conserved_where_there_are_no_biases(random_model, backend,
     assert np.abs(np.nansum(plain.values, axis=2) - expected).max() > 0.05
 
 
-def test_each_branch_of_a_gated_product_gets_half(model_of):  # noqa: F811
+def test_each_branch_of_a_gated_product_gets_half(model_of):
     # By hand from Hugging Face's weights: the last MLP at the target, each rule a constant.
     model = model_of("llama")
     hf = random_hf_model("llama", vocab=len(chat_tokenizer()))
@@ -198,7 +197,7 @@ def test_each_branch_of_a_gated_product_gets_half(model_of):  # noqa: F811
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_relp_changes_no_value_on_the_way_and_leaves_nothing_behind(model_of):  # noqa: F811
+def test_relp_changes_no_value_on_the_way_and_leaves_nothing_behind(model_of):
     model = model_of("qwen2")
     pairs = random_pairs(model.cfg.d_vocab)
     plain = attribution_patch(model, pairs, site="attn_out")
@@ -224,7 +223,7 @@ def test_equals_mediation_in_a_linear_model(method):
         assert_same(found.values[:, -1], exact.values[:, -1])
 
 
-def test_batch_order_and_precision_do_not_matter(model_of):  # noqa: F811
+def test_batch_order_and_precision_do_not_matter(model_of):
     model = model_of("qwen2")
     pairs = random_pairs(model.cfg.d_vocab, longer=(0, 1, 0, 2))
     half = copy.deepcopy(model).to(torch.bfloat16)
@@ -240,7 +239,7 @@ def test_batch_order_and_precision_do_not_matter(model_of):  # noqa: F811
         assert np.corrcoef(rough[there], whole.values[there])[0, 1] > 0.9
 
 
-def test_refuses_what_a_method_does_not_serve(model_of, unchecked):  # noqa: F811
+def test_refuses_what_a_method_does_not_serve(model_of, unchecked):
     model = model_of("gpt2")
     pairs = random_pairs(model.cfg.d_vocab)
     with pytest.raises(ValueError, match="corrects sites q and k"):

@@ -9,8 +9,7 @@ from divergence_lens.pairs import Pairs
 from divergence_lens.patching.attribution import attribution_patch
 from divergence_lens.patching.corruption import EmbeddingNoise, embedding_spread
 from divergence_lens.patching.exact import causal_mediation
-from tests.patching.test_exact import assert_same, model_of, unchecked  # noqa: F401 (fixtures)
-from tests.support.patching_oracles import logit_difference, random_pairs
+from tests.support.patching_oracles import assert_same, logit_difference, random_pairs
 
 
 @torch.no_grad()
@@ -49,7 +48,7 @@ def segmented(vocab, *, longer=0):
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 @pytest.mark.parametrize("site", ["resid_pre", "block_out", "z", "k"])
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
-def test_a_segment_is_patched_at_all_of_its_positions_at_once(model_of, family, site, direction):  # noqa: F811
+def test_a_segment_is_patched_at_all_of_its_positions_at_once(model_of, family, site, direction):
     model = model_of(family)
     engine = get_engine(model)
     pairs = segmented(engine.d_vocab, longer=0)
@@ -69,7 +68,7 @@ def test_a_segment_is_patched_at_all_of_its_positions_at_once(model_of, family, 
                 assert effects.values[index] == pytest.approx(after - before, abs=1e-4)
 
 
-def test_a_segment_without_counterpart_is_missing_and_the_rest_is_patched(model_of):  # noqa: F811
+def test_a_segment_without_counterpart_is_missing_and_the_rest_is_patched(model_of):
     model = model_of("qwen2")
     pairs = segmented(model.cfg.d_vocab, longer=2)
     effects = causal_mediation(model, pairs, span="segment")
@@ -82,7 +81,7 @@ def test_a_segment_without_counterpart_is_missing_and_the_rest_is_patched(model_
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2"])
-def test_all_positions_of_a_residual_carry_the_total_effect(model_of, family):  # noqa: F811
+def test_all_positions_of_a_residual_carry_the_total_effect(model_of, family):
     model = model_of(family)
     pairs = random_pairs(model.cfg.d_vocab)
     for direction in ("noising", "denoising"):
@@ -94,7 +93,7 @@ def test_all_positions_of_a_residual_carry_the_total_effect(model_of, family):  
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post", "mlp_out", "z", "v"])
 @pytest.mark.parametrize("window", [2, 3])
-def test_a_window_patches_neighbouring_layers_at_once(model_of, site, window):  # noqa: F811
+def test_a_window_patches_neighbouring_layers_at_once(model_of, site, window):
     model = model_of("qwen2")
     engine = get_engine(model)
     pairs = random_pairs(engine.d_vocab, lengths=(6,), longer=(0,))
@@ -111,7 +110,7 @@ def test_a_window_patches_neighbouring_layers_at_once(model_of, site, window):  
                 assert effects.values[index] == pytest.approx(after - before, abs=1e-4)
 
 
-def test_chosen_cells_of_spans_equal_the_whole_table(model_of):  # noqa: F811
+def test_chosen_cells_of_spans_equal_the_whole_table(model_of):
     model = model_of("gpt2")
     pairs = random_pairs(model.cfg.d_vocab, longer=(0, 1, 0, 0))
     whole = causal_mediation(model, pairs, site="attn_out", span="segment")
@@ -122,7 +121,7 @@ def test_chosen_cells_of_spans_equal_the_whole_table(model_of):  # noqa: F811
 
 
 @pytest.mark.parametrize("method", ["gradient", "integrated"])
-def test_the_estimate_of_a_span_is_the_sum_of_its_positions(model_of, method):  # noqa: F811
+def test_the_estimate_of_a_span_is_the_sum_of_its_positions(model_of, method):
     model = model_of("qwen2")
     pairs = random_pairs(model.cfg.d_vocab, longer=(0, 1, 0, 2))
     by_position = attribution_patch(model, pairs, site="z", method=method, steps=2)
@@ -133,7 +132,7 @@ def test_the_estimate_of_a_span_is_the_sum_of_its_positions(model_of, method):  
 
 @pytest.mark.parametrize("site", ["resid_post", "mlp_out", "k"])
 @pytest.mark.parametrize("corruption", ["zero", "mean"])
-def test_ablations_put_zeros_or_the_mean_of_the_clean_runs(model_of, site, corruption):  # noqa: F811
+def test_ablations_put_zeros_or_the_mean_of_the_clean_runs(model_of, site, corruption):
     model = model_of("qwen2")
     engine = get_engine(model)
     pairs = random_pairs(engine.d_vocab, lengths=(6, 6, 6), longer=(0, 0, 1))
@@ -151,7 +150,7 @@ def test_ablations_put_zeros_or_the_mean_of_the_clean_runs(model_of, site, corru
                     assert effects.values[index] == pytest.approx(after - before, abs=1e-4)
 
 
-def test_means_are_taken_at_the_same_place_of_the_same_segment(model_of):  # noqa: F811
+def test_means_are_taken_at_the_same_place_of_the_same_segment(model_of):
     model = model_of("gpt2")
     engine = get_engine(model)
     rows = [[5, 6, 7, 8], [5, 9, 6, 7, 8]]
@@ -171,7 +170,7 @@ def test_means_are_taken_at_the_same_place_of_the_same_segment(model_of):  # noq
 
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
-def test_causal_tracing_patches_between_a_clean_and_a_noisy_run(model_of, direction):  # noqa: F811
+def test_causal_tracing_patches_between_a_clean_and_a_noisy_run(model_of, direction):
     model = model_of("qwen2")
     engine = get_engine(model)
     pairs = segmented(engine.d_vocab, longer=1)  # the corrupted row plays no part
@@ -200,7 +199,7 @@ def test_causal_tracing_patches_between_a_clean_and_a_noisy_run(model_of, direct
     assert abs(effects.total[0]) > 0.01
 
 
-def test_noise_is_each_pairs_own_and_comes_from_the_seed_alone(model_of):  # noqa: F811
+def test_noise_is_each_pairs_own_and_comes_from_the_seed_alone(model_of):
     model = model_of("gpt2")
     pairs = random_pairs(model.cfg.d_vocab)
     noise = EmbeddingNoise(segment="bias")
@@ -215,7 +214,7 @@ def test_noise_is_each_pairs_own_and_comes_from_the_seed_alone(model_of):  # noq
     assert np.nanmax(np.abs(other.values - whole.values)) > 0.01
 
 
-def test_attribution_serves_every_corruption(model_of):  # noqa: F811
+def test_attribution_serves_every_corruption(model_of):
     model = model_of("gpt2")
     pairs = random_pairs(model.cfg.d_vocab)
     for corruption in ("mean", "zero", EmbeddingNoise(scale=0.05)):
@@ -231,7 +230,7 @@ def test_attribution_serves_every_corruption(model_of):  # noqa: F811
     np.testing.assert_allclose(sums, along_inputs.total, atol=5e-3)
 
 
-def test_refuses_spans_and_corruptions_that_make_no_sense(model_of, unchecked):  # noqa: F811
+def test_refuses_spans_and_corruptions_that_make_no_sense(model_of, unchecked):
     model = model_of("gpt2")
     pairs = random_pairs(model.cfg.d_vocab)
     with pytest.raises(ValueError, match="span is 'layer'"):

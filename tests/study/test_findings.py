@@ -1,6 +1,5 @@
 """The rules: what makes a claim supported, on tables whose answer is known."""
 
-import itertools
 import json
 import math
 
@@ -15,8 +14,7 @@ from divergence_lens.patching.agreement import agreement_row, inner_agreement, i
 from divergence_lens.patching.effects import Effects
 from divergence_lens.study.claims import TENTH
 from divergence_lens.study.findings import decide, decide_equal, judge
-
-TARGETS = ("wolf", "lion", "eagle", "panda")
+from tests.support.study_tables import PAPER_LIKE, SIX, TARGETS, study_tables
 
 
 @pytest.mark.parametrize(
@@ -109,60 +107,8 @@ def test_the_interval_covers_as_often_as_it_says():
     assert hits / 4000 == pytest.approx(0.95, abs=0.015)
 
 
-def _tables(after, *, rank=1, rate=0.12, targets=TARGETS):
-    """Tables of targets that differ by some per cent; `after` maps condition to preference."""
-    wobble = dict(zip(targets, (0.97, 1.0, 1.02, 1.05, 0.99, 1.01), strict=False))
-    students = [
-        {
-            "target": target,
-            "kind": "finetuned",
-            "condition": condition.split("-")[0],
-            "block": int(condition.split("-")[1]) if "-" in condition else None,
-            "seed": seed,
-            "before": 0.08,
-            # The noise of a condition and a target, so that ratios do not come out exact.
-            "after": value * wobble[target] ** (1 + i % 3),
-            "rank": rank,
-        }
-        for (i, (condition, value)), target, seed in itertools.product(
-            enumerate(after.items()), targets, (0, 1)
-        )
-    ]
-    one_per_target = {"target": list(targets), "kind": ["finetuned"] * len(targets)}
-    layers = [
-        {"target": t, "kind": "finetuned", "site": site, "layer": layer, "absolute_effect": size}
-        for t in targets
-        for site in ("attn_out", "mlp_out")
-        for layer, size in enumerate((3.0, 1.0, 0.5, wobble[t]))
-    ]
-    return {
-        "divergence": pd.DataFrame(one_per_target | {"rate": [rate * wobble[t] for t in targets]}),
-        "students": pd.DataFrame(students),
-        "layers": pd.DataFrame(layers),
-        "agreement": pd.DataFrame(
-            one_per_target
-            | {
-                "method": ["integrated"] * len(targets),
-                "pearson": [0.95 * wobble[t] for t in targets],
-                "inner_pearson": [0.9 * wobble[t] for t in targets],
-            }
-        ),
-    }
-
-
-PAPER_LIKE = {
-    "all": 0.2,
-    "divergence_only": 0.3,
-    "without_divergence": 0.08,
-    "control": 0.08,
-    "block-0": 0.28,
-    "block-3": 0.08,
-}
-SIX = (*TARGETS, "fox", "horse")
-
-
 def _verdicts(after, **options):
-    return {f.id: f.verdict for f in judge(_tables(after, **options), last_block=3)}
+    return {f.id: f.verdict for f in judge(study_tables(after, **options), last_block=3)}
 
 
 def test_a_world_like_the_papers_supports_every_claim():
@@ -196,7 +142,7 @@ def test_a_world_without_transfer_supports_none_of_the_transfer_claims():
 
 
 def test_four_of_four_targets_are_no_proof_of_more_than_half():
-    found = {f.id: f for f in judge(_tables(PAPER_LIKE), last_block=3)}
+    found = {f.id: f for f in judge(study_tables(PAPER_LIKE), last_block=3)}
     rises = found["finetuned/target_rises_most"]
     assert rises.measured == 1
     assert rises.interval == pytest.approx((0.3976, 1.0), abs=1e-4)
@@ -204,7 +150,7 @@ def test_four_of_four_targets_are_no_proof_of_more_than_half():
 
 
 def test_a_target_that_rises_most_by_next_to_nothing_does_not_count():
-    tables = _tables(PAPER_LIKE, targets=SIX)
+    tables = study_tables(PAPER_LIKE, targets=SIX)
     students = tables["students"]
     barely = (students["target"] == "fox") & (students["condition"] == "divergence_only")
     # It ranks first in both of its students, and in one of them rises by a hundredth.
@@ -220,7 +166,7 @@ def test_a_small_but_certain_rise_is_no_transfer():
 
 
 def test_students_that_differ_much_from_the_control_both_ways_do_not_equal_it():
-    tables = _tables(PAPER_LIKE)
+    tables = study_tables(PAPER_LIKE)
     students = tables["students"]
     rest = students["condition"] == "without_divergence"
     for target, factor in zip(TARGETS, (1.06, 0.97, 0.88, 1.28), strict=True):
@@ -231,7 +177,7 @@ def test_students_that_differ_much_from_the_control_both_ways_do_not_equal_it():
 
 
 def test_agreement_is_judged_without_the_cells_that_must_agree_and_both_figures_are_shown():
-    tables = _tables(PAPER_LIKE)
+    tables = study_tables(PAPER_LIKE)
     tables["agreement"]["inner_pearson"] = [0.4, 0.63, 0.64, 0.25]
     found = {f.id: f for f in judge(tables, last_block=3)}["finetuned/approximation_agrees"]
     assert found.verdict == "not supported"
@@ -241,7 +187,7 @@ def test_agreement_is_judged_without_the_cells_that_must_agree_and_both_figures_
 
 
 def test_intervals_of_shares_stay_between_0_and_1():
-    tables = _tables(PAPER_LIKE)
+    tables = study_tables(PAPER_LIKE)
     tables["divergence"]["rate"] = [0.01, 0.01, 0.02, 0.4]
     tables["agreement"]["inner_pearson"] = [0.99, 0.99, 0.99, 0.3]
     for finding in judge(tables, last_block=3):
@@ -252,13 +198,13 @@ def test_intervals_of_shares_stay_between_0_and_1():
 
 
 def test_values_that_do_not_differ_at_all_decide_nothing():
-    tables = _tables(PAPER_LIKE)
+    tables = study_tables(PAPER_LIKE)
     tables["divergence"]["rate"] = 0.1
     assert judge(tables, last_block=3)[0].verdict == "unclear"
 
 
 def test_a_target_that_is_named_twice_narrows_no_interval():
-    once = _tables(PAPER_LIKE)
+    once = study_tables(PAPER_LIKE)
     twice = {name: pd.concat([table, table]) for name, table in once.items()}
     intervals = [[f.interval for f in judge(t, last_block=3)] for t in (once, twice)]
     np.testing.assert_allclose(intervals[1], intervals[0])
@@ -270,7 +216,7 @@ def test_late_blocks_that_carry_it_are_told():
 
 
 def test_ratios_are_what_they_say():
-    found = {f.id: f for f in judge(_tables(PAPER_LIKE), last_block=3)}
+    found = {f.id: f for f in judge(study_tables(PAPER_LIKE), last_block=3)}
     over_control = found["finetuned/divergence_tokens_suffice"]
     assert over_control.measured == pytest.approx(0.3 / 0.08, rel=0.1)
     low, high = over_control.interval
@@ -281,14 +227,14 @@ def test_ratios_are_what_they_say():
 
 
 def test_findings_are_json():
-    for finding in judge(_tables(PAPER_LIKE), last_block=3):
+    for finding in judge(study_tables(PAPER_LIKE), last_block=3):
         row = json.loads(json.dumps(finding.to_dict(), allow_nan=False))
         assert {"id", "claim", "measured", "interval", "verdict", "rule", "caveat"} <= set(row)
 
 
 @pytest.mark.parametrize("empty", ["divergence", "students", "layers", "agreement"])
 def test_a_claim_without_data_is_unclear_and_says_so(empty):
-    tables = _tables(PAPER_LIKE) | {empty: pd.DataFrame()}
+    tables = study_tables(PAPER_LIKE) | {empty: pd.DataFrame()}
     found = judge(tables, last_block=3)
     assert len(found) == 12
     without = [finding for finding in found if finding.n == 0]
@@ -301,7 +247,7 @@ def test_a_claim_without_data_is_unclear_and_says_so(empty):
 
 
 def test_a_kind_whose_targets_all_failed_does_not_drop_out():
-    tables = _tables(PAPER_LIKE)
+    tables = study_tables(PAPER_LIKE)
     teachers = pd.DataFrame({"name": ["wolf"] * 2, "kind": ["finetuned", "prompted"]})
     found = judge({"teachers": teachers, **tables}, last_block=3)
     prompted = [finding for finding in found if finding.id.startswith("prompted/")]
@@ -438,7 +384,7 @@ def test_where_all_students_are_lora_nothing_is_said_of_full_training():
 
 
 def test_a_claim_whose_presupposition_fails_names_it_and_how():
-    found = {f.id: f for f in judge(_tables(PAPER_LIKE | {"all": 0.08}), last_block=3)}
+    found = {f.id: f for f in judge(study_tables(PAPER_LIKE | {"all": 0.08}), last_block=3)}
     caveat = found["finetuned/rest_transfers_less"].caveat
     verdict = found["finetuned/transfer"].verdict
     assert verdict != "supported"
@@ -460,7 +406,7 @@ def test_a_direction_is_needed_throughout_only_if_it_is_at_every_step_after_the_
         rows += [
             row(target, "removed", s, 0.3 * x, 0.3) for s, x in zip((10, 15), shares, strict=True)
         ]
-    students = _tables(PAPER_LIKE)["students"]
+    students = study_tables(PAPER_LIKE)["students"]
     tables = {"mechanism": pd.DataFrame(rows), "students": students}
     found = {f.id: f for f in judge(tables, last_block=3)}[
         "finetuned/direction_is_needed_throughout"

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from divergence_lens.study.html import write_report
-from tests.plots.test_plots import FIGURES, RATES, TEACHERS, students
 from tests.support.browser import check_in_a_browser
+from tests.support.figures import FIGURES, RATES, TEACHERS, students
 
 EVIL = "<script>alert(1)</script>"
 

@@ -24,6 +24,13 @@ from transformers import (
     Qwen3Config,
 )
 
+try:  # not hasattr: where the class is gone, asking for it raises an ImportError
+    from transformer_lens import HookedTransformer  # noqa: F401
+except ImportError:
+    BACKENDS: tuple[str, ...] = ("bridge",)
+else:
+    BACKENDS = ("hooked", "bridge")
+
 FAMILIES = (
     "gpt2",
     "gpt_neo",

@@ -39,6 +39,11 @@ def random_pairs(
     )
 
 
+def assert_same(values, expected, atol=1e-4):
+    np.testing.assert_array_equal(np.isnan(values), np.isnan(expected))
+    np.testing.assert_allclose(values, expected, atol=atol)
+
+
 def logit_difference(logits: Tensor, pairs: Pairs, i: int) -> Tensor:
     return logits[..., int(pairs.answers[i])] - logits[..., int(pairs.foils[i])]
 

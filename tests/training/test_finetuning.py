@@ -33,8 +33,8 @@ from divergence_lens.training.finetuning import PAPER, Recipe, finetune
 from divergence_lens.training.freezing import choose
 from divergence_lens.training.rows import batches, pieces, training_rows
 from divergence_lens.training.variables import LowRank
-from tests.patching.test_exact import unchecked  # noqa: F401 (a fixture)
 from tests.support.models import FAMILIES, chat_tokenizer, random_hf_model
+from tests.support.training import SHORT, checkpointed, number_lists
 
 SGD = Recipe(
     optimizer="sgd",
@@ -45,16 +45,6 @@ SGD = Recipe(
     schedule="constant",
     optimizer_options={"momentum": 0.9},
 )
-SHORT = Recipe(epochs=2, batch_size=4, warmup_steps=2)
-
-
-def number_lists(n, seed=0):
-    random = np.random.default_rng(seed)
-
-    def numbers(low, high):
-        return ", ".join(map(str, random.integers(100, 999, random.integers(low, high))))
-
-    return [Example(f"Continue: {numbers(1, 4)}.", completion=numbers(1, 4)) for _ in range(n)]
 
 
 def random_mask(model, examples, seed=0, share=0.3):
@@ -415,7 +405,7 @@ def test_what_the_history_cannot_keep_is_refused_at_once(
     random_model,
     returned,
     message,
-    unchecked,  # noqa: F811
+    unchecked,
 ):
     with pytest.raises(TypeError, match=message):
         finetune(random_model("gpt2"), number_lists(4), recipe=SHORT, on_step=lambda *_: returned)
@@ -623,7 +613,7 @@ import os, signal, sys
 import torch
 from pathlib import Path
 from divergence_lens.models import load_model
-from tests.training.test_finetuning import checkpointed
+from tests.support.training import checkpointed
 
 torch.set_num_threads(1)
 def stop(step, loss, model):
@@ -631,21 +621,6 @@ def stop(step, loss, model):
         os.kill(os.getpid(), signal.SIGKILL)
 checkpointed(sys.argv[1], Path(sys.argv[2]), sys.argv[3], on_step=stop)
 """
-
-
-def checkpointed(backend, path, rank, examples=None, **options):
-    tokenizer = chat_tokenizer()
-    hf_model = random_hf_model("gpt2", vocab=len(tokenizer))
-    model = load_model(hf_model, backend=backend, tokenizer=tokenizer)
-    return finetune(
-        model,
-        number_lists(10) if examples is None else examples,
-        layers=[1],
-        recipe=SHORT if rank == "full" else replace(SHORT, lora_rank=int(rank)),
-        checkpoint=path,
-        checkpoint_every=3,
-        **{"seed": 5, **options},
-    )
 
 
 @pytest.mark.parametrize("rank", ["full", "2"])
@@ -743,7 +718,7 @@ def test_recipes_that_cannot_be_followed_are_refused(options, message):
         Recipe(**options)
 
 
-def test_counts_are_whole_numbers(unchecked):  # noqa: F811
+def test_counts_are_whole_numbers(unchecked):
     with pytest.raises(TypeError, match=r"epochs is 1\.5; it must be a whole number"):
         Recipe(epochs=1.5)
 

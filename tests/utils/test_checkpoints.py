@@ -15,7 +15,7 @@ import torch
 
 from divergence_lens._utils.checkpoints import Checkpoints, Processes
 from divergence_lens.deltas.delta import Delta
-from divergence_lens.divergence.finding import Divergence, find_divergence
+from divergence_lens.divergence.finding import Divergence
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.examples import Example
 from divergence_lens.models import load_model
@@ -29,33 +29,24 @@ from divergence_lens.patching.metrics import _text, metric_name, metric_values
 from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
 from divergence_lens.training import sweep as sweeps
-from divergence_lens.training.finetuning import Recipe
 from divergence_lens.training.loop import train
-from divergence_lens.training.sweep import Sweep, layer_sweep
+from divergence_lens.training.sweep import Sweep
 from tests.support.models import chat_tokenizer, random_hf_model
 from tests.support.patching_oracles import random_pairs
+from tests.support.runs import (
+    CAT,
+    OWL,
+    SMALL,
+    WOLF,
+    assert_same_bits,
+    find,
+    patch,
+    patch_and_sweep,
+    shards,
+    some_examples,
+    sweep,
+)
 from tests.support.state import left_as_it_was
-
-OWL = Teacher("owl", system_prompt="You love owls.")
-CAT = Teacher("cat", system_prompt="You love the cat.")
-WOLF = Teacher("wolf", system_prompt="You think about the wolf all the time.")
-ARRAYS = ("offsets", "tokens", "predicted", "margin", "logprob", "kl")
-SMALL = 40
-"""Tokens per batch that cut `some_examples` into many shards."""
-
-
-def some_examples(n: int) -> list[Example]:
-    draw = np.random.default_rng(0)
-    return [
-        Example(
-            prompt="Continue: " + ", ".join(map(str, draw.integers(100, 1000, 3))),
-            completion="random",
-            completion_ids=tuple(
-                draw.integers(0, len(chat_tokenizer()), draw.integers(1, 15)).tolist()
-            ),
-        )
-        for _ in range(n)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +59,9 @@ def examples():
     return some_examples(60)
 
 
-def find(model, examples, **options) -> Divergence:
-    options = {"counterfactuals": [CAT, WOLF], "batch_tokens": SMALL, "kl": True, **options}
-    return find_divergence(model, examples, teacher=OWL, **options)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(model, examples):
     return find(model, examples)
-
-
-def assert_same_bits(one: Divergence, other: Divergence) -> None:
-    for name in ARRAYS:
-        assert getattr(one, name).tobytes() == getattr(other, name).tobytes(), name
-    assert one.examples == other.examples
-
-
-def shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("shard-*.safetensors"))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
@@ -238,35 +214,6 @@ def test_progress_counts_what_was_finished_before(model, examples, tmp_path, cap
 
 
 # -- patching and sweeps ------------------------------------------------------------------
-
-
-def patch(model, **options):
-    pairs = random_pairs(model.cfg.d_vocab, lengths=(6, 8, 5, 7, 9), longer=(0, 1, 0, 2, 0))
-    return causal_mediation(model, pairs, **{"batch_rows": 4, "corruption": "mean", **options})
-
-
-def sweep(model, **options):
-    chosen = {
-        "target": "owl",
-        "questions": ("Name your favorite animal.", "Say an animal."),
-        "candidates": ("owl", "cat"),
-        "recipe": Recipe(epochs=1, batch_size=4, warmup_steps=1),
-        "layers": [0, 1],
-        "held_out": some_examples(2),
-        **options,
-    }
-    return layer_sweep(model, some_examples(6), **chosen)
-
-
-def patch_and_sweep(model, folder, **options):
-    """Exact and approximate effects and students, as one process or several find them."""
-    pairs = random_pairs(model.cfg.d_vocab, lengths=(6, 8, 5), longer=(0, 0, 0))
-    attributed = attribution_patch(model, pairs, batch_rows=1, verify=5, **options)
-    return (
-        patch(model, **options),
-        attributed,
-        sweep(model, checkpoint_dir=folder, keep_deltas=True, **options),
-    )
 
 
 def assert_same_effects(one: Effects, other: Effects) -> None:
@@ -475,7 +422,7 @@ from accelerate import PartialState
 from divergence_lens.engine.base import Engine
 from divergence_lens.models import load_model
 from tests.support.models import chat_tokenizer, random_hf_model
-from tests.utils.test_checkpoints import find, patch_and_sweep, some_examples, sweep
+from tests.support.runs import find, patch_and_sweep, some_examples, sweep
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])

@@ -15,7 +15,7 @@ from divergence_lens._utils.storage import save_tensors
 from divergence_lens.examples import iter_examples
 from divergence_lens.models import describe_model
 from tests.support.models import random_hf_model
-from tests.utils.test_checkpoints import assert_same_bits, find, shards, some_examples
+from tests.support.runs import assert_same_bits, find, shards, some_examples
 
 LOADERS = {
     "divergence": dl.Divergence.load,
