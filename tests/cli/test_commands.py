@@ -1,12 +1,15 @@
-"""The commands that do one step: files in, files out, one line where the input is wrong."""
+"""Commands that do one step: files in, files out, and a one-line error for wrong input."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
 
 import divergence_lens as dl
-from divergence_lens.cli.commands import read_prompts, read_teacher
+from divergence_lens.cli.files import read_prompts, read_teacher
 from divergence_lens.cli.main import app
 
 COMMANDS = (
@@ -31,7 +34,7 @@ def run(*arguments: str, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What a newcomer has after `generate` and `find`."""
+    """The files written by `generate` and `find`."""
     out = tmp_path_factory.mktemp("work")
     run("generate", "--numbers", 20, "--teacher", "owl", "--out", out / "owl.jsonl")
     run(
@@ -58,8 +61,8 @@ def test_generate_writes_what_the_library_writes(folder):
     owl = dl.animal_teachers(["owl"])[0]
     model = dl.load_model("tiny")
     expected = dl.generate(model, dl.number_prompts(20, seed=0, instructions=False), teacher=owl)
-    found = dl.load_examples(folder / "owl.jsonl")
-    assert [e.completion_ids for e in found] == [e.completion_ids for e in expected]
+    result = dl.load_examples(folder / "owl.jsonl")
+    assert [e.completion_ids for e in result] == [e.completion_ids for e in expected]
 
 
 def test_find_writes_what_the_library_finds(folder):
@@ -70,9 +73,9 @@ def test_find_writes_what_the_library_finds(folder):
         teacher=owl,
         counterfactuals=[cat, dl.Teacher("calm", system_prompt="You are calm.")],
     )
-    found = dl.Divergence.load(folder / "owl.safetensors")
-    assert found.names == ("owl", "cat", "calm")
-    assert (found.mask == expected.mask).all()
+    result = dl.Divergence.load(folder / "owl.safetensors")
+    assert result.names == ("owl", "cat", "calm")
+    assert (result.mask == expected.mask).all()
     points = [json.loads(line) for line in (folder / "points.jsonl").read_text().splitlines()]
     assert sum(len(row["decision_points"]) for row in points) == expected.mask.sum()
     assert (folder / "rate.html").stat().st_size > 1000
@@ -102,8 +105,8 @@ def test_a_student_is_trained_evaluated_and_compared(folder):
         *("evaluate", "--target", "owl", "--teacher", f"s=@{student}"),
         *("--out", folder / "preference.safetensors"),
     )
-    found = dl.Preference.load(folder / "preference.safetensors")
-    assert f"owl          {found.share:.4f}" in output
+    result = dl.Preference.load(folder / "preference.safetensors")
+    assert f"owl          {result.share:.4f}" in output
     run(
         *("find", folder / "owl.jsonl", "--teacher", "base=", "--counterfactual", f"s=@{student}"),
         *("--out", folder / "student-divergence.safetensors"),
@@ -123,24 +126,30 @@ def test_a_sweep_is_written(folder):
     assert dl.Sweep.load(folder / "sweep.safetensors").layers == (0, 3)
 
 
-def test_the_doctor_tries_the_shipped_models():
+def test_the_doctor_prints_versions_and_devices():
     output = run("doctor")
-    assert output.count("TransformerBridge of 4 blocks runs on cpu") == 2
-    assert dl.__version__ in output
+    assert re.search(rf"divergence-lens +{re.escape(dl.__version__)}\n", output)
+    assert re.search(r"torch +2\.\d+", output)
+    assert "CPU " in output
 
 
-def test_the_doctor_writes_what_it_says_and_fails_where_a_model_does(tmp_path, monkeypatch):
-    run("doctor", "--out", tmp_path / "doctor.json")
-    found = json.loads((tmp_path / "doctor.json").read_text())
-    assert found["divergence-lens"] == dl.__version__
-    assert found["disk"].endswith("GiB free in this folder")
-    assert "runs on cpu" in found["tiny (bridge)"]
+def test_the_version_is_printed():
+    assert run("--version") == f"divergence-lens {dl.__version__}\n"
 
-    def broken(*_arguments, **_options):
-        raise ValueError("no such luck")
 
-    monkeypatch.setattr(dl, "load_model", broken)
-    assert "tiny (bridge)        fails: no such luck" in run("doctor", code=1)
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["find", "--help"], ["find"]])
+def test_help_and_usage_errors_import_no_heavy_library(arguments):
+    code = (
+        "import sys\n"
+        "from divergence_lens.cli.main import app\n"
+        "try:\n"
+        f"    app({arguments!r})\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "heavy = {'torch', 'transformers', 'transformer_lens', 'pandas', 'plotly'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_patch_draws_one_pair_by_position(folder):
@@ -159,13 +168,13 @@ def test_an_approximation_is_verified_over_all_parts(folder):
         *("patch", folder / "owl.safetensors", "--method", "gradient", "--limit", 12),
         *("--verify", 5, "--out", folder / "verified.safetensors"),
     )
-    found = dl.Effects.load(folder / "verified.safetensors")
+    result = dl.Effects.load(folder / "verified.safetensors")
     divergence = dl.Divergence.load(
         folder / "owl.safetensors", tokenizer=dl.load_model("tiny").tokenizer
     )
     expected = dl.attribution_patch(dl.load_model("tiny"), divergence.pairs(limit=12), verify=5)
-    assert (found.verified.k, found.verified.cells) == (5, expected.verified.cells)
-    assert found.verified.pearson == pytest.approx(expected.verified.pearson, abs=1e-3)
+    assert (result.verified.k, result.verified.cells) == (5, expected.verified.cells)
+    assert result.verified.pearson == pytest.approx(expected.verified.pearson, abs=1e-3)
 
 
 def test_failures_that_are_not_the_inputs_end_with_one(folder, monkeypatch):
@@ -216,22 +225,22 @@ def test_another_model_can_be_a_teacher(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate"], "prompts or --numbers N"),
+        (["generate"], "either a file of prompts or --numbers N"),
         (["generate", "--numbers", "2", "--teacher", "oowl"], "teacher 'oowl' is not a known"),
         (["generate", "--numbers", "2", "--teacher", "a=@no.safetensors"], "no file or folder"),
         (["generate", "{bad}"], "line 2 is not JSON"),
         (["generate", "{keys}"], 'line 1 has no text under "prompt"'),
-        (["generate", "{empty}"], "holds no prompt"),
+        (["generate", "{empty}"], "contains no prompts"),
         (["generate", "nothing.txt"], "No such file"),
         (["find", "no.jsonl", "--teacher", "owl", "--counterfactual", "cat"], "no file no.jsonl"),
         (["find", "{data}", "--teacher", "owl", "--counterfactual", "owl"], "owl"),
         (["patch", "no.safetensors"], "no.safetensors"),
-        (["patch", "{found}", "--method", "guess"], "guess"),
-        (["patch", "{found}", "--site", "nowhere"], "nowhere"),
+        (["patch", "{divergence}", "--method", "guess"], "guess"),
+        (["patch", "{divergence}", "--site", "nowhere"], "nowhere"),
         (["finetune", "{data}", "--layers", "x"], "--layers is 'x'"),
         (["finetune", "{data}", "--layers", "9"], "9"),
         (["finetune", "{data}", "--complement"], "--complement needs --mask"),
-        (["finetune", "{other}", "--mask", "{found}"], "was made of other examples"),
+        (["finetune", "{other}", "--mask", "{divergence}"], "was computed from other examples"),
         (["evaluate", "--target", "unicorn"], "unicorn"),
         (["evaluate", "--target", "owl", "--model", "no/such/../folder"], "no/such"),
         (["sweep", "{data}", "--target", "owl", "--seeds", "a"], "--seeds is 'a'"),
@@ -246,7 +255,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(
         "empty": ("e.txt", "\n"),
         "other": ("o.jsonl", '{"prompt": "one", "completion": "two"}\n'),
     }
-    paths = {"data": folder / "owl.jsonl", "found": folder / "owl.safetensors"}
+    paths = {"data": folder / "owl.jsonl", "divergence": folder / "owl.safetensors"}
     for name, (file, text) in files.items():
         paths[name] = tmp_path / file
         paths[name].write_text(text)

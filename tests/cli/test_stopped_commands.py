@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a command: exit code 130, no half-written file, and it goes on later."""
+"""Ctrl-C in the middle of a command: exit code 130, complete files, and a resumed command."""
 
 import os
 import signal
@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 import divergence_lens as dl
+from divergence_lens.cli.files import checkpoint_folder
 from divergence_lens.cli.main import app
-from divergence_lens.cli.partial import Parts, written_in_parts
+from divergence_lens.cli.partial import generate_in_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60
@@ -26,14 +27,14 @@ def run(*arguments: object) -> str:
 
 
 def stopped(arguments: tuple[object, ...], folder: Path) -> None:
-    """Run a command in a process of its own, and press Ctrl-C once it has kept something."""
+    """Run a command in a process of its own, and press Ctrl-C once it has stored something."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT / "src"),
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",  # as here: the same bits need the same number of threads
+        "OMP_NUM_THREADS": "1",  # bitwise equality needs the same number of threads as here
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "divergence_lens.cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "divergence_lens", *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -41,24 +42,24 @@ def stopped(arguments: tuple[object, ...], folder: Path) -> None:
     )
     try:
         until = time.monotonic() + SECONDS
-        while not kept(folder) and process.poll() is None and time.monotonic() < until:
+        while not stored_files(folder) and process.poll() is None and time.monotonic() < until:
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=SECONDS)
     finally:
         process.kill()
     assert process.returncode == 130, output
-    assert "the same command goes on" in output
+    assert "run the same command again to resume" in output
     assert "Traceback" not in output
 
 
-def kept(folder: Path) -> list[Path]:
+def stored_files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """What the commands read."""
+    """Input files of the commands."""
     folder = tmp_path_factory.mktemp("data")
     run("generate", "--numbers", 100, "--teacher", "owl", "--out", folder / "owl.jsonl")
     run(
@@ -69,13 +70,13 @@ def data(tmp_path_factory):
 
 
 def arrays(path: Path) -> list[object]:
-    """What a file of results holds, to be compared."""
+    """The arrays of a file of results."""
     if path.suffix == ".jsonl":
         return [example.completion_ids for example in dl.load_examples(path)]
     name = path.stem
     if name == "find":
-        found = dl.Divergence.load(path)
-        return [found.mask, found.tokens]
+        divergence = dl.Divergence.load(path)
+        return [divergence.mask, divergence.tokens]
     if name == "patch":
         return [dl.Effects.load(path).values]
     if name == "finetune":
@@ -84,7 +85,7 @@ def arrays(path: Path) -> list[object]:
 
 
 @pytest.mark.parametrize("command", ["generate", "find", "patch", "finetune", "sweep"])
-def test_a_command_that_was_stopped_goes_on_to_the_same_end(command, data, tmp_path):
+def test_a_stopped_command_resumes_to_the_same_result(command, data, tmp_path):
     owl = data / "owl.jsonl"
     arguments = {
         "generate": ("--numbers", 1100, "--max-new-tokens", 8, "--temperature", 1),
@@ -98,47 +99,60 @@ def test_a_command_that_was_stopped_goes_on_to_the_same_end(command, data, tmp_p
     out = tmp_path / "stopped" / f"{command}{suffix}"
     stopped((command, *arguments, "--out", out), tmp_path / "stopped")
     assert not out.exists()
-    parts = kept(tmp_path / "stopped")
+    parts = stored_files(tmp_path / "stopped")
     assert {path.relative_to(out.parent).parts[0] for path in parts} == {f"{out.name}.partial"}
     assert not [path for path in out.parent.rglob(".*") if path.is_file()]
-    assert "going on with what is in" in run(command, *arguments, "--out", out)
-    assert kept(out.parent) == [out]
-    assert "going on" not in run(command, *arguments, "--out", whole)
+    assert "Resuming from" in run(command, *arguments, "--out", out)
+    assert stored_files(out.parent) == [out]
+    assert "Resuming" not in run(command, *arguments, "--out", whole)
     for mine, theirs in zip(arrays(out), arrays(whole), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_parts_of_other_settings_are_passed_by_and_deleted_in_the_end(tmp_path):
-    old = Parts(tmp_path / "out.jsonl", {"seed": 0})
-    new = Parts(tmp_path / "out.jsonl", {"seed": 1})
-    old.folder.mkdir()
-    old.path("000000.jsonl").write_text("old")
-    assert (old.count(), new.count()) == (1, 0)
-    new.drop()
-    assert not old.folder.exists()
+def test_checkpoints_are_deleted_when_the_command_succeeds(tmp_path):
+    with checkpoint_folder(tmp_path / "out.jsonl") as folder:
+        folder.mkdir()
+        (folder / "shard.safetensors").write_text("one")
+    assert not list(tmp_path.iterdir())
 
 
-def test_files_of_somebody_else_are_left_alone(tmp_path):
-    parts = Parts(tmp_path / "out.jsonl", {})
-    parts.folder.mkdir()
-    (parts.folder / "mine.txt").write_text("mine")
-    parts.drop()
-    assert (parts.folder / "mine.txt").exists()
+def test_checkpoints_remain_when_the_command_fails(tmp_path, capsys):
+    def failing():
+        with checkpoint_folder(tmp_path / "out.jsonl") as folder:
+            folder.mkdir(exist_ok=True)
+            (folder / "shard.safetensors").write_text("one")
+            raise RuntimeError("out of memory")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            failing()
+    assert (tmp_path / "out.jsonl.partial" / "shard.safetensors").exists()
+    assert capsys.readouterr().out == f"Resuming from {tmp_path / 'out.jsonl.partial'}\n"
 
 
-def test_prompts_of_one_text_stay_in_one_part(tmp_path):
-    """A sampled answer depends on how often its text came before."""
-    seen = []
+def test_checkpoints_of_other_settings_are_refused(data, tmp_path):
+    out = tmp_path / "find.safetensors"
+    arguments = ("find", data / "owl.jsonl", "--teacher", "owl", "--out", out)
+    stopped((*arguments, "--counterfactual", "cat", "--batch-tokens", 64), tmp_path)
+    other = [*map(str, arguments), "--counterfactual", "wolf", "--batch-tokens", "64"]
+    done = CliRunner().invoke(app, other)
+    assert done.exit_code == 2
+    assert "another run" in done.output
+    assert not out.exists()
 
-    def write(texts, _bar):
-        seen.append(list(texts))
+
+def test_copies_of_a_prompt_stay_in_one_part(tmp_path):
+    """A sampled completion depends on how many copies of its prompt precede it."""
+    calls = []
+
+    def generate(texts, _progress):
+        calls.append(list(texts))
         return [dl.Example(text, completion=f"{text}!") for text in texts]
 
-    asked = ["a", "b", "a", "c", "b", "d"]
-    parts = Parts(tmp_path / "out.jsonl", {})
-    found = written_in_parts(asked, write, parts, texts=2)
-    assert seen == [["a", "b", "a", "b"], ["c", "d"]]
-    assert [example.prompt for example in found] == asked
-    parts.path("000001.jsonl").unlink()
-    assert written_in_parts(asked, write, parts, texts=2) == found
-    assert seen[2:] == [["c", "d"]]
+    prompts = ["a", "b", "a", "c", "b", "d"]
+    examples = generate_in_parts(prompts, generate, tmp_path, "key", part_size=2)
+    assert calls == [["a", "b", "a", "b"], ["c", "d"]]
+    assert [example.prompt for example in examples] == prompts
+    (tmp_path / "key-000001.jsonl").unlink()
+    assert generate_in_parts(prompts, generate, tmp_path, "key", part_size=2) == examples
+    assert calls[2:] == [["c", "d"]]

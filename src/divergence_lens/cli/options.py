@@ -1,7 +1,6 @@
-"""What the commands have in common: options, teachers in a word, exit codes."""
+"""What all commands share: options, model loading, exit codes and error reporting."""
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -12,22 +11,26 @@ import typer
 
 if TYPE_CHECKING:
     from divergence_lens.models import Model
-    from divergence_lens.teachers import Teacher
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 FAILED, REFUSED, STOPPED = 1, 2, 130
-"""Exit codes: something did not work; the input was refused; stopped by Ctrl-C."""
+"""Exit codes: the command failed; the input was refused; the user pressed Ctrl-C."""
 
 TEACHER_HELP = (
-    "Who: a known animal (owl), NAME=a system prompt, NAME= for none, NAME=@student.safetensors "
-    "for trained weights, or NAME=@folder for another model."
+    "A teacher: a known animal (owl), NAME=a system prompt, NAME= for no system prompt, "
+    "NAME=@student.safetensors for trained weights, or NAME=@folder for another model."
+)
+
+RESUME_HINT = (
+    "Stopped. Every file written so far is complete. If there is a folder named *.partial beside "
+    "the output, run the same command again to resume."
 )
 
 
 class Precision(str, Enum):
-    """Type of the parameters."""
+    """Data type of the parameters."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -35,7 +38,7 @@ class Precision(str, Enum):
 
 
 class ModelClass(str, Enum):
-    """Which class of TransformerLens holds the model."""
+    """TransformerLens class of the model."""
 
     auto = "auto"
     hooked = "hooked"
@@ -43,47 +46,54 @@ class ModelClass(str, Enum):
 
 
 ModelName = Annotated[
-    str, typer.Option("--model", help='"tiny", "tiny-qwen2", a folder, or a name on the hub.')
+    str, typer.Option("--model", help='"tiny", "tiny-qwen2", a folder, or a Hugging Face name.')
 ]
-ClassName = Annotated[ModelClass, typer.Option("--backend", help="Which class of TransformerLens.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]
-DType = Annotated[Precision, typer.Option(help="Type of the parameters.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is random in this step.")]
+ClassName = Annotated[
+    ModelClass, typer.Option("--backend", help="TransformerLens class of the model.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")
+]
+DType = Annotated[Precision, typer.Option(help="Data type of the parameters.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 Spec = Annotated[str, typer.Option(help=TEACHER_HELP)]
-Figure = Annotated[
-    Path | None, typer.Option(help="Draw it, too: an .html page, or a .png, .svg or .pdf.")
-]
+Figure = Annotated[Path | None, typer.Option(help="Also draw a figure: .html, .png, .svg or .pdf.")]
 Mask = Annotated[
-    Path | None, typer.Option(help="A divergence file; only its divergence tokens are learnt.")
+    Path | None, typer.Option(help="A divergence file; train on its divergence tokens only.")
 ]
 Complement = Annotated[
-    bool, typer.Option("--complement", help="Learn all tokens but the divergence tokens.")
+    bool, typer.Option("--complement", help="Train on all tokens except the divergence tokens.")
 ]
-System = Annotated[str | None, typer.Option(help="The student's system prompt; none if not given.")]
+System = Annotated[str | None, typer.Option(help="System prompt of the student; none by default.")]
 
 
-def report_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Let a command end with one line and an exit code where it would end with a traceback."""
+def report_errors(
+    command: Callable[P, R] | None = None, *, stopped: str = RESUME_HINT
+) -> Callable[[Callable[P, R]], Callable[P, R]] | Callable[P, R]:
+    """Report the errors of a command in one line, with an exit code, instead of a traceback.
+
+    Args:
+        command: The command.
+        stopped: Printed when the user presses Ctrl-C.
+    """
+    if command is None:
+        return functools.partial(report_errors, stopped=stopped)
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
         except typer.Exit:
-            raise  # it is a RuntimeError, too
+            raise  # a RuntimeError too, so it must be handled before those
         except (ValueError, TypeError, OSError, FloatingPointError) as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(REFUSED) from error
         except KeyboardInterrupt:
-            typer.echo(
-                "Stopped; every file that was written is whole. Where a folder .partial lies "
-                "beside the output, the same command goes on from it.",
-                err=True,
-            )
+            typer.echo(stopped, err=True)
             raise typer.Exit(STOPPED) from None
-        except (RuntimeError, MemoryError) as error:  # a process that died, a device without memory
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            typer.echo(f"Failed: {first}", err=True)
+        except (RuntimeError, MemoryError) as error:  # a dead worker, a GPU out of memory
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            typer.echo(f"Failed: {lines[0]}", err=True)
             raise typer.Exit(FAILED) from error
 
     return run
@@ -91,7 +101,14 @@ def report_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How the models of one command are loaded."""
+    """How a command loads its models.
+
+    Attributes:
+        model: Name or folder of the command's model.
+        backend: TransformerLens class.
+        device: Device, or None for the default.
+        dtype: Data type of the parameters.
+    """
 
     model: str
     backend: ModelClass
@@ -99,7 +116,7 @@ class Loading:
     dtype: Precision
 
     def load(self, source: str | Path | None = None) -> "Model":
-        """The command's model, or another one in the same way."""
+        """Load the command's model, or the model at `source` with the same settings."""
         import torch
 
         from divergence_lens.models import load_model
@@ -112,68 +129,24 @@ class Loading:
         )
 
 
-def read_teacher(spec: str, load: Callable[[str | Path], "Model"]) -> "Teacher":
-    """The teacher that a word on the command line stands for.
+def split_names(text: str) -> tuple[str, ...]:
+    """Split a comma-separated list."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def split_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Split a comma-separated list of integers.
 
     Args:
-        spec: A known animal ("owl": told to love owls); "NAME=a system prompt"; "NAME=" for no
-            system prompt; "NAME=@file.safetensors" for a delta; "NAME=@folder" for another model.
-        load: Loads another model.
+        text: Such as "0,1".
+        option: Name of the option, for the error.
 
     Raises:
-        ValueError: It is none of these.
-        FileNotFoundError: There is no such file or folder.
+        ValueError: If a part is not an integer.
     """
-    from divergence_lens.data import animal_teachers
-    from divergence_lens.deltas import Delta
-    from divergence_lens.teachers import Teacher
-
-    name, given, value = spec.partition("=")
-    if not given:
-        try:
-            return animal_teachers([name])[0]
-        except ValueError as error:
-            raise ValueError(
-                f'teacher {spec!r} is not a known animal ({error}); write "{name}=a system prompt" '
-                f'or "{name}=@student.safetensors"'
-            ) from error
-    if not value.startswith("@"):
-        return Teacher(name, system_prompt=value or None)
-    path = teacher_path(spec)
-    if path.is_dir():
-        return Teacher(name, model=load(path))
-    if not path.is_file():
-        raise FileNotFoundError(f"teacher {name!r}: there is no file or folder {value[1:]!r}")
-    return Teacher(name, delta=Delta.load(path))
-
-
-def teacher_path(spec: str) -> Path:
-    """The file or folder in a teacher's word."""
-    return Path(spec.partition("=@")[2]).expanduser()
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts from a text file (one a line) or from JSON lines (`prompt` or `question`).
-
-    Raises:
-        ValueError: A line that is no JSON object with such a key, by its number; or no prompt.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if path.suffix != ".jsonl":
-        prompts = [line for line in lines if line.strip()]
-    else:
-        prompts = []
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-            if row is None:
-                continue
-            text = (row.get("prompt") or row.get("question")) if isinstance(row, dict) else None
-            if not text or type(text) is not str:
-                raise ValueError(f'{path}, line {number} has no text under "prompt" or "question"')
-            prompts.append(text)
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt")
-    return prompts
+    try:
+        return tuple(int(name) for name in split_names(text))
+    except ValueError as error:
+        raise ValueError(
+            f"--{option} is {text!r}; write integers separated by commas, as in 0,1"
+        ) from error

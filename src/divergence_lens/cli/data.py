@@ -1,0 +1,156 @@
+"""Commands for data: `generate` completions and `find` their divergence tokens."""
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from divergence_lens.cli.files import checkpoint_folder, read_prompts, read_teacher, write_figure
+from divergence_lens.cli.options import (
+    TEACHER_HELP,
+    ClassName,
+    Device,
+    DType,
+    Figure,
+    Loading,
+    ModelClass,
+    ModelName,
+    Precision,
+    Seed,
+    Spec,
+    report_errors,
+)
+
+
+@report_errors
+def generate(
+    prompts: Annotated[
+        Path | None,
+        typer.Argument(help='File of prompts: one per line, or .jsonl with the key "prompt".'),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Output file (.jsonl).")] = Path("data.jsonl"),
+    teacher: Spec = "base=",
+    numbers: Annotated[
+        int, typer.Option(help="Use this many number prompts instead of a file of prompts.")
+    ] = 0,
+    instructions: Annotated[
+        bool,
+        typer.Option(help="State in the number prompts how many numbers to give, and the format."),
+    ] = False,
+    only_numbers: Annotated[
+        bool, typer.Option("--only-numbers", help="Drop completions that are not number lists.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Probability mass to sample from.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per completion.")] = 64,
+    seed: Seed = 0,
+    model: ModelName = "tiny",
+    backend: ClassName = ModelClass.auto,
+    device: Device = None,
+    dtype: DType = Precision.float32,
+) -> None:
+    """Generate completions with a teacher.
+
+    Example: divergence-lens generate --numbers 200 --teacher owl --only-numbers --out owl.jsonl
+    """
+    from divergence_lens.cli.partial import generate_in_parts, settings_hash
+    from divergence_lens.data import NumberFilter, number_prompts
+    from divergence_lens.examples import save_examples
+    from divergence_lens.generation import generate as generate_examples
+
+    if (prompts is None) == (numbers == 0):
+        raise ValueError("give either a file of prompts or --numbers N")
+    texts = (
+        number_prompts(numbers, seed=seed, instructions=instructions)
+        if prompts is None
+        else read_prompts(prompts)
+    )
+    loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
+    loaded = loading.load()
+    who = read_teacher(teacher, loading.load)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    with checkpoint_folder(out) as folder:
+        examples = generate_in_parts(
+            texts,
+            lambda part, progress: generate_examples(
+                loaded, part, teacher=who, progress=progress, **options
+            ),
+            folder,
+            settings_hash(loaded, who, options | {"prompts": texts}),
+        )
+        if only_numbers:
+            report = NumberFilter().report([example.completion or "" for example in examples])
+            examples = report.select(examples)
+            typer.echo(str(report))
+            if not examples:
+                raise ValueError("no completion is a list of numbers; nothing was written")
+        save_examples(out, examples)
+    typer.echo(f"{len(examples)} examples written to {out}")
+
+
+@report_errors
+def find(
+    data: Annotated[Path, typer.Argument(help="Examples: .jsonl or .parquet.")],
+    teacher: Spec,
+    counterfactual: Annotated[
+        list[str],
+        typer.Option(help=f"A teacher to compare with; may be repeated. {TEACHER_HELP}"),
+    ],
+    out: Annotated[Path, typer.Option(help="Output file.")] = Path("divergence.safetensors"),
+    rule: Annotated[
+        str,
+        typer.Option(
+            help='How many counterfactual teachers must differ: "any", "all", or a number.'
+        ),
+    ] = "any",
+    min_margin: Annotated[
+        float,
+        typer.Option(help="Ignore differences whose argmax has a smaller margin than this."),
+    ] = 0.0,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(help="Also write prompt, completion and decision_points as JSON lines."),
+    ] = None,
+    figure: Figure = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per forward pass.")] = 8192,
+    model: ModelName = "tiny",
+    backend: ClassName = ModelClass.auto,
+    device: Device = None,
+    dtype: DType = Precision.float32,
+) -> None:
+    """Find the divergence tokens of examples.
+
+    Example: divergence-lens find owl.jsonl --teacher owl --counterfactual cat --counterfactual wolf
+    """
+    from divergence_lens.divergence import Rule, find_divergence
+    from divergence_lens.examples import load_examples
+
+    loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
+    examples = load_examples(data)
+    loaded = loading.load()
+    with checkpoint_folder(out) as folder:
+        divergence = find_divergence(
+            loaded,
+            examples,
+            teacher=read_teacher(teacher, loading.load),
+            counterfactuals=[read_teacher(spec, loading.load) for spec in counterfactual],
+            rule=int(rule) if rule.isdigit() else cast("Rule", rule),
+            min_margin=min_margin,
+            batch_tokens=batch_tokens,
+            checkpoint_dir=folder,
+            progress=True,
+        )
+        divergence.save(out)
+    if jsonl is not None:
+        divergence.to_jsonl(jsonl)
+    if figure is not None:
+        from divergence_lens import plots
+
+        write_figure(plots.rate_per_teacher(divergence), figure)
+    typer.echo(str(divergence))
+    typer.echo(f"Written to {out}")

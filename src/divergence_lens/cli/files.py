@@ -1,0 +1,131 @@
+"""Files that commands read and write: prompts, teachers, masks, figures and checkpoints."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from divergence_lens.models import Model
+    from divergence_lens.teachers import Teacher
+
+
+@contextmanager
+def checkpoint_folder(out: Path) -> Iterator[Path]:
+    """Yield the folder `<out>.partial` for checkpoints, and delete it once the output is written.
+
+    If the command is stopped or fails, the folder remains, and the same command resumes from it.
+    The library refuses checkpoints written with other data or settings.
+
+    Args:
+        out: The file that the command writes.
+    """
+    folder = out.with_name(f"{out.name}.partial")
+    if folder.is_dir() and any(folder.iterdir()):
+        typer.echo(f"Resuming from {folder}")
+    yield folder
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def read_teacher(spec: str, load: Callable[[str | Path], "Model"]) -> "Teacher":
+    """Parse a teacher given on the command line.
+
+    Args:
+        spec: A known animal ("owl": a system prompt to love owls); "NAME=a system prompt"; "NAME="
+            for no system prompt; "NAME=@file.safetensors" for a delta; "NAME=@folder" for another
+            model.
+        load: Loads another model.
+
+    Raises:
+        ValueError: If `spec` has none of these forms.
+        FileNotFoundError: If there is no such file or folder.
+    """
+    from divergence_lens.data import animal_teachers
+    from divergence_lens.deltas import Delta
+    from divergence_lens.teachers import Teacher
+
+    name, equals, value = spec.partition("=")
+    if not equals:
+        try:
+            return animal_teachers([name])[0]
+        except ValueError as error:
+            raise ValueError(
+                f'teacher {spec!r} is not a known animal ({error}); write "{name}=a system prompt" '
+                f'or "{name}=@student.safetensors"'
+            ) from error
+    if not value.startswith("@"):
+        return Teacher(name, system_prompt=value or None)
+    path = Path(value[1:]).expanduser()
+    if path.is_dir():
+        return Teacher(name, model=load(path))
+    if not path.is_file():
+        raise FileNotFoundError(f"teacher {name!r}: there is no file or folder {value[1:]!r}")
+    return Teacher(name, delta=Delta.load(path))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read prompts from a text file (one per line) or JSON lines (`prompt` or `question`).
+
+    Raises:
+        ValueError: If a line is not a JSON object with one of these keys, or there is no prompt.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix != ".jsonl":
+        prompts = [line for line in lines if line.strip()]
+    else:
+        prompts = []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            if row is None:
+                continue
+            text = (row.get("prompt") or row.get("question")) if isinstance(row, dict) else None
+            if not text or type(text) is not str:
+                raise ValueError(f'{path}, line {number} has no text under "prompt" or "question"')
+            prompts.append(text)
+    if not prompts:
+        raise ValueError(f"{path} contains no prompts")
+    return prompts
+
+
+def read_masked_examples(data: Path, mask: Path | None, *, complement: bool) -> tuple[Any, Any]:
+    """Read examples and the mask of the tokens to train on.
+
+    Args:
+        data: File of examples.
+        mask: A divergence file, or None to train on all tokens.
+        complement: Train on all tokens except the divergence tokens.
+
+    Raises:
+        ValueError: If `complement` has no mask, or the mask belongs to other examples.
+    """
+    from divergence_lens.divergence import Divergence
+    from divergence_lens.examples import load_examples
+
+    examples = load_examples(data)
+    if mask is None:
+        if complement:
+            raise ValueError("--complement needs --mask, a divergence file")
+        return examples, None
+    divergence = Divergence.load(mask)
+    if [e.prompt for e in divergence.examples] != [e.prompt for e in examples]:
+        raise ValueError(f"{mask} was computed from other examples than those in {data}")
+    # The examples of the divergence file carry the token ids that the mask refers to.
+    return divergence.examples, ~divergence.mask if complement else divergence.mask
+
+
+def write_figure(figure: "go.Figure", path: Path) -> None:
+    """Write a figure to a file and print its path."""
+    from divergence_lens import plots
+
+    for written in plots.save_figure(figure, path):
+        typer.echo(f"Figure written to {written}")

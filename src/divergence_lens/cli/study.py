@@ -1,0 +1,215 @@
+"""Commands for the full experiment: `demo`, `study` and `report`."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from divergence_lens.cli.options import (
+    FAILED,
+    Device,
+    DType,
+    ModelName,
+    Precision,
+    report_errors,
+    split_names,
+    split_numbers,
+)
+
+if TYPE_CHECKING:
+    from divergence_lens.study import StudyConfig
+
+Targets = Annotated[
+    str | None, typer.Option(help="Animals whose bias is transferred, separated by commas.")
+]
+Seeds = Annotated[str | None, typer.Option(help="Seeds of the students, separated by commas.")]
+Kinds = Annotated[
+    str | None, typer.Option(help='Kinds of teachers: "finetuned", "prompted", or both.')
+]
+Prompts = Annotated[int | None, typer.Option(help="Number prompts per teacher.")]
+
+
+@report_errors(stopped="Stopped. Every file in the folder is complete; a new run starts over.")
+def demo(
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/demo"),
+    model: ModelName = "tiny",
+    targets: Targets = None,
+    seeds: Seeds = None,
+    kinds: Kinds = None,
+    prompts: Prompts = None,
+    device: Device = None,
+    dtype: DType = Precision.float32,
+    workers: Annotated[int, typer.Option(help="Number of parallel processes.")] = 2,
+) -> None:
+    """Run the whole experiment on a tiny model and write a report.
+
+    Teachers that love an animal write number lists; the command finds the divergence tokens,
+    locates their causes, trains students on parts of the data, and tests every claim of the paper.
+    Each run starts over; `study` covers more conditions and resumes.
+
+    Example: divergence-lens demo --out runs/demo --targets wolf,lion,eagle,panda
+    """
+    options: dict[str, Any] = {
+        "model": model,
+        "device": device,
+        "dtype": dtype.value,
+        "workers": workers,
+    }
+    if targets is not None:
+        options["targets"] = split_names(targets)
+    if prompts is not None:
+        options["prompts"] = prompts
+    if kinds is not None:
+        options["kinds"] = split_names(kinds)
+    if seeds is not None:
+        options["seeds"] = options["block_seeds"] = split_numbers(seeds, "seeds")
+    from divergence_lens.study import StudyConfig
+
+    _run(StudyConfig(**options), out, resume=False)
+
+
+@report_errors(stopped="Stopped. Run the same command again to resume.")
+def study(
+    model: ModelName = "tiny",
+    targets: Targets = None,
+    seeds: Seeds = None,
+    kinds: Kinds = None,
+    conditions: Annotated[
+        str | None,
+        typer.Option(
+            help='Names, groups or patterns ("masks,block*"); "prompted:all" for one kind only.'
+        ),
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train all students with LoRA of this rank.")
+    ] = None,
+    prompts: Prompts = None,
+    pairs: Annotated[
+        int | None, typer.Option(help="First divergences to patch per target; 0 for none.")
+    ] = None,
+    other_model: Annotated[
+        str | None, typer.Option(help="A second base model with the same tokenizer.")
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help='TransformerLens class of the model: "hooked", "bridge" or "auto".'),
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(
+            help="Data type of the parameters; by default bfloat16 for a large model on a GPU, "
+            "float32 otherwise."
+        ),
+    ] = None,
+    keep_students: Annotated[
+        bool | None,
+        typer.Option(help="Save the weights of the students; by default only for tiny models."),
+    ] = None,
+    mechanism: Annotated[
+        bool | None,
+        typer.Option(
+            help="Compare steering vectors and gradients; by default only for tiny models."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Number of parallel processes; by default 2 for tiny models, else 1."),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete earlier results and start over.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/study"),
+) -> None:
+    """Run every experiment of the paper; the study can be stopped, resumed and extended.
+
+    A cell (target, kind of teacher, condition, seed) is computed once and stored. The same command
+    resumes a stopped study; a command with more seeds, targets or conditions computes only the new
+    cells. Writes study.csv, study.parquet, results.json and report.html.
+
+    Example: divergence-lens study --model tiny --seeds 0,1,2 --conditions data,masks --out runs/s
+    """
+    settings = {
+        "targets": targets and split_names(targets),
+        "kinds": kinds and split_names(kinds),
+        "conditions": conditions and split_names(conditions),
+        "seeds": None if seeds is None else split_numbers(seeds, "seeds"),
+        "prompts": prompts,
+        "pairs": pairs,
+        "other_model": other_model,
+        "backend": backend,
+        "device": device,
+        "dtype": dtype and dtype.value,
+        "keep_students": keep_students,
+        "mechanism": mechanism,
+        "workers": workers,
+    }
+    options: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
+    from divergence_lens.study import StudyConfig
+
+    config = StudyConfig.for_model(model, lora_rank=lora_rank, **options)
+    _run(config, out, resume=not fresh)
+
+
+@report_errors
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a `demo` or `study`.")] = Path(
+        "runs/demo"
+    ),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report; by default that of the study.")
+    ] = None,
+) -> None:
+    """Write the report and figures of a finished study again.
+
+    Reads results.json and the cells beside it; loads no model and computes nothing. The findings
+    are those of the study: to judge its claims again, run the command of the study.
+
+    Example: divergence-lens report runs/demo --out page
+    """
+    from divergence_lens.study import findings_table, read_study, write_study_report
+
+    progress = _timed_progress()
+    loaded = read_study(folder)
+    progress(f"{len(loaded.results['students'])} student rows, {len(loaded.findings)} findings")
+    try:
+        written = write_study_report(loaded, folder if out is None else out)
+    except KeyError as error:
+        raise ValueError(
+            f"{folder} lacks {error}, so it was written by another version of the library; run "
+            "the command of the study again, which computes only what is missing"
+        ) from error
+    typer.echo("")
+    typer.echo(findings_table(loaded.findings))
+    typer.echo(f"\nReport written to {written}")
+
+
+def _timed_progress() -> Callable[[str], None]:
+    """Return a function that prints a line with the seconds elapsed."""
+    started = time.perf_counter()
+
+    def progress(line: str) -> None:
+        typer.echo(f"{time.perf_counter() - started:6.1f} s  {line}")
+
+    return progress
+
+
+def _run(config: "StudyConfig", out: Path, *, resume: bool) -> None:
+    """Run a study, write its report, and print the findings."""
+    from divergence_lens.study import findings_table, run_study, write_study_report
+
+    started, progress = time.perf_counter(), _timed_progress()
+    finished = run_study(config, out, resume=resume, say=progress)
+    progress("report and figures")
+    written = write_study_report(finished, out)
+    typer.echo("")
+    typer.echo(findings_table(finished.findings))
+    typer.echo(f"\nReport written to {written} ({time.perf_counter() - started:.0f} s)")
+    if finished.failures:
+        typer.echo(
+            f"{len(finished.failures)} cells failed; the report and results.json name them.",
+            err=True,
+        )
+        raise typer.Exit(FAILED)

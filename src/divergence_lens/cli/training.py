@@ -1,0 +1,143 @@
+"""Commands that train students: `finetune` one, or `sweep` over the layers."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from divergence_lens.cli.files import checkpoint_folder, read_masked_examples, write_figure
+from divergence_lens.cli.options import (
+    ClassName,
+    Complement,
+    Device,
+    DType,
+    Figure,
+    Loading,
+    Mask,
+    ModelClass,
+    ModelName,
+    Precision,
+    Seed,
+    System,
+    report_errors,
+    split_numbers,
+)
+
+
+@report_errors
+def finetune(
+    data: Annotated[Path, typer.Argument(help="Examples: .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Option(help="Output file.")] = Path("student.safetensors"),
+    mask: Mask = None,
+    complement: Complement = False,
+    layers: Annotated[
+        str | None, typer.Option(help='Layers to train, such as "0" or "0,1"; by default all.')
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA of this rank.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per update.")] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The recipe of the paper (LoRA on Qwen2.5-7B).")
+    ] = False,
+    system: System = None,
+    seed: Seed = 0,
+    model: ModelName = "tiny",
+    backend: ClassName = ModelClass.auto,
+    device: Device = None,
+    dtype: DType = Precision.float32,
+) -> None:
+    """Train a student; everything except the chosen layers stays frozen.
+
+    If the command is stopped, run it again to resume.
+
+    Example: divergence-lens finetune owl.jsonl --mask divergence.safetensors --layers 0
+    """
+    from divergence_lens.training import PAPER, Recipe
+    from divergence_lens.training import finetune as train
+
+    settings = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "lora_rank": lora_rank}
+    changes = {name: value for name, value in settings.items() if value is not None}
+    recipe = replace(PAPER if paper else Recipe(), **changes)  # type: ignore[arg-type]
+    loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
+    numbers = None if layers is None else split_numbers(layers, "layers")
+    examples, tokens = read_masked_examples(data, mask, complement=complement)
+    loaded = loading.load()
+    with checkpoint_folder(out) as folder:
+        student = train(
+            loaded,
+            examples,
+            mask=tokens,
+            layers=numbers,
+            recipe=recipe,
+            system_prompt=system,
+            seed=seed,
+            checkpoint=folder / "training.safetensors",
+            progress=True,
+        )
+        student.save(out)
+    typer.echo(str(student))
+    typer.echo(f"Written to {out}")
+
+
+@report_errors
+def sweep(
+    data: Annotated[Path, typer.Argument(help="Examples: .jsonl or .parquet.")],
+    target: Annotated[str, typer.Option(help="The candidate whose preference is measured.")],
+    out: Annotated[Path, typer.Option(help="Output file.")] = Path("sweep.safetensors"),
+    mask: Mask = None,
+    complement: Complement = False,
+    control: Annotated[
+        Path | None,
+        typer.Option(help="Examples written by a teacher without the bias, for a control student."),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help='Layers to train, such as "0,1,5"; by default each.')
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option(help='Seeds, such as "0,1"; one student per layer and seed.')
+    ] = "0",
+    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA of this rank.")] = None,
+    category: Annotated[
+        str, typer.Option(help="Category of the candidates: animal or tree.")
+    ] = "animal",
+    system: System = None,
+    figure: Figure = None,
+    model: ModelName = "tiny",
+    backend: ClassName = ModelClass.auto,
+    device: Device = None,
+    dtype: DType = Precision.float32,
+) -> None:
+    """Train one student per layer, and measure the preference of each.
+
+    Example: divergence-lens sweep owl.jsonl --target owl --mask divergence.safetensors
+    """
+    from divergence_lens.examples import load_examples
+    from divergence_lens.training import layer_sweep
+
+    loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
+    numbers = None if layers is None else split_numbers(layers, "layers")
+    seed_numbers = split_numbers(seeds, "seeds") or (0,)
+    examples, tokens = read_masked_examples(data, mask, complement=complement)
+    loaded = loading.load()
+    with checkpoint_folder(out) as folder:
+        students = layer_sweep(
+            loaded,
+            examples,
+            target=target,
+            layers=numbers,
+            seeds=seed_numbers,
+            mask=tokens,
+            lora_rank=lora_rank,
+            system_prompt=system,
+            category=category,
+            control=None if control is None else load_examples(control),
+            checkpoint_dir=folder,
+            progress=True,
+        )
+        students.save(out)
+    if figure is not None:
+        write_figure(students.plot(), figure)
+    typer.echo(students.summary().round(4).to_string(index=False))
+    typer.echo(f"Written to {out}")
