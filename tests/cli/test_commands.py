@@ -178,12 +178,10 @@ def test_an_approximation_is_verified_over_all_parts(folder):
 
 
 def test_failures_that_are_not_the_inputs_end_with_one(folder, monkeypatch):
-    from divergence_lens.evaluation import preferences as evaluate
-
     def broken(*_arguments, **_options):
         raise RuntimeError("CUDA out of memory\nand more")
 
-    monkeypatch.setattr(evaluate, "preference", broken)
+    monkeypatch.setattr("divergence_lens.evaluation.preference", broken)
     output = run("evaluate", "--target", "owl", code=1)
     assert "Failed: CUDA out of memory\n" in output
 
