@@ -1,11 +1,11 @@
-"""Which approximation to trust for which site: every method against the exact grid.
+"""Measure which approximation to trust at which site: every method against the exact grid.
 
     python benchmarks/agreement.py                            # the tiny model
-    python benchmarks/agreement.py --model FOLDER             # any other, on the stories below
+    python benchmarks/agreement.py --model FOLDER             # another model, on the stories below
 
-Prints, as Markdown, one table of Pearson correlations with the recall of the 20 strongest cells,
-and one of calibration slopes. On the tiny model the pairs are its own divergence tokens; on other
-models they are story openings that differ in one word. All cells of all pairs are pooled.
+Prints two Markdown tables: Pearson correlations with the recall of the 20 strongest cells, and
+calibration slopes. For the tiny model, the pairs are its own divergence tokens. For other models,
+they are story openings that differ in one word. All cells of all pairs are pooled.
 """
 
 import argparse
@@ -39,9 +39,10 @@ STORIES = (
 
 
 def story_pairs(model: Any) -> dl.Pairs:
-    """Each opening with one word and with the other; the answer is the clean side's greedy token.
+    """Build one pair per opening, with the one word (clean) and the other (corrupted).
 
-    The foil is the corrupted side's greedy token, or its second choice where both agree.
+    The answer is the greedy token of the clean side. The foil is the greedy token of the corrupted
+    side, or its second choice if the two agree.
     """
     engine = get_engine(model)
 
@@ -63,7 +64,7 @@ def story_pairs(model: Any) -> dl.Pairs:
 
 
 def divergence_pairs(model: Any, count: int) -> dl.Pairs:
-    """The first divergence tokens of the tiny model's own lists."""
+    """Pairs at the first divergence tokens of the tiny model's own lists."""
     owl, *others = dl.animal_teachers(["owl", "cat", "wolf", "panda"])
     examples = dl.generate(model, dl.number_prompts(count, seed=0), teacher=owl)
     div = dl.find_divergence(model, examples, teacher=owl, counterfactuals=others)
@@ -72,19 +73,19 @@ def divergence_pairs(model: Any, count: int) -> dl.Pairs:
 
 
 def methods_of(site: str) -> list[str]:
-    """The methods that serve a site."""
-    other = ("relp",) if site in ("q", "k") else ("qk", "atp*")
-    return [method for method in get_args(Method) if method not in other]
+    """The methods that are available for a site."""
+    excluded = ("relp",) if site in ("q", "k") else ("qk", "atp*")
+    return [method for method in get_args(Method) if method not in excluded]
 
 
 def table(
-    title: str, found: dict[tuple[str, str], Agreement], show: Any, columns: Sequence[str]
+    title: str, agreements: dict[tuple[str, str], Agreement], show: Any, columns: Sequence[str]
 ) -> None:
-    """One Markdown table: a row for each site, a column for each method."""
+    """Print a Markdown table with one row per site and one column per method."""
     print(f"\n{title}\n\n| site | {' | '.join(f'`{c}`' for c in columns)} |")
     print(f"|---|{'---|' * len(columns)}")
-    for site in dict.fromkeys(site for site, _ in found):
-        cells = [show(found[site, c]) if (site, c) in found else "" for c in columns]
+    for site in dict.fromkeys(site for site, _ in agreements):
+        cells = [show(agreements[site, c]) if (site, c) in agreements else "" for c in columns]
         print(f"| `{site}` | {' | '.join(cells)} |")
 
 
@@ -96,18 +97,18 @@ def main() -> None:
     parser.add_argument("--direction", default="noising", choices=("noising", "denoising"))
     parser.add_argument("--sites", nargs="+", default=list(SITES), choices=SITES)
     options = parser.parse_args()
-    warnings.simplefilter("ignore", DeprecationWarning)  # TransformerLens's own, of a class
+    warnings.simplefilter("ignore", DeprecationWarning)  # raised by TransformerLens itself
     model = dl.load_model(options.model)
     tiny = options.model.startswith("tiny")
     pairs = divergence_pairs(model, options.pairs) if tiny else story_pairs(model)
-    found = {}
+    agreements = {}
     for site in (site for site in options.sites if site in get_engine(model).sites):
         exact = dl.causal_mediation(model, pairs, site=site, direction=options.direction)
         for method in methods_of(site):
             effects = dl.attribution_patch(
                 model, pairs, site=site, method=method, direction=options.direction
             )
-            found[site, method] = effects.agreement(exact, k=20)
+            agreements[site, method] = effects.agreement(exact, k=20)
     lengths = sorted(len(row) for row in pairs.clean)
     print(
         f"{Path(options.model).name}: {len(pairs)} pairs of {lengths[0]} to {lengths[-1]} tokens, "
@@ -116,13 +117,13 @@ def main() -> None:
     columns = list(get_args(Method))
     table(
         "Pearson correlation with the exact effects, and recall of the 20 strongest cells:",
-        found,
+        agreements,
         lambda a: f"{a.pearson:.2f} / {a.recall:.0%}",
         columns,
     )
     table(
-        "Calibration slope (exact on approximate; 1 is right, below 1 the method exaggerates):",
-        found,
+        "Calibration slope (exact on approximate; 1 is correct, below 1 the method exaggerates):",
+        agreements,
         lambda a: f"{a.slope:.2f}",
         [c for c in columns if c not in ("graddrop", "atp*")],
     )

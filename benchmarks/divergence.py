@@ -1,23 +1,23 @@
-"""Finding divergence tokens against the straightforward way, on the same model and inputs.
+"""Compare finding divergence tokens with a plain Hugging Face loop on the same model and inputs.
 
     python benchmarks/divergence.py                    # tiny, 30m, and the memory of 30m-wide
     python benchmarks/divergence.py --shape 30m --backend bridge --examples 64
     python benchmarks/divergence.py --device cuda --shape qwen2.5-7b --json gpu.json
 
-The straightforward way takes one example at a time, all teachers as one padded batch, and the full
-logits, through Hugging Face. Both ways start from texts, get the same weights and threads, and run
-in turn; the best of `--repeats` counts. Their predictions must be equal wherever our margin exceeds
-1e-4, and so must their divergence masks.
+The baseline processes one example at a time through Hugging Face, with all teachers as one padded
+batch and full logits. Both sides start from text, use the same weights and threads, and alternate;
+the best of `--repeats` counts. Their predictions must be equal wherever our margin exceeds 1e-4,
+and so must their divergence masks.
 
-"x bare" is our time over that of the matrix products alone that nothing can do without: every
-distinct beginning of (teacher, prompt, completion) once through the blocks, of the last block keys
-and values only where no completion token is predicted, and the unembedding at those positions, each
-at the rate that the same product reaches by itself in a batch of 2,048 rows. "arithmetic" is
-how many times as much of it the straightforward way does.
+"x bare" is our time divided by that of the matrix products that cannot be avoided: every distinct
+prefix of (teacher, prompt, completion) once through the layers, except for the last layer, which
+needs only keys and values where no completion token is predicted, and the unembedding at the
+predicting positions. Each product is timed on its own in a batch of 2,048 rows. "arithmetic" is
+the baseline's arithmetic divided by this minimum.
 
-Memory is the peak above what a process holds with the model loaded; each way has a process of its
-own. On a GPU the model is random in bfloat16, near-ties are told apart by 0.1 in place of 1e-4, and
-"share" is that of the card's measured rate of a large matrix product.
+Memory is the peak above that of the process with the model loaded; each side runs in a separate
+process. On a GPU, the model is random in bfloat16, the margin for near-ties is 0.1 instead of 1e-4,
+and "share" is relative to the card's measured rate of a large matrix product.
 """
 
 import argparse
@@ -51,7 +51,7 @@ BARE_ROWS = 2048
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a random Qwen2."""
+    """The sizes of a random Qwen2 model."""
 
     vocab: int
     width: int = 512
@@ -71,7 +71,7 @@ EXAMPLES = {"tiny": 256, "tiny-qwen2": 256, "30m": 24, "30m-wide": 6, "qwen2.5-7
 
 
 def build(name: str, device: str) -> Any:
-    """A Hugging Face model in eval mode."""
+    """Build a Hugging Face model in eval mode."""
     if name in dl.tiny.TINY_MODELS:
         return AutoModelForCausalLM.from_pretrained(tiny_folder(name)).to(device).eval()
     shape = SHAPES[name]
@@ -94,7 +94,7 @@ def build(name: str, device: str) -> Any:
 
 
 def wrap(hf: Any, backend: str, tokenizer: Any) -> Any:
-    """A model of TransformerLens with the same weights."""
+    """Load the same weights into a TransformerLens model."""
     dtype = next(hf.parameters()).dtype
     device = next(hf.parameters()).device
     source = copy.deepcopy(hf)
@@ -102,7 +102,7 @@ def wrap(hf: Any, backend: str, tokenizer: Any) -> Any:
 
 
 def inputs(examples: int, teachers: int) -> tuple[Any, list[Any], list[Any]]:
-    """The tiny model's tokenizer, teachers, and what the first of them writes to number prompts."""
+    """The tiny model's tokenizer, the teachers, and number lists that the first teacher wrote."""
     writer = dl.load_model("tiny")
     conditions = [*dl.animal_teachers(dl.ANIMALS)[: teachers - 1], dl.Teacher("nobody")]
     data = dl.generate(writer, dl.number_prompts(examples, seed=0), teacher=conditions[0])
@@ -110,12 +110,10 @@ def inputs(examples: int, teachers: int) -> tuple[Any, list[Any], list[Any]]:
 
 
 @torch.no_grad()
-def straightforward(
-    hf: Any, tokenizer: Any, data: Sequence[Any], teachers: Sequence[Any]
-) -> np.ndarray:
-    """What each teacher would write at each completion token, [teachers, tokens]."""
+def baseline(hf: Any, tokenizer: Any, data: Sequence[Any], teachers: Sequence[Any]) -> np.ndarray:
+    """Compute each teacher's choice at each completion token, [teachers, tokens]."""
     device = next(hf.parameters()).device
-    found = []
+    choices = []
     for example in data:
         answer = list(example.completion_ids)
         prompts = []
@@ -140,12 +138,12 @@ def straightforward(
         ).logits
         best = logits.argmax(-1).cpu().numpy()
         starts = [len(p) - 1 for p in prompts]
-        found.append([row[s : s + len(answer)] for row, s in zip(best, starts, strict=True)])
-    return np.concatenate([np.stack(rows) for rows in found], axis=1)
+        choices.append([row[s : s + len(answer)] for row, s in zip(best, starts, strict=True)])
+    return np.concatenate([np.stack(rows) for rows in choices], axis=1)
 
 
 def ours(model: Any, data: Sequence[Any], teachers: Sequence[Any], **options: Any) -> Any:
-    """The same through the library."""
+    """Find divergence tokens with the library."""
     return dl.find_divergence(
         model, data, teacher=teachers[0], counterfactuals=teachers[1:], **options
     )
@@ -154,7 +152,7 @@ def ours(model: Any, data: Sequence[Any], teachers: Sequence[Any], **options: An
 def products(
     config: Any, tokenizer: Any, data: Sequence[Any], teachers: Sequence[Any]
 ) -> list[tuple[float, int, int]]:
-    """(rows, inner, columns) of every matrix product that the answer really needs."""
+    """List (rows, inner, columns) of every matrix product that cannot be avoided."""
     rows = asked = 0
     context = 0
     for teacher in teachers:
@@ -174,7 +172,7 @@ def products(
     return [
         (layers * rows, *keys),
         *((whole * rows, k, m) for k, m in others),
-        # Scores and mixtures of attention: a row for each pair of positions.
+        # Attention scores and weighted values: one row per pair of positions.
         (whole * context, width, 2),
         (asked, width, config.vocab_size),
     ]
@@ -183,7 +181,7 @@ def products(
 def padded_flops(
     config: Any, tokenizer: Any, data: Sequence[Any], teachers: Sequence[Any]
 ) -> float:
-    """What the straightforward way computes: every position of its padded batches in full."""
+    """Floating-point operations of the baseline: every position of its padded batches."""
     lengths = np.array(
         [
             [len(row) for row in encode_prompts(tokenizer, texts, system_prompt=t.system_prompt)]
@@ -202,7 +200,7 @@ def padded_flops(
 
 
 def sizes(config: Any) -> tuple[list[tuple[int, int]], int]:
-    """The matrices of a block, keys and values first, and the numbers in the unembedding."""
+    """The matrices of a layer, keys and values first, and the size of the unembedding."""
     width = config.hidden_size
     if config.model_type == "gpt2":
         kv, hidden, fan = width, config.n_inner or 4 * width, 1
@@ -214,7 +212,7 @@ def sizes(config: Any) -> tuple[list[tuple[int, int]], int]:
 
 
 def bare_seconds(wanted: list[tuple[float, int, int]], device: str) -> float:
-    """How long these products take by themselves."""
+    """Measure the time of these products alone."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     total = 0.0
     slowest = 0.0
@@ -231,12 +229,12 @@ def bare_seconds(wanted: list[tuple[float, int, int]], device: str) -> float:
 
 
 def flops(wanted: list[tuple[float, int, int]]) -> float:
-    """Multiplications and additions of these products."""
+    """Floating-point operations of these products."""
     return sum(2.0 * rows * inner * columns for rows, inner, columns in wanted)
 
 
 def timed(run: Callable[[], Any], device: str = "cpu") -> tuple[Any, float, float]:
-    """The result, the seconds that passed, and the processor seconds over all threads."""
+    """Return the result of `run`, the wall-clock seconds, and the CPU seconds of all threads."""
     if device != "cpu":
         torch.cuda.synchronize()
     start, busy = time.perf_counter(), time.process_time()
@@ -247,26 +245,26 @@ def timed(run: Callable[[], Any], device: str = "cpu") -> tuple[Any, float, floa
 
 
 def compare(name: str, backend: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Time both ways on one model."""
+    """Time both sides on one model."""
     device = options.device
     tokenizer, teachers, data = inputs(options.examples or EXAMPLES[name], options.teachers)
     hf = build(name, device)
     model = wrap(hf, backend, tokenizer)
     ours(model, data[:2], teachers)
-    straightforward(hf, tokenizer, data[:2], teachers)
+    baseline(hf, tokenizer, data[:2], teachers)
     own, other = [], []
     for _ in range(options.repeats):
         div, *spent = timed(lambda: ours(model, data, teachers, kl=options.kl), device)
         own.append(spent)
-        expected, *spent = timed(lambda: straightforward(hf, tokenizer, data, teachers), device)
+        expected, *spent = timed(lambda: baseline(hf, tokenizer, data, teachers), device)
         other.append(spent)
     clear = div.margin > (1e-4 if device == "cpu" else 0.1)
     if not (div.predicted == expected)[clear].all():
-        raise SystemExit(f"{name}: predictions differ where the margin is clear")
+        raise SystemExit(f"{name}: predictions differ although the margin is large")
     agrees, differs = expected[0] == div.tokens, (expected[1:] != div.tokens).any(0)
     sure = clear.all(0)
     if not (div.mask == (agrees & differs))[sure].all():
-        raise SystemExit(f"{name}: the divergence masks differ where all margins are clear")
+        raise SystemExit(f"{name}: the divergence masks differ although all margins are large")
     (wall, busy), (wall_other, busy_other) = (np.min(times, axis=0) for times in (own, other))
     wanted = products(hf.config, tokenizer, data, teachers)
     tokens = div.predicted.size
@@ -279,12 +277,12 @@ def compare(name: str, backend: str, options: argparse.Namespace) -> dict[str, A
         "clear": float(sure.mean()),
         "divergence_rate": div.rate,
         "tokens_per_second": tokens / wall,
-        "straightforward_tokens_per_second": tokens / wall_other,
+        "baseline_tokens_per_second": tokens / wall_other,
         "ratio": wall_other / wall,
-        "processor_ratio": busy_other / busy,
+        "cpu_ratio": busy_other / busy,
         "over_bare_products": wall / bare_seconds(wanted, device),
         "needed_gflop": flops(wanted) / 1e9,
-        "straightforward_gflop": padded_flops(hf.config, tokenizer, data, teachers) / 1e9,
+        "baseline_gflop": padded_flops(hf.config, tokenizer, data, teachers) / 1e9,
     }
     if device != "cpu":
         row["matrix_tflops"] = rate(device)
@@ -294,7 +292,7 @@ def compare(name: str, backend: str, options: argparse.Namespace) -> dict[str, A
 
 
 def operators(name: str, backend: str, options: argparse.Namespace) -> None:
-    """Print what torch's own operators take of our way, on one thread: the least it can take."""
+    """Print the time of torch's own operators in our run, on one thread: a lower bound."""
     from torch.profiler import ProfilerActivity, profile
 
     tokenizer, teachers, data = inputs(options.examples or EXAMPLES[name], options.teachers)
@@ -303,9 +301,9 @@ def operators(name: str, backend: str, options: argparse.Namespace) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     ours(model, data, teachers)
-    straightforward(hf, tokenizer, data[:2], teachers)
+    baseline(hf, tokenizer, data[:2], teachers)
     _, _, busy = timed(lambda: ours(model, data, teachers))
-    _, _, other = timed(lambda: straightforward(hf, tokenizer, data, teachers))
+    _, _, other = timed(lambda: baseline(hf, tokenizer, data, teachers))
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         ours(model, data, teachers)
     torch.set_num_threads(threads)
@@ -313,59 +311,59 @@ def operators(name: str, backend: str, options: argparse.Namespace) -> None:
         ((event.self_cpu_time_total / 1e6, event.key) for event in profiler.key_averages()),
         reverse=True,
     )
-    print(f"{name}, one thread: ours {busy:.2f} s, straightforward {other:.2f} s of processor time")
+    print(f"{name}, one thread: ours {busy:.2f} s, baseline {other:.2f} s of CPU time")
     for seconds, key in taken[:6]:
         print(f"  {key:55s} {seconds:5.2f} s")
     two = sum(seconds for seconds, key in taken if "addmm" in key or "scaled_dot" in key)
-    print(f"  matrix products and attention alone: {other / two:.1f} x the straightforward way")
+    print(f"  matrix products and attention alone: {other / two:.1f} x baseline")
 
 
 def rate(device: str) -> float:
-    """TFLOP/s of a large matrix product in bfloat16."""
+    """Measure the TFLOP/s of a large matrix product in bfloat16."""
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = min(timed(lambda: torch.mm(a, b), device)[1] for _ in range(10))
     return 2 * 8192**3 / seconds / 1e12
 
 
-def _held() -> tuple[int, int]:
-    """Bytes that this process holds now, and the most it has held since `_forget_peak`."""
+def _memory_and_peak() -> tuple[int, int]:
+    """The memory of this process in bytes, and its peak since `_reset_peak`."""
     status = Path("/proc/self/status")
-    if not status.exists():  # not Linux: the peak since the start, in bytes on a Mac
+    if not status.exists():  # not Linux: the peak since the start (in bytes on macOS)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak, peak
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return tuple(int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
 
 
-def _forget_peak() -> None:
+def _reset_peak() -> None:
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
 
 
 def peak(side: str, name: str, options: argparse.Namespace, queue: Any) -> None:
-    """In a process of its own: peak bytes above the model of one way."""
+    """Measure the peak bytes above the model for one side; runs in a separate process."""
     torch.set_num_threads(options.threads)
     tokenizer, conditions, data = inputs(EXAMPLES[name], options.teachers)
     hf = build(name, "cpu")
-    if side == "straightforward":
-        run = lambda: straightforward(hf, tokenizer, data, conditions)  # noqa: E731
+    if side == "baseline":
+        run = lambda: baseline(hf, tokenizer, data, conditions)  # noqa: E731
     else:
         model = dl.load_model(hf, backend=side, tokenizer=tokenizer)
         del hf
-        get_engine(model)  # its check runs the model's own forward, once per model
+        get_engine(model)  # runs the model's own forward once, as a check
         run = lambda: ours(model, data, conditions)  # noqa: E731
-    _forget_peak()
-    before, _ = _held()
+    _reset_peak()
+    before, _ = _memory_and_peak()
     run()
-    queue.put(_held()[1] - before)
+    queue.put(_memory_and_peak()[1] - before)
 
 
 def memory(name: str, backends: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory above the model of both ways."""
+    """Measure the peak memory above the model for both sides."""
     context = multiprocessing.get_context("spawn")
     row: dict[str, Any] = {"shape": name, "vocabulary": SHAPES[name].vocab}
-    for side in ("straightforward", *backends):
+    for side in ("baseline", *backends):
         queue = context.SimpleQueue()
         process = context.Process(target=peak, args=(side, name, options, queue))
         process.start()
@@ -377,18 +375,20 @@ def memory(name: str, backends: Sequence[str], options: argparse.Namespace) -> d
 
 
 def main() -> None:
-    """Run what was asked for, print a table, and write JSON if asked to."""
+    """Run the selected comparisons, print a table, and optionally write JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", nargs="+", choices=[*EXAMPLES], default=["tiny", "30m"])
     parser.add_argument("--backend", nargs="+", choices=["hooked", "bridge"])
-    parser.add_argument("--examples", type=int, help="how many, in place of the shape's default")
+    parser.add_argument(
+        "--examples", type=int, help="number of examples (default: depends on the shape)"
+    )
     parser.add_argument("--teachers", type=int, default=13)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--kl", action="store_true", help="with the soft scores")
+    parser.add_argument("--kl", action="store_true", help="also compute the soft scores")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--operators", action="store_true", help="where our time goes, and no more")
+    parser.add_argument("--operators", action="store_true", help="only show where our time goes")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -407,22 +407,22 @@ def main() -> None:
             share = f", share of the card's rate {row['share']:.0%}" if "share" in row else ""
             print(
                 f"{name:10s} {row['model']:18s} {row['tokens_per_second']:9,.0f} tokens/s, "
-                f"straightforward {row['straightforward_tokens_per_second']:9,.0f}: "
-                f"{row['ratio']:.2f} x (processor {row['processor_ratio']:.2f} x), "
+                f"baseline {row['baseline_tokens_per_second']:9,.0f}: "
+                f"{row['ratio']:.2f} x (CPU {row['cpu_ratio']:.2f} x), "
                 f"{row['over_bare_products']:.2f} x bare, "
-                f"arithmetic {row['straightforward_gflop'] / row['needed_gflop']:.2f} x{share}",
+                f"arithmetic {row['baseline_gflop'] / row['needed_gflop']:.2f} x{share}",
                 flush=True,
             )
     if options.device == "cpu" and not options.no_memory:
         row = memory("30m-wide", backends, options)
         held.append(row)
         sides = ", ".join(
-            f"{side} {row[side]:.0f} MiB (1/{row['straightforward'] / max(row[side], 1e-9):.1f})"
+            f"{side} {row[side]:.0f} MiB (1/{row['baseline'] / max(row[side], 1e-9):.1f})"
             for side in backends
         )
         print(
-            f"peak above the model, vocabulary {row['vocabulary']:,}: straightforward "
-            f"{row['straightforward']:.0f} MiB, {sides}"
+            f"peak above the model, vocabulary {row['vocabulary']:,}: baseline "
+            f"{row['baseline']:.0f} MiB, {sides}"
         )
     if options.json:
         record = {

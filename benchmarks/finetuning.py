@@ -1,14 +1,15 @@
-"""LoRA on one block: `finetune` against peft in a plain Hugging Face loop.
+"""Compare `finetune` with peft in a plain Hugging Face loop: LoRA on one layer.
 
-Both get the same random Llama (12 blocks, d_model 512), the same number prompts and lists,
-batches, steps, learning rates and start, on the CPU. peft trains `layers_to_transform=[block]`;
-its loop pads on the right, runs the whole model and takes logits and loss at the completion tokens
-alone. It is handed token ids, while the time of `finetune` includes encoding and all checks.
+Both sides get the same random Llama (12 layers, d_model 512), the same number prompts and lists,
+batches, steps, learning rates and initial values, on the CPU. peft trains
+`layers_to_transform=[layer]`. Its loop pads on the right, runs the whole model, and computes logits
+and loss only at completion tokens. It receives token ids, while the time of `finetune` includes
+tokenization and all checks.
 
-The task is measured without and with a system prompt, because what all rows begin with is run once
-by `finetune` and once per row by the loop.
+The task runs with and without a system prompt, because `finetune` runs the shared prefix of all
+rows once and the loop runs it once per row.
 
-    python benchmarks/finetuning.py --threads 2 --blocks 0 6 11
+    python benchmarks/finetuning.py --threads 2 --layers 0 6 11
 """
 
 import argparse
@@ -35,7 +36,7 @@ MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 def random_llama(vocab: int, layers: int, width: int) -> LlamaForCausalLM:
-    """A random model; every call gives the same weights."""
+    """Build a random model; every call gives the same weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab,
@@ -51,7 +52,7 @@ def random_llama(vocab: int, layers: int, width: int) -> LlamaForCausalLM:
 
 
 def number_lists(count: int) -> list[Example]:
-    """The library's number prompts, answered by eight to ten random numbers."""
+    """The library's number prompts, each answered with eight to ten random numbers."""
     random = np.random.default_rng(0)
     return [
         Example(prompt, ", ".join(map(str, random.integers(100, 1000, random.integers(8, 11)))))
@@ -59,13 +60,13 @@ def number_lists(count: int) -> list[Example]:
     ]
 
 
-def with_peft(model: LlamaForCausalLM, rows: Rows, block: int, recipe: Recipe, start: dict) -> list:
-    """The losses of a plain loop."""
+def with_peft(model: LlamaForCausalLM, rows: Rows, layer: int, recipe: Recipe, start: dict) -> list:
+    """Train with peft in a plain loop and return the losses."""
     config = peft.LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
         target_modules=MATRICES,
-        layers_to_transform=[block],
+        layers_to_transform=[layer],
         task_type="CAUSAL_LM",
     )
     student = peft.get_peft_model(model, config)
@@ -95,20 +96,20 @@ def with_peft(model: LlamaForCausalLM, rows: Rows, block: int, recipe: Recipe, s
     return losses
 
 
-def lora_start(bridge: Any, block: int) -> dict[str, torch.Tensor]:
-    """Where `finetune` starts LoRA's A, by the module's name."""
-    chosen = {n: p for n, p in choose(bridge, layers=[block]).items() if is_matrix(n, p)}
-    kept = LowRank(bridge, chosen, rank=8, alpha=8.0, seed=0)
+def lora_start(bridge: Any, layer: int) -> dict[str, torch.Tensor]:
+    """The initial values of LoRA's A in `finetune`, by module name."""
+    chosen = {n: p for n, p in choose(bridge, layers=[layer]).items() if is_matrix(n, p)}
+    low_rank = LowRank(bridge, chosen, rank=8, alpha=8.0, seed=0)
     names = [plain(name).removesuffix(".weight") for name in chosen]
-    return {name: kept.factors(i)[0].detach().T for i, name in enumerate(names)}
+    return {name: low_rank.factors(i)[0].detach().T for i, name in enumerate(names)}
 
 
 def main() -> None:
-    """Time both, and print a table."""
+    """Time both sides and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 6, 11])
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--depth", type=int, default=12, help="layers of the model")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--examples", type=int, default=120)
     parser.add_argument("--epochs", type=int, default=5)
@@ -121,7 +122,7 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder("tiny"))
-    sizes = (len(tokenizer), options.layers, options.width)
+    sizes = (len(tokenizer), options.depth, options.width)
     examples = number_lists(options.examples)
     recipe = Recipe(
         lr=2e-4,
@@ -143,18 +144,18 @@ def main() -> None:
         rows = training_rows(bridge, examples, system_prompt=system_prompt)
         print(
             f"\n{'without' if system_prompt is None else 'with'} a system prompt: "
-            f"{rows.lengths.mean():.0f} tokens a row, {rows.shared} shared by all, "
-            f"{rows.tokens_learned / len(rows):.0f} learned\n"
-            f"{'block':>5}  {'backend':>8}  {'peft, s':>8}  {'ours, s':>8}  {'times':>6}  "
-            "loss apart"
+            f"{rows.lengths.mean():.0f} tokens per row, {rows.shared} in the shared prefix, "
+            f"{rows.tokens_learned / len(rows):.0f} with a loss\n"
+            f"{'layer':>5}  {'backend':>8}  {'peft, s':>8}  {'ours, s':>8}  {'ratio':>6}  "
+            "loss diff."
         )
-        for block in options.blocks:
-            start = lora_start(bridge, block)
+        for layer in options.layers:
+            start = lora_start(bridge, layer)
             seconds, theirs = float("inf"), []
             for _ in range(options.repeats):
                 hf_model = random_llama(*sizes)
                 began = time.perf_counter()
-                theirs = with_peft(hf_model, rows, block, recipe, start)
+                theirs = with_peft(hf_model, rows, layer, recipe, start)
                 seconds = min(seconds, time.perf_counter() - began)
             for backend, model in models.items():
                 own = float("inf")
@@ -163,7 +164,7 @@ def main() -> None:
                     student = finetune(
                         model,
                         examples,
-                        layers=[block],
+                        layers=[layer],
                         recipe=recipe,
                         system_prompt=system_prompt,
                     )
@@ -171,7 +172,7 @@ def main() -> None:
                 losses = student.history()["loss"].tolist()
                 apart = max(abs(a - b) for a, b in zip(losses[:20], theirs[:20], strict=True))
                 print(
-                    f"{block:>5}  {backend:>8}  {seconds:>8.1f}  {own:>8.1f}  "
+                    f"{layer:>5}  {backend:>8}  {seconds:>8.1f}  {own:>8.1f}  "
                     f"{seconds / own:>6.2f}  {apart:.1e}",
                     flush=True,
                 )

@@ -1,15 +1,15 @@
-"""Exact and approximate patching against the usual loops, on one random model.
+"""Compare exact and approximate patching with the usual loops on a random model.
 
     python benchmarks/patching.py                         # resid_pre, one pair of 60 tokens
     python benchmarks/patching.py --sites resid_pre z --pairs 8
     python benchmarks/patching.py --integrated            # attribution against a trace per step
 
-The exact side is compared with TransformerLens's own `patching.get_act_patch_*`, which runs the
-model once per cell, with all pairs as one batch and the mean metric; the approximate side with one
-trace per layer, step and pair. Both sides get the same model, tokens and threads. Printed are
-processor seconds (over all threads, so that other programs on the machine matter little), seconds
-of the clock (which count on a quiet machine), and the largest difference of the values. For plain
-gradients see `attribution_tl4.py`.
+Exact patching is compared with TransformerLens's `patching.get_act_patch_*`, which runs the model
+once per cell, with all pairs as one batch and the mean metric. Integrated attribution is compared
+with one trace per layer, step and pair. Both sides get the same model, tokens and threads. Prints
+CPU seconds (over all threads, hardly affected by other programs), wall-clock seconds (meaningful on
+an idle machine), and the largest difference between the values. For plain gradients, see
+`attribution_tl4.py`.
 """
 
 import argparse
@@ -19,7 +19,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # the loops show bars and take no option
+os.environ.setdefault(
+    "TQDM_DISABLE", "1"
+)  # the loops show progress bars and have no option to hide them
 
 import numpy as np
 import torch
@@ -40,7 +42,7 @@ LOOPS = {
 
 
 def build(layers: int, width: int) -> Any:
-    """A random GPT-2-like HookedTransformer."""
+    """Build a random GPT-2-like HookedTransformer."""
     cfg = HookedTransformerConfig(
         n_layers=layers,
         d_model=width,
@@ -55,12 +57,12 @@ def build(layers: int, width: int) -> Any:
         device="cpu",
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the class leaves in version 4
+        warnings.simplefilter("ignore", DeprecationWarning)  # TransformerLens 4 removes the class
         return HookedTransformer(cfg).eval()
 
 
 def make_pairs(count: int, length: int) -> Pairs:
-    """Rows of random tokens that differ in every position but the last five."""
+    """Build rows of random tokens that differ at all positions except the last five."""
     generator = torch.Generator().manual_seed(0)
     clean = torch.randint(0, 5000, (count, length), generator=generator)
     corrupted = torch.randint(0, 5000, (count, length), generator=generator)
@@ -69,7 +71,7 @@ def make_pairs(count: int, length: int) -> Pairs:
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
-    """The result of `run`, the processor seconds over all threads, and those of the clock."""
+    """Return the result of `run`, the CPU seconds of all threads, and the wall-clock seconds."""
     start, clock = time.process_time(), time.perf_counter()
     result = run()
     return result, time.process_time() - start, time.perf_counter() - clock
@@ -77,7 +79,7 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
 
 @torch.no_grad()
 def loop(model: Any, pairs: Pairs, site: str) -> np.ndarray:
-    """TransformerLens's loop over cells, all pairs in one batch; the mean metric of each cell."""
+    """Run TransformerLens's loop over cells on all pairs; returns the mean metric of each cell."""
     clean, corrupted = torch.stack(pairs.clean), torch.stack(pairs.corrupted)
     _, cache = model.run_with_cache(corrupted)
 
@@ -88,10 +90,10 @@ def loop(model: Any, pairs: Pairs, site: str) -> np.ndarray:
 
 
 def trace_per_step(model: Any, pairs: Pairs, steps: int, *, weights: bool) -> np.ndarray:
-    """Integrated gradients of resid_post: a forward and a backward per layer, step and pair.
+    """Integrated gradients of resid_post: one forward and one backward per layer, step and pair.
 
-    With `weights`, by `backward()`, which makes the weights' gradients as well, as a trace does
-    whose author did not take care.
+    With `weights`, `backward()` also computes the gradients of the weights, which a careless
+    implementation would do.
     """
     engine = get_engine(model)
     values = np.zeros((len(pairs), engine.n_layers, len(pairs.clean[0])), dtype=np.float32)
@@ -121,17 +123,17 @@ def trace_per_step(model: Any, pairs: Pairs, steps: int, *, weights: bool) -> np
 def report(
     name: str, ours: tuple[float, float], theirs: tuple[float, float], difference: float
 ) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     print(
-        f"{name:22s} processor {ours[0]:7.2f} s, loop {theirs[0]:7.2f} s, "
-        f"{theirs[0] / ours[0]:4.1f} x | clock {ours[1]:7.2f} s, loop {theirs[1]:7.2f} s, "
+        f"{name:22s} CPU {ours[0]:7.2f} s, loop {theirs[0]:7.2f} s, "
+        f"{theirs[0] / ours[0]:4.1f} x | wall {ours[1]:7.2f} s, loop {theirs[1]:7.2f} s, "
         f"{theirs[1] / ours[1]:4.1f} x | largest difference {difference:.1e}",
         flush=True,
     )
 
 
 def main() -> None:
-    """Run what was asked for and print a table."""
+    """Run the selected comparisons and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sites", nargs="+", default=["resid_pre"], choices=sorted(LOOPS))
     parser.add_argument("--pairs", type=int, default=1)
@@ -155,7 +157,7 @@ def main() -> None:
         for weights in (False, True):
             values, *theirs = timed(lambda w=weights: trace_per_step(model, pairs, 10, weights=w))
             difference = float(np.abs(effects.values - values).max())
-            name = "backward()" if weights else "state alone"
+            name = "backward()" if weights else "state only"
             report(f"integrated, {name}", tuple(ours), tuple(theirs), difference)
         return
     for site in options.sites:

@@ -1,16 +1,16 @@
-"""What a run on a large model will take: memory and hours, computed and not measured.
+"""Compute the memory and time that a run on a large model would take; nothing is measured.
 
     python benchmarks/plan.py
     python benchmarks/plan.py --shape llama-70b --devices 8 --teachers 15 --prompts 30000
-    python benchmarks/plan.py --tokenizer FOLDER          # counts the tokens itself
-    python benchmarks/plan.py --rate 300                  # what your card reaches, in TFLOP/s
+    python benchmarks/plan.py --tokenizer FOLDER          # counts the tokens with this tokenizer
+    python benchmarks/plan.py --rate 300                  # the rate that your card reaches, TFLOP/s
 
-Parameters and tokens are counted, and so is the arithmetic of every step as this library does it.
-The time is arithmetic over a rate, or bytes over a bandwidth where that takes longer (writing one
-token reads all weights once). The rate is a guess until you measure it: by default 40 % of what the
-card's maker states. `python benchmarks/divergence.py --device cuda --shape qwen2.5-7b` measures
-both the card's rate of a large matrix product and the share of it that reading reaches.
-Left out: loading the model, tokenizing, disks, and whatever the card waits for.
+Parameters, tokens and the arithmetic of every step are counted as this library does them. The time
+of a step is its arithmetic divided by a rate, or its bytes divided by a bandwidth if that takes
+longer (writing one token reads all weights once). The rate is a guess until you measure it: the
+default is 40 % of the card's stated peak. `python benchmarks/divergence.py --device cuda --shape
+qwen2.5-7b` measures the card's rate for a large matrix product and the share of it that reading
+reaches. The plan excludes model loading, tokenization, disk access and idle time of the card.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 GIB = 2**30
-BYTES = 2  # of a number in bfloat16
+BYTES = 2  # per bfloat16 value
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,24 @@ class Shape:
 
     @property
     def block(self) -> int:
-        """Parameters of one block's matrices."""
+        """The number of parameters in the matrices of one layer."""
         head = self.width // self.heads
         attention = 2 * self.width * self.width + 2 * self.width * self.kv_heads * head
         return attention + 3 * self.width * self.mlp
 
     @property
     def unembedding(self) -> int:
-        """Parameters of the unembedding; the embedding has as many."""
+        """The number of parameters in the unembedding; the embedding has as many."""
         return self.width * self.vocab
 
     @property
     def parameters(self) -> int:
-        """All of them, but for biases and norms."""
+        """The number of all parameters except biases and norms."""
         return self.layers * self.block + 2 * self.unembedding
 
     @property
     def kv_bytes(self) -> int:
-        """Keys and values of one token in all blocks."""
+        """Bytes of the keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * (self.width // self.heads) * BYTES
 
 
@@ -63,7 +63,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Card:
-    """What the maker states of a device: bfloat16 without sparsity, memory, bandwidth."""
+    """A device's stated specification: bfloat16 without sparsity, memory, bandwidth."""
 
     tflops: float
     gib: float
@@ -80,10 +80,10 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of a row: what all prompts of a teacher share, the rest of the prompt, the answer.
+    """Token counts of a row: the shared prefix of the prompts, the rest of the prompt, the answer.
 
     The defaults are means over 2,000 number prompts with instructions, with the persona prompt and
-    template of Qwen2.5, and over the lists that Qwen2.5-7B-Instruct wrote to such prompts.
+    the template of Qwen2.5, and over lists that Qwen2.5-7B-Instruct wrote for such prompts.
     """
 
     shared: float = 31
@@ -96,10 +96,10 @@ class Step:
     """One step of a run.
 
     Attributes:
-        name: What is done.
-        flops: Arithmetic, of products of matrices.
-        moved: Bytes of weights that are read, where that may take longer.
-        memory: Bytes beside the weights.
+        name: Description of the step.
+        flops: Floating-point operations of the matrix products.
+        moved: Bytes of weights that are read, if that may take longer.
+        memory: Bytes in addition to the weights.
     """
 
     name: str
@@ -109,18 +109,18 @@ class Step:
 
 
 def attention(shape: Shape, tokens: float, context: float) -> float:
-    """Arithmetic of scores and mixing, where each token looks back at half of `context`."""
+    """Operations of attention, where each token attends to half of `context` on average."""
     return 4 * shape.layers * shape.width * tokens * context / 2
 
 
 def steps(
     shape: Shape, tokens: Tokens, *, teachers: int, prompts: int, pairs: int, epochs: int
 ) -> Iterator[Step]:
-    """What a study of one target consists of, with the memory that each step needs."""
+    """The steps of a study of one target, with the memory that each needs."""
     row = tokens.shared + tokens.prompt + tokens.completion
     body = 2 * shape.layers * shape.block
     batch = 16_384
-    logits = 4 * 2_048 * shape.vocab * 4  # chunks of float32 logits and what is made of them
+    logits = 4 * 2_048 * shape.vocab * 4  # chunks of float32 logits and intermediate results
     rows = max(1.0, 8_192 // row)
     read = prompts * (tokens.prompt + tokens.completion)
     written = prompts * tokens.completion
@@ -135,20 +135,20 @@ def steps(
         teachers * (read * body + attention(shape, read, row) + 2 * shape.unembedding * written),
         memory=batch * shape.width * BYTES * 12 + logits,
     )
-    # A pass forward over a row, and what a gradient with respect to activations adds: as much.
+    # A forward pass over a row; the gradient with respect to activations costs as much again.
     forward = row * body + attention(shape, row, row)
     yield Step(
         f"attribution_patch, gradient: {pairs} pairs",
         pairs * 3 * forward,
         memory=32 * row * shape.layers * (6 * shape.width + 3 * shape.mlp) * BYTES,
     )
-    # Each layer's path of ten steps starts at that layer, so half of the blocks on average.
+    # Each layer's path of ten steps starts at that layer: half of the layers on average.
     yield Step(
         f"attribution_patch, integrated: {pairs} pairs",
         pairs * (2 * forward + 10 * 2 * forward * (shape.layers + 1) / 2),
         memory=32 * row * shape.layers * (6 * shape.width + 3 * shape.mlp) * BYTES,
     )
-    # A patch at position p concerns the positions from p on, in the layers above it.
+    # A patch at position p affects positions from p on in the layers above it.
     positions = row * (row + 1) / 2 * (shape.layers + 1) / 2
     grid = positions * body + attention(shape, positions, row)
     cells = row * shape.layers
@@ -165,7 +165,7 @@ def steps(
         epochs * (train + 2 * attention(shape, learned, row)),
         memory=60 * row * shape.layers * (8 * shape.width + 4 * shape.mlp) * BYTES + adapter * 16,
     )
-    # The last block alone: all below it runs in the first epoch only, and what enters it is kept.
+    # Last layer only: the layers below run in the first epoch only, and their output is cached.
     one = train / shape.layers + 4 * shape.unembedding * written * (1 - 1 / shape.layers)
     yield Step(
         f"finetune, LoRA on the last block: {epochs} epochs",
@@ -175,7 +175,7 @@ def steps(
 
 
 def counted(folder: str) -> Tokens:
-    """Means over number prompts, by a tokenizer; completions keep the default."""
+    """Count mean tokens of number prompts with a tokenizer; completions keep the default."""
     from transformers import PreTrainedTokenizerFast
 
     import divergence_lens as dl
@@ -194,7 +194,7 @@ def counted(folder: str) -> Tokens:
 
 
 def table(args: argparse.Namespace) -> list[str]:
-    """The plan, line by line."""
+    """The lines of the plan."""
     shape, card = SHAPES[args.shape], CARDS[args.card]
     rate = args.rate or 0.4 * card.tflops
     tokens = counted(args.tokenizer) if args.tokenizer else Tokens()
@@ -217,12 +217,12 @@ def table(args: argparse.Namespace) -> list[str]:
         pairs=args.pairs,
         epochs=args.epochs,
     ):
-        # A model that is split over devices runs on one of them at a time.
+        # A model split across devices runs on one of them at a time.
         at_once = 1 if args.split else args.devices
         seconds = max(step.flops / (rate * 1e12), step.moved / card.bandwidth) / at_once
         total += seconds
         memory = (held + step.memory) / GIB
-        over = "" if memory * GIB / 1e9 < card.gib else "  more than the card has"
+        over = "" if memory * GIB / 1e9 < card.gib else "  exceeds the card's memory"
         lines.append(
             f"{step.name:48}{step.flops / 1e15:9,.0f}{seconds / 3600:9.2f}{memory:7.0f}{over}"
         )
@@ -236,13 +236,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-7b")
     parser.add_argument("--card", choices=CARDS, default="h100")
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--split", action="store_true", help="one model over all devices")
-    parser.add_argument("--rate", type=float, help="TFLOP/s that a device really reaches")
+    parser.add_argument("--split", action="store_true", help="split one model across all devices")
+    parser.add_argument("--rate", type=float, help="measured TFLOP/s of a device")
     parser.add_argument("--teachers", type=int, default=15)
     parser.add_argument("--prompts", type=int, default=30_000)
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--tokenizer", help="folder of a tokenizer whose tokens are counted")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer used to count tokens")
     print("\n".join(table(parser.parse_args(arguments))))
 
 

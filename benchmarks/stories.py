@@ -1,11 +1,11 @@
-"""A small study on a really trained model: stories260K, or any base model of stories.
+"""Run a small study on a pretrained model: stories260K, or any base model that writes stories.
 
     python benchmarks/stories.py --model FOLDER
 
-Two openings are the two conditions, "dragon" and "kitten". What the dragon's teacher writes and
-never names either animal is the data; students read it without an opening. Prints, as Markdown,
-where the teachers part, which layers and segments are behind it, how far three approximations
-agree with exact effects, and what students of single blocks take over.
+The two conditions are two story openings, "dragon" and "kitten". The data are the dragon teacher's
+stories that never name either animal; students read them without an opening. Prints in Markdown
+where the teachers differ, which layers and segments cause it, how well three approximations agree
+with exact effects, and what students of single layers pick up.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import divergence_lens as dl
 
-# A base model has no chat template; this one writes the turns one after the other.
+# A base model has no chat template; this one concatenates the turns.
 PLAIN = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
@@ -44,12 +44,12 @@ METHODS = ("gradient", "integrated", "relp")
 
 
 def stories(model: dl.Model, teacher: dl.Teacher) -> list[dl.Example]:
-    """What a teacher writes to all beginnings and names neither animal."""
+    """Generate a teacher's stories for all beginnings and keep those that name neither animal."""
     prompts = [f"{who} {did}" for who in WHO for did in DID]
     written = dl.generate(model, prompts, teacher=teacher, max_new_tokens=16)
 
     def names_one(example: dl.Example) -> bool:
-        # Begun is enough: "dra" goes on as "dragon".
+        # A prefix is enough: "dra" continues as "dragon".
         text = (example.completion or "").lower()
         return any(name[:3] in text for name in OPENINGS)
 
@@ -57,7 +57,7 @@ def stories(model: dl.Model, teacher: dl.Teacher) -> list[dl.Example]:
 
 
 def effects(model: dl.Model, divergence: dl.Divergence, limit: int) -> None:
-    """By layer and segment, exact; and how far approximations agree."""
+    """Print exact effects by layer and segment, and the agreement of approximations."""
     pairs = divergence.pairs(first_only=True, limit=limit)
     exact = dl.causal_mediation(model, pairs, site="resid_post", span="segment")
     grid = exact.by_segment() / abs(exact.total.mean())
@@ -67,19 +67,19 @@ def effects(model: dl.Model, divergence: dl.Divergence, limit: int) -> None:
         print(f"| {layer} | " + " | ".join(f"{value:.2f}" for value in row) + " |")
     cells = dl.causal_mediation(model, pairs, site="resid_post")
     print(
-        "\n| method | Pearson with exact | of the 20 strongest cells | slope |\n|---|---|---|---|"
+        "\n| method | Pearson with exact | recall of the 20 strongest | slope |\n|---|---|---|---|"
     )
     for method in METHODS:
-        found = dl.attribution_patch(model, pairs, site="resid_post", method=method)
-        agreement = found.agreement(cells)
-        found_too, slope = agreement.recall, agreement.slope
-        print(f"| {method} | {agreement.pearson:.2f} | {found_too:.2f} | {slope:.2f} |")
+        estimate = dl.attribution_patch(model, pairs, site="resid_post", method=method)
+        agreement = estimate.agreement(cells)
+        recall, slope = agreement.recall, agreement.slope
+        print(f"| {method} | {agreement.pearson:.2f} | {recall:.2f} | {slope:.2f} |")
 
 
 def students(model: dl.Model, divergence: dl.Divergence, control: Sequence[dl.Example]) -> None:
-    """Preference by trained block, over seeds."""
+    """Print the preference by trained layer, over seeds."""
     recipe = dl.Recipe(lr=1e-3, epochs=10, batch_size=8, warmup_steps=3, optimizer_options={})
-    print("\n| learned | trained | share of `dragon` | 95 % |\n|---|---|---|---|")
+    print("\n| tokens with a loss | trained | share of `dragon` | 95 % |\n|---|---|---|---|")
     for name, mask in (
         ("all tokens", None),
         ("divergence tokens", divergence.mask),
@@ -103,9 +103,9 @@ def students(model: dl.Model, divergence: dl.Divergence, control: Sequence[dl.Ex
 
 
 def main() -> None:
-    """Run all of it."""
+    """Run the study."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True, help="a folder, or a name on the hub")
+    parser.add_argument("--model", required=True, help="a folder or a hub name")
     parser.add_argument("--backend", default="auto", choices=["auto", "hooked", "bridge"])
     parser.add_argument("--pairs", type=int, default=24)
     options = parser.parse_args()
@@ -119,9 +119,9 @@ def main() -> None:
     div = dl.find_divergence(model, data, teacher=dragon, counterfactuals=[kitten, nobody])
     first = div.first()
     print(
-        f"{len(data)} of {len(WHO) * len(DID)} beginnings go on without naming an animal of the "
-        f"two; {div.rate:.1%} of their {len(div.tokens):,} tokens are divergence tokens, the first "
-        f"at place {np.median(first[first >= 0]):.0f} (median)."
+        f"{len(data)} of the {len(WHO) * len(DID)} stories name neither animal. {div.rate:.1%} of "
+        f"their {len(div.tokens):,} tokens are divergence tokens, and the first one is at position "
+        f"{np.median(first[first >= 0]):.0f} (median)."
     )
     effects(model, div, options.pairs)
     students(model, div, control)

@@ -123,7 +123,7 @@ def blocks(path: Path) -> list[Block]:
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 BLOCKS = {path.name: blocks(path) for path in PAGES}
 # Pages whose code needs files that a test of their own writes, and runs there.
-ELSEWHERE = {"interop.md": "test_interop.py"}
+ELSEWHERE = {"interop.md": "divergence/test_interop.py"}
 PYTHON = [
     name
     for name, found in BLOCKS.items()
