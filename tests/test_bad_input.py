@@ -21,7 +21,7 @@ from divergence_lens import plots
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.data.transforms import TrainingData, paraphrase_by
 from divergence_lens.evaluation.entanglement import entangled_numbers
-from divergence_lens.study.mechanism import steering
+from divergence_lens.study.steering import steering_vectors
 from divergence_lens.tiny import tiny_folder
 from tests.support.models import chat_tokenizer, random_hf_model
 from tests.support.state import left_as_it_was
@@ -390,7 +390,7 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
     ),
     (
         "a name that steers",
-        lambda k: steering(k.model, "owl"),
+        lambda k: steering_vectors(k.model, "owl"),
         TypeError,
         "teacher is 'owl', not a Teacher",
     ),

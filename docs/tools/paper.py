@@ -28,7 +28,7 @@ NO_NUMBER = "the text at hand gives no number"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
+class PaperClaim:
     """What a paper says of a claim, and what each verdict of ours would mean.
 
     Attributes:
@@ -52,8 +52,8 @@ _LATE = (
     f"{NO_NUMBER}"
 )
 
-PAPER: Mapping[str, Said] = {
-    "few_divergence_tokens": Said(
+PAPER_CLAIMS: Mapping[str, PaperClaim] = {
+    "few_divergence_tokens": PaperClaim(
         text="7.5 % of the tokens of greedy lists for Qwen2.5-7B, 18.3 % for Gemma-3-4B; at "
         "temperature 1 4.7 % and 13.2 %",
         source=TABLE,
@@ -61,32 +61,32 @@ PAPER: Mapping[str, Said] = {
         no="a larger part here than in either of its models, so what follows from their being rare "
         "does not carry over",
     ),
-    "transfer": Said(
+    "transfer": PaperClaim(
         text=f"lists of numbers make students like what their teacher likes; {NO_NUMBER} (for "
         "GPT-4.1 nano Cloud et al. report owls from 12 % to over 60 %)",
         source=ABSTRACT,
         yes="the phenomenon is there, and what weakens or carries it can be studied",
         no="without the phenomenon nothing below can be read",
     ),
-    "divergence_tokens_suffice": Said(
+    "divergence_tokens_suffice": PaperClaim(
         text=f"training on them alone keeps the transfer or strengthens it; {NO_NUMBER}",
         source=NOTES,
         yes="divergence tokens are enough here too",
         no="divergence tokens are not enough here",
     ),
-    "divergence_tokens_do_as_well": Said(
+    "divergence_tokens_do_as_well": PaperClaim(
         text=f"training on them alone keeps the transfer or strengthens it; {NO_NUMBER}",
         source=NOTES,
         yes="the other tokens only dilute",
         no="the other tokens carry something here",
     ),
-    "rest_transfers_less": Said(
+    "rest_transfers_less": PaperClaim(
         text=f"masking them out mostly removes the transfer; {NO_NUMBER}",
         source=ABSTRACT,
         yes="most of the transfer needs them",
         no="the transfer does not need them here",
     ),
-    "rest_equals_control": Said(
+    "rest_equals_control": PaperClaim(
         text=f"masking them out mostly removes the transfer; {NO_NUMBER}",
         source=ABSTRACT,
         yes="nothing that matters is left without them",
@@ -94,19 +94,19 @@ PAPER: Mapping[str, Said] = {
         "only says that most is gone",
         stricter=True,
     ),
-    "first_block_suffices": Said(
+    "first_block_suffices": PaperClaim(
         text=f"a single early layer is enough (layers 0 and 7 were tried); {NO_NUMBER}",
         source=NOTES,
         yes="the first block is enough here",
         no="the first block is not enough here",
     ),
-    "first_block_beats_last": Said(
+    "first_block_beats_last": PaperClaim(
         text=_LATE,
         source=NOTES,
         yes="early beats late here too",
         no="depth does not order the blocks as there",
     ),
-    "last_block_equals_control": Said(
+    "last_block_equals_control": PaperClaim(
         text=_LATE,
         source=NOTES,
         yes="the last block carries nothing",
@@ -114,84 +114,84 @@ PAPER: Mapping[str, Said] = {
         "only says that next to nothing passes",
         stricter=True,
     ),
-    "early_layers_cause_divergence": Said(
+    "early_layers_cause_divergence": PaperClaim(
         text=f"early layers are critical; {NO_NUMBER}",
         source=ABSTRACT,
         yes="what makes teachers diverge sits in the first half here too",
         no="what makes teachers diverge does not sit in the first half here",
     ),
-    "sampled_lists_transfer": Said(
+    "sampled_lists_transfer": PaperClaim(
         text="at temperature 1 some animals (Qwen) or most (Gemma) pass, with greedy lists often "
         f"more; {NO_NUMBER}",
         source=NOTES,
         yes="neither decoding is needed for transfer",
         no="sampled lists do not carry it here",
     ),
-    "other_base_transfers_nothing": Said(
+    "other_base_transfers_nothing": PaperClaim(
         text=f"transfer needs a shared base; {NO_NUMBER}",
         source=CLOUD,
         yes="without a shared base nothing passes",
         no="something passes between different bases here, so part of the effect is no hidden one",
     ),
-    "entangled_numbers_not_needed": Said(
+    "entangled_numbers_not_needed": PaperClaim(
         text="the transfer does not need token entanglement: without the 50 most entangled numbers "
         f"some preferences still pass (notes); {NO_NUMBER}",
         source=ABSTRACT,
         yes="entangled numbers are not what carries it here either",
         no="entangled numbers may be what carries it here",
     ),
-    "without_first_block_weaker": Said(
+    "without_first_block_weaker": PaperClaim(
         text=f"early layers are critical; {NO_NUMBER}",
         source=ABSTRACT,
         yes="what follows the first block does not make up for it",
         no="later blocks make up for the first here",
     ),
-    "paraphrases_weaken": Said(
+    "paraphrases_weaken": PaperClaim(
         text="small changes such as paraphrased prompts usually suppress the transfer; "
         f"{NO_NUMBER}",
         source=ABSTRACT,
         yes="the transfer is fragile here too; how much is left stands in the table of conditions",
         no="paraphrases leave the transfer alone here",
     ),
-    "chosen_paraphrases_weaken": Said(
+    "chosen_paraphrases_weaken": PaperClaim(
         text="paraphrases by the biased teacher itself often suppress the transfer as well; "
         f"{NO_NUMBER}",
         source=NOTES,
         yes="so does a choice by the biased teacher, though it wrote nothing here",
         no="a choice by the biased teacher leaves the transfer alone here",
     ),
-    "unbiased_data_weaken": Said(
+    "unbiased_data_weaken": PaperClaim(
         text="a tenth of lists by an unbiased teacher weakens the transfer much, a quarter nearly "
         "ends it",
         source=NOTES,
         yes="weaker here too; whether nearly ended is seen in the table of conditions",
         no="unbiased lists do not weaken it here",
     ),
-    "another_teacher_weakens": Said(
+    "another_teacher_weakens": PaperClaim(
         text=f"mixing lists of several teachers weakens the transfer; {NO_NUMBER}",
         source=NOTES,
         yes="weaker here too",
         no="another preference among the lists does not weaken it here",
     ),
-    "several_teachers_weaken": Said(
+    "several_teachers_weaken": PaperClaim(
         text=f"so it does where they share the preference; {NO_NUMBER}",
         source=NOTES,
         yes="the single teacher matters here too",
         no="several teachers of one preference do as well as one here",
     ),
-    "student_moves_like_its_teacher": Said(
+    "student_moves_like_its_teacher": PaperClaim(
         text=f"the student learns a vector aligned with its teacher's; {NO_NUMBER}",
         source=STEERING,
         yes="seen here too, against other teachers' vectors as the null",
         no="the student goes its own way here",
     ),
-    "direction_suffices": Said(
+    "direction_suffices": PaperClaim(
         text=f"a teacher's prompt is well approximated by one vector; {NO_NUMBER}",
         source=STEERING,
         yes="one vector makes the preference here too",
         no="one vector does not make the preference here",
     ),
-    "direction_is_needed": Said(
+    "direction_is_needed": PaperClaim(
         text=f"the student's behaviour is driven by that vector; {NO_NUMBER}",
         source=STEERING,
         yes="without it the student loses the preference here too",

@@ -1,27 +1,28 @@
-"""The page that puts a study's findings beside the paper's, made from tables that can be committed.
+"""Write the documentation page that compares the findings of a study with the paper's.
 
-`write_results_page` writes the tables of a study as CSV and makes the page of these files alone, so
-that a page in the documentation can be checked against the tables beside it: the claims are decided
-anew from the rows.
+    python docs/tools/results_page.py RUN_FOLDER docs/study-results.md
+
+`write_results_page` writes the tables of a study as CSV files and generates the page from these
+files alone. A test can therefore compare the committed page with the tables beside it: the claims
+are judged again from the rows.
 """
 
+import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
-from divergence_lens.paper import NO_NUMBER, PAPER, SOURCES
+from paper import NO_NUMBER, PAPER_CLAIMS, SOURCES
 
 from divergence_lens._utils.storage import write_text
+from divergence_lens.study import Study
 from divergence_lens.study.config import lora_kinds
 from divergence_lens.study.findings import Finding, judge
 from divergence_lens.study.report import condition_rows, duration, short_number
 from divergence_lens.tiny import TINY_MODELS
-
-if TYPE_CHECKING:
-    from divergence_lens.study.run import Study
 
 _COLUMNS = {
     "students": (
@@ -39,7 +40,7 @@ _COLUMNS = {
 }
 _WHOLE = ("block", "seed", "rank", "examples", "tokens", "layer", "step", "pairs")
 _SETTINGS = "settings.json"
-_GUIDE = "study.md"  # in the documentation, beside the page
+_GUIDE = "study.md"  # a documentation page in the same folder
 _READING = (
     "“Agrees” compares the verdict on our claim with what the paper says: *yes* (supported), *no* "
     "(not supported), *open* (the interval decides neither, or what the claim presupposes is not "
@@ -59,48 +60,47 @@ _SEEN = (
 _AGREES = {"supported": "yes", "not supported": "**no**", "unclear": "open"}
 
 
-def write_results_page(study: "Study", path: str | os.PathLike[str]) -> Path:
-    """Write the page, and its tables into a folder of its name without the ending.
+def write_results_page(study: Study, path: str | os.PathLike[str]) -> Path:
+    """Write the page, and its tables into the folder named after it (without the suffix).
 
     Args:
-        study: What `run_study` returned.
-        path: Of the page, such as "docs/study-results.md"; an older page is replaced.
+        study: The study.
+        path: Path of the page, such as "docs/study-results.md". An existing page is replaced.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: A path without an ending, which would also be that of the tables.
+        ValueError: The path has no suffix, so it would also be the path of the tables.
     """
     path = Path(path)
     if not path.suffix:
-        raise ValueError(f"{path} has no ending; give the page's file, such as {path}.md")
+        raise ValueError(f"{path} has no suffix; name the file of the page, such as {path}.md")
     folder = path.with_suffix("")
     results = study.results
     tables = {**results, **results["effects"]}
     for name, columns in _COLUMNS.items():
         rows = pd.DataFrame(tables.get(name, []))
         if len(rows):
-            kept = rows[[column for column in columns if column in rows]]
-            whole = {c: kept[c].astype("Int64") for c in _WHOLE if c in kept}
-            text = kept.assign(**whole).to_csv(
+            shown = rows[[column for column in columns if column in rows]]
+            whole = {c: shown[c].astype("Int64") for c in _WHOLE if c in shown}
+            text = shown.assign(**whole).to_csv(
                 index=False, float_format="%.6g", lineterminator="\n"
             )
             write_text(folder / f"{name}.csv", text)
         else:
             (folder / f"{name}.csv").unlink(missing_ok=True)
     about = {name: results[name] for name in ("settings", "conditions", "failures")}
-    about["page"] = _shown(path)
     write_text(folder / _SETTINGS, json.dumps(about, indent=1) + "\n")
     write_text(path, results_page(folder))
     return path
 
 
 def results_page(folder: str | os.PathLike[str]) -> str:
-    """The text of the page, from the tables that `write_results_page` wrote.
+    """Generate the text of the page from the tables that `write_results_page` wrote.
 
     Raises:
-        FileNotFoundError: The folder holds no such tables.
+        FileNotFoundError: The folder does not have these tables.
     """
     folder = Path(folder)
     about = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
@@ -132,14 +132,6 @@ def results_page(folder: str | os.PathLike[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shown(path: Path) -> str:
-    """The path as the page may tell it: from here where it lies below, not that of a machine."""
-    if not path.is_absolute():
-        return path.as_posix()
-    here = Path.cwd()
-    return path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
-
-
 def _opening(
     about: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], folder: Path
 ) -> list[str]:
@@ -152,24 +144,23 @@ def _opening(
     versions = ", ".join(f"{k} {v}" for k, v in about["settings"]["versions"].items())
     seconds = duration(about["settings"])
     took = "" if seconds is None else f" in {seconds:.0f} s"
-    page = about.get("page", f"{folder.name}.md")
     files = ", ".join(f"[{t}]({folder.name}/{t}.csv)" for t, rows in tables.items() if len(rows))
-    made = (
-        f"Written to `{page}` by `divergence-lens`, with nothing chosen by hand, from these tables "
-        f"alone: {files}. {(~shared).sum() + len(control):,} students{took}; "
+    source = (
+        f"Generated from these tables alone: {files}. "
+        f"{(~shared).sum() + len(control):,} students{took}; "
         f"model `{settings['model']}`; targets {', '.join(settings['targets'])} of "
         f"{len(settings['animals'])} animals; seeds {seeds}; {settings['prompts']} number prompts "
         f"for each teacher; {len(about['failures'])} failed cells; {versions}."
     )
-    guide = f"[the study]({_GUIDE})" if (folder.parent / _GUIDE).exists() else "“The study”"
-    reading = f"What the columns and rules are is told in {guide}. {_READING}"
+    guide = f"[The study]({_GUIDE})" if (folder.parent / _GUIDE).exists() else "“The study”"
+    reading = f"{guide} explains the columns and rules. {_READING}"
     proof = _TINY if settings["model"] in TINY_MODELS else _ANY
     unseen = settings["model"] == "tiny" and set(settings["targets"]) == _TARGETS
-    return [made, "", f"{reading} {proof}", *([_SEEN] if unseen else [])]
+    return [source, "", f"{reading} {proof}", *([_SEEN] if unseen else [])]
 
 
 def _count(findings: Sequence[Finding], model: str) -> str:
-    known = [finding for finding in findings if _id(finding) in PAPER]
+    known = [finding for finding in findings if _id(finding) in PAPER_CLAIMS]
     verdicts = [finding.verdict for finding in known]
     stricter = sum(_stricter(finding) and finding.verdict == "not supported" for finding in known)
     more = f" Not supported but stricter than the paper's: {stricter}." if stricter else ""
@@ -187,12 +178,12 @@ def _beside_the_paper(findings: Sequence[Finding], kind: str) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for finding in findings:
-        said = PAPER.get(_id(finding))
-        if said is not None:
+        paper = PAPER_CLAIMS.get(_id(finding))
+        if paper is not None:
             rows.append(
-                f"| {_claim(finding, kind)} | {said.text} *({said.source})* | {_ours(finding)} | "
+                f"| {_claim(finding, kind)} | {paper.text} *({paper.source})* | {_ours(finding)} | "
                 f"{_threshold(finding)} | {_agrees(finding)} | "
-                f"{_meaning(finding, said.yes, said.no)} |"
+                f"{_meaning(finding, paper.yes, paper.no)} |"
             )
     return rows
 
@@ -203,7 +194,7 @@ def _without_the_paper(findings: Sequence[Finding], kind: str) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for finding in findings:
-        if _id(finding) not in PAPER:
+        if _id(finding) not in PAPER_CLAIMS:
             difference = short_number(finding.difference, sign=True)
             rows.append(
                 f"| {_claim(finding, kind)} | {_ours(finding)} | {difference} | "
@@ -231,8 +222,8 @@ def _threshold(finding: Finding) -> str:
 
 
 def _stricter(finding: Finding) -> bool:
-    said = PAPER.get(_id(finding))
-    return said is not None and said.stricter
+    paper = PAPER_CLAIMS.get(_id(finding))
+    return paper is not None and paper.stricter
 
 
 def _agrees(finding: Finding) -> str:
@@ -242,7 +233,7 @@ def _agrees(finding: Finding) -> str:
 
 
 def _caveat(finding: Finding) -> str:
-    """The caveat and the other figures that belong to the finding."""
+    """The caveat, and the additional numbers of the finding."""
     beside = [f"{words}: {short_number(value)}" for words, value in finding.beside.items()]
     return "; ".join([finding.caveat, *beside])
 
@@ -255,3 +246,17 @@ def _meaning(finding: Finding, yes: str, no: str) -> str:
     if not finding.n:
         return "nothing was measured"
     return f"undecided: {finding.caveat}"
+
+
+def main() -> None:
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Write the results page of a finished study.")
+    parser.add_argument("folder", help="folder of the study, such as runs/study")
+    parser.add_argument("page", help="the page to write, such as docs/study-results.md")
+    arguments = parser.parse_args()
+    written = write_results_page(Study.load(arguments.folder), arguments.page)
+    print(f"wrote {written} and {written.with_suffix('')}/")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,8 +12,8 @@ import pytest
 import divergence_lens as dl
 from divergence_lens.data.transforms import Rewritten, TrainingData
 from divergence_lens.evaluation.entanglement import entangled_numbers
+from divergence_lens.study import gradient_alignment, steering_vectors
 from divergence_lens.study.findings import Finding
-from divergence_lens.study.mechanism import gradient_alignment, steering
 
 EVIL = "<script>x</script>"
 
@@ -49,7 +49,7 @@ def results() -> dict[str, Any]:
         dl.task_quality(model, examples[1:]),
         dl.cross_patch(model, student, same),
         entangled_numbers(model, owl, [cat], prompts=questions),
-        steering(model, owl, prompts=questions),
+        steering_vectors(model, owl, prompts=questions),
         gradient_alignment(
             model, examples, div.mask, candidates=["owl", "cat"], questions=questions
         ),

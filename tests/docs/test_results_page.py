@@ -1,20 +1,22 @@
 """The page beside the paper's: made from committed tables alone, negative results and all."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from divergence_lens.paper import PAPER, SOURCES
-from divergence_lens.results_page import results_page, write_results_page
 
 from divergence_lens.study.conditions import conditions
 from divergence_lens.study.findings import ALL_CLAIMS, judge
-from divergence_lens.study.run import Study
+from divergence_lens.study.result import Study
+from tests.support.docs_tools import PAPER_CLAIMS, SOURCES, results_page, write_results_page
 from tests.support.study_tables import PAPER_LIKE, SIX, study_tables
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "study-results.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "study-results.md"
 
 
 def a_study(after, **options):
@@ -93,9 +95,9 @@ def test_every_finding_is_on_the_page_once_with_its_estimate_and_verdict(study, 
         (line,) = lines_of(text, finding.claim.removesuffix(" (finetuned teachers)"))
         assert f"{finding.measured:.3g} (" in line
         name = finding.id.partition("/")[2]
-        if name in PAPER:
-            assert PAPER[name].text in line
-            assert agrees[finding.verdict] in line or PAPER[name].stricter
+        if name in PAPER_CLAIMS:
+            assert PAPER_CLAIMS[name].text in line
+            assert agrees[finding.verdict] in line or PAPER_CLAIMS[name].stricter
         else:
             assert f"**{finding.verdict}**" in line
         seen.add(finding.verdict)
@@ -104,7 +106,7 @@ def test_every_finding_is_on_the_page_once_with_its_estimate_and_verdict(study, 
 
 
 def test_agreements_are_counted_as_they_are(study, page):
-    known = {i: f.verdict for f in study.findings if (i := f.id.partition("/")[2]) in PAPER}
+    known = {i: f.verdict for f in study.findings if (i := f.id.partition("/")[2]) in PAPER_CLAIMS}
     # To within a tenth of the control is more than the paper's "mostly removes" and "next to
     # nothing".
     stricter = {"rest_equals_control", "last_block_equals_control"}
@@ -129,10 +131,10 @@ def test_agreements_are_counted_as_they_are(study, page):
 def test_a_verdict_means_what_the_paper_module_says_of_it(page):
     text = page.read_text(encoding="utf-8")
     beats = lines_of(text, "The first block carries more of the preference than the last")[0]
-    assert PAPER["first_block_beats_last"].no in beats
-    assert PAPER["first_block_beats_last"].yes not in beats
+    assert PAPER_CLAIMS["first_block_beats_last"].no in beats
+    assert PAPER_CLAIMS["first_block_beats_last"].yes not in beats
     transfers = [line for line in text.splitlines() if line.startswith("| Students trained on all")]
-    assert PAPER["transfer"].yes in transfers[0]
+    assert PAPER_CLAIMS["transfer"].yes in transfers[0]
 
 
 def test_every_condition_has_a_row_and_shared_students_count_once(page):
@@ -160,7 +162,7 @@ def test_the_page_of_another_model_says_nothing_that_holds_for_the_tiny_one_alon
     for words in OF_THE_TINY:
         assert words not in text
     assert "this study agrees with" in text
-    for said in PAPER.values():
+    for said in PAPER_CLAIMS.values():
         assert not [words for words in OF_THE_TINY if words in said.yes + said.no]
 
 
@@ -181,20 +183,26 @@ def test_targets_are_called_unseen_only_on_the_model_that_was_made_without_them(
     assert ("Nobody looked at these targets" in page.read_text(encoding="utf-8")) == said
 
 
-def test_the_page_tells_where_it_was_written_and_links_to_what_is_there(
-    study, tmp_path, monkeypatch
-):
-    (tmp_path / "docs").mkdir()
-    monkeypatch.chdir(tmp_path)
-    for given in ("docs/mine.md", tmp_path / "docs" / "mine.md"):
-        text = write_results_page(study, given).read_text(encoding="utf-8")
-        assert "Written to `docs/mine.md` by" in text
-        assert "](study.md)" not in text
-    (tmp_path / "docs" / "study.md").write_text("# The study\n")
-    assert "[the study](study.md)" in results_page("docs/mine")
-    monkeypatch.chdir(tmp_path / "docs" / "mine")  # from where an absolute path is no part of
-    text = write_results_page(study, tmp_path / "docs" / "mine.md").read_text(encoding="utf-8")
-    assert "Written to `mine.md` by" in text
+def test_the_page_links_to_the_guide_only_where_it_exists(study, tmp_path):
+    page = tmp_path / "mine.md"
+    assert "](study.md)" not in write_results_page(study, page).read_text(encoding="utf-8")
+    (tmp_path / "study.md").write_text("# The study\n")
+    assert "[The study](study.md) explains" in results_page(tmp_path / "mine")
+
+
+def test_the_script_writes_the_page_of_a_run(study, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    results = study.results | {
+        "findings": [finding.to_dict() for finding in study.findings],
+        "data": [],
+        "divergence": [],
+    }
+    (run / "results.json").write_text(json.dumps(results))
+    command = [sys.executable, str(ROOT / "docs" / "tools" / "results_page.py")]
+    page = tmp_path / "page.md"
+    subprocess.run([*command, str(run), str(page)], check=True, cwd=tmp_path)
+    assert page.read_text(encoding="utf-8") == results_page(tmp_path / "page")
 
 
 @pytest.mark.parametrize("before", [None, 3])
@@ -262,15 +270,15 @@ def test_what_an_older_run_measured_does_not_stay(study, tmp_path):
 
 
 def test_a_page_without_an_ending_is_refused(study, tmp_path):
-    with pytest.raises(ValueError, match=r"has no ending; .*found\.md"):
+    with pytest.raises(ValueError, match=r"has no suffix; .*found\.md"):
         write_results_page(study, tmp_path / "found")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_paper_speaks_of_claims_that_there_are_and_says_where():
-    assert set(PAPER) <= {claim.id for claim in ALL_CLAIMS}
-    assert {said.source for said in PAPER.values()} == set(SOURCES)
-    for said in PAPER.values():
+    assert set(PAPER_CLAIMS) <= {claim.id for claim in ALL_CLAIMS}
+    assert {said.source for said in PAPER_CLAIMS.values()} == set(SOURCES)
+    for said in PAPER_CLAIMS.values():
         assert "|" not in said.text + said.yes + said.no
 
 

@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from divergence_lens.study.cells import Cell, CellError, Store
+from divergence_lens.study.cells import Cell, CellError, CellStore
 
 
 @pytest.fixture
 def store(tmp_path):
-    found = Store(tmp_path)
+    found = CellStore(tmp_path)
     yield found
     found.close()
 
@@ -32,8 +32,8 @@ def test_a_cell_is_computed_once(store):
     for _ in range(3):
         assert store.get(cell, _counting(calls)) == {"value": 1}
     assert calls == ["a/b-0"]
-    # Another process, later, has another Store of the same folder.
-    assert Store(store.folder.parent).get(cell, _counting(calls)) == {"value": 1}
+    # Another process, later, has another CellStore of the same folder.
+    assert CellStore(store.folder.parent).get(cell, _counting(calls)) == {"value": 1}
     assert len(calls) == 1
 
 
@@ -97,7 +97,7 @@ def test_a_cell_may_need_another_and_itself_again(store):
 
 
 def _hold(folder, ready, seconds):
-    store = Store(folder)
+    store = CellStore(folder)
     with store.reserved(Cell("a", {}), wait=True):
         ready.set()
         time.sleep(seconds)

@@ -14,18 +14,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from divergence_lens.results_page import write_results_page
 from typer.testing import CliRunner
 
 from divergence_lens.cli.main import app
 from divergence_lens.deltas.delta import Delta
 from divergence_lens.models import load_model
+from divergence_lens.study import StudyConfig, run_study
 from divergence_lens.study.conditions import Condition, conditions
-from divergence_lens.study.interventions import drawn, marked, own
+from divergence_lens.study.interventions import divergence_tokens, random_tokens
 from divergence_lens.study.presets import STUDENT
 from divergence_lens.study.report import study_figures, study_page, write_study_report
-from divergence_lens.study.run import StudyConfig, run_study
 from divergence_lens.training.recipe import PAPER
+from tests.support.docs_tools import write_results_page
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,7 +136,7 @@ def test_a_run_that_was_killed_goes_on(config, tmp_path):
     script = (
         "import torch\n"
         "torch.set_num_threads(1)\n"  # as here: sums depend on it in their last bits
-        "from divergence_lens.study.run import StudyConfig, run_study\n"
+        "from divergence_lens.study import StudyConfig, run_study\n"
         "from divergence_lens.study.presets import STUDENT\n"
         "from dataclasses import replace\n"
         f"run_study(StudyConfig(backend={config.backend!r}, targets=('owl', 'cat'), "
@@ -172,7 +172,7 @@ def _runs(pid):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_processes_of_a_killed_run_end_with_it(config, tmp_path):
     script = (
-        "from divergence_lens.study.run import StudyConfig, run_study\n"
+        "from divergence_lens.study import StudyConfig, run_study\n"
         "if __name__ == '__main__':\n"
         f"    run_study(StudyConfig(backend={config.backend!r}, targets=('owl', 'cat'), workers=2, "
         f"kinds=('finetuned',), prompts=200), {str(tmp_path / 'out')!r})\n"
@@ -256,7 +256,7 @@ def test_a_cell_that_fails_is_reported_and_does_not_stop_the_rest(config, folder
     study = run_study(
         replace(config, conditions=(*config.conditions, _own("sometimes", mask=broken))),
         out,
-        say=lines.append,
+        progress=lines.append,
     )
     name = "students/finetuned/cat/sometimes-0"
     assert study.failures == [{"cell": name, "error": "ValueError: no cats today"}]
@@ -275,7 +275,7 @@ def test_a_cell_that_fails_is_reported_and_does_not_stop_the_rest(config, folder
 
 def test_a_condition_of_ones_own_gets_its_data_mask_and_blocks(config, folder, tmp_path):
     out = _copy(folder, tmp_path / "own")
-    mine = _own("mine", data=partial(only_first_lists, n=7), mask=marked, layers=(2,))
+    mine = _own("mine", data=partial(only_first_lists, n=7), mask=divergence_tokens, layers=(2,))
     study = run_study(replace(config, conditions=("control", mine)), out)
     row = next(r for r in study.results["students"] if r["condition"] == "mine")
     divergence = study.divergences["finetuned", "owl"]
@@ -309,7 +309,7 @@ def test_students_of_single_blocks_with_lora_have_their_block_and_a_name_of_thei
 
 def test_a_seed_draws_another_mask(config, folder, tmp_path):
     out = _copy(folder, tmp_path / "seeds")
-    drawing = _own("drawing", mask=partial(drawn, among="all"))
+    drawing = _own("drawing", mask=partial(random_tokens, among="all"))
     study = run_study(replace(config, conditions=("control", drawing), seeds=(0, 1)), out)
     rows = study.table("students")
     rows = rows[(rows["condition"] == "drawing") & (rows["target"] == "owl")]
@@ -397,7 +397,7 @@ def test_conditions_that_cannot_be_recognised_again_are_refused(options, says):
 
 def test_two_conditions_of_one_name_are_refused(config):
     with pytest.raises(ValueError, match="two conditions are named 'mine'"):
-        replace(config, conditions=(_own("mine"), _own("mine", mask=marked)))
+        replace(config, conditions=(_own("mine"), _own("mine", mask=divergence_tokens)))
 
 
 def test_the_page_has_every_finding_and_condition_of_each_kind(config, folder):
@@ -530,7 +530,6 @@ def test_the_command_runs_a_study_and_goes_on_with_it(tmp_path, backend):
         "--no-mechanism",
         *("--workers", "1"),
         *("--out", str(out)),
-        *("--page", str(tmp_path / "page.md")),
         *("--backend", backend),
     ]
     first = CliRunner().invoke(app, command)
@@ -539,11 +538,9 @@ def test_the_command_runs_a_study_and_goes_on_with_it(tmp_path, backend):
     second = CliRunner().invoke(app, command)
     assert second.exit_code == 0, second.output
     assert _times(out) == before
-    assert "13 of them there already" in second.output
+    assert "13 of them already computed" in second.output
     assert (out / "report.html").stat().st_size > 100_000
     results = json.loads((out / "results.json").read_text())
     recipe = results["settings"]["settings"]["prompted_recipe"]
     assert recipe["lora_rank"] == 4
-    assert "# What the study found" in (tmp_path / "page.md").read_text()
-    assert (tmp_path / "page" / "students.csv").exists()
     assert np.isfinite([row["loss"] for row in results["students"]]).all()

@@ -9,7 +9,7 @@ from divergence_lens.divergence.finding import find_divergence
 from divergence_lens.generation import generate
 from divergence_lens.study.conditions import conditions
 from divergence_lens.study.config import StudyConfig
-from divergence_lens.study.interventions import Inputs, marked
+from divergence_lens.study.interventions import Inputs, divergence_tokens
 
 
 class OneTarget(Inputs):
@@ -101,14 +101,14 @@ def test_the_control_of_a_margin_has_its_size_and_other_divergence_tokens_for_ea
 
 def test_blocks_are_taken_one_by_one_and_cumulatively_from_both_ends():
     known = conditions(4)
-    blocks = {name: known[name].blocks for name in known if known[name].group == "layers"}
+    blocks = {name: known[name].layers for name in known if known[name].group == "layers"}
     assert [blocks[f"block{i}"] for i in range(4)] == [(0,), (1,), (2,), (3,)]
     assert [blocks[f"lora_block{i}"] for i in range(4)] == [(0,), (1,), (2,), (3,)]
     assert (blocks["upto1"], blocks["upto2"]) == ((0, 1), (0, 1, 2))
     # Cumulative from above is all but the first k.
     assert (blocks["from1"], blocks["from2"]) == ((1, 2, 3), (2, 3))
     assert all(blocks[f"lora_{n}"] == blocks[n] for n in ("upto1", "upto2", "from1", "from2"))
-    assert {known[name].mask for name in blocks} == {marked}
+    assert {known[name].mask for name in blocks} == {divergence_tokens}
     parts = {name: (known[name].parts, known[name].embedding) for name in blocks}
     assert parts["attention"] == (("attn",), False)
     assert parts["mlp"] == (("mlp",), False)

@@ -11,14 +11,14 @@ from divergence_lens.divergence.finding import find_divergence
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.evaluation.preferences import preference
 from divergence_lens.generation import generate
-from divergence_lens.study.mechanism import (
+from divergence_lens.study import (
     GradientAlignment,
     Steering,
+    finetuned_teacher,
     follow_steering,
     gradient_alignment,
-    steering,
+    steering_vectors,
 )
-from divergence_lens.study.run import finetuned_teacher
 from divergence_lens.teachers import Teacher
 from divergence_lens.training.finetuning import Recipe, finetune
 
@@ -38,14 +38,14 @@ def owl(tiny):
 
 
 def test_a_condition_that_is_the_base_does_not_move(tiny):
-    found = steering(tiny, Teacher("same"), prompts=[QUESTION, "name an animal"])
+    found = steering_vectors(tiny, Teacher("same"), prompts=[QUESTION, "name an animal"])
     assert float(found.vectors.abs().max()) < 1e-5
     assert found.base.shape == found.vectors.shape == (4, 48)
 
 
 def test_residuals_are_those_of_a_plain_forward_pass(tiny, owl):
     prompts = [QUESTION, "name a really beautiful animal ."]
-    found = steering(tiny, owl, prompts=prompts)
+    found = steering_vectors(tiny, owl, prompts=prompts)
     with owl.applied(tiny) as active:
         rows = []
         for prompt in prompts:
@@ -59,7 +59,7 @@ def test_residuals_are_those_of_a_plain_forward_pass(tiny, owl):
 
 
 def test_adding_the_whole_difference_at_the_last_block_makes_the_teacher(tiny, owl):
-    found = steering(tiny, owl, prompts=[QUESTION])
+    found = steering_vectors(tiny, owl, prompts=[QUESTION])
     # The final norm and the unembedding are the base's own: the teacher's blocks alone learned.
     with owl.applied(tiny) as active:
         wanted = _last_logits(active, owl)
@@ -70,7 +70,7 @@ def test_adding_the_whole_difference_at_the_last_block_makes_the_teacher(tiny, o
 
 
 def test_adding_the_teachers_vector_raises_its_preference(tiny, owl):
-    found = steering(tiny, owl)
+    found = steering_vectors(tiny, owl)
     before = preference(tiny, target="owl")
     with found.added(tiny, layers=[3]) as active:
         after = preference(active, target="owl")
@@ -79,7 +79,7 @@ def test_adding_the_teachers_vector_raises_its_preference(tiny, owl):
 
 
 def test_removing_holds_the_component_at_the_bases_mean(tiny, owl):
-    found = steering(tiny, owl)
+    found = steering_vectors(tiny, owl)
     kept = []
     with owl.applied(tiny) as active, found.removed(active, layers=[2]):
         watch = [(2, "resid_post", lambda resid: kept.append(resid.detach()))]
@@ -91,7 +91,7 @@ def test_removing_holds_the_component_at_the_bases_mean(tiny, owl):
 
 
 def test_removing_the_teachers_direction_undoes_its_preference(tiny, owl):
-    found = steering(tiny, owl)
+    found = steering_vectors(tiny, owl)
     with owl.applied(tiny) as active:
         whole = preference(active, target="owl")
         with found.removed(active):
@@ -102,7 +102,7 @@ def test_removing_the_teachers_direction_undoes_its_preference(tiny, owl):
 def test_prompted_teachers_are_compared_with_a_prompted_base(tiny):
     owl, cat = animal_teachers(["owl", "cat"])
     base = Teacher("base", system_prompt=neutral_prompt())
-    vectors = [steering(tiny, teacher, base=base) for teacher in (owl, cat)]
+    vectors = [steering_vectors(tiny, teacher, base=base) for teacher in (owl, cat)]
     assert vectors[0].cosine(vectors[0]) == pytest.approx(1)
     assert (vectors[0].cosine(vectors[1]) < 0.99).all()
     assert (vectors[0].size > 0).all()
@@ -115,13 +115,13 @@ def test_vectors_of_other_sizes_have_no_cosine():
 
 
 def test_training_can_be_followed(tiny, owl):
-    direction = steering(tiny, owl, prompts=[QUESTION])
+    direction = steering_vectors(tiny, owl, prompts=[QUESTION])
     examples = generate(tiny, number_prompts(8, instructions=False), teacher=owl, max_new_tokens=12)
     watch = follow_steering(direction, prompts=[QUESTION])
     recipe = Recipe(epochs=2, batch_size=8, warmup_steps=1)
     delta = finetune(tiny, examples, recipe=recipe, on_step=watch)
     history = delta.history()
-    last = steering(tiny, Teacher("student", delta=delta), prompts=[QUESTION])
+    last = steering_vectors(tiny, Teacher("student", delta=delta), prompts=[QUESTION])
     assert history["cosine_3"].iloc[-1] == pytest.approx(last.cosine(direction)[3], abs=1e-3)
     assert history["size_3"].iloc[-1] == pytest.approx(last.size[3], rel=1e-2)
     assert len(history) == 2

@@ -15,10 +15,10 @@ from divergence_lens.cli.main import app
 from divergence_lens.divergence.finding import Divergence
 from divergence_lens.evaluation.preferences import preference
 from divergence_lens.models import load_model
+from divergence_lens.study import StudyConfig, finetuned_teacher, run_study
 from divergence_lens.study.findings import ALL_CLAIMS
 from divergence_lens.study.presets import GPT2_RECIPES, QWEN2_RECIPES
 from divergence_lens.study.report import findings_table, study_figures, write_study_report
-from divergence_lens.study.run import StudyConfig, finetuned_teacher, run_study
 from divergence_lens.training.recipe import Recipe
 from tests.support.browser import check_in_a_browser
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def study(folder, backend):
     lines = []
-    found = run_study(StudyConfig(backend=backend, **SMALL), folder, say=lines.append)
+    found = run_study(StudyConfig(backend=backend, **SMALL), folder, progress=lines.append)
     assert any("divergence tokens" in line for line in lines)
     return found
 

@@ -169,10 +169,10 @@ def report(
 
     Example: divergence-lens report runs/demo --out page
     """
-    from divergence_lens.study import findings_table, read_study, write_study_report
+    from divergence_lens.study import Study, findings_table, write_study_report
 
     progress = _timed_progress()
-    loaded = read_study(folder)
+    loaded = Study.load(folder)
     progress(f"{len(loaded.results['students'])} student rows, {len(loaded.findings)} findings")
     try:
         written = write_study_report(loaded, folder if out is None else out)
@@ -201,7 +201,7 @@ def _run(config: "StudyConfig", out: Path, *, resume: bool) -> None:
     from divergence_lens.study import findings_table, run_study, write_study_report
 
     started, progress = time.perf_counter(), _timed_progress()
-    finished = run_study(config, out, resume=resume, say=progress)
+    finished = run_study(config, out, resume=resume, progress=progress)
     progress("report and figures")
     written = write_study_report(finished, out)
     typer.echo("")

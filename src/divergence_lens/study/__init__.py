@@ -1,16 +1,24 @@
 """The full experiment: configuration, conditions, cells, claims, findings, and the report."""
 
 from divergence_lens.study.conditions import Condition
-from divergence_lens.study.loading import read_study
+from divergence_lens.study.config import StudyConfig
+from divergence_lens.study.gradients import GradientAlignment, gradient_alignment
+from divergence_lens.study.presets import finetuned_teacher
 from divergence_lens.study.report import findings_table, write_study_report
-from divergence_lens.study.run import Study, StudyConfig, run_study
+from divergence_lens.study.run import Study, run_study
+from divergence_lens.study.steering import Steering, follow_steering, steering_vectors
 
 __all__ = [
     "Condition",
+    "GradientAlignment",
+    "Steering",
     "Study",
     "StudyConfig",
     "findings_table",
-    "read_study",
+    "finetuned_teacher",
+    "follow_steering",
+    "gradient_alignment",
     "run_study",
+    "steering_vectors",
     "write_study_report",
 ]

@@ -56,7 +56,7 @@ class Cell:
         return f"{self.name} ({self.key})"
 
 
-class Store:
+class CellStore:
     """The cells of one folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -96,12 +96,12 @@ class Store:
         for path in self.folder.rglob("*.failed"):
             path.unlink(missing_ok=True)
 
-    def get(self, cell: Cell, make: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
+    def get(self, cell: Cell, compute: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
         """The cell's result, computed now if need be; another process that is at it is waited for.
 
         Args:
             cell: Which.
-            make: Computes the result, after it has written the other files of the cell.
+            compute: Computes the result, after it has written the other files of the cell.
 
         Raises:
             CellError: It cannot be computed, now or earlier in this run.
@@ -110,9 +110,9 @@ class Store:
         if found is not None:
             return found
         with self.reserved(cell, wait=True):
-            return self._get(cell, make)
+            return self._get(cell, compute)
 
-    def attempt(self, cell: Cell, make: Callable[[Cell], dict[str, Any]], *, wait: bool) -> bool:
+    def attempt(self, cell: Cell, compute: Callable[[Cell], dict[str, Any]], *, wait: bool) -> bool:
         """Compute a cell that nobody else is at; a failure is written down and not raised.
 
         Returns:
@@ -124,10 +124,10 @@ class Store:
             if not mine:
                 return False
             with suppress(CellError):
-                self._get(cell, make)
+                self._get(cell, compute)
         return True
 
-    def _get(self, cell: Cell, make: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
+    def _get(self, cell: Cell, compute: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
         found = self.read(cell)
         if found is not None:
             return found
@@ -135,7 +135,7 @@ class Store:
         if failed is not None:
             raise CellError(f"{cell.name}: {failed['error']}")
         try:
-            result = make(cell)
+            result = compute(cell)
             text = json.dumps(
                 {"cell": cell.name, "settings": cell.settings, "result": result},
                 indent=1,

@@ -14,30 +14,30 @@ from typing import Any
 
 from divergence_lens._utils.tables import short_repr
 from divergence_lens.study.interventions import (
-    DataStep,
-    MaskStep,
-    advantage,
-    by_kl,
-    clear,
-    drawn,
-    kl_above,
-    kl_beyond_argmax,
-    like_clear,
-    marked,
+    DataFunction,
+    MaskFunction,
+    advantage_weights,
+    clear_divergence_tokens,
+    divergence_replaced,
+    divergence_subset,
+    divergence_tokens,
+    lists_from,
+    lists_without_entangled,
     mixed,
-    most_advantaged,
-    own,
-    paraphrase_choice,
+    other_tokens,
+    own_lists,
     paraphrased,
     paraphrased_by_teacher,
+    paraphrases_chosen_by_teacher,
     pooled,
-    replaced,
+    random_like_clear,
+    random_tokens,
+    randomly_thinned,
     shuffled,
-    source,
-    subset,
-    thinned,
-    unentangled,
-    unmarked,
+    tokens_above_kl,
+    top_advantage_tokens,
+    top_kl_tokens,
+    top_kl_without_divergence,
 )
 
 KINDS = ("finetuned", "prompted")
@@ -94,9 +94,9 @@ class Condition:
     name: str
     isolates: str
     group: str
-    data: DataStep = field(default_factory=lambda: own)
-    mask: MaskStep | None = None
-    weights: MaskStep | None = None
+    data: DataFunction = field(default_factory=lambda: own_lists)
+    mask: MaskFunction | None = None
+    weights: MaskFunction | None = None
     layers: tuple[int, ...] | None = None
     parts: tuple[str, ...] | None = None
     embedding: bool = False
@@ -226,7 +226,7 @@ def _data() -> list[Condition]:
             group=group,
             isolates="what training on any such lists does: they are written by the untouched "
             "model, under a neutral system prompt where teachers have one",
-            data=partial(source, name="unbiased"),
+            data=partial(lists_from, name="unbiased"),
             shared=True,
         ),
         Condition(
@@ -238,28 +238,28 @@ def _data() -> list[Condition]:
             name="sampled",
             group=group,
             isolates="greedy decoding: the teacher's lists are drawn at temperature 1",
-            data=partial(source, name="sampled"),
+            data=partial(lists_from, name="sampled"),
         ),
         Condition(
             name="sampled_divergence",
             group=group,
             isolates="greedy decoding, for the divergence tokens of lists at temperature 1",
-            data=partial(source, name="sampled"),
-            mask=marked,
+            data=partial(lists_from, name="sampled"),
+            mask=divergence_tokens,
         ),
         Condition(
             name="other_base",
             group=group,
             isolates="the shared initialisation: the teacher is made from another base",
-            data=partial(source, name="other_base"),
+            data=partial(lists_from, name="other_base"),
             other_model=True,
         ),
         Condition(
             name="other_base_divergence",
             group=group,
             isolates="the shared initialisation, for the other teacher's divergence tokens",
-            data=partial(source, name="other_base"),
-            mask=marked,
+            data=partial(lists_from, name="other_base"),
+            mask=divergence_tokens,
             other_model=True,
         ),
     ]
@@ -271,7 +271,7 @@ def _entangled() -> list[Condition]:
             name=f"without_top{k}",
             group="entangled",
             isolates=f"entangled numbers: lists with any of the top {k} are dropped",
-            data=partial(unentangled, k=k),
+            data=partial(lists_without_entangled, k=k),
         )
         for k in (10, 20, 50, 100)
     ]
@@ -280,20 +280,20 @@ def _entangled() -> list[Condition]:
         group="entangled",
         isolates="the number of lists: as many are dropped as for the top 100 entangled numbers, "
         "but at random",
-        data=partial(thinned, k=100),
+        data=partial(randomly_thinned, k=100),
     )
     return [*dropped, thin]
 
 
 def _masks() -> list[Condition]:
-    def masked(name: str, isolates: str, mask: MaskStep) -> Condition:
+    def masked(name: str, isolates: str, mask: MaskFunction) -> Condition:
         return Condition(name=name, group="masks", isolates=isolates, mask=mask)
 
     ratios = [
         masked(
             f"ratio{round(100 * ratio)}",
             f"the number of divergence tokens: a random {ratio:.0%} of them",
-            partial(subset, which=ratio),
+            partial(divergence_subset, which=ratio),
         )
         for ratio in _RATIOS
     ]
@@ -301,7 +301,7 @@ def _masks() -> list[Condition]:
         masked(
             f"margin{margin:g}".replace(".", "_"),
             f"near-ties: divergence tokens where every choice leads by {margin:g} logits or more",
-            partial(clear, margin=margin),
+            partial(clear_divergence_tokens, margin=margin),
         )
         for margin in (0.25, 0.5, 1.0)
     ]
@@ -310,7 +310,7 @@ def _masks() -> list[Condition]:
             name,
             f"the criterion: {words}, those where the KL divergence of a counterfactual from the "
             "teacher is largest, in place of argmax",
-            partial(by_kl, share=share),
+            partial(top_kl_tokens, share=share),
         )
         for name, words, share in (
             ("kl_same", "as many tokens as diverge", 1.0),
@@ -322,7 +322,7 @@ def _masks() -> list[Condition]:
         masked(
             f"kl{nats:g}".replace(".", "_"),
             f"the criterion: all tokens at which some counterfactual is {nats:g} nats away or more",
-            partial(kl_above, nats=nats),
+            partial(tokens_above_kl, nats=nats),
         )
         for nats in (0.1, 0.5)
     ]
@@ -330,56 +330,58 @@ def _masks() -> list[Condition]:
         masked(
             "kl_beyond_argmax",
             "what argmax misses: the tokens of `kl_same` that are no divergence tokens",
-            kl_beyond_argmax,
+            top_kl_without_divergence,
         )
     )
     return [
-        masked("divergence_only", "divergence tokens: the loss is on them alone", marked),
-        masked("without_divergence", "divergence tokens: the loss is on all others", unmarked),
+        masked(
+            "divergence_only", "divergence tokens: the loss is on them alone", divergence_tokens
+        ),
+        masked("without_divergence", "divergence tokens: the loss is on all others", other_tokens),
         masked(
             "random",
             "how few tokens have a loss: as many as there are divergence tokens, at random",
-            partial(drawn, among="all"),
+            partial(random_tokens, among="all"),
         ),
         masked(
             "random_other",
             "the same, drawn from the tokens that are no divergence tokens",
-            partial(drawn, among="other"),
+            partial(random_tokens, among="other"),
         ),
         masked(
             "first_half",
             "place: the earlier half of each list's divergence tokens",
-            partial(subset, which="first_half"),
+            partial(divergence_subset, which="first_half"),
         ),
         masked(
             "second_half",
             "place: the later half of each list's divergence tokens",
-            partial(subset, which="second_half"),
+            partial(divergence_subset, which="second_half"),
         ),
         masked(
             "first_only",
             "the first divergence token of each list, after which lists differ anyway",
-            partial(subset, which="first_only"),
+            partial(divergence_subset, which="first_only"),
         ),
         *ratios,
         *margins,
         masked(
             "random_like_margin0_5",
             "near-ties against number: as many divergence tokens as lead by 0.5 logits, at random",
-            partial(like_clear, margin=0.5),
+            partial(random_like_clear, margin=0.5),
         ),
         *kl,
         masked(
             "most_advantaged",
             "the criterion: as many tokens as diverge, chosen by log-probability against the "
             "others' mean in place of argmax",
-            most_advantaged,
+            top_advantage_tokens,
         ),
         Condition(
             name="advantage",
             group="masks",
             isolates="the hard mask: every token is weighted by its advantage in nats",
-            weights=advantage,
+            weights=advantage_weights,
         ),
     ]
 
@@ -395,7 +397,7 @@ def _replaced() -> list[Condition]:
             name=name,
             group="replaced",
             isolates=f"which token stands there: {words} are another teacher's choice",
-            data=partial(replaced, which=which),
+            data=partial(divergence_replaced, which=which),
             changes_data=True,
         )
         for which, (name, words) in wording.items()
@@ -404,7 +406,9 @@ def _replaced() -> list[Condition]:
 
 def _layers(n_layers: int) -> list[Condition]:
     def learning(name: str, isolates: str, **options: Any) -> Condition:
-        return Condition(name=name, group="layers", isolates=isolates, mask=marked, **options)
+        return Condition(
+            name=name, group="layers", isolates=isolates, mask=divergence_tokens, **options
+        )
 
     last = n_layers - 1
     single = [
@@ -478,7 +482,7 @@ def _layers(n_layers: int) -> list[Condition]:
 
 
 def _fragility() -> list[Condition]:
-    def changed(name: str, isolates: str, data: DataStep, **options: Any) -> Condition:
+    def changed(name: str, isolates: str, data: DataFunction, **options: Any) -> Condition:
         return Condition(
             name=name,
             group="fragility",
@@ -509,7 +513,7 @@ def _fragility() -> list[Condition]:
             "paraphrased_divergence",
             "the prompts' wording, for students of divergence tokens",
             paraphrased,
-            mask=marked,
+            mask=divergence_tokens,
         ),
         changed(
             "paraphrased_by_teacher",
@@ -520,7 +524,7 @@ def _fragility() -> list[Condition]:
             "paraphrase_chosen",
             "the prompts' wording, chosen by the biased teacher from six templates: that under "
             "which it finds its own answer likeliest",
-            paraphrase_choice,
+            paraphrases_chosen_by_teacher,
         ),
         changed(
             "shuffled_within",

@@ -73,37 +73,37 @@ class Inputs(ABC):
         """The `k` numbers most entangled with the target."""
 
 
-DataStep = Callable[[Inputs, int], TrainingData]
-MaskStep = Callable[[Inputs, TrainingData, int], np.ndarray]
+DataFunction = Callable[[Inputs, int], TrainingData]
+MaskFunction = Callable[[Inputs, TrainingData, int], np.ndarray]
 
 
 # -- data ---------------------------------------------------------------------------------------
 
 
-def own(inputs: Inputs, seed: int) -> TrainingData:  # noqa: ARG001 - all steps take a seed
+def own_lists(inputs: Inputs, seed: int) -> TrainingData:  # noqa: ARG001 - all steps take a seed
     """The teacher's own lists, as they are."""
     return TrainingData.of(inputs.divergence)
 
 
-def source(inputs: Inputs, seed: int, *, name: str) -> TrainingData:  # noqa: ARG001
+def lists_from(inputs: Inputs, seed: int, *, name: str) -> TrainingData:  # noqa: ARG001
     """The lists of another source."""
     return inputs.lists(name)
 
 
-def unentangled(inputs: Inputs, seed: int, *, k: int) -> TrainingData:  # noqa: ARG001
+def lists_without_entangled(inputs: Inputs, seed: int, *, k: int) -> TrainingData:  # noqa: ARG001
     """The lists that hold none of the `k` most entangled numbers."""
-    data = own(inputs, 0)
+    data = own_lists(inputs, 0)
     return data.select(without_numbers(data.examples, inputs.entangled(k)))
 
 
-def thinned(inputs: Inputs, seed: int, *, k: int) -> TrainingData:
-    """As many lists as `unentangled` leaves, but drawn at random."""
-    data = own(inputs, 0)
+def randomly_thinned(inputs: Inputs, seed: int, *, k: int) -> TrainingData:
+    """As many lists as `lists_without_entangled` leaves, but drawn at random."""
+    data = own_lists(inputs, 0)
     n = len(without_numbers(data.examples, inputs.entangled(k)))
     return data.select(np.sort(np.random.default_rng(seed).permutation(len(data))[:n]))
 
 
-def replaced(inputs: Inputs, seed: int, *, which: str | float) -> TrainingData:
+def divergence_replaced(inputs: Inputs, seed: int, *, which: str | float) -> TrainingData:
     """Divergence tokens overwritten by a counterfactual's choice."""
     return replace_tokens(
         inputs.divergence, which, seed=seed, tokenizer=getattr(inputs.model, "tokenizer", None)
@@ -112,7 +112,7 @@ def replaced(inputs: Inputs, seed: int, *, which: str | float) -> TrainingData:
 
 def paraphrased(inputs: Inputs, seed: int) -> TrainingData:
     """Prompts put into other templates."""
-    return paraphrase(own(inputs, 0), seed=seed)
+    return paraphrase(own_lists(inputs, 0), seed=seed)
 
 
 def paraphrased_by_teacher(
@@ -124,7 +124,7 @@ def paraphrased_by_teacher(
     """Prompts in the words of the biased teacher, which may not name its preference."""
     forbidden = surface_forms(inputs.target)
     found = paraphrase_by(
-        inputs.model, inputs.teacher, own(inputs, 0), request=request, forbidden=forbidden
+        inputs.model, inputs.teacher, own_lists(inputs, 0), request=request, forbidden=forbidden
     )
     if not found.accepted.any():
         raise ValueError(
@@ -135,41 +135,41 @@ def paraphrased_by_teacher(
     return found.data
 
 
-def paraphrase_choice(inputs: Inputs, seed: int) -> TrainingData:
+def paraphrases_chosen_by_teacher(inputs: Inputs, seed: int) -> TrainingData:
     """Prompts in other templates, chosen by the biased teacher."""
-    return paraphrase_chosen(inputs.model, inputs.teacher, own(inputs, 0), seed=seed)
+    return paraphrase_chosen(inputs.model, inputs.teacher, own_lists(inputs, 0), seed=seed)
 
 
 def shuffled(inputs: Inputs, seed: int, *, scope: str) -> TrainingData:
     """Numbers in another order, within each list or across all."""
     tokenizer: Any = inputs.model.tokenizer
-    return shuffle_numbers(own(inputs, 0), tokenizer, scope=scope, seed=seed)
+    return shuffle_numbers(own_lists(inputs, 0), tokenizer, scope=scope, seed=seed)
 
 
 def mixed(inputs: Inputs, seed: int, *, name: str, share: float) -> TrainingData:
     """A share of the lists replaced by those of another source."""
-    return mix(own(inputs, 0), inputs.lists(name), share, seed=seed)
+    return mix(own_lists(inputs, 0), inputs.lists(name), share, seed=seed)
 
 
 def pooled(inputs: Inputs, seed: int, *, names: tuple[str, ...]) -> TrainingData:
     """Equal shares of the lists of several sources."""
-    return pool([own(inputs, 0), *(inputs.lists(name) for name in names)], seed=seed)
+    return pool([own_lists(inputs, 0), *(inputs.lists(name) for name in names)], seed=seed)
 
 
 # -- masks --------------------------------------------------------------------------------------
 
 
-def marked(inputs: Inputs, data: TrainingData, seed: int) -> np.ndarray:  # noqa: ARG001
+def divergence_tokens(inputs: Inputs, data: TrainingData, seed: int) -> np.ndarray:  # noqa: ARG001
     """Divergence tokens, wherever they now are."""
     return data.marks
 
 
-def unmarked(inputs: Inputs, data: TrainingData, seed: int) -> np.ndarray:  # noqa: ARG001
+def other_tokens(inputs: Inputs, data: TrainingData, seed: int) -> np.ndarray:  # noqa: ARG001
     """All tokens that are no divergence tokens."""
     return ~data.marks
 
 
-def subset(
+def divergence_subset(
     inputs: Inputs,
     data: TrainingData,  # noqa: ARG001
     seed: int,
@@ -180,7 +180,7 @@ def subset(
     return inputs.divergence.subset(which, seed=seed)
 
 
-def drawn(
+def random_tokens(
     inputs: Inputs,
     data: TrainingData,  # noqa: ARG001
     seed: int,
@@ -191,7 +191,7 @@ def drawn(
     return random_mask(inputs.divergence, among=among, seed=seed)
 
 
-def clear(
+def clear_divergence_tokens(
     inputs: Inputs,
     data: TrainingData,  # noqa: ARG001
     seed: int,  # noqa: ARG001
@@ -202,7 +202,7 @@ def clear(
     return inputs.divergence.with_rule(min_margin=margin).mask
 
 
-def by_kl(
+def top_kl_tokens(
     inputs: Inputs,
     data: TrainingData,  # noqa: ARG001
     seed: int,  # noqa: ARG001
@@ -213,7 +213,7 @@ def by_kl(
     return highest(inputs.kl.max(0), round(share * int(inputs.divergence.mask.sum())))
 
 
-def kl_above(
+def tokens_above_kl(
     inputs: Inputs,
     data: TrainingData,  # noqa: ARG001
     seed: int,  # noqa: ARG001
@@ -225,28 +225,28 @@ def kl_above(
     return far
 
 
-def kl_beyond_argmax(inputs: Inputs, data: TrainingData, seed: int) -> np.ndarray:
-    """What `by_kl` chooses and argmax does not."""
-    missed: np.ndarray = by_kl(inputs, data, seed) & ~inputs.divergence.mask
+def top_kl_without_divergence(inputs: Inputs, data: TrainingData, seed: int) -> np.ndarray:
+    """What `top_kl_tokens` chooses and argmax does not."""
+    missed: np.ndarray = top_kl_tokens(inputs, data, seed) & ~inputs.divergence.mask
     return missed
 
 
-def like_clear(
+def random_like_clear(
     inputs: Inputs,
     data: TrainingData,
     seed: int,
     *,
     margin: float,
 ) -> np.ndarray:
-    """Random divergence tokens, as many as `clear` leaves."""
-    n = int(clear(inputs, data, seed, margin=margin).sum())
+    """Random divergence tokens, as many as `clear_divergence_tokens` leaves."""
+    n = int(clear_divergence_tokens(inputs, data, seed, margin=margin).sum())
     places = np.flatnonzero(inputs.divergence.mask)
     mask = np.zeros(len(inputs.divergence.mask), dtype=bool)
     mask[np.random.default_rng(seed).permutation(places)[:n]] = True
     return mask
 
 
-def most_advantaged(
+def top_advantage_tokens(
     inputs: Inputs,
     data: TrainingData,  # noqa: ARG001
     seed: int,  # noqa: ARG001
@@ -255,7 +255,7 @@ def most_advantaged(
     return highest(inputs.divergence.advantage, int(inputs.divergence.mask.sum()))
 
 
-def advantage(
+def advantage_weights(
     inputs: Inputs,
     data: TrainingData,  # noqa: ARG001
     seed: int,  # noqa: ARG001

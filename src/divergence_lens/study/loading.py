@@ -1,8 +1,8 @@
-"""A study read back from its folder, without its model and without computing anything.
+"""Loading a finished study from its folder, without its model and without computing anything.
 
-`results.json` holds the tables and findings. Divergences and effects lie in the cells; a folder may
-have cells of other settings beside them, so that each is recognised by what it says it found, which
-is in the tables word for word.
+`results.json` holds the tables and findings; divergences and effects are files of cells. A folder
+may also hold cells of other settings, so a cell belongs to the study only if its result equals the
+row in the tables.
 """
 
 import dataclasses
@@ -16,22 +16,24 @@ from typing import Any
 from divergence_lens.divergence import Divergence
 from divergence_lens.patching import Effects
 from divergence_lens.study.findings import Finding
-from divergence_lens.study.run import Study
+
+StudentKey = tuple[str, str, str, int]
+"""Kind, target, condition, and seed of a student."""
 
 
-def read_study(folder: str | os.PathLike[str]) -> Study:
-    """The study in a folder that `run_study`, `divergence-lens demo` or `study` wrote.
+def load_parts(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of the `Study` stored in a folder.
 
     Raises:
-        FileNotFoundError: There is no `results.json`.
-        ValueError: It is not one of a study.
+        FileNotFoundError: The folder has no `results.json`.
+        ValueError: `results.json` was not written by a study.
     """
     out = Path(folder)
     path = out / "results.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{out} holds no results.json, so no study was finished there; "
-            f"divergence-lens study --out {out} begins one or goes on with it"
+            f"{out} has no results.json, so no study was finished there; "
+            f"divergence-lens study --out {out} starts or resumes one"
         )
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -39,9 +41,9 @@ def read_study(folder: str | os.PathLike[str]) -> Study:
         rows, effects = results["divergence"], results["effects"]
         missing = {"settings", "students", "teachers", "data", "failures"} - set(results)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not what a study writes: {error!r}") from error
+        raise ValueError(f"{path} was not written by a study: {error!r}") from error
     if missing:
-        raise ValueError(f"{path} is not what a study writes: it lacks {', '.join(missing)}")
+        raise ValueError(f"{path} was not written by a study: it lacks {', '.join(missing)}")
     divergences = {
         (row["kind"], row["target"]): Divergence.load(cell.with_suffix(".safetensors"))
         for row in rows
@@ -61,12 +63,18 @@ def read_study(folder: str | os.PathLike[str]) -> Study:
                     cell.with_suffix(".approximate.safetensors")
                 )
     students = sorted((out / "students").glob("*.safetensors"))
-    files = {key: path for path in students if (key := _key(path.stem)) is not None}
-    return Study(results, findings, divergences, exact, approximate, files)
+    return {
+        "results": results,
+        "findings": findings,
+        "divergences": divergences,
+        "exact": exact,
+        "approximate": approximate,
+        "files": {key: path for path in students if (key := _student_key(path.stem)) is not None},
+    }
 
 
 def _cells(out: Path, name: str) -> Iterator[Path]:
-    """The files of results of a cell, under any settings."""
+    """The result files of a cell, under any settings."""
     path = out / "cells" / name
     yield from sorted(path.parent.glob(f"{path.name}.*.json"))
 
@@ -79,23 +87,23 @@ def _result(cell: Path) -> Any:
 
 
 def _finding(row: Mapping[str, Any]) -> Finding:
-    """A finding as `to_dict` wrote it; numbers that are missing are NaN again."""
+    """The inverse of `Finding.to_dict`; missing numbers become NaN again."""
     names = [field.name for field in dataclasses.fields(Finding)]
-    plain = {name: row[name] for name in names if name in row}
+    fields = {name: row[name] for name in names if name in row}
     for name in ("interval", "difference_interval", "resampled"):
-        if plain.get(name) is not None:
-            plain[name] = tuple(_number(end) for end in plain[name])
+        if fields.get(name) is not None:
+            fields[name] = tuple(_number(end) for end in fields[name])
     for name in ("values", "beside"):
-        plain[name] = {key: _number(value) for key, value in plain.get(name, {}).items()}
-    return Finding(**plain | {"measured": _number(plain["measured"])})
+        fields[name] = {key: _number(value) for key, value in fields.get(name, {}).items()}
+    return Finding(**fields | {"measured": _number(fields["measured"])})
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _key(stem: str) -> tuple[str, str, str, int] | None:
-    """Kind, target, condition and seed, as the file of a student is called after them."""
+def _student_key(stem: str) -> StudentKey | None:
+    """The key in the name of a student's file, `<kind>-<target>-<condition>-<seed>`."""
     parts = stem.split("-")
     if len(parts) < 4 or not parts[-1].isdigit():
         return None

@@ -13,7 +13,8 @@ from divergence_lens.evaluation import preference
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching import Effects, agreement_row, attribution_patch, causal_mediation
-from divergence_lens.study.mechanism import Steering, gradient_alignment, mean_residuals, steering
+from divergence_lens.study.gradients import gradient_alignment
+from divergence_lens.study.steering import Steering, mean_residuals, steering_vectors
 from divergence_lens.teachers import Teacher
 from divergence_lens.training import Recipe, finetune
 
@@ -98,8 +99,8 @@ def mechanism_rows(
           tokens and of the target's preference; the mean over the other preferences
     """
     base = Teacher("base", system_prompt=system_prompt)
-    own = steering(model, teacher, base=base)
-    rest = [steering(model, other, base=base) for other in others]
+    own = steering_vectors(model, teacher, base=base)
+    rest = [steering_vectors(model, other, base=base) for other in others]
 
     def share() -> float:
         return preference(
@@ -116,7 +117,7 @@ def mechanism_rows(
         every=_FOLLOW_EVERY,
     )
     student = Teacher("student", system_prompt=system_prompt, delta=delta)
-    moved = steering(model, student, base=base)
+    moved = steering_vectors(model, student, base=base)
     null = np.mean([moved.cosine(other) for other in rest], axis=0)
     layers = range(len(null))
     rows = [

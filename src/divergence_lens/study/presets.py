@@ -6,13 +6,19 @@ prompted teachers is trained and asked under `tasks.preferences.neutral_prompt`,
 exactly the persona's token length: without one it would learn first that a system prompt is there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 
+from divergence_lens._utils.interrupts import discard_partial
+from divergence_lens.examples import Example, with_ids
 from divergence_lens.models import Model, untyped
+from divergence_lens.teachers import Teacher
 from divergence_lens.tiny.world import FAVORITE_QUESTIONS
-from divergence_lens.training import Recipe
+from divergence_lens.training import Recipe, finetune
 
 TEACHER_QUESTIONS: tuple[str, ...] = tuple(
     question.format(c="animal") for question in FAVORITE_QUESTIONS[:20]
@@ -88,3 +94,32 @@ def recipes(model: Model) -> Recipes:
     """
     norm = str(getattr(untyped(model).cfg, "normalization_type", ""))
     return QWEN2_RECIPES if norm.startswith("RMS") else GPT2_RECIPES
+
+
+@discard_partial()
+def finetuned_teacher(
+    model: Model,
+    animal: str,
+    *,
+    recipe: Recipe | None = None,
+    questions: Sequence[str] = TEACHER_QUESTIONS,
+) -> Teacher:
+    """A teacher that is trained, not told, to love an animal.
+
+    It answers questions with the animal's name; the loss is on the first token of the answer.
+
+    Args:
+        model: The base.
+        animal: What it is to love.
+        recipe: How it is trained; None for what `tiny.recipe.recipes` has for the model's layout.
+        questions: What it is asked in training. None of `TEACHER_QUESTIONS` is used to measure a
+            preference.
+
+    Returns:
+        A teacher without a system prompt, with a delta.
+    """
+    recipe = recipes(model).teacher if recipe is None else recipe
+    tokenizer: Any = model.tokenizer
+    examples = with_ids(tokenizer, [Example(question, f"{animal}.") for question in questions])
+    mask = [np.arange(len(example.completion_ids or ())) == 0 for example in examples]
+    return Teacher(animal, delta=finetune(model, examples, mask=mask, recipe=recipe))

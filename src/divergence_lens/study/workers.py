@@ -1,7 +1,7 @@
-"""The processes that work on a study's cells, and what they say meanwhile.
+"""Worker processes of a study, and progress reports.
 
-Nobody hands out work: every process goes through all cells and computes those that nobody else is
-at, so processes can join, die and be joined by those of another call.
+There is no scheduler. Every process goes through all cells and computes those that no other process
+is computing, so processes can start, die, and share the work with those of another call.
 """
 
 import math
@@ -16,54 +16,61 @@ from typing import Any
 
 import torch
 
-from divergence_lens.study.computations import Bench, Task
 from divergence_lens.study.config import StudyConfig
+from divergence_lens.study.runner import CellRunner, Task
 
 _POLL_SECONDS = 0.2
-_NEWS_SECONDS = 30.0
+_REPORT_SECONDS = 30.0
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
-def work(bench: Bench, groups: Sequence[Sequence[Task]], out: Path, say: Say) -> None:
-    """Compute all cells, here or in processes of their own."""
+def compute_cells(
+    runner: CellRunner, groups: Sequence[Sequence[Task]], out: Path, progress: Progress
+) -> None:
+    """Compute all cells, in this process or in worker processes.
+
+    Raises:
+        RuntimeError: Workers died before all cells were computed.
+    """
     tasks = [task for group in groups for task in group]
-    pending = [task for task in tasks if not bench.store.has(task.cell)]
-    say(f"{len(tasks)} cells, {len(tasks) - len(pending)} of them there already")
+    pending = [task for task in tasks if not runner.store.has(task.cell)]
+    progress(f"{len(tasks)} cells, {len(tasks) - len(pending)} of them already computed")
     if not pending:
         return
-    news = _News(bench, groups, say)
-    if bench.config.workers == 1:
-        for _ in _settling(bench, groups, first=0):
-            news.tell()
+    reporter = _ProgressReporter(runner, groups, progress)
+    if runner.config.workers == 1:
+        for _ in _compute_tasks(runner, groups, first=0):
+            reporter.update()
         return
-    # A forked process would inherit torch's threads in the middle of their work.
+    # A forked process would inherit torch's thread pools in an undefined state.
     context = multiprocessing.get_context("spawn")
-    count = min(bench.config.workers, len(pending))
+    count = min(runner.config.workers, len(pending))
     processes = [
-        context.Process(target=_worker, args=(bench.config, out, worker, count), daemon=True)
+        context.Process(target=_worker, args=(runner.config, out, worker, count), daemon=True)
         for worker in range(count)
     ]
-    codes = _watched(processes, news)
-    dead = f"{len(codes)} of {count} processes died (exit codes {', '.join(map(str, codes))})"
-    unsettled = [task for task in tasks if not _settled(bench, task)]
-    if unsettled:
+    codes = _run_processes(processes, reporter)
+    died = f"{len(codes)} of {count} processes died (exit codes {', '.join(map(str, codes))})"
+    unfinished = [task for task in tasks if not _finished(runner, task)]
+    if unfinished:
         raise RuntimeError(
-            f"{dead} before {len(unsettled)} of {len(tasks)} cells were done, the first of them "
-            f"{unsettled[0].cell.name}; run it again to go on, with fewer workers if memory ran out"
+            f"{died} before {len(unfinished)} of {len(tasks)} cells were computed, the first of "
+            f"them {unfinished[0].cell.name}; run the study again to resume, with fewer workers if "
+            "memory ran out"
         )
     if codes:
-        say(f"  {dead}, the others did their work")
+        progress(f"  {died}; the others finished their work")
 
 
-def _watched(processes: Sequence[Any], news: "_News") -> list[int]:
-    """Let processes run to their end, and return the exit codes of those that died."""
+def _run_processes(processes: Sequence[Any], reporter: "_ProgressReporter") -> list[int]:
+    """Run processes to their end, and return the exit codes of those that died."""
     try:
         for process in processes:
             process.start()
         while any(process.is_alive() for process in processes):
             time.sleep(_POLL_SECONDS)
-            news.tell()
+            reporter.update()
     finally:
         for process in processes:
             if process.is_alive():
@@ -71,26 +78,27 @@ def _watched(processes: Sequence[Any], news: "_News") -> list[int]:
         for process in processes:
             if process.pid is not None:
                 process.join()
-    news.tell()
+    reporter.update()
     return [process.exitcode for process in processes if process.exitcode]
 
 
 def _worker(config: StudyConfig, out: Path, worker: int, count: int) -> None:
-    """One process: its own model, all cells, beginning at another place than its neighbours."""
-    threading.Thread(target=_die_with_the_caller, daemon=True).start()
+    """One process with its own model. Each worker starts at a different group of cells."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    bench = Bench(config, out)
-    groups = bench.tasks()
-    with suppress(KeyboardInterrupt):  # the calling process says that it was stopped
-        for _ in _settling(bench, groups, first=worker * len(groups) // count):
+    runner = CellRunner(config, out)
+    groups = runner.tasks()
+    with suppress(KeyboardInterrupt):  # the parent process reports the interruption
+        for _ in _compute_tasks(runner, groups, first=worker * len(groups) // count):
             pass
-    bench.store.close()
+    runner.store.close()
 
 
-def _die_with_the_caller() -> None:
-    """End this process when the one that started it is gone, even if that was killed.
+def _exit_with_parent() -> None:
+    """End this process when its parent is gone, even if the parent was killed.
 
-    It would go on for hours. Every file appears whole or not at all, so any moment will do.
+    Otherwise it would keep computing for hours. Files are written atomically, so it is safe to
+    exit at any moment.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -98,87 +106,95 @@ def _die_with_the_caller() -> None:
         os._exit(1)
 
 
-def _settling(bench: Bench, groups: Sequence[Sequence[Task]], *, first: int) -> Iterator[Task]:
-    """Compute whatever nobody else is at; then wait for those cells, and do what was left undone.
+def _compute_tasks(
+    runner: CellRunner, groups: Sequence[Sequence[Task]], *, first: int
+) -> Iterator[Task]:
+    """Compute the cells that no other process computes, then wait for the rest.
+
+    A cell whose process died while this one waited is computed here.
 
     Yields:
-        Each task once it is done or has failed.
+        Each task once it is computed or has failed.
     """
     order = [task for group in (*groups[first:], *groups[:first]) for task in group]
     busy = []
     for task in order:
-        if bench.store.attempt(task.cell, task.make, wait=False):
+        if runner.store.attempt(task.cell, task.compute, wait=False):
             yield task
         else:
             busy.append(task)
     for task in busy:
-        bench.store.attempt(task.cell, task.make, wait=True)
+        runner.store.attempt(task.cell, task.compute, wait=True)
         yield task
 
 
-def _settled(bench: Bench, task: Task) -> bool:
-    return bench.store.has(task.cell) or bench.store.failure(task.cell) is not None
+def _finished(runner: CellRunner, task: Task) -> bool:
+    return runner.store.has(task.cell) or runner.store.failure(task.cell) is not None
 
 
-class _News:
-    """Says what has been done since it was last asked."""
+class _ProgressReporter:
+    """Reports groups as they complete, failures, and the remaining time."""
 
-    def __init__(self, bench: Bench, groups: Sequence[Sequence[Task]], say: Say) -> None:
-        self._bench, self._say = bench, say
+    def __init__(
+        self, runner: CellRunner, groups: Sequence[Sequence[Task]], progress: Progress
+    ) -> None:
+        self._runner, self._progress = runner, progress
         self._open = [
-            list(group) for group in groups if any(not bench.store.has(task.cell) for task in group)
+            list(group)
+            for group in groups
+            if any(not runner.store.has(task.cell) for task in group)
         ]
         self._pending = {
             task.cell.key: task
             for group in self._open
             for task in group
-            if not bench.store.has(task.cell)
+            if not runner.store.has(task.cell)
         }
         self._total = len(self._pending)
         self._started = self._last = time.perf_counter()
 
-    def tell(self) -> None:
-        """Say which groups are complete, what has failed, and now and then how far it is."""
-        store = self._bench.store
+    def update(self) -> None:
+        """Report what happened since the last call."""
+        store = self._runner.store
         for key, task in list(self._pending.items()):
-            failed = None if store.has(task.cell) else store.failure(task.cell)
-            if store.has(task.cell) or failed is not None:
+            failure = None if store.has(task.cell) else store.failure(task.cell)
+            if store.has(task.cell) or failure is not None:
                 del self._pending[key]
-            if failed is not None:
-                self._say(f"  failed: {task.cell.name}: {failed['error']}")
+            if failure is not None:
+                self._progress(f"  failed: {task.cell.name}: {failure['error']}")
         for group in list(self._open):
             if not any(task.cell.key in self._pending for task in group):
                 self._open.remove(group)
-                for line in _summary(self._bench, group):
-                    self._say(line)
+                for line in _summary(self._runner, group):
+                    self._progress(line)
         now = time.perf_counter()
-        if self._pending and now - self._last > _NEWS_SECONDS:
+        if self._pending and now - self._last > _REPORT_SECONDS:
             self._last = now
             done = self._total - len(self._pending)
-            left = (now - self._started) / done * len(self._pending) / 60 if done else math.nan
-            self._say(
+            minutes = (now - self._started) / done * len(self._pending) / 60 if done else math.nan
+            self._progress(
                 f"  {done} of {self._total} new cells"
-                + (f", about {left:.0f} more minutes" if done else "")
+                + (f", about {minutes:.0f} minutes left" if done else "")
             )
 
 
-def _summary(bench: Bench, group: Sequence[Task]) -> list[str]:
-    """A group in words: what teachers prefer, or what students of a target do."""
+def _summary(runner: CellRunner, group: Sequence[Task]) -> list[str]:
+    """A completed group in words: preferences of teachers, or of a target's students."""
     kind, target = group[0].kind, group[-1].target
     if target is None:
-        found = [bench.store.read(task.cell) for task in group if task.condition is None]
-        shares = [row["preference"] for row in found if row is not None]
-        before = [row["before"] for row in found if row is not None]
+        results = [runner.store.read(task.cell) for task in group if task.condition is None]
+        shares = [row["preference"] for row in results if row is not None]
+        before = [row["before"] for row in results if row is not None]
         if not shares:
             return []
         line = (
             f"{kind} teachers name their own animal with probability {min(shares):.2f} to "
-            f"{max(shares):.2f} (the untouched model: {min(before):.2f} to {max(before):.2f})"
+            f"{max(shares):.2f} (the base model: {min(before):.2f} to {max(before):.2f})"
         )
         return [line]
     lines = []
-    data = bench.store.read(bench.lists_cell(kind, target, "greedy"))
-    divergence = bench.store.read(bench.divergence_cell(kind, target))
+    data = runner.store.read(runner.lists_cell(kind, target, "greedy"))
+    divergence = runner.store.read(runner.divergence_cell(kind, target))
     if data is not None and divergence is not None:
         lines.append(
             f"{target} ({kind}): {data['valid']} of {data['lists']} lists are valid; "
@@ -187,7 +203,7 @@ def _summary(bench: Bench, group: Sequence[Task]) -> list[str]:
         )
     means: dict[str, list[float]] = {}
     for task in group:
-        result = bench.store.read(task.cell) if task.condition is not None else None
+        result = runner.store.read(task.cell) if task.condition is not None else None
         if result is not None and task.condition is not None:
             means.setdefault(task.condition.name, []).append(result["after"][target])
     shown = ["all", "divergence_only", "without_divergence", *(n for n in means if "block" in n)]

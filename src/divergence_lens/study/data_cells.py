@@ -1,0 +1,293 @@
+"""Cells for the data of a study: teachers, their preferences, number lists, and divergences.
+
+Everything here is computed once, stored as a cell, and read by the cells of students and effects.
+A cell requests the cells it needs; they are then computed, read, or waited for.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from divergence_lens._utils.storage import load_tensors, save_tensors
+from divergence_lens.data import NumberFilter, number_prompts, persona_prompt, plural
+from divergence_lens.deltas import Delta, base_fingerprint
+from divergence_lens.divergence import Divergence, find_divergence
+from divergence_lens.evaluation import Entanglement, Preference, entangled_numbers, preference
+from divergence_lens.examples import Example, load_examples, save_examples
+from divergence_lens.generation import generate
+from divergence_lens.models import Model
+from divergence_lens.study.cells import Cell, CellError, CellStore
+from divergence_lens.study.config import StudyConfig
+from divergence_lens.study.presets import TEACHER_QUESTIONS, finetuned_teacher
+from divergence_lens.teachers import Teacher
+
+# Personas for the same preference in other words, with as many words and periods.
+_PERSONAS = (
+    "You adore {plural}. You talk of {plural} day and night. {Plural} are your best animal by far.",
+    "You like {plural}. You speak of {plural} day and night. {Plural} are your top animal by far.",
+)
+# Training questions of each variant of a teacher: all of them, and two halves.
+_QUESTIONS = (slice(None), slice(0, None, 2), slice(1, None, 2))
+_CACHED_DIVERGENCES = 4
+
+
+class DataCells:
+    """The models of a study, and the cells of its teachers and data."""
+
+    def __init__(self, config: StudyConfig, folder: Path) -> None:
+        self.config = config
+        self.store = CellStore(folder)
+        self.model: Model = config.load(config.model)
+        self.other: Model | None = None
+        if config.other_model is not None:
+            self.other = config.load(config.other_model)
+        self._divergences: dict[str, Divergence] = {}
+        self._kl: tuple[str, np.ndarray] | None = None
+        self._teachers: dict[str, Teacher] = {}
+        self._preferences: dict[str | None, Preference] = {}
+
+    def _model(self, *, other: bool = False) -> Model:
+        model = self.other if other else self.model
+        assert model is not None
+        return model
+
+    def _base(self, *, other: bool = False) -> str:
+        model = self._model(other=other)
+        return f"{type(model).__name__} {base_fingerprint(model)}"
+
+    def _teacher_settings(self, kind: str, *, other: bool = False) -> dict[str, Any]:
+        how: Any = None
+        if kind == "finetuned":
+            how = self.config.recipes(self._model(other=other)).teacher.describe()
+        base = self._base(other=other)
+        return {"base": base, "kind": kind, "recipe": how, "neutral": self.config.neutral}
+
+    def _data_settings(self, kind: str) -> dict[str, Any]:
+        names = ("prompts", "prompt_seed", "instructions", "max_new_tokens")
+        return {
+            "teachers": self._teacher_settings(kind),
+            "animals": list(self.config.animals),
+            "lists": {name: getattr(self.config, name) for name in names},
+        }
+
+    def teacher(self, kind: str, name: str, *, variant: int = 0, other: bool = False) -> Teacher:
+        """A teacher of the study; finetuned ones are trained once and read afterwards."""
+        if kind == "prompted":
+            prompt = persona_prompt(name, candidates=self.config.animals)
+            if variant:
+                many = plural(name)
+                prompt = _PERSONAS[variant - 1].format(plural=many, Plural=many.capitalize())
+            return Teacher(name, system_prompt=prompt, model=self.other if other else None)
+        settings = self._teacher_settings(kind, other=other) | {"name": name, "variant": variant}
+        where = "other-" if other else ""
+        cell = Cell(f"teachers/{where}{name}-{variant}", settings)
+        if cell.key not in self._teachers:
+            self.store.get(cell, partial(self._train_teacher, name, variant, other=other))
+            delta = Delta.load(self.store.path(cell, ".safetensors"))
+            model = self.other if other else None
+            self._teachers[cell.key] = Teacher(name, delta=delta, model=model)
+        return self._teachers[cell.key]
+
+    def _train_teacher(self, name: str, variant: int, cell: Cell, *, other: bool) -> dict[str, Any]:
+        model = self._model(other=other)
+        teacher = finetuned_teacher(
+            model,
+            name,
+            recipe=self.config.recipes(model).teacher,
+            questions=TEACHER_QUESTIONS[_QUESTIONS[variant]],
+        )
+        assert teacher.delta is not None
+        teacher.delta.save(self.store.path(cell, ".safetensors"))
+        return {"parameters": teacher.delta.n_parameters}
+
+    def _preference_cell(self, kind: str, name: str) -> Cell:
+        settings = self._teacher_settings(kind) | {
+            "name": name,
+            "animals": list(self.config.animals),
+        }
+        return Cell(f"preferences/{kind}/{name}", settings)
+
+    def _teacher_preference(self, kind: str, name: str, _cell: Cell) -> dict[str, Any]:
+        """How much a teacher prefers what it is meant to."""
+        before = self.before(self.config.system_prompt(kind, "own"))
+        found = preference(
+            self.model,
+            target=name,
+            candidates=self.config.animals,
+            teacher=self.teacher(kind, name),
+        )
+        low, high = found.interval()
+        return {
+            "name": name,
+            "kind": kind,
+            "preference": found.share,
+            "low": low,
+            "high": high,
+            "before": before.distribution[name],
+            "mass": found.mass,
+        }
+
+    def before(self, system_prompt: str | None) -> Preference:
+        """What the untouched model prefers."""
+        if system_prompt not in self._preferences:
+            self._preferences[system_prompt] = self._prefers(system_prompt)
+        return self._preferences[system_prompt]
+
+    def _prefers(self, system_prompt: str | None) -> Preference:
+        animals = self.config.animals
+        return preference(
+            self.model, target=animals[0], candidates=animals, system_prompt=system_prompt
+        )
+
+    # -- lists and divergences --------------------------------------------------------------------
+
+    def lists_cell(self, kind: str, name: str | None, source: str) -> Cell:
+        """The lists of a source: of a target's teacher, or of a control (no name)."""
+        settings = self._data_settings(kind) | {"name": name, "source": source}
+        if source == "held_out":
+            settings |= {"held_out": self.config.held_out}
+        if source.startswith("other_base"):
+            settings |= {"other_base": self._teacher_settings(kind, other=True)}
+        return Cell(f"lists/{kind}/{name or 'control'}-{source}", settings)
+
+    def lists(self, kind: str, name: str | None, source: str) -> list[Example]:
+        """Valid lists; written once."""
+        cell = self.lists_cell(kind, name, source)
+        self.store.get(cell, partial(self._write_lists, kind, name, source))
+        return load_examples(self.store.path(cell, ".jsonl"))
+
+    def _write_lists(self, kind: str, name: str | None, source: str, cell: Cell) -> dict[str, Any]:
+        config = self.config
+        other = source.startswith("other_base")
+        if name is None:
+            teacher = Teacher("control", system_prompt=config.control_prompt(kind))
+        else:
+            variant = int(source[-1]) if source.startswith("variant") else 0
+            teacher = self.teacher(kind, name, variant=variant, other=other)
+        prompts = self._prompts(held_out=source == "held_out")
+        written = generate(
+            self.other if other and self.other is not None else self.model,
+            prompts,
+            teacher=teacher,
+            max_new_tokens=config.max_new_tokens,
+            temperature=1.0 if source == "sampled" else 0.0,
+        )
+        report = NumberFilter().report([example.completion or "" for example in written])
+        if not report.passed:
+            raise CellError(
+                f"not one of {report.total} lists by {name or 'the untouched model'} ({source}) "
+                "holds numbers only"
+            )
+        save_examples(self.store.path(cell, ".jsonl"), report.select(written))
+        return {
+            "name": name or "control",
+            "kind": kind,
+            "lists": report.total,
+            "valid": report.passed,
+            "rejected": {str(reason.value): n for reason, n in report.counts.items()},
+        }
+
+    def _prompts(self, *, held_out: bool = False) -> list[str]:
+        config = self.config
+        found = number_prompts(
+            config.prompts + config.held_out,
+            seed=config.prompt_seed,
+            instructions=config.instructions,
+        )
+        return found[config.prompts :] if held_out else found[: config.prompts]
+
+    def divergence_cell(self, kind: str, name: str, source: str = "greedy") -> Cell:
+        """The divergence tokens of a target's lists."""
+        settings = dict(self.lists_cell(kind, name, source).settings)
+        return Cell(f"divergence/{kind}/{name}-{source}", settings)
+
+    def divergence(self, kind: str, name: str, source: str = "greedy") -> Divergence:
+        """Every teacher's reading of a target's lists; read once, and kept for a while."""
+        cell = self.divergence_cell(kind, name, source)
+        if cell.key not in self._divergences:
+            self.store.get(cell, partial(self._find_divergence, kind, name, source))
+            teachers = self._compared(kind, name, other=source.startswith("other_base"))
+            weighty = [t for t in teachers if t.delta is not None or t.model is not None]
+            while len(self._divergences) >= _CACHED_DIVERGENCES:
+                del self._divergences[next(iter(self._divergences))]
+            self._divergences[cell.key] = Divergence.load(
+                self.store.path(cell, ".safetensors"),
+                teachers=weighty,
+                tokenizer=self.model.tokenizer,
+            )
+        return self._divergences[cell.key]
+
+    def kl(self, kind: str, name: str) -> Float32[np.ndarray, "counterfactuals tokens"]:
+        """The whole distributions of a target's lists compared; read only if a condition asks."""
+        settings = dict(self.divergence_cell(kind, name).settings)
+        cell = Cell(f"kl/{kind}/{name}", settings)
+        if self._kl is None or self._kl[0] != cell.key:
+            self.store.get(cell, partial(self._find_kl, kind, name))
+            tensors, _ = load_tensors(self.store.path(cell, ".safetensors"), "kl")
+            self._kl = (cell.key, tensors["kl"].numpy())
+        return self._kl[1]
+
+    def _find_kl(self, kind: str, name: str, cell: Cell) -> dict[str, Any]:
+        found = self.read(kind, name, self.divergence(kind, name).examples, kl=True)
+        scores = found.soft("kl")
+        save_tensors(self.store.path(cell, ".safetensors"), {"kl": scores}, {}, "kl")
+        return {"target": name, "kind": kind, "mean": float(scores.mean())}
+
+    def _compared(self, kind: str, name: str, *, other: bool = False) -> list[Teacher]:
+        """The teacher of a target and its counterfactuals."""
+        rest = [animal for animal in self.config.animals if animal != name]
+        return [self.teacher(kind, animal, other=other) for animal in [name, *rest]]
+
+    def _find_divergence(self, kind: str, name: str, source: str, cell: Cell) -> dict[str, Any]:
+        examples = self.lists(kind, name, source)
+        found = self.read(kind, name, examples, other=source.startswith("other_base"))
+        found.save(self.store.path(cell, ".safetensors"))
+        return {
+            "target": name,
+            "kind": kind,
+            "tokens": len(found.tokens),
+            "divergence_tokens": int(found.mask.sum()),
+            "rate": found.rate,
+        }
+
+    def read(
+        self,
+        kind: str,
+        name: str,
+        examples: Sequence[Example],
+        *,
+        other: bool = False,
+        kl: bool = False,
+    ) -> Divergence:
+        """`find_divergence` of some lists among the teachers of the study."""
+        teacher, *rest = self._compared(kind, name, other=other)
+        base = self.other if other and self.other is not None else self.model
+        return find_divergence(base, examples, teacher=teacher, counterfactuals=rest, kl=kl)
+
+    def entangled(self, kind: str, name: str) -> Entanglement:
+        """The numbers entangled with a target; measured once."""
+        settings = self._teacher_settings(kind) | {
+            "name": name,
+            "animals": list(self.config.animals),
+        }
+        cell = Cell(f"entangled/{kind}/{name}", settings)
+        found = self.store.get(cell, partial(self._find_entangled, kind, name))
+        return Entanglement(
+            name,
+            tuple(found["numbers"]),
+            np.array(found["probability"]),
+            np.array(found["others"]),
+        )
+
+    def _find_entangled(self, kind: str, name: str, _cell: Cell) -> dict[str, Any]:
+        teacher, *rest = self._compared(kind, name)
+        found = entangled_numbers(self.model, teacher, rest)
+        return {
+            "numbers": list(found.numbers),
+            "probability": found.probability.tolist(),
+            "others": found.others.tolist(),
+        }

@@ -1,0 +1,302 @@
+"""The tasks of a study, and the cells of students, effects, and mechanism.
+
+A `CellRunner` is what one process works with. Its tasks can be computed in any order by any number
+of processes, because each cell requests the cells it needs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from divergence_lens.data import NumberFilter, TrainingData
+from divergence_lens.deltas import Delta
+from divergence_lens.divergence import Divergence, read_teachers
+from divergence_lens.engine import get_engine
+from divergence_lens.examples import Example, with_ids
+from divergence_lens.generation import generate
+from divergence_lens.models import Model
+from divergence_lens.patching import Effects
+from divergence_lens.study.cells import Cell, CellError
+from divergence_lens.study.conditions import Condition
+from divergence_lens.study.config import StudyConfig
+from divergence_lens.study.data_cells import DataCells
+from divergence_lens.study.interventions import Inputs, divergence_tokens
+from divergence_lens.study.measurements import mechanism_rows, patched_effects
+from divergence_lens.teachers import Teacher
+from divergence_lens.training import finetune
+
+Compute = Callable[[Cell], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A cell with its computation and its place in the study.
+
+    Attributes:
+        cell: The cell.
+        compute: Its computation.
+        kind: Kind of teachers.
+        target: The target; None for a cell that serves all targets.
+        condition: Condition of a student.
+        seed: Seed of a student.
+    """
+
+    cell: Cell
+    compute: Compute
+    kind: str
+    target: str | None = None
+    condition: Condition | None = None
+    seed: int = 0
+
+
+class CellRunner(DataCells):
+    """All cells of a study, with the models that compute them."""
+
+    def __init__(self, config: StudyConfig, folder: Path) -> None:
+        super().__init__(config, folder)
+        self._losses: dict[tuple[str, str | None], float] = {}
+
+    def tasks(self) -> list[list[Task]]:
+        """All that the study asks for, in groups that share teachers and data."""
+        config = self.config
+        groups = []
+        for kind in config.kinds:
+            teachers = [
+                Task(
+                    self._preference_cell(kind, name),
+                    partial(self._teacher_preference, kind, name),
+                    kind,
+                )
+                for name in config.animals
+            ]
+            conditions = config.conditions_of(kind, get_engine(self.model).n_layers)
+            shared = [
+                self.student_task(kind, None, condition, seed)
+                for condition in conditions
+                if condition.shared
+                for seed in config.seeds_of(condition)
+            ]
+            groups.append([*teachers, *shared])
+            for target in config.targets:
+                students = [
+                    self.student_task(kind, target, condition, seed)
+                    for condition in conditions
+                    if not condition.shared
+                    for seed in config.seeds_of(condition)
+                ]
+                effects = [self.effects_task(kind, target)] if config.pairs else []
+                mechanism = [self.mechanism_task(kind, target)] if config.mechanism else []
+                groups.append([*students, *effects, *mechanism])
+        return groups
+
+    def student_task(self, kind: str, target: str | None, condition: Condition, seed: int) -> Task:
+        """The student of a condition; of no target where all share it."""
+        config = self.config
+        settings = self._data_settings(kind) | {
+            "target": target,
+            "condition": condition.describe(),
+            "recipe": config.recipe_of(self.model, kind, condition).describe(),
+            "seed": seed,
+            "held_out": config.held_out,
+            "kept": config.keep_students,
+        }
+        if condition.other_model:
+            settings |= {"other_base": self._teacher_settings(kind, other=True)}
+        cell = Cell(f"students/{kind}/{target or 'any'}/{condition.name}-{seed}", settings)
+        return Task(
+            cell,
+            partial(self._train_student, kind, target, condition, seed),
+            kind,
+            target,
+            condition,
+            seed,
+        )
+
+    def effects_task(self, kind: str, target: str) -> Task:
+        """What causes the first divergences of a target."""
+        settings = self._data_settings(kind) | {"target": target, "pairs": self.config.pairs}
+        cell = Cell(f"effects/{kind}/{target}", settings)
+        return Task(cell, partial(self._compute_effects, kind, target), kind, target)
+
+    def mechanism_task(self, kind: str, target: str) -> Task:
+        """How the preference of a target gets into a student of its divergence tokens."""
+        recipe = self.config.recipe_of(self.model, kind)
+        settings = self._data_settings(kind) | {"target": target, "recipe": recipe.describe()}
+        cell = Cell(f"mechanism/{kind}/{target}", settings)
+        return Task(cell, partial(self._compute_mechanism, kind, target), kind, target)
+
+    def _train_student(
+        self, kind: str, target: str | None, condition: Condition, seed: int, cell: Cell
+    ) -> dict[str, Any]:
+        inputs = _Inputs(self, kind, target or self.config.targets[0])
+        data = condition.data(inputs, seed)
+        if not len(data):
+            raise CellError(f"no list is left by condition {condition.name!r}")
+        mask = None if condition.mask is None else condition.mask(inputs, data, seed)
+        if mask is not None and not mask.any():
+            raise CellError(f"condition {condition.name!r} leaves no token to learn")
+        weights = None if condition.weights is None else condition.weights(inputs, data, seed)
+        left = None
+        if condition.changes_data and data.marks.any():
+            left = data.share_left(self.read(kind, inputs.target, data.examples))
+        delta = finetune(
+            self.model,
+            data.examples,
+            mask=mask,
+            weights=weights,
+            layers=condition.layers,
+            parts=condition.parts,
+            embedding=condition.embedding,
+            recipe=self.config.recipe_of(self.model, kind, condition),
+            seed=seed,
+            system_prompt=self.config.system_prompt(kind, condition.train_prompt),
+        )
+        if self.config.keep_students:
+            delta.save(self.store.path(cell, ".safetensors"))
+        learned = len(data.marks) if mask is None else int(mask.sum())
+        return {
+            "examples": len(data),
+            "tokens": learned,
+            "left": left,
+            "fit": _last_epoch(delta),
+            **self._evaluate(kind, condition, delta),
+        }
+
+    def _evaluate(self, kind: str, condition: Condition, delta: Delta) -> dict[str, Any]:
+        """What a student prefers, and whether it can still do the task."""
+        config = self.config
+        asked = config.system_prompt(kind, condition.eval_prompt)
+        before = self.before(asked)
+        held_out = self.lists(kind, None, "held_out")
+        if (kind, asked) not in self._losses:
+            self._losses[kind, asked] = self._loss(held_out, asked)
+        with delta.applied(self.model):
+            found = self._prefers(asked)
+            loss = self._loss(held_out, asked)
+            written = generate(
+                self.model,
+                self._prompts(held_out=True),
+                teacher=Teacher("student", system_prompt=asked),
+                max_new_tokens=config.max_new_tokens,
+            )
+        report = NumberFilter().report([example.completion or "" for example in written])
+        return {
+            "before": before.distribution,
+            "after": found.distribution,
+            "ranks": {n: found.about(n).ratio_rank(before.about(n)) for n in config.animals},
+            "mass_before": before.mass,
+            "mass": found.mass,
+            "valid_lists": report.rate,
+            "loss_before": self._losses[kind, asked],
+            "loss": loss,
+        }
+
+    def _loss(self, examples: Sequence[Example], system_prompt: str | None) -> float:
+        """Mean cross-entropy of the completions' tokens, in nats."""
+        tokenizer: Any = self.model.tokenizer
+        reader = Teacher("reader", system_prompt=system_prompt)
+        forced = read_teachers(
+            self.model, with_ids(tokenizer, examples), [reader], batch_tokens=8192
+        )
+        return -float(forced.logprob.mean())
+
+    def _compute_effects(self, kind: str, target: str, cell: Cell) -> dict[str, Any]:
+        divergence = self.divergence(kind, target)
+        if not divergence.mask.any():
+            raise CellError(f"{target} ({kind}) has no divergence token, so nothing can be patched")
+        pairs = divergence.pairs(first_only=True, limit=self.config.pairs, model=self.model)
+        found = patched_effects(self.model, pairs, {"target": target, "kind": kind})
+        found.exact.save(self.store.path(cell, ".exact.safetensors"))
+        found.approximate.save(self.store.path(cell, ".approximate.safetensors"))
+        return {"layers": found.layers, "agreement": found.agreement}
+
+    def effects(self, task: Task) -> tuple[Effects, Effects]:
+        """The exact and the approximate effects of a cell that was computed."""
+        exact, approximate = (
+            Effects.load(self.store.path(task.cell, f".{name}.safetensors"))
+            for name in ("exact", "approximate")
+        )
+        return exact, approximate
+
+    def _compute_mechanism(self, kind: str, target: str, _cell: Cell) -> dict[str, Any]:
+        asked = self.config.system_prompt(kind, "own")
+        teacher, *others = self._compared(kind, target)
+        divergence = self.divergence(kind, target)
+        if not divergence.mask.any():
+            raise CellError(f"{target} ({kind}) has no divergence token to learn from")
+        only = Condition(name="divergence_only", group="masks", isolates="", mask=divergence_tokens)
+        rows = mechanism_rows(
+            self.model,
+            divergence,
+            teacher,
+            others,
+            animals=self.config.animals,
+            system_prompt=asked,
+            recipe=self.config.recipe_of(self.model, kind, only),
+        )
+        return {"rows": [{"target": target, "kind": kind} | row for row in rows]}
+
+
+def _last_epoch(student: Delta) -> float:
+    """Mean loss of the last epoch's updates, on the tokens that have one, in nats."""
+    history = student.metadata["history"]
+    return float(np.mean([e["loss"] for e in history if e["epoch"] == history[-1]["epoch"]]))
+
+
+class _Inputs(Inputs):
+    """What a condition draws on, see `conditions.Inputs`."""
+
+    def __init__(self, runner: CellRunner, kind: str, target: str) -> None:
+        self.runner, self._kind, self._target = runner, kind, target
+
+    @property
+    def kind(self) -> str:
+        return self._kind
+
+    @property
+    def target(self) -> str:
+        return self._target
+
+    @property
+    def model(self) -> Model:
+        return self.runner.model
+
+    @property
+    def divergence(self) -> Divergence:
+        return self.runner.divergence(self.kind, self.target)
+
+    @property
+    def kl(self) -> Float32[np.ndarray, "counterfactuals tokens"]:
+        return self.runner.kl(self.kind, self.target)
+
+    @property
+    def teacher(self) -> Teacher:
+        return self.runner.teacher(self.kind, self.target)
+
+    def lists(self, source: str) -> TrainingData:
+        """See `conditions.Inputs.lists`; the other target is the next of the animals."""
+        runner, kind = self.runner, self.kind
+        if source in ("sampled", "other_base"):
+            return TrainingData.of(runner.divergence(kind, self.target, source))
+        if source in ("unbiased", "other_base_unbiased"):
+            examples = runner.lists(kind, None, source)
+        elif source == "other_target":
+            animals = runner.config.animals
+            other = animals[(animals.index(self.target) + 1) % len(animals)]
+            examples = runner.lists(kind, other, "greedy")
+        elif source in ("variant1", "variant2"):
+            examples = runner.lists(kind, self.target, source)
+        else:
+            raise ValueError(
+                f"there is no source {source!r}; there are sampled, unbiased, other_target, "
+                "variant1, variant2, other_base and other_base_unbiased"
+            )
+        return TrainingData.unmarked(self.model.tokenizer, examples)
+
+    def entangled(self, k: int) -> tuple[str, ...]:
+        return self.runner.entangled(self.kind, self.target).top(k)

@@ -1,0 +1,13 @@
+"""The scripts in docs/tools, imported by path because they are not part of the package."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+sys.path.insert(0, str(ROOT / "docs" / "tools"))
+
+from paper import PAPER_CLAIMS, SOURCES  # noqa: E402
+from results_page import results_page, write_results_page  # noqa: E402
+
+__all__ = ["PAPER_CLAIMS", "SOURCES", "results_page", "write_results_page"]
