@@ -243,7 +243,7 @@ def broken(inputs, data, seed):
 
 
 def only_first_lists(inputs, seed, *, n):
-    return own(inputs, seed).select(range(n))
+    return own_lists(inputs, seed).select(range(n))
 
 
 def _own(name, **options):
