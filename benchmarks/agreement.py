@@ -19,8 +19,8 @@ import torch
 import divergence_lens as dl
 from divergence_lens.engine import get_engine
 from divergence_lens.engine.base import SITES
-from divergence_lens.patching.attribution import Method
-from divergence_lens.patching.effects import Agreement
+from divergence_lens.patching.gradients import Method
+from divergence_lens.patching.agreement import Agreement
 
 STORIES = (
     ("Once there was a girl named Lily. One day, she saw a big {} in the", "dog", "cat"),
@@ -69,7 +69,7 @@ def divergence_pairs(model: Any, count: int) -> dl.Pairs:
     examples = dl.generate(model, dl.number_prompts(count, seed=0), teacher=owl)
     div = dl.find_divergence(model, examples, teacher=owl, counterfactuals=others)
     pairs = div.pairs(first_only=True)
-    return pairs.select(range(min(count, len(pairs))))
+    return pairs[:count]
 
 
 def methods_of(site: str) -> list[str]:

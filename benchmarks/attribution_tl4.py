@@ -1,13 +1,13 @@
-"""Compare attribution patching with TransformerLens 4's `tools.analysis.attribution_patch`.
+"""Attribution patching against TransformerLens 4's own `tools.analysis.attribution_patch`.
 
     .venv-tl4/bin/python benchmarks/attribution_tl4.py       # 8 pairs of 60 tokens
     .venv-tl4/bin/python benchmarks/attribution_tl4.py --layers 4 --width 128
 
-Needs the environment with TransformerLens 4 that `make test-tl4` creates. Both sides score the same
-nodes of a random GPT-2-like model: the output of each head and each MLP at every position, and the
-embeddings. TransformerLens averages over pairs and goes from the corrupted run to the clean one, so
-this library does the same here. Prints the largest difference between the scores, and the CPU and
-wall-clock times of both sides, each the best of several alternating runs.
+It needs the environment with TransformerLens 4, which `make test-tl4` makes. Both sides score the
+same nodes of one random GPT-2-like model: each head's output and each MLP's output at every
+position, and the embeddings. TransformerLens takes the mean over pairs, and goes from the corrupted
+run to the clean one, so that ours does likewise. Printed are the largest difference of the scores
+and the seconds of both, of processors and of the clock, the best of several runs in turn.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from divergence_lens.engine import get_engine
 from divergence_lens.models import load_model
 from divergence_lens.pairs import Pairs
-from divergence_lens.patching.attribution import attribution_patch_sites
+from divergence_lens.patching.attribution import attribution_patch
 
 ANSWER, FOIL = 1, 2
 
 
 def build(layers: int, width: int) -> Any:
-    """Build a random GPT-2-like TransformerBridge."""
+    """A random GPT-2-like TransformerBridge."""
     config = GPT2Config(
         vocab_size=5000,
         n_embd=width,
@@ -47,22 +47,22 @@ def build(layers: int, width: int) -> Any:
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
-    """Return the result of `run`, the CPU seconds of all threads, and the wall-clock seconds."""
+    """The result of `run`, the processor seconds over all threads, and those of the clock."""
     start, clock = time.process_time(), time.perf_counter()
     result = run()
     return result, time.process_time() - start, time.perf_counter() - clock
 
 
 def ours(model: Any, pairs: Pairs) -> dict[str, np.ndarray]:
-    """Mean scores over pairs, by site."""
-    effects = attribution_patch_sites(
-        model, pairs, sites=("resid_pre", "z", "mlp_out"), direction="denoising"
+    """Mean scores over pairs by site."""
+    effects = attribution_patch(
+        model, pairs, site=("resid_pre", "z", "mlp_out"), direction="denoising"
     )
     return {site: one.values.mean(0) for site, one in effects.items()}
 
 
 def theirs(model: Any, pairs: Pairs) -> dict[Any, float]:
-    """TransformerLens's node scores."""
+    """Node scores of TransformerLens."""
     from transformer_lens.tools.analysis import attribution_patching
 
     result = attribution_patching.attribution_patch(
@@ -75,21 +75,21 @@ def theirs(model: Any, pairs: Pairs) -> dict[Any, float]:
 
 
 def difference(mine: dict[str, np.ndarray], nodes: dict[Any, float]) -> float:
-    """The largest difference over all of TransformerLens's nodes."""
+    """The largest, over all of TransformerLens's nodes."""
     worst = 0.0
     for node, score in nodes.items():
         if node.kind == "embed":
-            score_here = mine["resid_pre"][0, node.position]
+            found = mine["resid_pre"][0, node.position]
         elif node.kind == "mlp_out":
-            score_here = mine["mlp_out"][node.layer, node.position]
+            found = mine["mlp_out"][node.layer, node.position]
         else:
-            score_here = mine["z"][node.layer, node.position, node.head]
-        worst = max(worst, abs(float(score_here) - score))
+            found = mine["z"][node.layer, node.position, node.head]
+        worst = max(worst, abs(float(found) - score))
     return worst
 
 
 def main() -> None:
-    """Run both sides and print the comparison."""
+    """Run both and print one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--length", type=int, default=60)
@@ -116,12 +116,12 @@ def main() -> None:
     print(
         f"{options.layers} layers, d_model {options.width}, {count} pairs of {options.length} "
         f"tokens, {len(nodes)} nodes, {options.threads} threads, best of {options.runs}\n"
-        f"CPU:  ours {my_cpu:.2f} s, TransformerLens {their_cpu:.2f} s, "
+        f"processor: ours {my_cpu:.2f} s, TransformerLens {their_cpu:.2f} s, "
         f"{their_cpu / my_cpu:.1f} x\n"
-        f"wall: ours {my_clock:.2f} s, TransformerLens {their_clock:.2f} s, "
+        f"clock:     ours {my_clock:.2f} s, TransformerLens {their_clock:.2f} s, "
         f"{their_clock / my_clock:.1f} x\n"
         f"largest difference {difference(mine, nodes):.1e}, "
-        f"for scores up to {max(abs(score) for score in nodes.values()):.2g}"
+        f"of scores up to {max(abs(score) for score in nodes.values()):.2g}"
     )
 
 

@@ -507,10 +507,10 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
     ("no rows", lambda k: from_tokens(clean=[], corrupted=[]), ValueError, "pair"),
     ("an answer too many", lambda k: from_tokens(answers=[5, 6]), ValueError, "answers"),
     ("an answer that is the foil", lambda k: from_tokens(foils=[5]), ValueError, "5"),
-    ("a target outside the row", lambda k: from_tokens(target=[3]), ValueError, "3"),
+    ("a target outside the row", lambda k: from_tokens(target_position=[3]), ValueError, "3"),
     (
         "a target in the padding",
-        lambda k: from_tokens(clean=[[1, 2, 0]], corrupted=[[1, 4, 0]], target=[2], pad_id=0),
+        lambda k: from_tokens(clean=[[1, 2, 0]], corrupted=[[1, 4, 0]], target_position=[2], pad_id=0),
         ValueError,
         "2",
     ),

@@ -84,12 +84,12 @@ def test_rows_are_cut_at_the_target_and_padding_is_dropped():
     clean = torch.tensor([[1, 2, 3, 4, 0, 0], [1, 2, 3, 4, 5, 6]])
     corrupted = torch.tensor([[1, 7, 3, 4, 0, 0], [1, 7, 3, 4, 5, 6]])
     pairs = Pairs.from_tokens(
-        clean, corrupted, answers=[1, 1], foils=[2, 2], target=[3, 2], pad_id=0
+        clean, corrupted, answers=[1, 1], foils=[2, 2], target_position=[3, 2], pad_id=0
     )
     assert [row.tolist() for row in pairs.clean] == [[1, 2, 3, 4], [1, 2, 3]]
     assert [row.tolist() for row in pairs.corrupted] == [[1, 7, 3, 4], [1, 7, 3]]
-    assert pairs.target.tolist() == [3, 2]
-    assert pairs.corrupted_target.tolist() == [3, 2]
+    assert pairs.target_position.tolist() == [3, 2]
+    assert pairs.corrupted_target_position.tolist() == [3, 2]
 
 
 def test_first_difference_is_where_the_runs_part():
@@ -100,15 +100,56 @@ def test_first_difference_is_where_the_runs_part():
     assert pair([1, 2], [1, 2], corrupted_teacher=other).first_difference(0) == 0
 
 
-def test_select_keeps_order_and_refuses_what_is_not_there():
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        (1, [1]),
+        (-1, [2]),
+        (np.int64(0), [0]),
+        (slice(2), [0, 1]),
+        (slice(None, None, -1), [2, 1, 0]),
+        ([2, 0], [2, 0]),
+        (np.array([1, 1]), [1, 1]),
+        (torch.tensor([2, -3]), [2, 0]),
+        ([True, False, True], [0, 2]),
+        (np.array([False, True, False]), [1]),
+        (torch.tensor([False, True, True]), [1, 2]),
+    ],
+)
+def test_an_index_selects_pairs_in_its_order(index, expected):
+    teachers = [Teacher(name) for name in "abc"]
+    pairs = Pairs.from_tokens(
+        [[1, 2], [3, 4, 5], [6, 7]],
+        [[6, 2], [3, 7, 5], [8, 7]],
+        answers=[1, 2, 3],
+        foils=[4, 5, 6],
+        clean_teacher=teachers,
+    )
+    chosen = pairs[index]
+    assert isinstance(chosen, Pairs)
+    assert len(chosen) == len(expected)
+    assert chosen.answers.tolist() == [[1, 2, 3][i] for i in expected]
+    for name in ("clean", "corrupted", "segments", "alignment", "labels", "clean_teacher"):
+        rows, whole = getattr(chosen, name), getattr(pairs, name)
+        assert all(a is whole[i] for a, i in zip(rows, expected, strict=True))
+
+
+def test_pairs_iterate_as_single_pairs_and_refuse_a_bad_index(unchecked):
     pairs = Pairs.from_tokens(
         [[1, 2], [3, 4, 5]], [[6, 2], [3, 7, 5]], answers=[1, 2], foils=[3, 4]
     )
-    turned = pairs.select([1, 0])
-    assert turned.clean[0].tolist() == [3, 4, 5]
-    assert turned.answers.tolist() == [2, 1]
-    with pytest.raises(IndexError, match="no pair 2"):
-        pairs.select([2])
+    assert [one.answers.tolist() for one in pairs] == [[1], [2]]
+    with pytest.raises(IndexError, match="no pair 2; they are numbered 0 to 1"):
+        pairs[2]
+    with pytest.raises(IndexError, match="no pair -3"):
+        pairs[[0, -3]]
+    with pytest.raises(IndexError, match="mask has 3 entries for 2 pairs"):
+        pairs[[True, False, True]]
+    with pytest.raises(ValueError, match="selects none of the 2 pairs"):
+        pairs[2:]
+    for index in (1.5, "0", True, None, [[0]]):
+        with pytest.raises(TypeError, match="cannot index pairs"):
+            pairs[index]
 
 
 def test_table_and_notebook_view_escape_and_count():
@@ -248,8 +289,8 @@ def test_from_prompts_takes_plain_text(random_model):
         ([[1, 2]], [[3, 2]], {"answers": [5], "foils": [5]}, "same token id 5"),
         ([[1, 2]], [[3, 2]], {"answers": [1, 2]}, "answers has 2 entries"),
         ([[1, 2]], [[1, 2]], {}, "pair 0 are identical"),
-        ([[1, 2, 0]], [[3, 2, 0]], {"pad_id": 0, "target": [2]}, "padding"),
-        ([[1, 2]], [[3, 2]], {"target": [2]}, "target position 2"),
+        ([[1, 2, 0]], [[3, 2, 0]], {"pad_id": 0, "target_position": [2]}, "padding"),
+        ([[1, 2]], [[3, 2]], {"target_position": [2]}, "target position 2"),
         ([[0, 0]], [[3, 2]], {"pad_id": 0}, "clean row of pair 0 is empty"),
         ([[1, -2]], [[3, 2]], {}, "negative token id -2"),
         ([[1, 2]], [[3, 2]], {"segments": [["user"]]}, "name 1 positions"),

@@ -10,9 +10,10 @@ import torch
 from divergence_lens.engine.base import SITES
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.pairs import Pairs
-from divergence_lens.patching.attribution import _verify, attribution_patch, attribution_patch_sites
+from divergence_lens.patching.attribution import attribution_patch
 from divergence_lens.patching.exact import causal_mediation
-from divergence_lens.patching.request import Question
+from divergence_lens.patching.request import PatchingRequest
+from divergence_lens.patching.verification import sampled_agreement
 from divergence_lens.teachers import Teacher
 from tests.support.patching_oracles import assert_same, hand_set, logit_difference, random_pairs
 
@@ -141,9 +142,7 @@ def test_batch_size_and_order_of_pairs_do_not_matter(model_of, method):
     whole = attribution_patch(model, pairs, method=method, steps=4)
     for rows in (1, 3, 9):
         order = [2, 0, 3, 1]
-        other = attribution_patch(
-            model, pairs.select(order), method=method, steps=4, batch_rows=rows
-        )
+        other = attribution_patch(model, pairs[order], method=method, steps=4, batch_rows=rows)
         assert_same(other.values, whole.values[order], atol=2e-5)
 
 
@@ -239,14 +238,14 @@ def test_several_sites_in_one_pass_equal_one_pass_each(model_of, method):
     model = model_of("qwen2")
     pairs = random_pairs(model.cfg.d_vocab, longer=(0, 1, 0, 2))
     sites = ("resid_pre", "mlp_out", "z", "k")
-    together = attribution_patch_sites(model, pairs, sites=sites, method=method, steps=2, verify=2)
+    together = attribution_patch(model, pairs, site=sites, method=method, steps=2, verify=2)
     assert tuple(together) == sites
     for site in sites:
         alone = attribution_patch(model, pairs, site=site, method=method, steps=2)
         assert_same(together[site].values, alone.values, atol=2e-5)
         assert together[site].verified is not None
     with pytest.raises(ValueError, match="each once"):
-        attribution_patch_sites(model, pairs, sites=("z", "z"))
+        attribution_patch(model, pairs, site=("z", "z"))
 
 
 def test_refuses_what_cannot_be_attributed(model_of, unchecked):
@@ -273,7 +272,7 @@ def test_verify_meets_cells_that_the_approximation_gives_as_zero(model_of):
     effects = attribution_patch(model, pairs, method="integrated")
     wrong = effects.values.copy()
     wrong[:, 1:] *= 0
-    question = Question(
+    request = PatchingRequest(
         pairs=pairs,
         sites=(effects.site,),
         direction="noising",
@@ -283,7 +282,7 @@ def test_verify_meets_cells_that_the_approximation_gives_as_zero(model_of):
     )
     everything = effects.values.size
     found, lame = (
-        _verify(model, question, e, k=everything, seed=0, batch_rows=64, accelerator=None)
+        sampled_agreement(model, request, e, k=everything, seed=0, batch_rows=64, accelerator=None)
         for e in (effects, replace(effects, values=wrong))
     )
     assert found.cells == lame.cells

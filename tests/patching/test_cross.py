@@ -8,7 +8,7 @@ from divergence_lens.deltas.delta import Delta
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.models import load_model
 from divergence_lens.pairs import Pairs
-from divergence_lens.patching.cross import CrossPatch, cross_patch, first_disagreements
+from divergence_lens.patching.cross import CrossPatch, cross_patch
 from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
 from tests.support.models import chat_tokenizer, random_hf_model
@@ -34,7 +34,7 @@ def crossed_margin(lower, upper, pairs, i, boundary):
 @pytest.mark.parametrize("batch_rows", [1, 9])
 def test_margins_are_those_of_a_plain_pass_of_each_half(model_of, family, batch_rows):
     models = model_of(family), model_of(family, 1)
-    pairs = first_disagreements(*models, ROWS)
+    pairs = Pairs.from_disagreements(*models, ROWS)
     crossed = cross_patch(*models, pairs, batch_rows=batch_rows)
     assert crossed.margins.shape == (len(pairs), models[0].cfg.n_layers + 1, 2, 2)
     for i in range(len(pairs)):
@@ -89,15 +89,15 @@ def test_a_delta_stands_for_the_second_model_and_is_taken_out_again(model_of):
     before = {name: parameter.detach().clone() for name, parameter in mine.items()}
     tensors = {name: (theirs[name] - mine[name]).detach() for name in mine}
     delta = Delta(tensors, fingerprint(model), {})
-    pairs = first_disagreements(model, other, ROWS)
+    pairs = Pairs.from_disagreements(model, other, ROWS)
     crossed = cross_patch(model, delta, pairs)
     np.testing.assert_allclose(crossed.margins, cross_patch(model, other, pairs).margins, atol=1e-3)
     assert all(torch.equal(before[name], parameter) for name, parameter in mine.items())
 
 
-def test_first_disagreements_are_where_the_greedy_choices_part(model_of):
+def test_from_disagreements_are_where_the_greedy_choices_part(model_of):
     models = model_of("gpt2"), model_of("gpt2", 1)
-    pairs = first_disagreements(*models, ROWS, start=2)
+    pairs = Pairs.from_disagreements(*models, ROWS, start=2)
     for i, prefix in enumerate(pairs.clean):
         row = next(r for r in ROWS if r[: len(prefix)] == prefix.tolist())
         with torch.no_grad():
@@ -112,7 +112,7 @@ def test_first_disagreements_are_where_the_greedy_choices_part(model_of):
         assert int(pairs.answers[i]) == int(choices[0][first])
         assert int(pairs.foils[i]) == int(choices[1][first])
     with pytest.raises(ValueError, match="same tokens in all 3 rows"):
-        first_disagreements(models[0], models[0], ROWS)
+        Pairs.from_disagreements(models[0], models[0], ROWS)
 
 
 def test_models_that_read_other_ids_are_refused(random_model, backend):
@@ -120,19 +120,19 @@ def test_models_that_read_other_ids_are_refused(random_model, backend):
     tokenizer = chat_tokenizer("gemma")
     hf_model = random_hf_model("gpt2", 1, vocab=model.cfg.d_vocab)
     other = load_model(hf_model, backend=backend, tokenizer=tokenizer)
-    pairs = first_disagreements(model, same, ROWS)
+    pairs = Pairs.from_disagreements(model, same, ROWS)
     with pytest.raises(ValueError, match="another tokenizer"):
-        first_disagreements(model, other, ROWS)
+        Pairs.from_disagreements(model, other, ROWS)
     with pytest.raises(ValueError, match="another tokenizer"):
         cross_patch(model, other, pairs)
 
 
-def test_first_disagreements_with_a_delta_are_those_with_its_model(model_of):
+def test_from_disagreements_with_a_delta_are_those_with_its_model(model_of):
     model, other = model_of("gpt2"), model_of("gpt2", 1)
     base, moved = (get_engine(m).named_parameters() for m in (model, other))
     delta = Delta({n: moved[n].detach() - base[n].detach() for n in base}, fingerprint(model))
     before = fingerprint(model)
-    pairs, expected = (first_disagreements(model, b, ROWS) for b in (delta, other))
+    pairs, expected = (Pairs.from_disagreements(model, b, ROWS) for b in (delta, other))
     assert fingerprint(model) == before
     assert [row.tolist() for row in pairs.clean] == [row.tolist() for row in expected.clean]
     assert pairs.foils.tolist() == expected.foils.tolist()
@@ -141,7 +141,7 @@ def test_first_disagreements_with_a_delta_are_those_with_its_model(model_of):
 
 def test_tables_files_and_figure_hold_the_margins(model_of, tmp_path):
     models = model_of("gpt2"), model_of("gpt2", 1)
-    crossed = cross_patch(*models, first_disagreements(*models, ROWS))
+    crossed = cross_patch(*models, Pairs.from_disagreements(*models, ROWS))
     table = crossed.by_boundary()
     np.testing.assert_allclose(table["ab"], crossed.margins[:, :, 0, 1].mean(0), rtol=1e-6)
     np.testing.assert_allclose(
@@ -171,16 +171,16 @@ def test_it_prints_as_one_line_with_the_margins_of_the_whole_models():
 
 def test_refuses_models_and_pairs_that_cannot_be_crossed(model_of, unchecked):
     models = model_of("gpt2"), model_of("gpt2", 1)
-    pairs = first_disagreements(*models, ROWS)
+    pairs = Pairs.from_disagreements(*models, ROWS)
     other = Pairs.from_tokens([[1, 2]], [[2, 2]], answers=[1], foils=[2])
     with pytest.raises(ValueError, match="shared prefix"):
         cross_patch(*models, other)
     with pytest.raises(ValueError, match="batch_rows is 0"):
         cross_patch(*models, pairs, batch_rows=0)
     with pytest.raises(ValueError, match="start is 0"):
-        first_disagreements(*models, ROWS, start=0)
+        Pairs.from_disagreements(*models, ROWS, start=0)
     with pytest.raises(ValueError, match="row 1 has 6 tokens"):
-        first_disagreements(*models, ROWS, start=6)
+        Pairs.from_disagreements(*models, ROWS, start=6)
     with pytest.raises(ValueError, match='"a" or "b"'):
         cross_patch(*models, pairs).margin("a", "c")
     models[1].train()
@@ -193,7 +193,7 @@ def test_refuses_models_and_pairs_that_cannot_be_crossed(model_of, unchecked):
 
 def test_margins_that_are_not_finite_name_the_pair(model_of, monkeypatch):
     models = model_of("gpt2"), model_of("gpt2", 1)
-    pairs = first_disagreements(*models, ROWS)
+    pairs = Pairs.from_disagreements(*models, ROWS)
     engine = get_engine(models[1])
     unembed = engine.unembed
     monkeypatch.setattr(engine, "unembed", lambda hidden: unembed(hidden) * torch.nan)

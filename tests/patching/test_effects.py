@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from divergence_lens.patching.effects import Effects, agreement_of_cells
+from divergence_lens.patching.agreement import agreement_of_cells
+from divergence_lens.patching.effects import Effects
 
 NAN = np.nan
 
@@ -43,7 +44,7 @@ def test_they_print_as_one_line_however_many_values_they_hold(effects):
     assert "of z on logit_difference: 2 pairs, 2 layers, 4 positions, 5 heads;" in repr(heads)
     ablated = replace(effects, metadata={"settings": {"corruption": "mean"}})
     assert "exact noising by mean of resid_post" in repr(ablated)
-    nothing = replace(effects, corrupted_metric=effects.clean_metric).normalised()
+    nothing = replace(effects, corrupted_metric=effects.clean_metric).normalized()
     assert repr(nothing).endswith("mean total effect undefined)")
 
 
@@ -52,9 +53,9 @@ def test_total_has_the_sign_of_the_direction(effects):
     np.testing.assert_allclose(replace(effects, direction="denoising").total, -effects.total)
 
 
-def test_normalised_divides_by_the_total_and_flags_pairs_without_one(effects):
+def test_normalized_divides_by_the_total_and_flags_pairs_without_one(effects):
     assert effects.near_zero().tolist() == [False, True]
-    shares = effects.normalised()
+    shares = effects.normalized()
     np.testing.assert_allclose(shares.values[0], effects.values[0] / -4)
     assert np.isnan(shares.values[1]).all()
     assert shares.total[0] == pytest.approx(1)
@@ -125,7 +126,7 @@ def test_heads_are_added_in_tables_and_listed_in_top(effects):
     heads = replace(effects, values=np.stack([effects.values, 2 * effects.values], axis=3))
     np.testing.assert_allclose(heads.by_segment(), 3 * effects.by_segment())
     assert heads.top(1)["head"].tolist() == [1]
-    assert heads.normalised().values.shape == heads.values.shape
+    assert heads.normalized().values.shape == heads.values.shape
 
 
 def test_agreement_is_what_numpy_says():
@@ -179,7 +180,7 @@ def test_files_give_back_everything(effects, tmp_path):
         loaded = Effects.load(path)
         for name in ("values", "clean_metric", "corrupted_metric"):
             np.testing.assert_array_equal(getattr(loaded, name), getattr(kept, name))
-        for name in ("site", "method", "direction", "metric", "segments", "labels", "header"):
+        for name in ("site", "method", "direction", "metric", "segments", "labels", "metadata"):
             assert getattr(loaded, name) == getattr(kept, name)
         assert loaded.verified == kept.verified
 
@@ -198,3 +199,28 @@ def test_fields_that_do_not_fit_are_refused(effects):
         replace(effects, labels=(("a",) * 3,) * 2, segments=(("a",) * 3,) * 2)
     with pytest.raises(ValueError, match="level is 95"):
         effects.interval(level=95)
+
+
+def test_an_index_selects_pairs_and_cuts_the_positions_to_their_longest_row(effects):
+    whole = replace(
+        effects,
+        verified=effects.agreement(effects),
+        metadata={"settings": {"finished_pairs": [4, 9]}},
+    )
+    for index in (1, -1, slice(1, None), [1], np.array([False, True]), [False, True]):
+        one = whole[index]
+        assert isinstance(one, Effects)
+        np.testing.assert_array_equal(one.values, effects.values[1:, :, :3])
+        assert (one.labels, one.segments) == (effects.labels[1:], effects.segments[1:])
+        assert one.total.tolist() == effects.total[1:].tolist()
+        assert one.setting("finished_pairs") == [9]
+        assert one.verified is None
+    turned = whole[[1, 0]]
+    np.testing.assert_array_equal(turned.values, effects.values[::-1])
+    assert turned.setting("finished_pairs") == [9, 4]
+    assert whole.setting("finished_pairs") == [4, 9]
+    assert [len(one) for one in effects] == [1, 1]
+    with pytest.raises(IndexError, match="no pair 2"):
+        effects[2]
+    with pytest.raises(ValueError, match="selects none"):
+        effects[[False, False]]

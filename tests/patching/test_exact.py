@@ -153,7 +153,7 @@ def test_shows_the_induction_circuit_and_nothing_else():
     }
     for (site, which), cells in expected.items():
         pairs = copied if which == "copied" else matched
-        shares = causal_mediation(model, pairs, site=site).normalised().values[0]
+        shares = causal_mediation(model, pairs, site=site).normalized().values[0]
         lit = {tuple(cell) for cell in np.argwhere(np.abs(shares) > 1e-3).tolist()}
         assert lit == cells, (site, which)
         np.testing.assert_allclose([shares[cell] for cell in cells], 1, atol=1e-3)
@@ -180,7 +180,7 @@ def test_the_only_differing_token_carries_the_total_effect_into_block_0(model_of
         np.testing.assert_allclose(effects.values[0, 0, 2], effects.total[0], atol=1e-5)
         others = np.delete(effects.values[0, 0], 2)
         np.testing.assert_allclose(others, 0, atol=1e-5)
-    last = causal_mediation(model, pairs, site="resid_post").normalised().values[0, -1]
+    last = causal_mediation(model, pairs, site="resid_post").normalized().values[0, -1]
     np.testing.assert_allclose(last, [0, 0, 0, 0, 0, 1], atol=1e-4)
 
 
@@ -201,7 +201,7 @@ def test_batch_size_and_order_of_pairs_do_not_matter(model_of, site, batch_rows,
     model = model_of("gpt2")
     pairs = random_pairs(model.cfg.d_vocab)
     whole = causal_mediation(model, pairs, site=site)
-    other = causal_mediation(model, pairs.select(order), site=site, batch_rows=batch_rows)
+    other = causal_mediation(model, pairs[order], site=site, batch_rows=batch_rows)
     assert_same(other.values, whole.values[list(order)], atol=2e-5)
     np.testing.assert_allclose(other.clean_metric, whole.clean_metric[list(order)], atol=2e-5)
 
@@ -211,7 +211,7 @@ def test_a_pair_alone_equals_the_pair_among_others(model_of):
     pairs = random_pairs(model.cfg.d_vocab)
     together = causal_mediation(model, pairs, site="mlp_out").values
     for i, length in enumerate(FOUR):
-        alone = causal_mediation(model, pairs.select([i]), site="mlp_out").values
+        alone = causal_mediation(model, pairs[i], site="mlp_out").values
         assert_same(alone[0], together[i, :, :length], atol=2e-5)
 
 
@@ -286,6 +286,22 @@ def test_leaves_no_hooks_flags_or_gradients(model_of):
     assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_several_sites_equal_each_site_alone(model_of):
+    model = model_of("qwen2")
+    pairs = random_pairs(model.cfg.d_vocab, longer=(0, 1, 0, 2))
+    sites = ("resid_pre", "mlp_out", "z", "k")
+    together = causal_mediation(model, pairs, site=sites)
+    assert tuple(together) == sites
+    for site in sites:
+        alone = causal_mediation(model, pairs, site=site)
+        assert together[site].site == site
+        assert_same(together[site].values, alone.values, atol=2e-5)
+    assert list(causal_mediation(model, pairs, site=["z"])) == ["z"]
+    for site in (("z", "z"), []):
+        with pytest.raises(ValueError, match="each once"):
+            causal_mediation(model, pairs, site=site)
 
 
 def test_parallel_blocks_have_no_resid_mid(model_of):

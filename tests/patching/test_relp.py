@@ -230,9 +230,7 @@ def test_batch_order_and_precision_do_not_matter(model_of):
     for method, site in (("relp", "mlp_out"), ("graddrop", "z"), ("atp*", "k"), ("qk", "q")):
         whole = attribution_patch(model, pairs, site=site, method=method)
         order = [2, 0, 3, 1]
-        other = attribution_patch(
-            model, pairs.select(order), site=site, method=method, batch_rows=3
-        )
+        other = attribution_patch(model, pairs[order], site=site, method=method, batch_rows=3)
         assert_same(other.values, whole.values[order], atol=5e-5)
         rough = attribution_patch(half, pairs, site=site, method=method).values
         there = np.isfinite(whole.values)

@@ -206,7 +206,7 @@ def test_noise_is_each_pairs_own_and_comes_from_the_seed_alone(model_of):
     whole = causal_mediation(model, pairs, corruption=noise)
     order = [2, 0, 3, 1]
     assert_same(
-        causal_mediation(model, pairs.select(order), corruption=noise).values,
+        causal_mediation(model, pairs[order], corruption=noise).values,
         whole.values[order],
         atol=2e-5,
     )
@@ -248,7 +248,7 @@ def test_refuses_spans_and_corruptions_that_make_no_sense(model_of, unchecked):
     with pytest.raises(ValueError, match="end of a path"):
         attribution_patch(model, pairs, corruption="mean", method="integrated-inputs")
     with pytest.raises(ValueError, match="needs two pairs or more"):
-        causal_mediation(model, pairs.select([0]), corruption="mean")
+        causal_mediation(model, pairs[0], corruption="mean")
     zero = causal_mediation(model, pairs, corruption="zero")
     with pytest.raises(ValueError, match="which has none"):
         zero.natural_indirect()

@@ -13,7 +13,7 @@ from divergence_lens import plots
 from divergence_lens.deltas.delta import Delta
 from divergence_lens.divergence.finding import Divergence
 from divergence_lens.examples import Example
-from divergence_lens.patching.agreement import inner_agreement
+from divergence_lens.patching.inner_agreements import inner_agreement
 from divergence_lens.patching.effects import Effects
 from divergence_lens.plots.export import figure_title
 from divergence_lens.teachers import Teacher
@@ -145,7 +145,7 @@ def test_the_mean_aligns_rows_segment_by_segment_and_names_tokens_that_are_share
     figure = plots.effects_heatmap(both, "mean")
     z = np.asarray(heat(figure).z, dtype=float)
     assert z.shape == (7, 3)
-    share = both.normalised().values
+    share = both.normalized().values
     np.testing.assert_allclose(z[1], share[:, :, 1].mean(0), rtol=1e-5)
     # Only the second pair has a second user token and a completion.
     np.testing.assert_allclose(z[4], share[1, :, 4], rtol=1e-5)
@@ -190,7 +190,7 @@ def test_long_rows_keep_the_target_and_the_differing_tokens_labelled():
 
 def test_segments_hold_the_numbers_of_the_table():
     trace = heat(plots.effects_by_segment(effects()))
-    table = effects().normalised().by_segment()
+    table = effects().normalized().by_segment()
     np.testing.assert_allclose(np.asarray(trace.z, dtype=float), table.to_numpy().T)
     assert trace.zmin == -trace.zmax
 
@@ -198,7 +198,7 @@ def test_segments_hold_the_numbers_of_the_table():
 def test_the_profile_is_a_line_in_a_band():
     figure = plots.layer_profile(effects())
     band, line = figure.data
-    table = effects().normalised().by_layer()
+    table = effects().normalized().by_layer()
     np.testing.assert_allclose(line.y, table["effect"], rtol=1e-6)
     np.testing.assert_allclose(band.y, [*table["high"], *table["low"][::-1]], rtol=1e-6)
     with pytest.raises(ValueError, match="at least one"):
@@ -390,7 +390,7 @@ def test_layers_by_site_draws_means_with_a_dot_for_every_target():
 
 def test_the_head_grid_adds_positions_and_averages_pairs():
     one = effects(heads=2)
-    share = one.normalised().values
+    share = one.normalized().values
     np.testing.assert_allclose(
         np.asarray(heat(plots.head_grid(one)).z, dtype=float),
         np.nansum(share, axis=2).mean(0).T,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from divergence_lens._utils.statistics import exact_interval, t_interval
-from divergence_lens.patching.agreement import agreement_row, inner_agreement, inner_cells
+from divergence_lens.patching.inner_agreements import agreement_row, inner_agreement, inner_cells
 from divergence_lens.patching.effects import Effects
 from divergence_lens.study.claims import TENTH
 from divergence_lens.study.findings import decide, decide_equal, judge

@@ -1,4 +1,4 @@
-"""Slow and plain ways to compute what patching computes, and models whose answers are known."""
+"""Slow reference implementations of patching, and models with known answers."""
 
 import warnings
 from collections.abc import Callable
@@ -39,7 +39,8 @@ def random_pairs(
     )
 
 
-def assert_same(values, expected, atol=1e-4):
+def assert_same(values: np.ndarray, expected: np.ndarray, atol: float = 1e-4) -> None:
+    """Assert equality up to rounding, with NaN in the same cells."""
     np.testing.assert_array_equal(np.isnan(values), np.isnan(expected))
     np.testing.assert_allclose(values, expected, atol=atol)
 

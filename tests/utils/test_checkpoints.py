@@ -20,7 +20,7 @@ from divergence_lens.engine.factory import get_engine
 from divergence_lens.examples import Example
 from divergence_lens.models import load_model
 from divergence_lens.pairs import Pairs
-from divergence_lens.patching import runner as _patching_run
+from divergence_lens.patching import runner
 from divergence_lens.patching.attribution import attribution_patch
 from divergence_lens.patching.corruption import EmbeddingNoise
 from divergence_lens.patching.effects import Effects
@@ -275,7 +275,7 @@ def test_patching_goes_on_where_it_was_stopped(method, model, tmp_path, stopped_
     assert [path.stat().st_mtime_ns for path in kept] == times
     with monkeypatch.context() as patched:
         # Everything is there: no chunk is run again.
-        patched.setattr(_patching_run, "trace", None)
+        patched.setattr(runner, "traced_pass", None)
         assert_same_effects(run(checkpoint_dir=tmp_path), undisturbed)
 
 

@@ -7,7 +7,7 @@ import torch
 import divergence_lens as dl
 from divergence_lens._utils.memory import halved, is_out_of_memory, run_halved
 from divergence_lens.engine.factory import get_engine
-from divergence_lens.patching import runner as _patching_run
+from divergence_lens.patching import ablations
 from tests.support.patching_oracles import random_pairs
 from tests.support.state import left_as_it_was
 
@@ -152,7 +152,7 @@ def test_memory_is_told_from_other_errors():
 def test_means_count_no_pair_twice(when, model, monkeypatch):
     """Memory may also run out between two additions, long after the model has run."""
     whole = dl.causal_mediation(model, pairs(model), corruption="mean").values
-    add, widen = _patching_run._Means._add, torch.Tensor.float
+    add, widen = ablations._SiteMeans._add, torch.Tensor.float
     count = [0]
 
     def short(tensor):
@@ -166,7 +166,7 @@ def test_means_count_no_pair_twice(when, model, monkeypatch):
             patched.setattr(torch.Tensor, "float", short)
             add(self, chunk, run)
 
-    monkeypatch.setattr(_patching_run._Means, "_add", watched)
+    monkeypatch.setattr(ablations._SiteMeans, "_add", watched)
     again = dl.causal_mediation(model, pairs(model), corruption="mean").values
     np.testing.assert_allclose(again, whole, atol=1e-5)
     assert count[0] > 0

@@ -1,10 +1,9 @@
 """Cross-patching: one model's lower layers under another model's upper layers.
 
-At a token where two checkpoints disagree, the residual stream that one of them makes up to some
-block is handed to the other's blocks from there on. With both origins and both continuations there
-are four margins at each boundary, and they tell three things apart: what the upper layers do by
-themselves, what the lower layers do by themselves, and what they do only together (the
-interaction). After Zhou (2026, arXiv 2605.07284).
+At a token where two checkpoints disagree, the residual stream computed by one of them up to some
+block is passed to the other's blocks from there on. With two lower and two upper halves there are
+four margins at each boundary. They separate three effects: that of the upper layers alone, that of
+the lower layers alone, and their interaction. After Zhou (2026, arXiv 2605.07284).
 """
 
 from collections.abc import Sequence
@@ -27,10 +26,10 @@ from divergence_lens._utils.statistics import bootstrap_interval, resampled_mean
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.deltas import Delta
 from divergence_lens.engine import Engine, get_engine
-from divergence_lens.models import Model, model_name, untyped
-from divergence_lens.pairs import Pairs, Rows
+from divergence_lens.models import Model, model_name
+from divergence_lens.pairs import Pairs, check_tokenizers
 from divergence_lens.patching.metrics import check_tokens, finite
-from divergence_lens.patching.request import target_logits
+from divergence_lens.patching.trace import target_logits
 from divergence_lens.provenance import run_metadata
 from divergence_lens.teachers import Teacher
 
@@ -48,12 +47,13 @@ class CrossPatch:
 
     A margin is logit(answer) - logit(foil) at the target position, where the answer is model a's
     token and the foil is model b's. At boundary l, blocks 0 to l - 1 (and the embeddings) are the
-    lower model's and blocks l and up (and the unembedding) the upper model's; so boundary 0 has the
-    lower model's embeddings alone, and the last boundary the upper model's unembedding alone.
+    lower model's and blocks l and up (and the unembedding) the upper model's; so at
+    boundary 0 only the embeddings are the lower model's, and at the last boundary only the final
+    norm and the unembedding are the upper model's.
 
     Attributes:
         margins: `[pairs, boundaries, lower, upper]`, logits; index 0 is model a, 1 is model b.
-        names: Of the two models.
+        names: Names of the two models.
         metadata: Settings and versions; JSON-able.
     """
 
@@ -66,18 +66,18 @@ class CrossPatch:
         return np.asarray(self.margins[:, :, _index(lower), _index(upper)])
 
     def upper_effect(self, lower: Which) -> Float32[np.ndarray, "pairs boundaries"]:
-        """What a's upper layers add to the margin, in place of b's, over the same lower layers."""
+        """Change of the margin when a's upper layers replace b's, over the same lower layers."""
         return np.asarray(self.margin(lower, "a") - self.margin(lower, "b"))
 
     def lower_effect(self, upper: Which) -> Float32[np.ndarray, "pairs boundaries"]:
-        """What a's lower layers add to the margin, in place of b's, under the same upper layers."""
+        """Change of the margin when a's lower layers replace b's, under the same upper layers."""
         return np.asarray(self.margin("a", upper) - self.margin("b", upper))
 
     @property
     def interaction(self) -> Float32[np.ndarray, "pairs boundaries"]:
-        """How much more a's upper layers add over a's own lower layers than over b's.
+        """Upper effect of a over a's own lower layers, minus its upper effect over b's.
 
-        Zero where what the two halves add does not depend on one another.
+        It is zero where the effects of the two halves are independent.
         """
         return np.asarray(self.upper_effect("a") - self.upper_effect("b"))
 
@@ -89,7 +89,7 @@ class CrossPatch:
         Args:
             level: Coverage of the interval.
             resamples: Bootstrap resamples over pairs.
-            seed: Of the resampling.
+            seed: Seed of the resampling.
 
         Returns:
             One row per boundary, with columns `aa`, `ab`, `ba`, `bb` (lower, then upper),
@@ -133,17 +133,17 @@ class CrossPatch:
         )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write everything to one safetensors file with a JSON header."""
+        """Write to one safetensors file with a JSON header."""
         header = {"names": self.names, "metadata": self.metadata}
         save_tensors(path, {"margins": self.margins}, header, kind=_KIND)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "CrossPatch":
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is not such a file, or was damaged.
+            ValueError: If it is not a cross-patch file, or is damaged.
         """
         tensors, header = load_tensors(path, kind=_KIND)
         first, second = header["names"]
@@ -154,7 +154,7 @@ class CrossPatch:
         return draw("cross_patch_margins", self)
 
     def __repr__(self) -> str:
-        """One line: the models, how much was patched, and the margins of the whole models."""
+        """One line: the models, the shape, and the mean margins of the unpatched models."""
         pairs, boundaries = self.margins.shape[:2]
         own = ", ".join(f"{self.margins[:, 0, i, i].mean():.3f}" for i in (0, 1))
         return (
@@ -182,23 +182,23 @@ def cross_patch(
 ) -> CrossPatch:
     """Run each model's lower layers under each model's upper layers, at every boundary.
 
-    A row of boundary l joins one staggered pass of the upper model at block l, so that all
-    boundaries together cost about half as many full passes as there are layers.
+    The row of boundary l joins one staggered pass of the upper model at block l, so all boundaries
+    together cost about half as many full passes as there are layers.
 
     Args:
         model_a: The model whose token is the answer.
-        model_b: The model whose token is the foil; or a delta over `model_a`, which is put in and
-            taken out again, so that only one model is in memory.
+        model_b: The model whose token is the foil; or a delta over `model_a`, which is applied and
+            removed again, so that only one model is in memory.
         pairs: Their clean rows are the shared prefixes, their answers are model a's tokens and
-            their foils model b's; see `first_disagreements`. Teachers in them are not applied.
-        batch_rows: At most so many rows run at once.
+            their foils model b's; see `Pairs.from_disagreements`. Their teachers are not applied.
+        batch_rows: The maximum number of rows run at once.
         progress: Whether to show a progress bar.
 
     Returns:
         The four margins of every pair and boundary.
 
     Raises:
-        Interrupted: If it was stopped; `partial` holds the margins of the pairs that were finished.
+        Interrupted: If it was interrupted; `partial` holds the margins of the finished pairs.
         ValueError: If the two models differ in shape or one is in training mode, the rows of a pair
             are not the same on both sides, a pair lacks its answer or foil, a row does not fit the
             context or the vocabulary, or the models' tokenizers differ.
@@ -206,14 +206,14 @@ def cross_patch(
     b = Teacher("b", delta=model_b) if isinstance(model_b, Delta) else None
     other = model_a if isinstance(model_b, Delta) else model_b
     engine = get_engine(model_a)
-    _check_tokenizers(model_a, other)
+    check_tokenizers(model_a, other)
     _check(engine, get_engine(other), pairs, batch_rows)
     for name in ("answers", "foils"):
         check_tokens(pairs, name, "cross_patch")
     boundaries = engine.n_layers + 1
     margins = np.zeros((len(pairs), boundaries, 2, 2), dtype=np.float32)
 
-    def entered(which: int) -> AbstractContextManager[Model]:
+    def half(which: int) -> AbstractContextManager[Model]:
         if which == 0:
             return nullcontext(model_a)
         return nullcontext(other) if b is None else b.applied(model_a)
@@ -225,8 +225,8 @@ def cross_patch(
 
     def partial() -> CrossPatch:
         rows = sorted(finished)
-        header = run_metadata(model_a, names=list(names), finished_pairs=rows)
-        return CrossPatch(margins[rows], names, header)
+        metadata = run_metadata(model_a, names=list(names), finished_pairs=rows)
+        return CrossPatch(margins[rows], names, metadata)
 
     with (
         tqdm(total=len(order), desc="cross-patch", unit="pair", disable=not progress) as bar,
@@ -240,95 +240,29 @@ def cross_patch(
             answers, foils = (ids[chosen].to(engine.device) for ids in (pairs.answers, pairs.foils))
             states = []
             for which in (0, 1):
-                with entered(which) as model:
+                with half(which) as model:
                     states.append(_residuals(get_engine(model), tokens))
             for upper in (0, 1):
-                with entered(upper) as model:
+                with half(upper) as model:
                     for lower in (0, 1):
-                        logits = _continued(get_engine(model), tokens, states[lower], target)
+                        logits = _logits_by_boundary(
+                            get_engine(model), tokens, states[lower], target
+                        )
                         index = answers.repeat(boundaries), foils.repeat(boundaries)
-                        at = torch.arange(len(logits), device=logits.device)
+                        at = torch.arange(len(logits), device=logits.device)  # [boundaries * batch]
                         margin = logits[at, index[0]] - logits[at, index[1]]
-                        half = f"{'ab'[lower]}'s lower under {'ab'[upper]}'s upper half"
-                        finite(margin, torch.tensor(chosen).repeat(boundaries), half)
+                        which_run = f"{'ab'[lower]}'s lower under {'ab'[upper]}'s upper half"
+                        finite(margin, torch.tensor(chosen).repeat(boundaries), which_run)
                         margins[chosen, :, lower, upper] = margin.view(boundaries, -1).T.cpu()
             finished += chosen
             bar.update(len(chosen))
     return CrossPatch(margins, names, run_metadata(model_a, names=list(names)))
 
 
-@torch.no_grad()
-def first_disagreements(
-    model_a: Model,
-    model_b: "Model | Delta",
-    rows: Rows,
-    *,
-    start: int = 1,
-    batch_rows: int = 32,
-) -> Pairs:
-    """Pairs at the first position of each row where two models would choose another token.
-
-    Args:
-        model_a: Its choice is the answer.
-        model_b: Its choice is the foil; or a delta over `model_a`, as in `cross_patch`.
-        rows: Token ids; both models read the same row.
-        start: The first token that may count, as a position in the row.
-        batch_rows: At most so many rows run at once.
-
-    Returns:
-        One pair for each row with a disagreement, cut before the token; both sides hold the same
-        prefix, and the corrupted teacher has the weights of `model_b`.
-
-    Raises:
-        ValueError: If `start` is not positive, a row is not longer than it, the models' tokenizers
-            differ, or they agree everywhere.
-    """
-    if start < 1:
-        raise ValueError(f"start is {start}; the first token that a model predicts is number 1")
-    ids = [torch.as_tensor(row, dtype=torch.int64).cpu() for row in rows]
-    short = [i for i, row in enumerate(ids) if len(row) < start + 1]
-    if short:
-        raise ValueError(f"row {short[0]} has {len(ids[short[0]])} tokens; start is {start}")
-    second = (
-        Teacher("delta", delta=model_b)
-        if isinstance(model_b, Delta)
-        else Teacher(model_name(model_b), model=model_b)
-    )
-    if second.model is not None:
-        _check_tokenizers(model_a, second.model)
-    prefixes, answers, foils = [], [], []
-    for first in range(0, len(ids), batch_rows):
-        some = ids[first : first + batch_rows]
-        tokens = pad_right(some)
-        choices = [_choices(get_engine(model_a), tokens).cpu()]
-        with (
-            second.applied(model_a) if second.model is None else nullcontext(second.model) as other
-        ):
-            choices.append(_choices(get_engine(other), tokens).cpu())
-        for row, a, b in zip(some, *choices, strict=True):
-            # The choice at position p is of the token at p + 1.
-            differ = (a != b)[start - 1 : len(row) - 1].nonzero()
-            if len(differ):
-                at = int(differ[0]) + start - 1
-                prefixes.append(row[: at + 1])
-                answers.append(int(a[at]))
-                foils.append(int(b[at]))
-    if not prefixes:
-        raise ValueError(f"the two models choose the same tokens in all {len(ids)} rows")
-    return Pairs.from_tokens(
-        prefixes,
-        prefixes,
-        answers=answers,
-        foils=foils,
-        corrupted_teacher=second,
-        tokenizer=model_a.tokenizer,
-    )
-
-
 def _residuals(
     engine: Engine, tokens: Int64[Tensor, "batch pos"]
 ) -> list[Float[Tensor, "batch pos d_model"]]:
-    """The residual at every boundary."""
+    """The residual at every boundary, from the embeddings to the last block's output."""
     run = engine.begin(tokens)
     states = [run.resid]
     for layer in range(engine.n_layers):
@@ -336,30 +270,19 @@ def _residuals(
     return states
 
 
-def _continued(
+def _logits_by_boundary(
     engine: Engine,
     tokens: Int64[Tensor, "batch pos"],
     states: Sequence[Float[Tensor, "batch pos d_model"]],
     target: Int64[Tensor, " batch"],
 ) -> Float[Tensor, "rows d_vocab"]:
-    """Logits at the targets when the model goes on from each boundary; the lowest come first."""
-    run = engine.begin(tokens[:1])
+    """Logits at the targets, continued from each boundary; the lowest boundary comes first."""
+    run = engine.begin(tokens[:1])  # a pass needs the number of positions, not the tokens
     x = states[0]
     for layer in range(engine.n_layers):
+        # The states of the next boundary join as new rows: [(layer + 2) * batch, pos, d_model].
         x = torch.cat([engine.block(layer, x, run), states[layer + 1]])
     return target_logits(engine, x, target.repeat(len(states)))
-
-
-def _choices(engine: Engine, tokens: Int64[Tensor, "batch pos"]) -> Int64[Tensor, "batch pos"]:
-    hidden = engine.final(tokens)
-    # Row by row, so that logits of a batch are never held at once.
-    return torch.stack([engine.unembed(row).argmax(-1) for row in hidden])
-
-
-def _check_tokenizers(a: Model, b: Model) -> None:
-    """Refuse two models that read ids differently, as far as they have tokenizers to compare."""
-    if untyped(a).tokenizer is not None and untyped(b).tokenizer is not None:
-        Teacher(model_name(b), model=b).check_tokenizer(a)
 
 
 def _check(a: Engine, b: Engine, pairs: Pairs, batch_rows: int) -> None:
@@ -368,7 +291,7 @@ def _check(a: Engine, b: Engine, pairs: Pairs, batch_rows: int) -> None:
     shapes = [(e.n_layers, e.d_model, e.d_vocab) for e in (a, b)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            "states can only be handed to a model of the same shape; layers, d_model and "
+            "states can only be patched into a model of the same shape; layers, d_model and "
             f"vocabulary are {shapes[0]} and {shapes[1]}"
         )
     if a.model.training or b.model.training:
@@ -377,7 +300,7 @@ def _check(a: Engine, b: Engine, pairs: Pairs, batch_rows: int) -> None:
         if not torch.equal(clean, corrupted):
             raise ValueError(
                 f"the two rows of pair {i} are not the same tokens; cross-patching needs one "
-                "shared prefix, as first_disagreements gives it"
+                "shared prefix; build the pairs with Pairs.from_disagreements"
             )
         if len(clean) > a.n_ctx or int(clean.max()) >= a.d_vocab:
             raise ValueError(

@@ -1,19 +1,18 @@
-"""What patching returns: one number per pair, layer and position (and head).
+"""Results of patching: one number per pair, layer and position (and head).
 
-A value is *the metric of the patched run minus the metric of the run that was patched*. With
-noising the corrupted state of one site is put into the clean run, with denoising the clean state
-into the corrupted run. The positions are always those of the clean row (or its segments, where one
-patch covers several positions). Missing cells are NaN: the right end of shorter rows, positions
-that have no counterpart on the other side, and cells that were not asked for.
+A value is *the metric of the patched run minus the metric of the unpatched run*. Noising patches
+the corrupted state of one site into the clean run; denoising patches the clean state into the
+corrupted run. Positions are always those of the clean row (or its segments, if one patch covers
+several positions). Missing cells are NaN: the right end of shorter rows, positions without a
+counterpart on the other side, and cells that were not requested.
 
-In the words of the mediation literature (Pearl 2001; Vig et al. 2020, arXiv 2004.12265), with the
-clean run as the baseline and the corruption as the treatment: the *total effect* is corrupted minus
-clean metric; a noising value is the *natural indirect effect* of its site; the *natural direct
-effect* is what the corruption does while the site is held at its clean state, and follows from a
-denoising value.
+In the terms of mediation analysis (Pearl 2001; Vig et al. 2020, arXiv 2004.12265), with the clean
+run as the baseline and the corruption as the treatment: the *total effect* is the corrupted minus
+the clean metric; a noising value is the *natural indirect effect* of its site; the *natural direct
+effect* is the effect of the corruption while the site is held at its clean state, and follows from
+a denoising value.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from os import PathLike
@@ -22,15 +21,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64
 
+from divergence_lens._utils.indexing import Index, row_numbers
 from divergence_lens._utils.plotting import draw
-from divergence_lens._utils.statistics import (
-    bootstrap_interval,
-    correlation,
-    rank_correlation,
-    resampled_means,
-)
+from divergence_lens._utils.statistics import bootstrap_interval, resampled_means
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.pairs import PAIR_SEGMENTS
+from divergence_lens.patching.agreement import (
+    Agreement,
+    agreement_from_json,
+    agreement_of_cells,
+    agreement_to_json,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,59 +42,26 @@ Reduce = Literal["sum", "mean"]
 _KIND = "effects"
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How well one set of effects (approximate) stands for another (exact).
-
-    Computed over the cells that both have, without those that are exactly zero in both (positions
-    before the two runs part are zero by construction and would flatter every method).
-
-    Attributes:
-        pearson: Linear correlation; NaN where one side is constant.
-        spearman: Rank correlation.
-        sign: Share of cells with the same sign, weighted by the exact value's magnitude, so that
-            noise around zero does not count.
-        recall: Share of the `k` cells with the largest exact magnitude that are among the `k` with
-            the largest approximate magnitude.
-        slope: Least-squares slope of the exact values on the approximate ones; 1 is calibrated,
-            below 1 the approximation exaggerates.
-        k: How many cells `recall` looks at.
-        cells: How many cells were compared.
-    """
-
-    pearson: float
-    spearman: float
-    sign: float
-    recall: float
-    slope: float
-    k: int
-    cells: int
-
-    def _repr_html_(self) -> str:
-        return (
-            f"<p>agreement over {self.cells} cells: Pearson {self.pearson:.3f}, "
-            f"Spearman {self.spearman:.3f}, sign {self.sign:.1%}, "
-            f"recall of the top {self.k} {self.recall:.1%}, slope {self.slope:.3f}</p>"
-        )
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Effects:
     """Effects of patching one site, for every pair, layer and position (and head).
 
+    `effects[3]`, `effects[:4]`, `effects[mask]` and `effects[[0, 2]]` select pairs, and always
+    return `Effects`.
+
     Attributes:
-        values: `[pairs, layers, positions]`, or with heads as a fourth axis for site `z`; in units
-            of the metric; NaN where a cell is missing. Positions count from the start of the clean
-            row; rows shorter than the longest are filled with NaN on the right.
-        site: Where was patched.
+        values: `[pairs, layers, positions]`, or with heads as a fourth axis for sites per head, in
+            units of the metric; NaN where a cell is missing. Positions count from the start of the
+            clean row; rows shorter than the longest are filled with NaN on the right.
+        site: The patched site.
         method: `exact`, or the name of the approximation.
         direction: `noising` or `denoising`.
         metric: Name of the metric.
-        clean_metric: `[pairs]`, of the unpatched clean run.
-        corrupted_metric: `[pairs]`, of the unpatched corrupted run.
+        clean_metric: `[pairs]`, the metric of the unpatched clean run.
+        corrupted_metric: `[pairs]`, the metric of the unpatched corrupted run.
         segments: One name per position of each clean row.
         labels: One string per token of each clean row.
-        verified: Agreement with exactly computed cells, where it was asked for.
+        verified: Agreement with exactly computed cells, if requested.
         metadata: Settings and versions; JSON-able.
     """
 
@@ -125,7 +93,7 @@ class Effects:
             )
 
     def __repr__(self) -> str:
-        """One line: what was patched how, over which cells, and the effect of patching it all."""
+        """One line: method, direction, site, metric, shape and mean total effect."""
         axes = ("pairs", "layers", "positions", "heads")
         sizes = ", ".join(f"{n} {axis}" for n, axis in zip(self.values.shape, axes, strict=False))
         total = self.total[np.isfinite(self.total)]
@@ -137,37 +105,69 @@ class Effects:
             f"mean total effect {mean})"
         )
 
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: Index) -> "Effects":
+        """Select pairs by number, slice, boolean mask or list of numbers, in that order.
+
+        `verified` is dropped, because it was measured over all pairs.
+
+        Raises:
+            IndexError: If a number is out of range, or a mask has another length.
+            ValueError: If nothing is selected.
+        """
+        chosen = row_numbers(index, len(self), "pair")
+        if not chosen:
+            raise ValueError(f"the index selects none of the {len(self)} pairs")
+        labels = tuple(self.labels[i] for i in chosen)
+        metadata = self.metadata
+        finished = self.setting("finished_pairs")
+        if finished is not None:
+            settings = metadata["settings"] | {"finished_pairs": [finished[i] for i in chosen]}
+            metadata = metadata | {"settings": settings}
+        return replace(
+            self,
+            values=self.values[chosen][:, :, : max(map(len, labels))],
+            clean_metric=self.clean_metric[chosen],
+            corrupted_metric=self.corrupted_metric[chosen],
+            segments=tuple(self.segments[i] for i in chosen),
+            labels=labels,
+            verified=None,
+            metadata=metadata,
+        )
+
     @property
     def n_layers(self) -> int:
-        """How many layers the values cover."""
+        """The number of layers."""
         return int(self.values.shape[1])
 
     @property
     def total(self) -> Float32[np.ndarray, " pairs"]:
-        """`[pairs]`: what a patch of everything would give, with the sign of the direction.
+        """`[pairs]`: the effect of patching everything, with the sign of the direction.
 
-        Corrupted minus clean metric for noising, clean minus corrupted for denoising. Of an
-        ablation (`mean`, `zero`) it stays the difference of the pair's own two runs.
+        Corrupted minus clean metric for noising, clean minus corrupted for denoising. For an
+        ablation (`mean`, `zero`) it is still the difference between the pair's own two runs.
         """
         difference = self.corrupted_metric - self.clean_metric
         return np.asarray(difference if self.direction == "noising" else -difference)
 
-    def setting(self, name: str, usual: Any = None) -> Any:
-        """An option that these effects were made with, as the header has it; else `usual`."""
-        return self.metadata.get("settings", {}).get(name, usual)
+    def setting(self, name: str, default: Any = None) -> Any:
+        """An option that these effects were computed with, from the metadata; else `default`."""
+        return self.metadata.get("settings", {}).get(name, default)
 
     def near_zero(self, min_total: float = 0.01) -> Bool[np.ndarray, " pairs"]:
-        """Which pairs have a total effect smaller than `min_total` (in units of the metric).
+        """Pairs whose total effect is smaller than `min_total` (in units of the metric).
 
-        A share of nearly nothing means nothing, so `normalised` leaves these pairs out.
+        Dividing by a total near zero amplifies noise, so `normalized` excludes these pairs.
         """
         return np.asarray(np.abs(self.total) < min_total)
 
-    def normalised(self, min_total: float = 0.01) -> "Effects":
-        """Effects as shares of each pair's total effect: 1 is the whole of it.
+    def normalized(self, min_total: float = 0.01) -> "Effects":
+        """Effects as fractions of each pair's total effect.
 
         Pairs whose total effect is smaller than `min_total` become NaN, see `near_zero`. The two
-        baseline metrics are scaled likewise, so that `total` is 1.
+        baseline metrics are scaled by the same factor, so that `total` is 1.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             scale = np.where(self.near_zero(min_total), np.nan, 1 / self.total).astype(np.float32)
@@ -182,20 +182,20 @@ class Effects:
         )
 
     def natural_indirect(self) -> Float32[np.ndarray, "pairs layers pos *heads"]:
-        """The natural indirect effect of the corruption through each site: a noising value.
+        """The natural indirect effect of the corruption through each site, a noising value.
 
         Raises:
-            ValueError: If these effects are of denoising, or of an ablation (which is no treatment
-                that the site could pass on).
+            ValueError: If these effects are of denoising, or of an ablation (which has no corrupted
+                run).
         """
         self._check_mediation("noising", "natural indirect effects")
         return self.values
 
     def natural_direct(self) -> Float32[np.ndarray, "pairs layers pos *heads"]:
-        """The natural direct effect of the corruption past each site, shaped like `values`.
+        """The natural direct effect of the corruption, bypassing each site; shaped like `values`.
 
         It is the metric of the corrupted run with the site at its clean state, minus the clean
-        metric. A site that carries the whole effect leaves 0.
+        metric. It is 0 for a site that carries the whole effect.
 
         Raises:
             ValueError: If these effects are of noising, or of an ablation.
@@ -205,21 +205,21 @@ class Effects:
         return np.asarray(self.values - self.total.reshape(shape))
 
     def mean(self) -> Float32[np.ndarray, "layers pos *heads"]:
-        """Mean over pairs, NaN cells left out, positions counted from the start of the rows.
+        """Mean over pairs without NaN cells, position by position from the start of the rows.
 
-        It is meaningful where rows are alike; for rows of unlike lengths see `by_segment`.
+        Use it if rows have the same layout; for rows of different lengths, use `by_segment`.
         """
         return _nan_mean(self.values, axis=0)
 
     def by_segment(self, reduce: Reduce = "sum") -> "pd.DataFrame":
-        """A layer by segment table that puts examples of unlike lengths together.
+        """A table of layers by segments, for examples of different lengths.
 
         Args:
-            reduce: Whether the cells of one segment of one pair are added or averaged.
+            reduce: Whether the cells of one segment of one pair are summed or averaged.
 
         Returns:
             One row per layer and one column per segment present, each the mean over the pairs that
-            have the segment. Heads are added, missing cells left out; NaN where none is left.
+            have the segment. Heads are summed and missing cells excluded; NaN if none remains.
         """
         import pandas as pd
 
@@ -236,17 +236,17 @@ class Effects:
         """Mean over pairs of each layer's effect, with a bootstrap interval.
 
         Args:
-            reduce: Whether the positions of one pair are added or averaged (heads are added).
+            reduce: Whether the positions of one pair are summed or averaged (heads are summed).
             level: Coverage of the interval.
             resamples: Bootstrap resamples over pairs.
-            seed: Of the resampling.
+            seed: Seed of the resampling.
 
         Returns:
             One row per layer with columns `effect`, `low`, `high` and `pairs`.
         """
         import pandas as pd
 
-        per_pair = _reduce(self._heads_added().transpose(2, 0, 1), reduce)
+        per_pair = _reduce(self._heads_summed().transpose(2, 0, 1), reduce)
         low, high = bootstrap_interval(resampled_means(per_pair, resamples), level=level, seed=seed)
         return pd.DataFrame(
             {
@@ -271,11 +271,11 @@ class Effects:
         Args:
             of: `cells` for `[layers, positions]` (and heads), `segments` for `[layers, segments]`.
             level: Coverage.
-            resamples: How often pairs are drawn with replacement.
-            seed: Of the drawing.
+            resamples: Bootstrap resamples over pairs.
+            seed: Seed of the resampling.
 
         Returns:
-            Lower and upper ends. With one pair both equal its value.
+            Lower and upper bounds. With one pair, both equal its value.
         """
         data = self.values if of == "cells" else self._segment_array("sum")
         return bootstrap_interval(resampled_means(data, resamples), level=level, seed=seed)
@@ -284,8 +284,8 @@ class Effects:
         """The `k` cells with the largest magnitude, over all pairs, strongest first.
 
         Returns:
-            Columns `pair`, `layer`, `position`, (`head`,) `effect`, `label`, `segment`. It can be
-            given to `causal_mediation(..., cells=...)`.
+            Columns `pair`, `layer`, `position`, (`head`,) `effect`, `label`, `segment`. Pass it to
+            `causal_mediation(..., cells=...)` to compute these cells exactly.
         """
         import pandas as pd
 
@@ -298,17 +298,17 @@ class Effects:
         return table
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """All present cells, one per row, with the columns of `top`, in order of pair and layer."""
+        """All present cells, one per row, with the columns of `top`, ordered by pair and layer."""
         import pandas as pd
 
         return pd.DataFrame(self._columns(np.flatnonzero(np.isfinite(self.values))))
 
     def agreement(self, other: "Effects", k: int = 20) -> Agreement:
-        """How well these effects (the approximation) stand for `other` (the exact ones).
+        """How well these effects (the approximation) agree with `other` (the exact ones).
 
         Args:
             other: Effects of the same pairs, site, direction, corruption, span and window.
-            k: How many of the strongest cells `recall` looks at.
+            k: The number of strongest cells that `recall` compares.
 
         Raises:
             ValueError: If the two are not of the same pairs, site, direction, metric, corruption,
@@ -318,27 +318,34 @@ class Effects:
             (name, getattr(self, name), getattr(other, name))
             for name in ("site", "direction", "metric")
         ]
-        for name, usual in (("corruption", "counterfactual"), ("span", "position"), ("window", 1)):
-            compared.append((name, self.setting(name, usual), other.setting(name, usual)))
+        for name, default in (
+            ("corruption", "counterfactual"),
+            ("span", "position"),
+            ("window", 1),
+        ):
+            compared.append((name, self.setting(name, default), other.setting(name, default)))
         for name, mine, theirs in compared:
             if mine != theirs:
-                raise ValueError(f"these effects are of {name} {mine!r}, the others of {theirs!r}")
+                raise ValueError(
+                    f"these effects are of {name} {mine!r}, the others of {theirs!r}; only effects "
+                    "of the same site, direction, metric and options can be compared"
+                )
         if self.values.shape != other.values.shape or self.labels != other.labels:
             raise ValueError(
                 f"the effects are not of the same pairs: {list(self.values.shape)} and "
                 f"{list(other.values.shape)} values, or other tokens"
             )
-        return _agreement(self.values.ravel(), other.values.ravel(), k)
+        return agreement_of_cells(self.values.ravel(), other.values.ravel(), k)
 
     @property
     def segment_names(self) -> tuple[str, ...]:
-        """The segments that occur, in the order of the text."""
+        """The segments that occur, in the order of tables and figures."""
         present = {name for row in self.segments for name in row}
         known = [name for name in PAIR_SEGMENTS if name in present]
         return (*known, *sorted(present - set(known)))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write everything to one safetensors file with a JSON header."""
+        """Write to one safetensors file with a JSON header."""
         save_tensors(
             path,
             {
@@ -353,7 +360,7 @@ class Effects:
                 "metric": self.metric,
                 "segments": self.segments,
                 "labels": self.labels,
-                "verified": None if self.verified is None else _as_json(self.verified),
+                "verified": None if self.verified is None else agreement_to_json(self.verified),
                 "metadata": self.metadata,
             },
             kind=_KIND,
@@ -361,11 +368,11 @@ class Effects:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Effects":
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is not a file of effects, or was damaged.
+            ValueError: If it is not a file of effects, or is damaged.
         """
         tensors, header = load_tensors(path, kind=_KIND)
         verified = header["verified"]
@@ -379,23 +386,23 @@ class Effects:
             metric=header["metric"],
             segments=tuple(tuple(row) for row in header["segments"]),
             labels=tuple(tuple(row) for row in header["labels"]),
-            verified=None if verified is None else _from_json(verified),
+            verified=None if verified is None else agreement_from_json(verified),
             metadata=header["metadata"],
         )
 
     def plot(self, pair: int | Literal["mean"] = 0) -> "go.Figure":
-        """A layer by position heatmap of one pair, or of the mean over pairs."""
+        """A heatmap of layers by positions of one pair, or of the mean over pairs."""
         return draw("effects_heatmap", self, pair=pair)
 
     def _check_mediation(self, direction: Direction, what: str) -> None:
         if self.direction != direction:
             raise ValueError(
-                f'{what} come from {direction}; call causal_mediation(..., direction="{direction}")'
+                f'{what} need {direction}; call causal_mediation(..., direction="{direction}")'
             )
         ablation = self.setting("corruption", "counterfactual")
         if ablation in ("mean", "zero"):
             raise ValueError(
-                f'{what} are of a corrupted run; these come from corruption="{ablation}", '
+                f'{what} need a corrupted run; these effects come from corruption="{ablation}", '
                 "which has none"
             )
 
@@ -411,20 +418,20 @@ class Effects:
             f"on {escape(self.metric)}: {shape} (pairs, layers, positions"
             f"{', heads' if self.values.ndim == 4 else ''}), {missing} cells missing; "
             f"mean total effect {float(self.total.mean()):.3f}, "
-            f"{int(self.near_zero().sum())} pairs with next to none</p>{checked}"
+            f"{int(self.near_zero().sum())} pairs with a total near zero</p>{checked}"
             f"<p>strongest cells</p>{strongest}"
         )
 
-    def _heads_added(self) -> Float[np.ndarray, "pairs layers pos"]:
+    def _heads_summed(self) -> Float[np.ndarray, "pairs layers pos"]:
         return self.values if self.values.ndim == 3 else _reduce(np.moveaxis(self.values, 3, 0))
 
     def _segment_array(self, reduce: Reduce) -> Float[np.ndarray, "pairs layers segments"]:
-        values, names = self._heads_added(), self.segment_names
+        values, names = self._heads_summed(), self.segment_names
         table = np.full((len(values), self.n_layers, len(names)), np.nan, dtype=np.float32)
         for i, row in enumerate(self.segments):
-            kinds = np.array(row)
+            names_here = np.array(row)
             for j, name in enumerate(names):
-                here = np.flatnonzero(kinds == name)
+                here = np.flatnonzero(names_here == name)
                 if len(here):
                     table[i, :, j] = _reduce(values[i][:, here].T, reduce)
         return table
@@ -443,62 +450,20 @@ class Effects:
         }
 
 
-def agreement_of_cells(
-    approximate: Sequence[float] | Float[np.ndarray, " cells"],
-    exact: Sequence[float] | Float[np.ndarray, " cells"],
-    k: int = 20,
-) -> Agreement:
-    """Agreement of two lists of values of the same cells, see `Agreement`."""
-    return _agreement(np.asarray(approximate), np.asarray(exact), k)
-
-
-def _agreement(
-    approximate: Float[np.ndarray, " cells"], exact: Float[np.ndarray, " cells"], k: int
-) -> Agreement:
-    both = np.isfinite(approximate) & np.isfinite(exact)
-    both &= (approximate != 0) | (exact != 0)
-    a, b = approximate[both].astype(np.float64), exact[both].astype(np.float64)
-    if len(a) < 2:
-        raise ValueError(f"only {len(a)} cells can be compared; an agreement needs at least 2")
-    k = max(1, min(k, len(a)))
-    strongest = [set(np.argsort(-np.abs(x), kind="stable")[:k].tolist()) for x in (a, b)]
-    weight = np.abs(b).sum()
-    spread = ((a - a.mean()) ** 2).sum()
-    return Agreement(
-        pearson=correlation(a, b),
-        spearman=rank_correlation(a, b),
-        sign=float(np.abs(b)[np.sign(a) == np.sign(b)].sum() / weight) if weight else float("nan"),
-        recall=len(strongest[0] & strongest[1]) / k,
-        slope=float(((a - a.mean()) * (b - b.mean())).sum() / spread) if spread else float("nan"),
-        k=k,
-        cells=len(a),
-    )
-
-
 def _nan_mean(values: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, "..."]:
-    """Mean of what is there; NaN, without a warning, where nothing is."""
-    there = np.isfinite(values)
-    total = np.where(there, values, 0).sum(axis)
-    count = there.sum(axis)
+    """Mean without NaN; NaN, without a warning, where there is no value."""
+    present = np.isfinite(values)
+    total = np.where(present, values, 0).sum(axis)
+    count = present.sum(axis)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(values.dtype)
 
 
 def _reduce(
     values: Float[np.ndarray, "across *rest"], reduce: Reduce = "sum"
 ) -> Float[np.ndarray, "*rest"]:
-    """Add or average over the first axis what is there; NaN where nothing is."""
+    """Sum or average over the first axis without NaN; NaN where there is no value."""
     if reduce == "mean":
         return _nan_mean(values, axis=0)
-    there = np.isfinite(values)
-    total = np.where(there, values, 0).sum(0)
-    return np.where(there.any(0), total, np.nan).astype(values.dtype)
-
-
-def _as_json(agreement: Agreement) -> dict[str, Any]:
-    # JSON has no NaN, and a correlation of constant values is one.
-    return {k: v if np.isfinite(v) else None for k, v in vars(agreement).items()}
-
-
-def _from_json(entries: dict[str, Any]) -> Agreement:
-    found: dict[str, Any] = {k: float("nan") if v is None else v for k, v in entries.items()}
-    return Agreement(**found)
+    present = np.isfinite(values)
+    total = np.where(present, values, 0).sum(0)
+    return np.where(present.any(0), total, np.nan).astype(values.dtype)

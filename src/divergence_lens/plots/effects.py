@@ -47,7 +47,7 @@ def effects_heatmap(
             raise IndexError(f"there is no pair {pair}; the pairs are numbered 0 to {count - 1}")
         tokens, segments = list(effects.labels[pair]), list(effects.segments[pair])
         share = not bool(effects.near_zero()[pair])
-        values = grids.cells(effects.normalised() if share else effects)[pair, :, : len(tokens)]
+        values = grids.cells(effects.normalized() if share else effects)[pair, :, : len(tokens)]
         of = f"pair {pair} of {count:,}, total effect {float(effects.total[pair]):+.2f}"
     unit = "share of the total effect" if share else f"change of the {metric_words(effects.metric)}"
     return grids.token_heatmap(
@@ -73,7 +73,7 @@ def effects_by_segment(effects: Effects, *, name: str | None = None) -> go.Figur
         A heatmap with layers across and segments down, in shares of the total effect; pairs whose
         total effect is next to nothing are left out.
     """
-    table = effects.normalised().by_segment()
+    table = effects.normalized().by_segment()
     segments = [str(column) for column in table.columns]
     return grids.segment_heatmap(
         table.to_numpy(dtype=np.float64).T,
@@ -113,7 +113,7 @@ def head_grid(
     if pair != "mean" and not 0 <= pair < count:
         raise IndexError(f"there is no pair {pair}; the pairs are numbered 0 to {count - 1}")
     share = pair == "mean" or not bool(effects.near_zero()[pair])
-    values = np.asarray((effects.normalised() if share else effects).values, dtype=np.float64)
+    values = np.asarray((effects.normalized() if share else effects).values, dtype=np.float64)
     there = np.isfinite(values)
     added = np.where(there.any(2), np.where(there, values, 0).sum(2), np.nan)
     if pair == "mean":
@@ -213,7 +213,7 @@ def layer_profile(
         raise ValueError("layer_profile needs at least one Effects; the mapping is empty")
     series = {}
     for label, one in named.items():
-        table = one.normalised().by_layer()
+        table = one.normalized().by_layer()
         mean, low, high = (
             table[column].to_numpy(dtype=np.float64) for column in ("effect", "low", "high")
         )

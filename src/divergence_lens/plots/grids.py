@@ -242,7 +242,7 @@ def aligned_mean(
         Values `[layers, positions]`, a token and a segment for each position, and the number of
         pairs.
     """
-    values = cells(effects.normalised())
+    values = cells(effects.normalized())
     usable = np.flatnonzero(~effects.near_zero())
     runs = {int(i): spans(effects.segments[i]) for i in usable}
     if not runs:

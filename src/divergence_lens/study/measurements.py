@@ -54,7 +54,7 @@ def patched_effects(model: Model, pairs: Pairs, about: Row) -> PatchedEffects:
         )
     layers: list[Row] = []
     for site in SITES:
-        outputs = causal_mediation(model, pairs, site=site).normalised()
+        outputs = causal_mediation(model, pairs, site=site).normalized()
         size = np.nansum(np.abs(outputs.values), axis=2)
         used = np.isfinite(outputs.values).any(axis=(1, 2))
         means = size[used].mean(0).tolist() if used.any() else []

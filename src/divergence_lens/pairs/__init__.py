@@ -1,0 +1,19 @@
+"""Inputs to patching: clean and corrupted token rows, aligned by position."""
+
+from divergence_lens.pairs.alignment import BIAS, DIVERGENCE, PAIR_SEGMENTS, TEXT, align
+from divergence_lens.pairs.disagreements import check_tokenizers
+from divergence_lens.pairs.inputs import Rows, weights_key
+from divergence_lens.pairs.pairs import NO_TOKEN, Pairs
+
+__all__ = [
+    "BIAS",
+    "DIVERGENCE",
+    "NO_TOKEN",
+    "PAIR_SEGMENTS",
+    "TEXT",
+    "Pairs",
+    "Rows",
+    "align",
+    "check_tokenizers",
+    "weights_key",
+]

@@ -1,0 +1,135 @@
+"""Conversion and validation of the arguments from which pairs are built."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from divergence_lens._utils.validation import refuse_one_string
+from divergence_lens.models import Model
+from divergence_lens.teachers import Teacher, check_teacher, check_teachers
+
+Rows = Int64[Tensor, "rows pos"] | Sequence[Int64[Tensor, " _"]] | Sequence[Sequence[int]]
+
+
+def as_rows(rows: Rows, pad_id: int | None, name: str) -> tuple[Int64[Tensor, " _"], ...]:
+    """Convert rows of token ids to CPU tensors, without padding on the right.
+
+    Raises:
+        ValueError: A row is empty or not a flat sequence of integers.
+    """
+    result = []
+    for i, row in enumerate(rows):
+        ids = torch.as_tensor(row).cpu()
+        if ids.ndim != 1 or ids.is_floating_point():
+            raise ValueError(
+                f"{name} row {i} must be a flat sequence of token ids, got shape {list(ids.shape)}"
+            )
+        ids = ids.to(torch.int64)
+        if pad_id is not None:
+            tokens = (ids != pad_id).nonzero()
+            ids = ids[: int(tokens.max()) + 1 if len(tokens) else 0]
+        if len(ids) == 0:
+            raise ValueError(f"the {name} row of pair {i} is empty")
+        result.append(ids)
+    return tuple(result)
+
+
+def cut_after(
+    rows: tuple[Int64[Tensor, " _"], ...],
+    target_position: Sequence[int] | Int64[Tensor, " pairs"] | None,
+    name: str,
+) -> tuple[Int64[Tensor, " _"], ...]:
+    """Cut each row after its target position.
+
+    Raises:
+        ValueError: A target position lies outside its row.
+    """
+    if target_position is None:
+        return rows
+    check_count(f"{name} target_position", len(target_position), len(rows))
+    for i, row in enumerate(rows):
+        if not 0 <= int(target_position[i]) < len(row):
+            raise ValueError(
+                f"the target position {int(target_position[i])} of the {name} row of pair {i} is "
+                f"not one of its {len(row)} tokens (it lies outside or in the padding)"
+            )
+    return tuple(row[: int(target_position[i]) + 1] for i, row in enumerate(rows))
+
+
+def teacher_per_pair(
+    teacher: Sequence[Teacher | None] | Teacher | None, n: int, name: str
+) -> tuple[Teacher | None, ...]:
+    """Repeat one teacher for all pairs, or check a sequence of them."""
+    if teacher is None or isinstance(teacher, Teacher):
+        return (teacher,) * n
+    refuse_one_string(teacher, name)
+    check_count(name, len(teacher), n)
+    check_teachers([one for one in teacher if one is not None], name)
+    return tuple(teacher)
+
+
+def token_labels(tokenizer: Any, ids: list[int]) -> tuple[str, ...]:
+    """Decode each token by itself; without a tokenizer, show the ids."""
+    if tokenizer is None:
+        return tuple(str(i) for i in ids)
+    return tuple(tokenizer.decode([i]) for i in ids)
+
+
+def both_system_prompts(
+    model: Model,
+    clean: str | None,
+    corrupted: str | None,
+    clean_teacher: Teacher | None,
+    corrupted_teacher: Teacher | None,
+) -> tuple[str | None, str | None]:
+    """The system prompts of both sides, from the prompts or from the teachers.
+
+    Raises:
+        ValueError: Both teachers and prompts are given, or a teacher's tokenizer differs.
+    """
+    teachers = (clean_teacher, corrupted_teacher)
+    if teachers == (None, None):
+        return clean, clean if corrupted is None else corrupted
+    if clean is not None or corrupted is not None:
+        raise ValueError("give teachers or system prompts, not both: a teacher has its own prompt")
+    for teacher in teachers:
+        if teacher is not None:
+            check_teacher(teacher)
+            teacher.check_tokenizer(model)
+    left, right = (None if teacher is None else teacher.system_prompt for teacher in teachers)
+    return left, right
+
+
+def token_ids(tokenizer: Any, tokens: Sequence[str | int] | None, name: str) -> list[int] | None:
+    """Convert one token per pair, each an id or a text of exactly one token, to ids."""
+    return None if tokens is None else [_token_id(tokenizer, token, name) for token in tokens]
+
+
+def _token_id(tokenizer: Any, token: str | int, name: str) -> int:
+    if isinstance(token, int):
+        return token
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(
+            f"the {name} {token!r} is {len(ids)} tokens ({[tokenizer.decode([i]) for i in ids]}), "
+            "not one; give the id of its first token, or a text that is one token"
+        )
+    if ids[0] == tokenizer.unk_token_id:
+        raise ValueError(f"the {name} {token!r} is not in the tokenizer's vocabulary")
+    return int(ids[0])
+
+
+def check_count(name: str, got: int, expected: int) -> None:
+    """Refuse an argument that does not have one entry per pair."""
+    if got != expected:
+        raise ValueError(f"{name} has {got} entries, but there are {expected} pairs")
+
+
+def weights_key(teacher: Teacher | None) -> tuple[int, int] | None:
+    """Identify a teacher's weights by object identity; None for the base model's own weights."""
+    if teacher is None or (teacher.delta is None and teacher.model is None):
+        return None
+    return (id(teacher.delta), id(teacher.model))

@@ -1,0 +1,425 @@
+"""Inputs to patching: clean and corrupted token rows, aligned by position.
+
+A pair holds one prompt under two conditions. Both rows end at the *target position*, the position
+whose logits predict the answer: in a causal model, nothing after it matters. Rows of different
+lengths ("owl" and "sea turtle") are aligned from the left up to the difference and from the right
+after it. A position without a counterpart is marked as missing, never guessed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from divergence_lens._utils.indexing import Index, row_numbers
+from divergence_lens._utils.validation import refuse_one_string
+from divergence_lens.chat import encode_prompt
+from divergence_lens.deltas import Delta
+from divergence_lens.models import Model, check_model
+from divergence_lens.pairs.alignment import TEXT, align, common_prefix, differing, pair_segments
+from divergence_lens.pairs.disagreements import first_disagreements, second_teacher
+from divergence_lens.pairs.inputs import (
+    Rows,
+    as_rows,
+    both_system_prompts,
+    check_count,
+    cut_after,
+    teacher_per_pair,
+    token_ids,
+    token_labels,
+    weights_key,
+)
+from divergence_lens.pairs.view import pairs_html
+from divergence_lens.teachers import Teacher
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NO_TOKEN = -1
+"""Stored as the answer or foil where none was given: a metric may need neither."""
+
+
+@dataclass(frozen=True, repr=False)
+class Pairs:
+    """Clean and corrupted rows, with the tokens that the metric compares at their end.
+
+    Build them with `Divergence.pairs`, `Pairs.from_prompts`, `Pairs.from_tokens` or
+    `Pairs.from_disagreements`. `pairs[3]`, `pairs[:4]`, `pairs[mask]` and `pairs[[0, 2]]` select
+    pairs, and always return `Pairs`.
+
+    Attributes:
+        clean: Token ids of each clean row, on the CPU; the last one is the target position.
+        corrupted: Token ids of each corrupted row; the last one is its target position.
+        answers: `[pairs]`, the token that the clean run is expected to predict, or `NO_TOKEN`.
+        foils: `[pairs]`, the token that the corrupted run is expected to predict, or `NO_TOKEN`.
+        segments: For each clean row one name per position, of `PAIR_SEGMENTS`: `bias` where a
+            system prompt differs between the sides, `divergence` at the target position.
+        alignment: For each clean row and position, the corresponding corrupted position, or -1
+            where there is none.
+        clean_teacher: The teacher of the clean run; its delta or model, if it has one, is applied.
+        corrupted_teacher: The teacher of the corrupted run.
+        labels: For each clean row one string per token, for axes and tables.
+
+    Raises:
+        ValueError: If the fields do not fit each other, an answer equals its foil, or the two
+            runs of a pair are the same.
+    """
+
+    clean: tuple[Int64[Tensor, " _"], ...]
+    corrupted: tuple[Int64[Tensor, " _"], ...]
+    answers: Int64[Tensor, " pairs"]
+    foils: Int64[Tensor, " pairs"]
+    segments: tuple[tuple[str, ...], ...]
+    alignment: tuple[Int64[np.ndarray, " _"], ...]
+    clean_teacher: tuple[Teacher | None, ...]
+    corrupted_teacher: tuple[Teacher | None, ...]
+    labels: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        n = len(self.clean)
+        if n == 0:
+            raise ValueError("there are no pairs: clean has no rows")
+        for name in (
+            "corrupted",
+            "answers",
+            "foils",
+            "segments",
+            "alignment",
+            "clean_teacher",
+            "corrupted_teacher",
+            "labels",
+        ):
+            if len(getattr(self, name)) != n:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries, but clean has {n} rows"
+                )
+        for i in range(n):
+            self._check(i)
+
+    def _check(self, i: int) -> None:
+        clean, corrupted = self.clean[i], self.corrupted[i]
+        for name, row in (("clean", clean), ("corrupted", corrupted)):
+            if len(row) == 0:
+                raise ValueError(f"the {name} row of pair {i} is empty")
+            if int(row.min()) < 0:
+                raise ValueError(
+                    f"the {name} row of pair {i} holds the negative token id {int(row.min())}"
+                )
+        answer, foil = int(self.answers[i]), int(self.foils[i])
+        if answer == foil != NO_TOKEN:
+            raise ValueError(
+                f"answer and foil of pair {i} are the same token id {answer}, so the metric is "
+                "always zero; give another foil"
+            )
+        if min(answer, foil) < NO_TOKEN:
+            raise ValueError(
+                f"pair {i} has the negative token id {min(answer, foil)} as answer or foil"
+            )
+        for name in ("segments", "alignment", "labels"):
+            if len(getattr(self, name)[i]) != len(clean):
+                raise ValueError(
+                    f"{name} of pair {i} has {len(getattr(self, name)[i])} entries, "
+                    f"but its clean row has {len(clean)} tokens"
+                )
+        if int(self.alignment[i].max()) >= len(corrupted):
+            raise ValueError(
+                f"the alignment of pair {i} points at corrupted position "
+                f"{int(self.alignment[i].max())}, but that row has {len(corrupted)} tokens"
+            )
+        if torch.equal(clean, corrupted) and weights_key(self.clean_teacher[i]) == weights_key(
+            self.corrupted_teacher[i]
+        ):
+            raise ValueError(
+                f"the two runs of pair {i} are identical (same tokens, same weights); "
+                "give it another corrupted row or a teacher with other weights"
+            )
+
+    @classmethod
+    def from_tokens(
+        cls,
+        clean: Rows,
+        corrupted: Rows,
+        *,
+        answers: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
+        foils: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
+        target_position: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
+        corrupted_target_position: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
+        pad_id: int | None = None,
+        segments: Sequence[Sequence[str]] | None = None,
+        clean_teacher: Sequence[Teacher | None] | Teacher | None = None,
+        corrupted_teacher: Sequence[Teacher | None] | Teacher | None = None,
+        tokenizer: Any = None,
+    ) -> "Pairs":
+        """Build pairs from token ids.
+
+        Args:
+            clean: Rows of token ids, as one `[rows, pos]` tensor or one sequence per row.
+            corrupted: Rows of the other side; their lengths may differ from the clean rows'.
+            answers: One token id per pair; None for metrics that need none, such as `kl` or your
+                own.
+            foils: One token id per pair, or None.
+            target_position: Position in each clean row whose logits predict the answer; the last
+                token if not given. The row is cut after it.
+            corrupted_target_position: Target position in each corrupted row. If not given, the last
+                token, or `target_position` where the two rows have equal lengths.
+            pad_id: If given, this id is dropped from the right end of every row.
+            segments: One name per position of each clean row, as returned by `chat.encode_prompt`
+                (longer rows are cut like the tokens). `system` and `text` become `bias` where the
+                two sides differ. All `text` if not given.
+            clean_teacher: One teacher for all pairs, or one per pair.
+            corrupted_teacher: One teacher for all pairs, or one per pair.
+            tokenizer: Decodes the labels; without it they are the ids.
+
+        Returns:
+            The pairs, in the order given.
+
+        Raises:
+            ValueError: If counts differ, a row is empty, a target lies outside its row or in its
+                padding, an answer equals its foil, or two runs are identical.
+        """
+        left, right = as_rows(clean, pad_id, "clean"), as_rows(corrupted, pad_id, "corrupted")
+        if len(left) != len(right):
+            raise ValueError(
+                f"clean has {len(left)} rows and corrupted has {len(right)}; they come in pairs"
+            )
+        if target_position is not None and corrupted_target_position is None:
+            check_count("target_position", len(target_position), len(left))
+            same = [len(a) == len(b) for a, b in zip(left, right, strict=True)]
+            corrupted_target_position = [
+                int(target_position[i]) if equal else len(right[i]) - 1
+                for i, equal in enumerate(same)
+            ]
+        left = cut_after(left, target_position, "clean")
+        right = cut_after(right, corrupted_target_position, "corrupted")
+        n = len(left)
+        answers = [NO_TOKEN] * n if answers is None else answers
+        foils = [NO_TOKEN] * n if foils is None else foils
+        check_count("answers", len(answers), n)
+        check_count("foils", len(foils), n)
+        if segments is None:
+            segments = [[TEXT] * len(row) for row in left]
+        check_count("segments", len(segments), n)
+        alignment = tuple(align(a.tolist(), b.tolist()) for a, b in zip(left, right, strict=True))
+        return cls(
+            clean=left,
+            corrupted=right,
+            answers=torch.as_tensor(answers, dtype=torch.int64).reshape(-1).cpu(),
+            foils=torch.as_tensor(foils, dtype=torch.int64).reshape(-1).cpu(),
+            segments=tuple(
+                pair_segments(i, segments[i], left[i], right[i], alignment[i]) for i in range(n)
+            ),
+            alignment=alignment,
+            clean_teacher=teacher_per_pair(clean_teacher, n, "clean_teacher"),
+            corrupted_teacher=teacher_per_pair(corrupted_teacher, n, "corrupted_teacher"),
+            labels=tuple(token_labels(tokenizer, row.tolist()) for row in left),
+        )
+
+    @classmethod
+    def from_prompts(
+        cls,
+        model: Model,
+        *,
+        clean: Sequence[str],
+        corrupted: Sequence[str] | None = None,
+        answers: Sequence[str | int] | None = None,
+        foils: Sequence[str | int] | None = None,
+        system_prompt: str | None = None,
+        corrupted_system_prompt: str | None = None,
+        clean_teacher: Teacher | None = None,
+        corrupted_teacher: Teacher | None = None,
+        chat: bool = True,
+    ) -> "Pairs":
+        """Build pairs from texts; the answer is the first token after the prompt.
+
+        The sides may differ in their text, in their system prompt, in their weights, or in all:
+        `clean_teacher=Teacher("base"), corrupted_teacher=Teacher("tuned", model=other)` compares
+        two checkpoints on the same texts.
+
+        Args:
+            model: Its tokenizer and chat template encode the prompts.
+            clean: One user message per pair, or the plain text if `chat` is False.
+            corrupted: Prompts of the other side; the clean texts if not given.
+            answers: One token per pair: its id, or a text that is exactly one token. None for
+                metrics that need none, such as `kl` or your own.
+            foils: One token per pair, like `answers`.
+            system_prompt: System prompt of the clean side, and of the corrupted side unless
+                `corrupted_system_prompt` is given.
+            corrupted_system_prompt: System prompt of the corrupted side.
+            clean_teacher: Teacher of the clean side: its system prompt and its weights, if it has
+                them. Use either teachers or the two system prompts above.
+            corrupted_teacher: Teacher of the corrupted side.
+            chat: Whether to apply the model's chat template, if it has one. With False the text
+                is tokenized without a template, with the special tokens that the tokenizer adds.
+
+        Returns:
+            The pairs, in the order given.
+
+        Raises:
+            ValueError: If counts differ, an answer is not one known token, a system prompt is given
+                without a chat template or together with a teacher, a teacher's model has another
+                tokenizer, or the pairs are not valid.
+        """
+        check_model(model)
+        tokenizer: Any = model.tokenizer
+        given = {"clean": clean, "corrupted": corrupted, "answers": answers, "foils": foils}
+        for name, texts in given.items():
+            refuse_one_string(texts, name)
+        corrupted = clean if corrupted is None else corrupted
+        if len(clean) != len(corrupted):
+            raise ValueError(f"clean has {len(clean)} prompts and corrupted has {len(corrupted)}")
+        system_prompts = both_system_prompts(
+            model, system_prompt, corrupted_system_prompt, clean_teacher, corrupted_teacher
+        )
+        if not chat and system_prompts != (None, None):
+            raise ValueError(
+                "a system prompt needs the chat template; leave chat=True or drop the prompt"
+            )
+
+        def encoded(prompt: str, system: str | None) -> tuple[list[int], list[str]]:
+            if chat:
+                row = encode_prompt(tokenizer, prompt, system_prompt=system)
+                return list(row.ids), list(row.segments)
+            ids = list(tokenizer(prompt)["input_ids"])
+            return ids, [TEXT] * len(ids)
+
+        left, right = (
+            [encoded(prompt, system) for prompt in prompts]
+            for prompts, system in zip((clean, corrupted), system_prompts, strict=True)
+        )
+        return cls.from_tokens(
+            [ids for ids, _ in left],
+            [ids for ids, _ in right],
+            answers=token_ids(tokenizer, answers, "answer"),
+            foils=token_ids(tokenizer, foils, "foil"),
+            segments=[names for _, names in left],
+            clean_teacher=clean_teacher,
+            corrupted_teacher=corrupted_teacher,
+            tokenizer=tokenizer,
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def from_disagreements(
+        cls,
+        model_a: Model,
+        model_b: Model | Delta,
+        rows: Rows,
+        *,
+        start: int = 1,
+        batch_rows: int = 32,
+    ) -> "Pairs":
+        """Build pairs at the first position of each row where two models choose different tokens.
+
+        Args:
+            model_a: Its greedy choice is the answer.
+            model_b: Its greedy choice is the foil; or a delta over `model_a`.
+            rows: Token ids; both models read the same row.
+            start: The first token that may count, as a position in the row.
+            batch_rows: The maximum number of rows run at once.
+
+        Returns:
+            One pair for each row with a disagreement, cut before that token. Both sides hold the
+            same prefix; the corrupted teacher has the weights of `model_b`. They fit `cross_patch`.
+
+        Raises:
+            ValueError: If `start` is not positive, a row is not longer than it, the models'
+                tokenizers differ, or they agree everywhere.
+        """
+        second = second_teacher(model_b)
+        disagreements = list(
+            first_disagreements(model_a, second, rows, start=start, batch_rows=batch_rows)
+        )
+        if not disagreements:
+            raise ValueError(f"the two models choose the same tokens in all {len(rows)} rows")
+        prefixes, answers, foils = (list(column) for column in zip(*disagreements, strict=True))
+        return cls.from_tokens(
+            prefixes,
+            prefixes,
+            answers=answers,
+            foils=foils,
+            corrupted_teacher=second,
+            tokenizer=model_a.tokenizer,
+        )
+
+    @property
+    def target_position(self) -> Int64[Tensor, " pairs"]:
+        """Position in each clean row whose logits predict the answer: its last."""
+        return torch.tensor([len(row) - 1 for row in self.clean])
+
+    @property
+    def corrupted_target_position(self) -> Int64[Tensor, " pairs"]:
+        """Position in each corrupted row whose logits predict the answer: its last."""
+        return torch.tensor([len(row) - 1 for row in self.corrupted])
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, index: Index) -> "Pairs":
+        """Select pairs by number, slice, boolean mask or list of numbers, in that order.
+
+        Raises:
+            IndexError: If a number is out of range, or a mask has another length.
+            ValueError: If nothing is selected.
+        """
+        chosen = row_numbers(index, len(self), "pair")
+        if not chosen:
+            raise ValueError(f"the index selects none of the {len(self)} pairs")
+        return Pairs(
+            clean=tuple(self.clean[i] for i in chosen),
+            corrupted=tuple(self.corrupted[i] for i in chosen),
+            answers=self.answers[chosen],
+            foils=self.foils[chosen],
+            segments=tuple(self.segments[i] for i in chosen),
+            alignment=tuple(self.alignment[i] for i in chosen),
+            clean_teacher=tuple(self.clean_teacher[i] for i in chosen),
+            corrupted_teacher=tuple(self.corrupted_teacher[i] for i in chosen),
+            labels=tuple(self.labels[i] for i in chosen),
+        )
+
+    def first_difference(self, i: int) -> int:
+        """The first position of clean row `i` at which the two runs can differ.
+
+        It is 0 where the weights differ. Otherwise every position before it has the same tokens,
+        and therefore the same activations, on both sides.
+        """
+        if weights_key(self.clean_teacher[i]) != weights_key(self.corrupted_teacher[i]):
+            return 0
+        clean, corrupted = self.clean[i].tolist(), self.corrupted[i].tolist()
+        length = common_prefix(clean, corrupted)
+        # One row may be a prefix of the other; then the runs differ only in their target positions.
+        return min(length, len(clean) - 1, len(corrupted) - 1)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per pair: lengths, answer, foil, teachers, positions without counterpart."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "length": [len(row) for row in self.clean],
+                "corrupted_length": [len(row) for row in self.corrupted],
+                "answer": self.answers.tolist(),
+                "foil": self.foils.tolist(),
+                "clean_teacher": [t.name if t else None for t in self.clean_teacher],
+                "corrupted_teacher": [t.name if t else None for t in self.corrupted_teacher],
+                "first_difference": [self.first_difference(i) for i in range(len(self))],
+                "missing": [int((row < 0).sum()) for row in self.alignment],
+            }
+        )
+
+    def __repr__(self) -> str:
+        """The number of pairs, the length of the longest row, and the teachers."""
+        names = {t.name for t in (*self.clean_teacher, *self.corrupted_teacher) if t is not None}
+        among = f", teachers {', '.join(sorted(names))}" if names else ""
+        longest = max(len(row) for row in self.clean)
+        return f"Pairs({len(self)} pairs of up to {longest} tokens{among})"
+
+    def _repr_html_(self) -> str:
+        differs = [
+            [*differing(*rows)[:-1], True]
+            for rows in zip(self.clean[:5], self.corrupted[:5], self.alignment[:5], strict=True)
+        ]
+        return pairs_html(len(self), self.labels[:5], self.segments[:5], differs)
