@@ -1,6 +1,5 @@
 """Indexing of results and inputs that hold rows: `rows[3]`, `rows[:4]`, `rows[mask]`."""
 
-import operator
 from collections.abc import Sequence
 from typing import SupportsIndex, TypeAlias
 
@@ -33,8 +32,8 @@ def row_numbers(index: Index, count: int, noun: str) -> list[int]:
         if len(array) != count:
             raise IndexError(f"the mask has {len(array)} entries for {count} {noun}s")
         return [int(i) for i in np.flatnonzero(array)]
-    if array.ndim == 0 and array.dtype != bool:
-        numbers = [operator.index(array.item())]
+    if array.ndim == 0 and np.issubdtype(array.dtype, np.integer):
+        numbers = [int(array)]
     elif array.ndim == 1 and (array.size == 0 or np.issubdtype(array.dtype, np.integer)):
         numbers = [int(i) for i in array]
     else:

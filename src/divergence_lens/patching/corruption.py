@@ -1,8 +1,9 @@
-"""What is put into the patched run, when it is not the counterfactual's own state.
+"""Sources of the patched-in state other than the counterfactual run.
 
-*Ablations* take a state away: `zero` puts zeros into the clean run, `mean` the mean of the clean
-runs of all pairs at the same place. *Causal tracing* (Meng et al. 2022, arXiv 2202.05262) makes a
-corrupted run of the clean one, by adding Gaussian noise to the embeddings of chosen tokens.
+*Ablations* remove a state: `zero` patches zeros into the clean run, `mean` the mean over the clean
+runs of all pairs, position by position within each segment. *Causal tracing* (Meng et al. 2022,
+arXiv 2202.05262) builds the corrupted run from the clean one, by adding Gaussian noise to the
+embeddings of chosen tokens.
 """
 
 import hashlib
@@ -16,22 +17,23 @@ from torch import Tensor
 
 from divergence_lens.engine import Engine
 
+# The number of tokens from which the spread of the embeddings is estimated.
 _SAMPLE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingNoise:
-    """Gaussian noise on the embeddings of the tokens of one segment; the weights stay the clean's.
+    """Gaussian noise on the embeddings of the tokens of one segment.
 
-    The corrupted run then is the clean row with noise added where it enters block 0, so that it has
-    the clean row's length. Every pair draws its own noise, from the seed and its tokens alone.
+    The corrupted run is then the clean row, under the clean weights, with noise added at the input
+    of block 0. Each pair's noise depends only on the seed and on its tokens.
 
     Attributes:
-        segment: Name of the segment whose tokens are disturbed, such as `bias` or `user`.
+        segment: Name of the segment whose embeddings get noise, such as `bias` or `user`.
         scale: Standard deviation of the noise, in units of the spread of the model's token
             embeddings (over all components, of at most 1024 evenly spaced tokens). Meng et al.
             take 3.
-        seed: Of the draws.
+        seed: Seed of the noise.
 
     Raises:
         ValueError: If the scale is not positive.
@@ -43,36 +45,38 @@ class EmbeddingNoise:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale < float("inf"):
-            raise ValueError(f"scale is {self.scale}; noise needs a positive one, such as 3")
+            raise ValueError(f"scale is {self.scale}; use a positive number, such as 3")
 
     def __str__(self) -> str:
-        """As headers of results name it."""
+        """Its description in the metadata of results."""
         return f"noise on {self.segment} (scale {self.scale}, seed {self.seed})"
 
     def where(self, segments: tuple[str, ...]) -> Bool[np.ndarray, " pos"]:
-        """Which positions of a row with these segments are disturbed.
+        """Mask of the positions that get noise, for a row with these segments.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If no position is in the segment.
         """
-        there = np.array([name == self.segment for name in segments])
-        if not there.any():
+        mask = np.array([name == self.segment for name in segments])
+        if not mask.any():
             raise ValueError(
-                f"no token is in the segment {self.segment!r} that the noise is for; "
+                f"no token is in the segment {self.segment!r} of the noise; "
                 f"the row has {', '.join(dict.fromkeys(segments))}"
             )
-        return there
+        return mask
 
     @torch.no_grad()
     def draw(
         self, engine: Engine, row: Int64[Tensor, " pos"], segments: tuple[str, ...]
     ) -> Float[Tensor, "pos d_model"]:
-        """The noise of one clean row, float32, on the model's device; zero outside the segment."""
-        there = torch.from_numpy(self.where(segments))
+        """Draw the noise of one clean row, in float32; it is zero outside the segment."""
+        mask = torch.from_numpy(self.where(segments))
+        # Seeded by the row itself, so that the noise does not depend on the order of the pairs; the
+        # shift keeps the seed within 63 bits.
         digest = hashlib.sha256(f"{self.seed} {row.tolist()}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        noise = torch.randn(len(row), engine.d_model, generator=generator)
-        noise[~there] = 0.0
+        noise = torch.randn(len(row), engine.d_model, generator=generator)  # [pos, d_model]
+        noise[~mask] = 0.0
         return (noise * self.scale).to(engine.device) * embedding_spread(engine)
 
 
@@ -81,9 +85,9 @@ Corruption: TypeAlias = Literal["counterfactual", "mean", "zero"] | EmbeddingNoi
 
 @torch.no_grad()
 def embedding_spread(engine: Engine) -> float:
-    """Standard deviation of the components of token embeddings about their mean."""
+    """Standard deviation of the components of token embeddings around their mean."""
     step = -(-engine.d_vocab // _SAMPLE)
     tokens = torch.arange(0, engine.d_vocab, step, device=engine.device)
-    # At one position, a position embedding is the same for all and falls out with the mean.
-    embeddings = engine.begin(tokens[:, None]).resid[:, 0].float()
+    # All tokens are at position 0, so subtracting the mean cancels a position embedding.
+    embeddings = engine.begin(tokens[:, None]).resid[:, 0].float()  # [tokens, d_model]
     return float((embeddings - embeddings.mean(0)).square().mean().sqrt())

@@ -1,4 +1,4 @@
-"""What is measured at the target position, as a function of its logits."""
+"""Metrics: functions of the logits at the target position."""
 
 import hashlib
 from collections.abc import Callable
@@ -18,9 +18,10 @@ Metric: TypeAlias = (
     Literal["logit_difference", "probability_difference", "log_probability", "kl"] | MetricFunction
 )
 
+# The number of rows on which two custom metrics are compared.
 _PROBES = 64
 
-# Which tokens each metric reads.
+# The tokens that each metric reads.
 _READS = {
     "logit_difference": ("answers", "foils"),
     "probability_difference": ("answers", "foils"),
@@ -30,7 +31,7 @@ _READS = {
 
 
 def metric_name(metric: Metric) -> str:
-    """The name under which effects of `metric` are kept; nameless functions are told apart."""
+    """The name of `metric` in results; lambdas are distinguished by a hash of their code."""
     if isinstance(metric, str):
         return metric
     if isinstance(metric, partial):
@@ -45,15 +46,15 @@ def metric_name(metric: Metric) -> str:
 
 
 def _text(code: CodeType) -> str:
-    """What a function does, without the addresses at which it lies."""
+    """A text of a function's code, without memory addresses."""
     constants = [_text(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
     return f"{code.co_code!r} {constants} {code.co_names}"
 
 
 def metric_values(metric: Metric, pairs: int, engine: Engine) -> list[str]:
-    """What a metric of one's own gives for some logits: two that agree there are taken as one.
+    """Values of a custom metric on fixed logits; two metrics with equal values count as the same.
 
-    Its name and its code do not tell what it reads from elsewhere, and these values do.
+    The name and the code do not show the values that a metric reads from its closure; these do.
     """
     if isinstance(metric, str):
         return []
@@ -67,10 +68,10 @@ def metric_values(metric: Metric, pairs: int, engine: Engine) -> list[str]:
 
 
 def check_metric(metric: Metric, pairs: Pairs) -> None:
-    """Refuse a name that is not a metric's, or one that reads tokens that the pairs lack.
+    """Refuse an unknown metric, or one that reads tokens that the pairs lack.
 
     Raises:
-        ValueError: With the names there are, or the pair.
+        ValueError: Names the known metrics, or the pair.
     """
     if callable(metric):
         return
@@ -80,15 +81,15 @@ def check_metric(metric: Metric, pairs: Pairs) -> None:
             "(logits [rows, d_vocab], pair indices [rows])"
         )
     for name in _READS[metric]:
-        instead = ", or take a metric that reads none (metric='kl', or your own)"
+        instead = ", or use a metric that reads none (metric='kl', or your own)"
         check_tokens(pairs, name, f"metric={metric!r}", instead)
 
 
 def check_tokens(pairs: Pairs, name: str, what: str, instead: str = "") -> None:
-    """Refuse pairs without `answers` or `foils` for what reads them.
+    """Refuse pairs without the `answers` or `foils` that `what` reads.
 
     Raises:
-        ValueError: With the first pair that lacks it.
+        ValueError: Names the first such pair.
     """
     without = (getattr(pairs, name) == NO_TOKEN).nonzero()
     if len(without):
@@ -104,9 +105,9 @@ def bind(
     indices: Int64[Tensor, " batch"],
     clean_logits: Float[Tensor, "batch d_vocab"],
 ) -> MetricFunction:
-    """A function of (logits, chunk rows) that gives the metric in float32 and checks its shape."""
+    """Bind the metric to a chunk, as a function of (logits, chunk rows) in float32."""
     device = clean_logits.device
-    # Where a pair has none, no metric that was let through reads it.
+    # `check_metric` refused metrics that read a missing answer or foil.
     answers, foils = (ids.to(device)[indices] for ids in (pairs.answers, pairs.foils))
     reference = clean_logits.detach().log_softmax(-1) if metric == "kl" else None
 
@@ -124,7 +125,8 @@ def bind(
         if metric == "log_probability":
             return at(logits.log_softmax(-1), answers)
         assert reference is not None
-        expected = reference[rows]
+        # KL(clean || patched) = sum of p (log p - log q).
+        expected = reference[rows]  # [rows, d_vocab]
         return (expected.exp() * (expected - logits.log_softmax(-1))).sum(-1)
 
     return measure
@@ -133,12 +135,12 @@ def bind(
 def finite(
     values: Float[Tensor, " rows"], indices: Int64[Tensor, " rows"], of: str
 ) -> Float[Tensor, " rows"]:
-    """The values themselves.
+    """Return the values, or refuse NaN and infinity.
 
     Args:
         values: Metrics.
-        indices: The pair of each.
-        of: Which run they are of, for the message.
+        indices: The pair of each value.
+        of: The run, for the message.
 
     Raises:
         ValueError: If one is NaN or infinite.
@@ -147,7 +149,7 @@ def finite(
         worst = int((~torch.isfinite(values)).nonzero()[0])
         raise ValueError(
             f"the metric of pair {int(indices[worst])} is {float(values[worst])} in {of}; "
-            "the model or the metric gives NaN or infinity there"
+            "check the model and the metric there"
         )
     return values
 
@@ -156,7 +158,7 @@ def _checked(values: object, logits: Tensor, name: str) -> Tensor:
     if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
         got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
-            f"the metric {name!r} must return one number per row, [{len(logits)}], but gave {got} "
-            f"for logits of shape {list(logits.shape)}"
+            f"the metric {name!r} must return one number per row, [{len(logits)}], but returned "
+            f"{got} for logits of shape {list(logits.shape)}"
         )
     return values.float()
