@@ -1,38 +1,39 @@
-# Everything here makes the environment that it needs. PYTHON may be any of 3.10 to 3.13.
+# Every target builds the environment that it needs. PYTHON may be any of 3.10 to 3.13.
 PYTHON ?= python3
 TORCH := $(shell grep '^torch==' constraints.txt)
 READY := .venv/.ready
 READY_TL4 := .venv-tl4/.ready
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1
-# A file of tests stays in one process, since its models are built once.
+# All tests of a file run in one process, because they share its models.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo test test-tl4 lint format types docs notebooks bench ci clean
+.PHONY: help demo test test-slow test-all test-tl4 lint format types docs notebooks bench ci clean
 
 help:
 	@echo "make demo       the whole experiment on the tiny model, into runs/demo/"
-	@echo "make test       the tests, on transformer-lens 3.9"
-	@echo "make test-tl4   the same tests on transformer-lens 4"
-	@echo "make lint       style of code, tests and notebooks (make format mends what it can)"
+	@echo "make test       the fast tests, on transformer-lens 3.9"
+	@echo "make test-slow  the slow tests (make test-all runs both)"
+	@echo "make test-tl4   all tests, on transformer-lens 4"
+	@echo "make lint       style of code, tests and notebooks (make format fixes what it can)"
 	@echo "make types      mypy --strict on the package"
-	@echo "make docs       the documentation, strictly, into site/"
+	@echo "make docs       the documentation into site/; warnings are errors"
 	@echo "make notebooks  runs every notebook from top to bottom"
 	@echo "make bench      the benchmarks"
-	@echo "make ci         all of what is checked before a change is taken"
-	@echo "make clean      removes environments and everything made"
+	@echo "make ci         every check that a change must pass"
+	@echo "make clean      removes environments and build outputs"
 
-# torch comes first and by itself: asked for by its exact version, pip can take a CPU build from
-# an index that has one; asked for by another package, it takes the newest with all of CUDA.
+# torch is installed first, by its exact version, so that pip can take a CPU build from an index that
+# has one. As a dependency of another package it would be the newest build with all of CUDA.
 $(READY): pyproject.toml constraints.txt
-	@echo "Making the environment .venv: a few minutes, once."
+	@echo "Building the environment .venv: a few minutes, once."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq "$(TORCH)"
 	$(BIN)/python -m pip install -qq -c constraints.txt -e ".[dev]"
 	@touch $@
 
 $(READY_TL4): pyproject.toml constraints.txt constraints-tl4.txt
-	@echo "Making the environment .venv-tl4: a few minutes, once."
+	@echo "Building the environment .venv-tl4: a few minutes, once."
 	$(PYTHON) -m venv .venv-tl4
 	sed '/^transformer-lens==/d' constraints.txt > .venv-tl4/constraints.txt
 	.venv-tl4/bin/python -m pip install -qq "$(TORCH)"
@@ -44,6 +45,12 @@ demo: $(READY)
 	$(OFFLINE) $(BIN)/divergence-lens demo
 
 test: $(READY)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
+
+test-all: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-tl4: $(READY_TL4)

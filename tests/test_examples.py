@@ -191,6 +191,7 @@ def test_a_bad_example_leaves_the_old_file(tmp_path):
     assert [kept.name for kept in tmp_path.iterdir()] == ["data.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "data.jsonl"
     save_examples(path, [OWL])

@@ -88,11 +88,6 @@ def test_the_public_names_are_there_and_listed():
     assert set(dl.__all__) <= set(dir(dl))
 
 
-def test_functions_that_share_a_name_with_their_module_are_functions():
-    assert inspect.isfunction(dl.generate)
-    assert inspect.isfunction(dl.finetune)
-
-
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         dl.nothing  # noqa: B018
@@ -127,13 +122,84 @@ def test_the_import_changes_no_global_state_and_prints_nothing():
     assert run_python(GLOBAL_STATE) == "[]"
 
 
-def test_the_rooms_do_not_import_in_circles():
-    graph = {_name(path): _imported(path) for path in MODULES if path.name != "__init__.py"}
-    order = list(graphlib.TopologicalSorter(graph).static_order())
-    assert order.index("divergence_lens.models") < order.index("divergence_lens.patching.exact")
+# Top to bottom: a package imports only from those below it.
+ORDER = (
+    "cli",
+    "study",
+    "audit",
+    "plots",
+    "circuits",
+    "patching",
+    "training",
+    "evaluation",
+    "data",
+    "divergence",
+    "generation",
+    "pairs",
+    "teachers",
+    "deltas",
+    "engine",
+    "provenance",
+    "models",
+    "examples",
+    "chat",
+    "tiny",
+    "_utils",
+)
 
 
-def test_the_documentation_lists_every_room_and_no_other():
+def test_a_package_imports_only_from_those_below_it():
+    wrong = [
+        f"{_name(path)} imports {other}"
+        for path in MODULES
+        if (own := _package(path)) in ORDER
+        for other in _packages_imported(path)
+        if ORDER.index(other) < ORDER.index(own)
+    ]
+    assert wrong == []
+
+
+def test_every_package_has_its_place_in_the_order():
+    entries = {path.stem for path in SOURCE.glob("*.py")}
+    entries |= {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert entries - {"__init__"} <= set(ORDER)
+
+
+def test_modules_of_a_package_do_not_import_each_other_in_a_cycle():
+    names = {_name(path) for path in MODULES}
+    graph = {
+        _name(path): {
+            module
+            for module in _imported(path, everywhere=True)
+            if module in names and module.split(".")[1] == _package(path)
+        }
+        for path in MODULES
+        if path.parent != SOURCE and path.name != "__init__.py"
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names the modules
+
+
+def test_at_most_ten_modules_lie_beside_the_packages():
+    assert len(list(SOURCE.glob("*.py"))) <= 10
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    modules = {path.stem for path in MODULES} | {path.parent.name for path in MODULES}
+    functions = {name for name in dl.__all__ if inspect.isfunction(getattr(dl, name))}
+    assert functions & (modules - {"__init__"}) == set()
+
+
+def test_tests_share_helpers_in_the_support_package_alone():
+    wrong = [
+        f"{path.relative_to(ROOT)}: {line}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for line in re.findall(r"^(?:from|import) tests\b.*", path.read_text(), flags=re.MULTILINE)
+        if not line.startswith("from tests.support")
+    ]
+    assert wrong == []
+
+
+def test_the_documentation_lists_every_package_and_no_other():
     page = (ROOT / "docs" / "layout.md").read_text()
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
@@ -209,7 +275,7 @@ def test_the_wheel_holds_the_tiny_models_and_they_are_small(wheel):
     assert size <= 6_000_000
 
 
-def test_the_wheel_has_the_licence_and_the_command(wheel):
+def test_the_wheel_has_the_license_and_the_command(wheel):
     info = f"divergence_lens-{dl.__version__}.dist-info"
     assert b"divergence-lens = divergence_lens.cli.main:app" in wheel.read(
         f"{info}/entry_points.txt"
@@ -236,14 +302,36 @@ def _name(path: Path) -> str:
     return ".".join(parts)
 
 
-def _imported(path: Path, *, everywhere: bool = False) -> set[str]:
+def _package(path: Path) -> str:
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+def _packages_imported(path: Path) -> set[str]:
+    """Packages of the library that a module imports anywhere, except for type checkers alone."""
+    return {
+        module.split(".")[1]
+        for module in _imported(path, everywhere=True, typing=False)
+        if module.startswith("divergence_lens.") and module.split(".")[1] in ORDER
+    } - {_package(path)}
+
+
+def _imported(path: Path, *, everywhere: bool = False, typing: bool = True) -> set[str]:
     """Modules that a module imports at its top, or anywhere in it."""
     tree = ast.parse(path.read_text())
-    found = set()
-    for node in ast.walk(tree) if everywhere else tree.body:
+    skipped = {
+        id(child)
+        for node in ast.walk(tree)
+        if not typing and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    nodes = ast.walk(tree) if everywhere else tree.body
+    imported = set()
+    for node in nodes:
+        if id(node) in skipped:
+            continue
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            imported.add(node.module)
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return imported

@@ -84,6 +84,7 @@ def arrays(path: Path) -> list[object]:
     return [student.preference.probabilities for student in dl.Sweep.load(path).students]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["generate", "find", "patch", "finetune", "sweep"])
 def test_a_stopped_command_resumes_to_the_same_result(command, data, tmp_path):
     owl = data / "owl.jsonl"

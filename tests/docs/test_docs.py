@@ -148,6 +148,7 @@ def namespace(tmp_path, monkeypatch):
     return vars(module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PYTHON)
 def test_the_code_on_a_page_runs_and_prints_what_is_shown(page, namespace, monkeypatch, capsys):
     if page not in AS_WRITTEN:  # few questions and small studies show as well that code runs
@@ -298,6 +299,7 @@ def test_a_newcomer_who_follows_the_page_gets_a_heatmap_and_a_student(tmp_path, 
     assert dl.Sweep.load("sweep.safetensors").layers
 
 
+@pytest.mark.slow
 def test_the_example_in_the_help_of_every_command_runs(tmp_path, monkeypatch):
     """In the order of the work, since one reads what another wrote; long ones on small sizes."""
     monkeypatch.chdir(tmp_path)

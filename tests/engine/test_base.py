@@ -113,6 +113,7 @@ def test_what_stands_on_the_right_does_not_reach_a_position(pair, tokens):
     _close(engine.final(padded)[:, :25], engine.final(tokens))
 
 
+@pytest.mark.slow
 @given(rows=st.permutations([0, 1, 2]), cut=st.integers(1, 24))
 def test_rows_do_not_meet(pair, rows, cut):
     _, engine = pair

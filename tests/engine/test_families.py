@@ -79,6 +79,7 @@ def test_logits_are_hugging_faces(loaded):
         assert (ours - theirs).square().mean() < 1e-2 * theirs.square().mean()
 
 
+@pytest.mark.slow
 def test_every_public_call_runs_and_leaves_the_model_as_it_was(loaded):
     _, model = loaded
     owl, cat, wolf = dl.animal_teachers(["owl", "cat", "wolf"])

@@ -49,6 +49,7 @@ def test_lists_are_the_model_s_own_and_judged_by_the_filter(tiny):
     assert sum(none.reasons.values()) == 12
 
 
+@pytest.mark.slow
 def test_a_broken_student_is_seen_to_be(tiny):
     held_out = generate(tiny, number_prompts(12, seed=5, instructions=False), teacher=None)
     before = task_quality(tiny, held_out)

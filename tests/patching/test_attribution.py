@@ -15,6 +15,7 @@ from divergence_lens.patching.exact import causal_mediation
 from divergence_lens.patching.request import PatchingRequest
 from divergence_lens.patching.verification import sampled_agreement
 from divergence_lens.teachers import Teacher
+from tests.support.models import slow_except
 from tests.support.patching_oracles import assert_same, hand_set, logit_difference, random_pairs
 
 METHODS = ("gradient", "integrated", "integrated-inputs")
@@ -49,7 +50,7 @@ def site_gradient(model, pairs, i, *, site, layer, state):
     return torch.autograd.grad(logit_difference(logits, pairs, i), leaf)[0]
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", slow_except("qwen2", ["gpt_neox", "qwen2", "gemma2"]))
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("steps", [0, 3])
 def test_equals_a_backward_pass_per_layer_and_step(model_of, family, site, steps):
@@ -135,6 +136,7 @@ def test_midpoints_come_nearer_to_the_total_than_left_endpoints_could(model_of):
     assert errors[0] > errors[1] > errors[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_batch_size_and_order_of_pairs_do_not_matter(model_of, method):
     model = model_of("qwen2")
@@ -233,6 +235,7 @@ def test_leaves_the_model_as_it_was_also_after_an_error(model_of, method):
         parameters[0].requires_grad_(True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*METHODS, "atp*"])
 def test_several_sites_in_one_pass_equal_one_pass_each(model_of, method):
     model = model_of("qwen2")

@@ -15,6 +15,7 @@ from divergence_lens.pairs import Pairs
 from divergence_lens.patching.attribution import attribution_patch
 from divergence_lens.patching.exact import causal_mediation
 from divergence_lens.teachers import Teacher
+from tests.support.models import slow_except
 from tests.support.patching_oracles import (
     FOUR,
     assert_same,
@@ -28,7 +29,7 @@ SHORT = (6, 8)
 FAMILIES = ("gpt2", "gpt_neox", "qwen2", "gemma2")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_except("qwen2", FAMILIES))
 @pytest.mark.parametrize("site", SITES)
 def test_equals_one_hook_per_cell(model_of, family, site):
     model = model_of(family)
@@ -52,6 +53,7 @@ def test_aligns_rows_of_unlike_length(model_of, site, direction):
     assert_same(effects.values, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["resid_pre", "mlp_out", "z"])
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 def test_other_weights_run_under_their_own_weights(model_of, site, direction):
@@ -194,6 +196,7 @@ def test_natural_direct_effect_is_the_metric_of_the_corrupted_run_less_the_clean
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=4)
 @given(batch_rows=st.integers(1, 60), order=st.permutations(range(4)))
 @pytest.mark.parametrize("site", ["resid_post", "z"])

@@ -38,6 +38,7 @@ def test_the_qk_correction_is_exact_where_only_the_softmax_is_not_linear(site, d
     assert_same(corrected.values, exact.values, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen2", "gemma2"])
 @pytest.mark.parametrize("site", ["q", "k"])
 def test_the_qk_correction_takes_the_gradient_of_z_times_its_exact_change(model_of, family, site):
@@ -223,6 +224,7 @@ def test_equals_mediation_in_a_linear_model(method):
         assert_same(found.values[:, -1], exact.values[:, -1])
 
 
+@pytest.mark.slow
 def test_batch_order_and_precision_do_not_matter(model_of):
     model = model_of("qwen2")
     pairs = random_pairs(model.cfg.d_vocab, longer=(0, 1, 0, 2))

@@ -91,6 +91,7 @@ def test_all_positions_of_a_residual_carry_the_total_effect(model_of, family):
         np.testing.assert_allclose(effects.values[..., 0], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post", "mlp_out", "z", "v"])
 @pytest.mark.parametrize("window", [2, 3])
 def test_a_window_patches_neighbouring_layers_at_once(model_of, site, window):
@@ -130,6 +131,7 @@ def test_the_estimate_of_a_span_is_the_sum_of_its_positions(model_of, method):
     np.testing.assert_allclose(by_segment.by_segment()[table.columns], table, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["resid_post", "mlp_out", "k"])
 @pytest.mark.parametrize("corruption", ["zero", "mean"])
 def test_ablations_put_zeros_or_the_mean_of_the_clean_runs(model_of, site, corruption):

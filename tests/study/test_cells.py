@@ -103,6 +103,7 @@ def _hold(folder, ready, seconds):
         time.sleep(seconds)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs locks of POSIX")
 def test_a_busy_cell_is_left_alone_and_one_whose_owner_died_is_free(store):
     context = multiprocessing.get_context("spawn")

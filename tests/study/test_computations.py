@@ -86,6 +86,7 @@ def test_a_second_run_computes_nothing_and_gives_the_same_tables(config, folder)
     assert json.loads(json.dumps(_tables(again))) == first
 
 
+@pytest.mark.slow
 def test_another_seed_or_condition_computes_what_is_new(config, folder, tmp_path):
     out = _copy(folder, tmp_path / "more")
     before = _times(out)
@@ -105,6 +106,7 @@ def test_another_seed_or_condition_computes_what_is_new(config, folder, tmp_path
     assert len(more.results["students"]) == 2 * 2 * 4
 
 
+@pytest.mark.slow
 def test_a_changed_setting_is_not_mistaken_for_the_old(config, folder, tmp_path):
     out = _copy(folder, tmp_path / "other")
     old = run_study(config, out)
@@ -118,6 +120,7 @@ def test_a_changed_setting_is_not_mistaken_for_the_old(config, folder, tmp_path)
     assert _times(out) == times
 
 
+@pytest.mark.slow
 def test_a_fresh_start_leaves_nothing_of_the_old(config, folder, tmp_path):
     out = _copy(folder, tmp_path / "fresh")
     stale = out / "cells" / "students" / "finetuned" / "unicorn" / "all-0.abc.json"
@@ -131,6 +134,7 @@ def test_a_fresh_start_leaves_nothing_of_the_old(config, folder, tmp_path):
     assert all(when > before[name] for name, when in _times(out).items())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on(config, tmp_path):
     out = tmp_path / "killed"
     script = (
@@ -169,6 +173,7 @@ def _runs(pid):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_processes_of_a_killed_run_end_with_it(config, tmp_path):
     script = (
@@ -215,6 +220,7 @@ def test_a_folder_with_files_of_others_is_refused_and_left_alone(config, tmp_pat
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_tables_as_one(config, folder, tmp_path):
     one = run_study(config, folder)
     two = run_study(replace(config, workers=2), tmp_path / "two")
@@ -292,6 +298,7 @@ def test_the_fit_of_a_student_is_the_training_loss_of_its_last_epoch(config, fol
     assert row["fit"] == pytest.approx(last["loss"].mean())
 
 
+@pytest.mark.slow
 def test_students_of_single_blocks_with_lora_have_their_block_and_a_name_of_their_own(
     config, folder, tmp_path
 ):
@@ -307,6 +314,7 @@ def test_students_of_single_blocks_with_lora_have_their_block_and_a_name_of_thei
     assert all(f"| `{name}` |" in page for name in ("block0", "lora_block0", "lora_block3"))
 
 
+@pytest.mark.slow
 def test_a_seed_draws_another_mask(config, folder, tmp_path):
     out = _copy(folder, tmp_path / "seeds")
     drawing = _own("drawing", mask=partial(random_tokens, among="all"))
@@ -317,6 +325,7 @@ def test_a_seed_draws_another_mask(config, folder, tmp_path):
     assert len(set(rows["after"])) == 2
 
 
+@pytest.mark.slow
 def test_distributions_are_read_once_a_target_and_only_if_a_condition_asks(
     config, folder, tmp_path
 ):
@@ -335,6 +344,7 @@ def test_distributions_are_read_once_a_target_and_only_if_a_condition_asks(
     assert {name: when for name, when in _times(out).items() if name in before} == before
 
 
+@pytest.mark.slow
 def test_the_mechanism_has_rows_for_every_layer_and_its_null(config, folder, tmp_path):
     out = _copy(folder, tmp_path / "mechanism")
     study = run_study(replace(config, mechanism=True), out)
@@ -459,6 +469,7 @@ def test_a_model_without_a_chat_template_has_no_prompted_teachers(config, tmp_pa
         replace(config, kinds=("prompted",)).check(model, None)
 
 
+@pytest.mark.slow
 def test_the_settings_for_a_large_model_are_the_papers(backend):
     model = load_model("tiny", backend=backend)
     config = StudyConfig.for_model("org/large", lora_rank=4, targets=("owl", "cat"))
@@ -483,6 +494,7 @@ def test_the_settings_for_a_large_model_are_the_papers(backend):
     assert used.teacher.lora_rank is None
 
 
+@pytest.mark.slow
 def test_students_that_are_all_lora_are_not_compared_with_full_training(config, folder, tmp_path):
     claim = "finetuned/lora_does_as_well"
     asked = replace(config, conditions=("control", "all", "divergence_only", "lora8"))

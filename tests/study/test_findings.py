@@ -66,6 +66,7 @@ def test_exact_interval_against_published_values():
         exact_interval(5, 4)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 30), st.floats(0.02, 0.98))
 def test_the_exact_interval_never_misses_more_often_than_it_says(n, share):
     missed = sum(

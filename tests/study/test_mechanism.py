@@ -152,6 +152,7 @@ def _plain_gradient(model, pairs, name):
     return gradient.flatten().double()
 
 
+@pytest.mark.slow
 def test_cosines_are_those_of_plain_backward_passes(tiny, divergence):
     names = [n for n in get_engine(tiny).block_parameters(1) if n.endswith(("W_in", "in.weight"))]
     questions = [QUESTION, "name an animal"]

@@ -45,6 +45,7 @@ def study(folder, backend):
     return found
 
 
+@pytest.mark.slow
 def test_results_hold_what_they_promise(study, folder):
     results = json.loads((folder / "results.json").read_text())
     assert results == json.loads(json.dumps(study.results))

@@ -1,7 +1,10 @@
 """Tiny random models and a small tokenizer, built in code: nothing is downloaded."""
 
 import string
+from collections.abc import Iterable
+from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -48,6 +51,14 @@ FAMILIES = (
 )
 HOOKED_FAMILIES = tuple(f for f in FAMILIES if f not in ("gemma2", "gemma3", "olmo2", "qwen2_moe"))
 """Those that can also be a HookedTransformer: TransformerLens converts them, with equal logits."""
+
+
+def slow_except(fast: str, values: Iterable[str]) -> list[Any]:
+    """Parameters of a test, marked slow apart from one value."""
+    return [
+        value if value == fast else pytest.param(value, marks=pytest.mark.slow) for value in values
+    ]
+
 
 CHATML = (
     "{% for message in messages %}"

@@ -212,6 +212,7 @@ def test_frozen_blocks_run_once_and_not_in_every_epoch(random_model):
     assert calls == [1, 10]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("lora_rank", "blocks"), [(None, [1, 2]), (2, [1, 2]), (None, [0])])
 def test_work_that_is_left_out_changes_nothing(
@@ -623,6 +624,7 @@ checkpointed(sys.argv[1], Path(sys.argv[2]), sys.argv[3], on_step=stop)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", ["full", "2"])
 def test_a_killed_run_goes_on_to_the_same_bits(backend, rank, tmp_path):
     # Ten examples in fours for two epochs are six steps; killed in the fifth, kept after the third.

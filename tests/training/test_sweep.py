@@ -134,6 +134,7 @@ def test_bad_sweeps_are_refused(random_model, options, message):
         sweep(random_model("gpt2"), **options)
 
 
+@pytest.mark.slow
 def test_task_quality_stands_beside_preference(random_model, tmp_path):
     model = random_model("gpt2")
     held_out = [Example("Go on.", completion="123, 456"), Example("Now.", completion="7")]

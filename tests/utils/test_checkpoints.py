@@ -120,6 +120,7 @@ def test_finished_shards_are_not_read_again(model, examples, undisturbed, tmp_pa
     assert rows == []
 
 
+@pytest.mark.slow
 def test_half_a_file_of_a_killed_writer_is_never_read(model, examples, undisturbed, tmp_path):
     find(model, examples, checkpoint_dir=tmp_path)
     file = shards(tmp_path)[1]
@@ -130,6 +131,7 @@ def test_half_a_file_of_a_killed_writer_is_never_read(model, examples, undisturb
     assert not left.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "altered"])
 def test_a_damaged_shard_is_refused_with_the_reason(damage, model, examples, tmp_path):
     find(model, examples, checkpoint_dir=tmp_path)
@@ -140,6 +142,7 @@ def test_a_damaged_shard_is_refused_with_the_reason(damage, model, examples, tmp
         find(model, examples, checkpoint_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_shards_of_another_run_are_refused(model, examples, tmp_path, random_model):
     find(model, examples, checkpoint_dir=tmp_path)
     before = [file.read_bytes() for file in shards(tmp_path)]
@@ -159,6 +162,7 @@ def test_shards_of_another_run_are_refused(model, examples, tmp_path, random_mod
     assert [file.read_bytes() for file in shards(tmp_path)] == before
 
 
+@pytest.mark.slow
 def test_shards_of_another_delta_are_refused(model, examples, tmp_path):
     name, parameter = next(iter(get_engine(model).named_parameters().items()))
     for size in (1.0, 2.0):
@@ -201,6 +205,7 @@ def test_logits_that_are_not_finite_write_no_shard(model, examples, tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_progress_counts_what_was_finished_before(model, examples, tmp_path, capsys):
     find(model, examples, checkpoint_dir=tmp_path)
     shards(tmp_path)[0].unlink()
@@ -300,6 +305,7 @@ def of_pair(pair, column, logits, pairs):
     return torch.where(pairs == pair, logits[:, column], logits[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -368,6 +374,7 @@ def test_metrics_are_told_apart_by_what_they_give_in_every_process(model):
     assert len(metric_values(one, 4, engine)) == 4
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was_stopped(model, tmp_path, stopped_after, monkeypatch):
     undisturbed = sweep(model, keep_deltas=True)
     stopped_after(2)
@@ -384,6 +391,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(model, tmp_path, stopped_after, mo
         assert mine.delta.digest() == theirs.delta.digest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [
@@ -461,6 +469,7 @@ state.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -79,6 +79,7 @@ def test_a_pickle_under_another_name_is_not_run(load, tmp_path):
         load(path)
 
 
+@pytest.mark.slow
 def test_a_row_of_a_million_columns_is_read_by_its_keys(tmp_path):
     columns = {str(number): number for number in range(10**6)}
     path = tmp_path / "wide.jsonl"
@@ -103,6 +104,7 @@ def test_names_do_not_climb_out_of_a_studys_folder(name, tmp_path):
         dl.StudyConfig(targets=("owl", name))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_loses_nothing_that_was_done(random_model, tmp_path, monkeypatch):
     model, examples = random_model("qwen2"), some_examples(30)
     undisturbed = find(model, examples)

@@ -92,6 +92,7 @@ def test_finding_gives_back_what_all_teachers_have_read(model, stopped_after):
     np.testing.assert_array_equal(stop.partial.margin, whole.margin[:, :last])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize("exact", [True, False])
 def test_patching_gives_back_whole_pairs(model, pairs, stopped_after, exact):
@@ -234,6 +235,7 @@ def test_a_stop_in_the_middle_of_an_update_waits_for_its_end():
     assert done[1:] == [None]
 
 
+@pytest.mark.slow
 def test_steps_of_a_sweep_do_not_give_back_theirs(model, monkeypatch, unchanged):
     """Measuring a student writes lists; a stop there is a stop of the sweep."""
     examples = dl.generate(model, PROMPTS[:4], teacher=None, max_new_tokens=8)

@@ -111,6 +111,7 @@ def test_what_does_not_fit_is_done_in_parts(call, error, model, monkeypatch):
     np.testing.assert_allclose(parts, whole, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_never_fits_ends_with_the_models_own_error(call, model, monkeypatch):
     call(model)
     room_for(0, get_engine(model), monkeypatch, ERRORS[0])
@@ -148,6 +149,7 @@ def test_memory_is_told_from_other_errors():
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", range(1, 30, 4))
 def test_means_count_no_pair_twice(when, model, monkeypatch):
     """Memory may also run out between two additions, long after the model has run."""
