@@ -1,0 +1,1 @@
+"""Storage, checkpoints, interrupts, memory, batching, statistics and validation."""
