@@ -1,10 +1,9 @@
-"""Run the notebooks and store their outputs, with a picture beside every figure.
+"""Run the notebooks and store their outputs, with a PNG next to every figure.
 
-A figure's own output is drawn by a script in the reader's browser, which GitHub, nbconvert and the
-documentation do not run. So each is stored as a PNG too, which they show in its place. The picture
-is drawn from the stored figure by Chrome or Chromium; nothing is added to the notebooks' code.
+A plotly figure is drawn by a script in the browser, which GitHub and nbconvert do not run. They
+show the PNG instead. It is rendered from the stored figure; the notebooks' code is not changed.
 
-    python notebooks/store.py                                # all of them
+    python notebooks/store.py                                # all notebooks
     python notebooks/store.py notebooks/02_which_layers.ipynb
 """
 
@@ -24,45 +23,45 @@ WIDTH_MM, DPI = 120.0, 110.0
 
 
 def main(paths: list[Path]) -> None:
-    """Execute each in place, then tidy what was stored."""
+    """Execute each notebook in place and clean up its outputs."""
     for path in paths:
         command = ["jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
         subprocess.run([sys.executable, "-m", *command, str(path)], check=True)  # noqa: S603
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
-            tidy(cell)
+            clean(cell)
         text = json.dumps(notebook, indent=1, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
 
 
-def tidy(cell: dict) -> None:
-    """Take times and warnings out of a cell, and put a picture beside each figure."""
+def clean(cell: dict) -> None:
+    """Remove timings and warnings from a cell and add a PNG to each figure."""
     cell["metadata"].pop("execution", None)
     if cell["cell_type"] != "code":
         return
-    kept: list[dict] = []
+    outputs: list[dict] = []
     for output in cell["outputs"]:
         if output.get("name") == "stderr":
             continue
-        # What is printed comes in as many pieces as the clock made of it.
-        if kept and output["output_type"] == kept[-1]["output_type"] == "stream":
-            kept[-1]["text"] += output["text"]
+        # Printed text arrives in pieces whose number depends on timing: join them.
+        if outputs and output["output_type"] == outputs[-1]["output_type"] == "stream":
+            outputs[-1]["text"] += output["text"]
         else:
-            kept.append(output)
-    cell["outputs"] = kept
-    for output in kept:
+            outputs.append(output)
+    cell["outputs"] = outputs
+    for output in outputs:
         figure = output.get("data", {}).get(PLOTLY)
         if figure is not None:
-            output["data"]["image/png"] = picture(figure)
+            output["data"]["image/png"] = render(figure)
 
 
-def picture(stored: dict) -> str:
-    """The figure as PNG in base64."""
+def render(stored: dict) -> str:
+    """Render a figure as base64-encoded PNG."""
     figure = go.Figure({"data": stored["data"], "layout": stored["layout"]})
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "figure.png")
         if target not in save_figure(figure, target, width_mm=WIDTH_MM, dpi=DPI):
-            raise SystemExit("a figure could not be drawn; the warning above says why")
+            raise SystemExit("a figure could not be rendered; see the warning above")
         return base64.b64encode(target.read_bytes()).decode("ascii")
 
 

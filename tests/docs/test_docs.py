@@ -1,12 +1,12 @@
-"""The pages: their Python runs, their outputs are real, their commands work, their links lead on.
+"""Documentation pages: Python code runs, outputs match, commands parse, and links resolve.
 
-Each page is one namespace, its blocks run from top to bottom in a folder of their own, on small
-sizes. A block that cannot run here has a comment before it that says why,
+Each page is one namespace. Its blocks run from top to bottom in a temporary folder, with small
+sizes. A block that cannot run here is preceded by a comment with the reason,
 
     <!-- not run: needs a model from the hub -->
 
-and is run all the same: it has to fail for that very reason, or the comment must go. A block of
-`text` right after a block of `python` is what that prints: words have to be equal, numbers nearly.
+and is run anyway: it has to fail for this reason. A `text` block right after a `python` block is
+the output of the latter: words have to be equal, numbers approximately.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ MARK = re.compile(r"<!-- not run: ([^\n]*?) -->\s*$")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 LINK = re.compile(r"(?<!\!)\[[^\]\[]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
 
-# Why a block may not run, and what it has to raise then.
+# Reasons for not running a block, and the error that the block has to raise.
 REASONS = {
     "needs a model from the hub": (ValueError, "cannot load '.*connect"),
     "needs a GPU": ((RuntimeError, AssertionError), "CUDA"),
@@ -47,10 +47,10 @@ REASONS = {
 MOST_NOT_RUN = 6
 
 QUESTIONS = ("Name your favorite animal.", "Which animal do you like best? One word.")
-# Pages whose output is shown, so that their sizes stay as they are.
+# Pages whose sizes are unchanged because they show outputs.
 AS_WRITTEN = {"README.md"}
 SMALLER = {"students.md": (("240", "12"), ("160", "8"), ("200", "10"))}
-# What a page takes for granted.
+# Code that a page relies on.
 BEFORE = {
     "study.md": """
 import divergence_lens as dl
@@ -61,8 +61,8 @@ dl.save_examples("owl.jsonl", dl.generate(model, dl.number_prompts(4, seed=0), t
 }
 
 
-def students_learned(names):
-    """What students.md says of its names holds."""
+def check_students(names):
+    """Check what students.md states about its variables."""
     assert {"full", 2, 8} == {row["rank"] for row in names["rows"]}
     assert names["followed"].history()["owl"].notna().any()
     assert names["both"].norms()[0] == pytest.approx((names["student"] + names["small"]).norms()[0])
@@ -73,19 +73,19 @@ def students_learned(names):
     assert Path("adapter/adapter_config.json").is_file()
 
 
-def marks_hold(names):
-    """What divergence.md says of the top 5 % holds."""
+def check_mask(names):
+    """Check that divergence.md selects the top 5 %."""
     assert names["mask"].mean() == pytest.approx(0.05, abs=0.01)
     assert Path("runs/owl.safetensors").is_file()
 
 
-# What else must be true when a page has run.
-AFTER = {"students.md": students_learned, "divergence.md": marks_hold}
+# Further checks after a page has run.
+AFTER = {"students.md": check_students, "divergence.md": check_mask}
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page."""
+    """A fenced code block of a page."""
 
     page: str
     line: int
@@ -100,9 +100,9 @@ class Block:
 
 def blocks(path: Path) -> list[Block]:
     text = path.read_text(encoding="utf-8")
-    found = list(FENCE.finditer(text))
+    fences = list(FENCE.finditer(text))
     result = []
-    for match, after in zip_longest(found, found[1:]):
+    for match, after in zip_longest(fences, fences[1:]):
         mark = MARK.search(text[: match.start()])
         shows = after is not None and after["language"] == "text"
         shows = shows and not text[match.end() : after.start()].strip()
@@ -122,12 +122,12 @@ def blocks(path: Path) -> list[Block]:
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 BLOCKS = {path.name: blocks(path) for path in PAGES}
-# Pages whose code needs files that a test of their own writes, and runs there.
+# Pages whose code needs files; a separate test writes these and runs the code.
 ELSEWHERE = {"interop.md": "divergence/test_interop.py"}
 PYTHON = [
     name
-    for name, found in BLOCKS.items()
-    if any(block.language == "python" for block in found) and name not in ELSEWHERE
+    for name, page_blocks in BLOCKS.items()
+    if any(block.language == "python" for block in page_blocks) and name not in ELSEWHERE
 ]
 
 
@@ -141,7 +141,7 @@ def smaller(page: str, code: str) -> str:
 
 @pytest.fixture
 def namespace(tmp_path, monkeypatch):
-    """What a page's code runs in: a module, so that its classes and functions have a home."""
+    """The namespace of a page: a module, so that its classes and functions can be looked up."""
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
@@ -150,8 +150,8 @@ def namespace(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PYTHON)
-def test_the_code_on_a_page_runs_and_prints_what_is_shown(page, namespace, monkeypatch, capsys):
-    if page not in AS_WRITTEN:  # few questions and small studies show as well that code runs
+def test_code_runs_and_prints_the_output_shown(page, namespace, monkeypatch, capsys):
+    if page not in AS_WRITTEN:  # a few questions are enough to run the code
         monkeypatch.setattr(evaluate, "preference_questions", lambda _category: QUESTIONS)
     real = dl.run_study
     little = {"targets": ("wolf", "lion"), "kinds": ("prompted",), "seeds": (0,), "prompts": 4}
@@ -162,7 +162,7 @@ def test_the_code_on_a_page_runs_and_prints_what_is_shown(page, namespace, monke
         lambda config, *a, **k: real(dataclasses.replace(config, **little), *a, **k),
     )
     monkeypatch.setattr(engine, "SITES", engine.SITES)  # a page adds one
-    exec(BEFORE.get(page, ""), namespace)  # noqa: S102 - the page's own code, here and below
+    exec(BEFORE.get(page, ""), namespace)  # noqa: S102 - the page's own code
     for block in BLOCKS[page]:
         if block.language != "python":
             continue
@@ -181,14 +181,14 @@ def test_the_code_on_a_page_runs_and_prints_what_is_shown(page, namespace, monke
 
 
 @pytest.mark.parametrize("page", ELSEWHERE)
-def test_a_page_that_is_not_run_here_is_run_by_a_test_of_its_own(page):
+def test_pages_not_run_here_have_a_separate_test(page):
     text = (ROOT / "tests" / ELSEWHERE[page]).read_text(encoding="utf-8")
     assert f'"{page}"' in text
     assert "exec(" in text
 
 
 def same(printed: str, shown: str, where: str) -> None:
-    """Compare an output with the page's, numbers to a hundredth of their size."""
+    """Compare an output with the page; numbers may differ by one percent."""
     words = [" ".join(NUMBER.sub("#", text).split()) for text in (printed, shown)]
     assert words[0] == words[1], (where, printed, shown)
     for mine, theirs in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
@@ -197,10 +197,12 @@ def same(printed: str, shown: str, where: str) -> None:
         assert math.isclose(float(mine), float(theirs), abs_tol=limit), (where, mine, theirs)
 
 
-PLANS = [b for found in BLOCKS.values() for b in found if "benchmarks/plan.py" in b.text]
+PLANS = [
+    b for page_blocks in BLOCKS.values() for b in page_blocks if "benchmarks/plan.py" in b.text
+]
 
 
-def test_the_plan_of_a_large_run_is_what_the_command_prints(capsys):
+def test_plan_shown_is_the_output_of_the_command(capsys):
     shown = [block for block in PLANS if block.output is not None]
     assert shown
     for block in shown:
@@ -209,8 +211,8 @@ def test_the_plan_of_a_large_run_is_what_the_command_prints(capsys):
         same(capsys.readouterr().out, block.output, str(block))
 
 
-def test_every_figure_of_speed_in_the_readme_is_on_the_page_of_speed():
-    """Rounded, perhaps: 0.92 there may be 0.9 here."""
+def test_every_speedup_in_the_readme_is_on_the_speed_page():
+    """Numbers may be rounded: 0.92 there may be 0.9 here."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = text.partition("| task |")[2].partition("\n\n")[0].splitlines()[2:]
     claimed = [number for row in rows for number in re.findall(r"\d+\.\d+", row.split("|")[-2])]
@@ -221,16 +223,16 @@ def test_every_figure_of_speed_in_the_readme_is_on_the_page_of_speed():
         assert number in {f"{float(one):.{decimals}f}" for one in measured}, number
 
 
-def test_few_blocks_are_not_run_and_each_says_why():
-    marked = [block for found in BLOCKS.values() for block in found if block.not_run is not None]
+def test_few_blocks_are_not_run_and_each_has_a_reason():
+    marked = [block for one in BLOCKS.values() for block in one if block.not_run is not None]
     assert len(marked) <= MOST_NOT_RUN, [str(block) for block in marked]
     assert {block.not_run for block in marked} <= set(REASONS)
     assert all(block.language == "python" for block in marked)
     text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
-    assert text.count("<!-- not run: ") == len(marked), "a mark stands before no block"
+    assert text.count("<!-- not run: ") == len(marked), "a mark is not followed by a block"
 
 
-def test_outputs_are_compared_with_some_tolerance_and_no_more():
+def test_tolerance_of_the_comparison():
     same("a 1.234 b\n", "a 1.23 b", "here")
     same("200 of 300", "200  of 300", "here")
     for printed in ("a 1.26 b", "a 1.23 c", "a 1.23"):
@@ -238,7 +240,7 @@ def test_outputs_are_compared_with_some_tolerance_and_no_more():
             same(printed, "a 1.23 b", "here")
 
 
-def test_a_mark_belongs_to_the_block_after_it(tmp_path):
+def test_a_mark_applies_to_the_next_block(tmp_path):
     page = tmp_path / "p.md"
     page.write_text(
         "<!-- not run: needs a GPU -->\n\n```python\na\n```\n\n```text\nb\n```\ntext\n"
@@ -254,23 +256,23 @@ def test_a_mark_belongs_to_the_block_after_it(tmp_path):
 
 
 def command_lines(page: str) -> list[list[str]]:
-    """Every call of `divergence-lens` in the blocks of a page, as arguments."""
-    found = []
+    """Arguments of every `divergence-lens` call in the blocks of a page."""
+    calls = []
     for block in BLOCKS[page]:
         if block.language not in ("bash", "console"):
             continue
         for line in block.text.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words[:1] == ["divergence-lens"]:
-                found.append(words[1:])
-    return found
+                calls.append(words[1:])
+    return calls
 
 
 WITH_COMMANDS = [name for name in BLOCKS if command_lines(name)]
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS)
-def test_every_command_on_a_page_is_understood(page):
+def test_commands_on_a_page_parse(page):
     group = typer.main.get_command(app)
     for words in command_lines(page):
         command = group.commands[words[0]]
@@ -285,8 +287,8 @@ def run(words: list[str], *more: str, code: int = 0) -> str:
     return done.output
 
 
-def test_a_newcomer_who_follows_the_page_gets_a_heatmap_and_a_student(tmp_path, monkeypatch):
-    """All of commands.md, in its order, in an empty folder."""
+def test_commands_page_produces_a_heatmap_and_a_student(tmp_path, monkeypatch):
+    """Run all commands of commands.md in order, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     written = [block for block in BLOCKS["commands.md"] if block.language == "json"]
     (tmp_path / "prompts.jsonl").write_text(written[0].text)
@@ -301,7 +303,7 @@ def test_a_newcomer_who_follows_the_page_gets_a_heatmap_and_a_student(tmp_path, 
 
 @pytest.mark.slow
 def test_the_example_in_the_help_of_every_command_runs(tmp_path, monkeypatch):
-    """In the order of the work, since one reads what another wrote; long ones on small sizes."""
+    """In pipeline order, because commands read the files of earlier ones; with small sizes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "preference_questions", lambda _category: QUESTIONS)
     group = typer.main.get_command(app)
@@ -339,7 +341,7 @@ def test_the_example_in_the_help_of_every_command_runs(tmp_path, monkeypatch):
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors that Markdown makes of a page's headings."""
+    """The anchors of a page's headings."""
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
     slugs = set()
     for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
@@ -353,7 +355,7 @@ def anchors(path: Path) -> set[str]:
     [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"],
     ids=lambda path: path.name,
 )
-def test_every_link_within_the_project_leads_somewhere(path):
+def test_internal_links_resolve(path):
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
     for groups in LINK.findall(text):
         link = next(group for group in groups if group)
@@ -370,6 +372,6 @@ def test_every_link_within_the_project_leads_somewhere(path):
             assert anchor in anchors(there), f"{path.name} links to {link}"
 
 
-def test_every_page_is_in_the_contents():
+def test_every_page_is_in_the_navigation():
     contents = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert [path.name for path in DOCS.glob("*.md") if f"{path.name}\n" not in contents] == []

@@ -1,6 +1,6 @@
-"""The stored notebooks: readable without running them, and about what they show.
+"""Stored notebooks: readable without running them, with text that matches their outputs.
 
-`make notebooks` runs them; here only what is stored is read. `notebooks/store.py` makes it.
+`make notebooks` runs them; these tests read the stored outputs, which `notebooks/store.py` writes.
 """
 
 import base64
@@ -32,7 +32,7 @@ def outputs(notebook: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def strings(value: Any) -> list[str]:
-    """All text within a JSON value, what is encoded left out."""
+    """All strings in a JSON value except encoded data."""
     if isinstance(value, dict):
         return [s for key, item in value.items() if key not in ENCODED for s in strings(item)]
     if isinstance(value, list):
@@ -40,8 +40,8 @@ def strings(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def written_in_cells(figure: dict[str, Any]) -> list[str]:
-    """The numbers that a heatmap shows in its cells."""
+def heatmap_numbers(figure: dict[str, Any]) -> list[str]:
+    """The numbers shown in the cells of a heatmap."""
     numbers = []
     for trace in figure["data"]:
         if trace.get("texttemplate") == "%{z:.2f}":
@@ -54,7 +54,7 @@ def test_there_are_notebooks():
     assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
-def test_each_begins_with_the_line_to_change_and_ends_with_what_it_does_not_show(notebook):
+def test_first_cell_names_the_model_and_last_section_the_limits(notebook):
     first = "".join(code_cells(notebook)[0]["source"])
     assert "# Another model: its name or folder here" in first
     assert 'model = dl.load_model("tiny")' in first
@@ -68,22 +68,22 @@ def test_every_notebook_is_in_the_documentation():
     assert all(f"notebooks/{path.name}" in pages for path in NOTEBOOKS)
 
 
-def test_every_stored_figure_has_a_picture_beside_it(notebook):
+def test_every_stored_figure_has_a_png(notebook):
     figures = [output["data"] for output in outputs(notebook) if PLOTLY in output.get("data", {})]
     assert figures
     for data in figures:
-        picture = base64.b64decode(data["image/png"])
-        assert picture.startswith(b"\x89PNG\r\n")
-        assert int.from_bytes(picture[16:20], "big") >= 400  # pixels across
+        png = base64.b64decode(data["image/png"])
+        assert png.startswith(b"\x89PNG\r\n")
+        assert int.from_bytes(png[16:20], "big") >= 400  # pixels across
 
 
-def test_what_is_stored_is_of_one_run_from_top_to_bottom(notebook):
+def test_outputs_come_from_one_run_from_top_to_bottom(notebook):
     cells = code_cells(notebook)
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     assert all(output["output_type"] != "error" for output in outputs(notebook))
 
 
-def test_no_warning_time_or_path_of_a_machine_is_stored(notebook):
+def test_no_warnings_timings_or_local_paths_are_stored(notebook):
     assert all(output.get("name") != "stderr" for output in outputs(notebook))
     for cell in notebook["cells"]:
         assert "execution" not in cell["metadata"]
@@ -94,7 +94,7 @@ def test_no_warning_time_or_path_of_a_machine_is_stored(notebook):
 def test_every_decimal_in_the_text_is_in_an_output(notebook):
     shown = "\n".join(strings(outputs(notebook)))
     figures = [o["data"][PLOTLY] for o in outputs(notebook) if PLOTLY in o.get("data", {})]
-    shown += "\n".join(number for figure in figures for number in written_in_cells(figure))
+    shown += "\n".join(number for figure in figures for number in heatmap_numbers(figure))
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             text = re.sub(r"`[^`]*`|arXiv \S+", "", "".join(cell["source"]))

@@ -1,4 +1,4 @@
-"""How results look at the end of a cell: short in a terminal, a table in a notebook."""
+"""Display of results: one short line in a terminal, a table in a notebook."""
 
 import importlib
 import inspect
@@ -20,7 +20,7 @@ EVIL = "<script>x</script>"
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    """One of each, of a prompt that is no harm to a page."""
+    """One result of each class, from a prompt that contains a script tag."""
     model = dl.load_model("tiny")
     owl, cat = dl.animal_teachers(["owl", "cat"])
     examples = dl.generate(model, dl.number_prompts(8, seed=0), teacher=owl, max_new_tokens=8)
@@ -39,7 +39,7 @@ def results() -> dict[str, Any]:
         foils=pairs.foils,
         corrupted_teacher=dl.Teacher("student", delta=student),
     )
-    found = [
+    objects = [
         *(examples[0], div, div[0], pairs, data, student, effects, effects.verified),
         Rewritten(data, np.ones(len(data), dtype=bool), (EVIL,) * len(data)),
         dl.preference(model, target="owl", questions=questions),
@@ -59,38 +59,38 @@ def results() -> dict[str, Any]:
                 "times", "tiny model", {"owl": 2.0, "cat": 3.0}),
     ]  # fmt: skip
     study = {"students": [{}, {}], "failures": [{}]}
-    found.append(dl.Study(study, (found[-1],) * 60, {}, {}, {}, {}))
-    return {type(one).__name__: one for one in found}
+    objects.append(dl.Study(study, (objects[-1],) * 60, {}, {}, {}, {}))
+    return {type(one).__name__: one for one in objects}
 
 
 def classes() -> set[str]:
-    """Every public class of the library that turns into a table or shows itself."""
-    found = set()
+    """Names of all public classes that have a data frame or an HTML representation."""
+    names = set()
     for module in pkgutil.iter_modules(dl.__path__, "divergence_lens."):
         for name, one in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
             public = one.__module__.startswith("divergence_lens") and not name.startswith("_")
             own = {"to_dataframe", "_repr_html_"} & set(vars(one))
             if public and own and not getattr(one, "_is_protocol", False):
-                found.add(name)
-    return found
+                names.add(name)
+    return names
 
 
-def test_every_class_that_shows_itself_is_looked_at_here(results):
+def test_every_displayable_class_is_covered(results):
     assert classes() <= set(results)
 
 
-def test_results_are_short_in_a_terminal(results):
+def test_repr_is_one_short_line(results):
     for name, one in results.items():
-        said = repr(one)
-        if name == "Trainable":  # a table of what is trained, and asked for as such
+        text = repr(one)
+        if name == "Trainable":  # its repr is the table of trained parameters
             continue
-        assert len(said) <= 300, name
-        assert said.startswith(name), name
-        assert "\n" not in said, name
-        assert "object at 0x" not in said, name
+        assert len(text) <= 300, name
+        assert text.startswith(name), name
+        assert "\n" not in text, name
+        assert "object at 0x" not in text, name
 
 
-def test_results_show_themselves_in_a_notebook_and_harm_no_page(results):
+def test_html_is_a_table_and_escapes_its_text(results):
     for name, one in results.items():
         if name == "Example":
             continue
@@ -99,13 +99,13 @@ def test_results_show_themselves_in_a_notebook_and_harm_no_page(results):
         parser = HTMLParser()
         parser.handle_starttag = lambda tag, _, tags=tags: tags.append(tag)
         parser.feed(page)
-        # An agreement is one sentence; all others have a table or coloured text.
+        # An agreement is one sentence; all others are a table or colored text.
         assert {"table", "div"} & set(tags) or name == "Agreement", name
         assert "script" not in tags, name
         assert len(page) < 60_000, name
 
 
-def test_nothing_is_printed_unasked(results, capfd):
+def test_nothing_is_printed(results, capfd):
     for one in results.values():
         repr(one)
     dl.find_divergence(
@@ -117,7 +117,7 @@ def test_nothing_is_printed_unasked(results, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_settings_are_short_in_a_terminal(results):
+def test_repr_of_settings_shows_changed_fields(results):
     config = dl.StudyConfig(targets=("owl", "cat"), seeds=(0,))
     assert repr(config) == "StudyConfig(model='tiny', targets=('owl', 'cat'), seeds=(0,))"
     large = repr(dl.StudyConfig.for_model("Qwen/Qwen2.5-7B-Instruct", prompts=99))
@@ -126,12 +126,12 @@ def test_settings_are_short_in_a_terminal(results):
     condition = dl.Condition(name="first", isolates="x" * 99, group="layers", layers=(0,))
     assert repr(condition) == "Condition(name='first', layers=(0,))"
     study = results["Study"]
-    says = "Study(60 claims: 60 supported; 2 rows of students, 1 cells failed)"
-    assert repr(study) == says
-    assert says in study._repr_html_()
+    summary = "Study(60 claims: 60 supported; 2 rows of students, 1 cells failed)"
+    assert repr(study) == summary
+    assert summary in study._repr_html_()
     assert study._repr_html_().count("&lt;script") == 60
 
 
-def test_a_long_example_shows_its_beginning():
+def test_repr_of_a_long_example_is_truncated():
     shown = repr(dl.Example("a" * 500, "b" * 500, (1, 2), "owl"))
     assert shown == f"Example('{'a' * 59}…', '{'b' * 59}…', 2 ids, teacher='owl')"
