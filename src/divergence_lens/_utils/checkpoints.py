@@ -1,8 +1,8 @@
-"""Runs that take hours: shards of the work on disk, and several processes that share them.
+"""Checkpoints of long runs in numbered shards, and several processes that share them.
 
-The work comes in numbered shards whose results are arrays. A finished shard is one checked file,
-written whole or not at all, so a run that is killed at any moment goes on from the shards that it
-has. Several processes take every n-th shard each; what each has found is added up at the end.
+The result of a shard is a set of arrays. A finished shard is one file with a checksum, written
+atomically, so a run that is killed at any moment resumes after its last finished shard. With
+several processes, each takes every n-th shard, and their results are summed at the end.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ class Checkpoints:
         return self._folder / f"shard-{shard:06d}.safetensors"
 
     def load(self, shard: int) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """The arrays of a shard and what was noted with them; None where it is not finished.
+        """Load the arrays and notes of a shard; None if it is not finished.
 
         Raises:
             ValueError: The file is damaged, or belongs to a run on other data or settings.
@@ -47,9 +47,9 @@ class Checkpoints:
     def save(
         self, shard: int, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any] | None = None
     ) -> None:
-        """Write a finished shard; the folder is made if there is none."""
+        """Write a finished shard; create the folder if needed."""
         path = self._path(shard)
-        # What a run left behind that was killed while it wrote this shard.
+        # Temporary files of a run that was killed while it wrote this shard.
         for part in self._folder.glob(f".{path.name}.*.part"):
             part.unlink(missing_ok=True)
         header = {"identity": self._identity, "notes": dict(notes or {})}
@@ -57,14 +57,14 @@ class Checkpoints:
 
 
 class Processes:
-    """The processes that share a run; one alone, unless an accelerator is given.
+    """The processes that share a run; a single one unless an accelerator is given.
 
     Args:
         accelerator: An `accelerate.Accelerator` or `accelerate.PartialState`, or None.
 
     Attributes:
-        index: The number of this process.
-        count: How many there are.
+        index: Number of this process.
+        count: Number of processes.
     """
 
     def __init__(self, accelerator: Any = None) -> None:
@@ -81,10 +81,10 @@ class Processes:
         self._device = accelerator.device
 
     def agree(self, identity: str) -> None:
-        """Refuse to share a run whose processes were not given the same.
+        """Refuse a shared run whose processes were given different inputs.
 
         Raises:
-            ValueError: In every process, where the identities are not all equal.
+            ValueError: In every process, if the identities differ.
         """
         if self.count == 1:
             return
@@ -100,15 +100,15 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Let an error of one process end all of them, in place of leaving the rest to wait.
+        """End all processes when one of them fails, instead of leaving the rest waiting.
 
         Raises:
-            RuntimeError: In the processes that had no error, where another had one.
+            RuntimeError: In the processes that did not fail themselves.
         """
         failure: BaseException | None = None
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - raised again below, when the others know
+        except Exception as error:  # noqa: BLE001 - raised again below, once the others know
             failure = error
         failed = np.array([failure is not None], dtype=np.int32)
         self.add_up([failed])
@@ -120,7 +120,7 @@ class Processes:
     def add_up(self, arrays: Sequence[np.ndarray]) -> None:
         """Replace each array by its sum over all processes.
 
-        Every number that one process has found is 0 in all others, so the sum is exact.
+        An entry that one process computed is 0 in all others, so the sum is exact.
         """
         if self.count == 1:
             return

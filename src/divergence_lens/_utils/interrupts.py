@@ -1,4 +1,4 @@
-"""Stopping a long call without losing what it has found by then."""
+"""Interrupts: stop a long call without losing its finished results."""
 
 import signal
 import threading
@@ -8,23 +8,22 @@ from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
-    """A long call was stopped, by Ctrl-C or a notebook's stop button, and had found something.
+    """A long call was stopped, by Ctrl-C or a notebook's stop button, with results to return.
 
         try:
             effects = causal_mediation(model, pairs)
         except Interrupted as stopped:
             effects = stopped.partial
 
-    In a notebook in which nobody wrote `try`, the next cell can say `sys.last_value.partial`. It is
-    a `KeyboardInterrupt`, so that whoever handles those handles this. The model is as it was. A
-    call that had found nothing raises a plain `KeyboardInterrupt`.
+    In a notebook without `try`, the next cell can read `sys.last_value.partial`. The class is a
+    `KeyboardInterrupt`, so existing handlers catch it. The model is unchanged. A call that had
+    finished nothing raises a plain `KeyboardInterrupt`.
 
     Attributes:
-        partial: A result of the usual type, of what was finished alone: a list of the examples that
-            were written to their end (`generate`); the divergence of the examples that all teachers
-            had read (the metadata's setting `finished_examples` has their numbers); effects or
-            margins of whole pairs (the metadata's setting `finished_pairs`); a sweep of whole
-            students.
+        partial: A result of the usual type that holds finished items only: the complete examples
+            (`generate`); the divergence of the examples that all teachers had read (numbered in
+            the metadata's setting `finished_examples`); effects or margins of complete pairs (the
+            metadata's setting `finished_pairs`); a sweep of fully trained students.
     """
 
     def __init__(self, message: str, partial: Any) -> None:
@@ -36,25 +35,24 @@ class Interrupted(KeyboardInterrupt):
 def partial_on_interrupt(
     call: str, finished: Sized, total: int, noun: str, partial: Callable[[], Any]
 ) -> Iterator[None]:
-    """Give back what is finished if the block is stopped.
+    """Attach the finished part of the result if the block is interrupted.
 
     Args:
-        call: Who is stopped.
-        finished: What grows as the block goes on; its length is how many are finished.
-        total: Of how many.
-        noun: Of what, in the plural.
-        partial: Makes the result of those. Not called if there are none.
+        call: Name of the public function, for the message.
+        finished: Collection that the block fills with finished items.
+        total: Number of items in all.
+        noun: What an item is, in the plural.
+        partial: Builds the result of the finished items. Not called if there are none.
 
     Raises:
-        Interrupted: The block was stopped, and something was finished.
+        Interrupted: The block was interrupted after at least one item.
     """
     try:
         yield
     except KeyboardInterrupt as stopped:
         if not len(finished):
-            if isinstance(
-                stopped, Interrupted
-            ):  # what a step gives back is not what its caller does
+            # The partial result of an inner call is not of the type that this call returns.
+            if isinstance(stopped, Interrupted):
                 raise KeyboardInterrupt from None
             raise
         raise Interrupted(
@@ -66,7 +64,7 @@ def partial_on_interrupt(
 
 @contextmanager
 def convert_partial(convert: Callable[[Any], Any]) -> Iterator[None]:
-    """Let a call give back, of what the one that it made gives back, what its own caller wants."""
+    """Convert the partial result of an interrupted inner call to the outer call's type."""
     try:
         yield
     except Interrupted as stopped:
@@ -76,7 +74,7 @@ def convert_partial(convert: Callable[[Any], Any]) -> Iterator[None]:
 
 @contextmanager
 def discard_partial() -> Iterator[None]:
-    """Let a step be stopped without giving back what its caller does not: plain Ctrl-C."""
+    """Turn the `Interrupted` of an inner call into a plain `KeyboardInterrupt`."""
     try:
         yield
     except Interrupted:
@@ -85,15 +83,15 @@ def discard_partial() -> Iterator[None]:
 
 @contextmanager
 def defer_interrupts() -> Iterator[None]:
-    """Let a Ctrl-C that comes in the block take effect at its end, so that nothing is half done."""
+    """Delay Ctrl-C to the end of the block, so that the block runs whole."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals go to the main thread alone
+        yield  # only the main thread receives signals
         return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: received.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came:
+    if received:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What to do when memory runs out: the same in smaller parts."""
+"""Out of memory: run the same work in smaller parts."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 
 # A CPU's allocator and Apple's GPUs raise a plain RuntimeError.
-_SAYS = ("can't allocate memory", "not enough memory", "out of memory")
+_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @runtime_checkable
@@ -21,27 +21,27 @@ S = TypeVar("S", bound=_Sliceable)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was no memory left, on whatever device."""
+    """Whether an error means that memory ran out, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SAYS)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
 def run_halved(items: S, run: Callable[[S], object]) -> None:
-    """`halved`, for what `run` does in place of what it gives."""
+    """Call `halved` for the side effects of `run`."""
     for _ in halved(items, run):
         pass
 
 
 def halved(items: S, run: Callable[[S], R]) -> Iterator[R]:
-    """`run(items)`; where memory runs out, that of its halves, down to single items.
+    """Yield `run(items)`, or, where memory runs out, that of its halves, down to single items.
 
     Args:
         items: A list, range, array or tensor, not empty.
-        run: Leaves nothing behind when it fails.
+        run: Must leave no state behind when it fails.
 
     Yields:
-        What it gives, in the order of the items.
+        Results in the order of the items.
     """
     waiting = [items]
     while waiting:
@@ -53,6 +53,6 @@ def halved(items: S, run: Callable[[S], R]) -> Iterator[R]:
                 raise
             middle = (len(part) + 1) // 2
             waiting += [part[middle:], part[:middle]]
-            continue  # outside of the handler, whose traceback still holds what filled the memory
+            continue  # outside the handler, whose traceback still references the tensors
         yield result
         del result

@@ -1,9 +1,9 @@
-"""Files of results: safetensors with a JSON header, written whole or not at all, checked when read.
+"""Files of results: safetensors with a JSON header, written atomically and verified when read.
 
 Everything this library saves is one safetensors file. The tensors carry the numbers; the
 file's metadata carries the kind of result, the version of the layout, a JSON header of the
 caller's choosing (settings, names, provenance) and a SHA-256 over all of it. There is no
-pickle, so opening a file from a stranger runs no code.
+pickle, so opening an untrusted file runs no code.
 """
 
 import hashlib
@@ -37,13 +37,13 @@ def save_tensors(
     """Write `tensors` and `header` to one file, atomically.
 
     The file appears under its name only once it is complete, so that a run that is killed
-    leaves either the old file or the new one. Missing folders are made.
+    leaves either the old file or the new one. Missing folders are created.
 
     Args:
         path: Where to write.
         tensors: Arrays of numbers or bools, on any device; names are free. At least one.
-        header: Anything JSON holds, without NaN or infinity; comes back from `load_tensors`.
-        kind: What the file is ("divergence", "effects", "delta", "preference", ...).
+        header: JSON values without NaN or infinity; `load_tensors` returns it.
+        kind: Kind of result ("divergence", "effects", "delta", "preference", ...).
 
     Raises:
         ValueError: No tensors, or a header that JSON cannot hold.
@@ -119,7 +119,7 @@ def load_tensors(
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file atomically: whole, or not at all. Missing folders are made."""
+    """Write a UTF-8 text file atomically: whole, or not at all. Missing folders are created."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
@@ -128,7 +128,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it into place."""
+    """Let `write` fill a temporary file beside `path`, then rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(descriptor)
@@ -147,7 +147,7 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _plain_tensors(tensors: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor]:
-    """CPU tensors that are contiguous and share no memory, as safetensors wants them."""
+    """Contiguous CPU tensors that share no memory, as safetensors requires."""
     plain: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, value in tensors.items():
@@ -172,7 +172,7 @@ def _plain_tensors(tensors: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tens
 def _checksum(tensors: Mapping[str, Tensor], kind: str, text: str) -> str:
     """SHA-256 over kind, header and every tensor's name, type, shape and bytes."""
     digest = hashlib.sha256()
-    # Lengths between the parts, so that no two files give one byte string.
+    # The length of each part comes first, so that different files give different byte strings.
     for part in (kind, text):
         raw = part.encode("utf-8", "surrogatepass")
         digest.update(len(raw).to_bytes(8, "little") + raw)

@@ -1,4 +1,4 @@
-"""Tables: those that figures are drawn from, and how results look at the end of a cell."""
+"""Tables that figures are drawn from, and how results render in a notebook."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ def checked_table(rows: Table, columns: Iterable[str], name: str) -> pd.DataFram
 
 
 def preview(what: object, table: pd.DataFrame, *, rows: int = 8) -> str:
-    """HTML for a notebook: `repr(what)` as a line, and the first rows of a table that says more."""
+    """HTML for a notebook: `repr(what)` in one line, then the first rows of a table."""
     shown = table.head(rows).to_html(
         border=0, float_format=lambda value: f"{value:.3f}", max_cols=8, na_rep=""
     )
@@ -41,16 +41,16 @@ def preview(what: object, table: pd.DataFrame, *, rows: int = 8) -> str:
 
 
 def short_repr(one: Any, *, always: Sequence[str] = (), longest: int = 60) -> str:
-    """A dataclass in one line: the fields of `always`, and those that are not as by default."""
-    said = []
+    """A dataclass in one line: the fields of `always`, and those that differ from their default."""
+    parts = []
     for field in dataclasses.fields(one):
         value = getattr(one, field.name)
-        made = field.default_factory
-        usual = field.default if made is dataclasses.MISSING else made()
-        if field.name in always or (usual is not dataclasses.MISSING and value != usual):
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        if field.name in always or (default is not dataclasses.MISSING and value != default):
             text = repr(getattr(value, "__name__", value))
-            said.append(
+            parts.append(
                 f"{field.name}={text if len(text) <= longest else text[: longest - 1] + '…'}"
             )
-    text = f"{type(one).__name__}({', '.join(said)})"
+    text = f"{type(one).__name__}({', '.join(parts)})"
     return text if len(text) <= _LONGEST else text[: _LONGEST - 2] + "…)"

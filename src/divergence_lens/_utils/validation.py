@@ -1,10 +1,10 @@
-"""Checks of arguments that several rooms share."""
+"""Checks of arguments that several packages share."""
 
 from numbers import Number
 
 
 def refuse_one_string(value: object, name: str) -> None:
-    """Refuse a text where a list of texts is wanted; Python would take it letter by letter.
+    """Refuse a string where a list of strings is expected; Python would iterate its letters.
 
     Raises:
         TypeError: `value` is a string.
@@ -14,7 +14,7 @@ def refuse_one_string(value: object, name: str) -> None:
 
 
 def refuse_one_number(value: object, name: str) -> None:
-    """Refuse a number where a list of numbers is wanted.
+    """Refuse a number where a list of numbers is expected.
 
     Raises:
         TypeError: `value` is a number.
