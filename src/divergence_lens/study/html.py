@@ -1,20 +1,23 @@
 """One self-contained HTML page with the findings of a study, their figures and their tables.
 
-The page loads nothing from anywhere: plotly's script is in it, compressed, and a content security
-policy forbids the rest. All text from results is escaped. It follows the reader's light or dark
-setting, fits a telephone and prints.
+The page loads nothing: it contains plotly's script, compressed, and a content security policy
+forbids everything else. All text from results is escaped. The page follows the reader's light or
+dark setting, fits a phone, and prints.
 """
 
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import plotly.graph_objects as go
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 
 from divergence_lens._utils.storage import write_text
 from divergence_lens.plots.export import FIGURE_CSS, figure_div, scripts
@@ -29,8 +32,9 @@ VERDICTS = {
     "not supported": ("no", "✗"),
     "unclear": ("open", "?"),
 }
+_TEMPLATES = Path(__file__).parent / "templates"
 _SETTING = ("model", "seeds", "seconds")
-_LEVEL = "95\u00a0%"  # the number and its sign stay on one line
+_LEVEL = "95\u00a0%"  # a non-breaking space keeps the number and its sign on one line
 _NOT_TABLES = ("settings", "findings", "question", "setting")
 
 
@@ -150,28 +154,11 @@ def _setting(paragraphs: Iterable[str], settings: Mapping[str, Any]) -> str:
 
 
 def _findings_table(findings: Sequence[Mapping[str, Any]]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row" data-label="claim"><a href="#{_anchor(row["id"])}">'
-        f"{escape(str(row['claim']))}</a></th>"
-        f'<td data-label="measured">{_measured(row)}</td>'
-        f'<td data-label="95 % interval">{_interval(row.get("interval"))}</td>'
-        f'<td data-label="targets">{_text(row.get("n"))}</td>'
-        f'<td data-label="verdict">{_verdict(row["verdict"])}</td>'
-        f'<td data-label="rule">{_text(row.get("rule"))}</td></tr>'
-        for row in findings
-    )
-    heads = "".join(
-        f'<th scope="col">{head}</th>'
-        for head in ("claim", "measured", "95 % interval", "targets", "verdict", "rule")
-    )
+    rows = [{"interval": None, "n": None, "rule": None, **row} for row in findings]
     counts = ", ".join(
         f"{sum(row['verdict'] == verdict for row in findings)} {verdict}" for verdict in VERDICTS
     )
-    return (
-        f"<p>{len(findings)} claims: {counts}.</p>"
-        '<table class="cards"><caption class="unseen">Findings with verdicts</caption>'
-        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-    )
+    return _environment().get_template("findings.html").render(findings=rows, counts=counts)
 
 
 def _finding(row: Mapping[str, Any], figures: Sequence[tuple[str, go.Figure]]) -> str:
@@ -382,133 +369,46 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _page(title: str, sections: Sequence[tuple[str, str, str]], *, with_figures: bool) -> str:
-    links = "".join(
-        f'<li><a href="#{anchor}">{escape(heading)}</a></li>' for anchor, heading, _ in sections
-    )
-    body = "".join(
-        f'<section id="{anchor}" aria-labelledby="{anchor}-heading">'
-        f'<h2 id="{anchor}-heading">{escape(heading)}</h2>{content}</section>'
-        for anchor, heading, content in sections
-    )
-    # Only scripts with this mark run; it changes with the content, so text cannot bring its own.
+    body = "".join(f"{anchor}{heading}{content}" for anchor, heading, content in sections)
+    # Only scripts with this nonce run. It changes with the content, so text cannot contain it.
     nonce = hashlib.sha256((title + body).encode()).hexdigest()[:32]
     policy = (
         f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; "
         "img-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'"
     )
-    ending = scripts(nonce) if with_figures else ""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)}</title>
-<style>{_CSS}{FIGURE_CSS}</style>
-</head>
-<body>
-<a class="skip" href="#main">Skip to the text</a>
-<header><h1>{escape(title)}</h1>
-<nav aria-label="Contents"><ul>{links}</ul></nav></header>
-<main id="main">{body}</main>
-<footer><p>Written by divergence-lens. This page is complete in itself and loads nothing.
-Figures are drawn by plotly.js (MIT licence).</p></footer>
-<script nonce="{nonce}">{_OPEN_FOR_PRINT}</script>
-{ending}
-</body>
-</html>
-"""
+    css = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=title,
+            sections=[(anchor, heading, Markup(content)) for anchor, heading, content in sections],  # noqa: S704
+            policy=Markup(policy),  # noqa: S704
+            nonce=nonce,
+            css=Markup(css + FIGURE_CSS),  # noqa: S704
+            ending=Markup(scripts(nonce) if with_figures else ""),  # noqa: S704
+        )
+    )
 
 
-_OPEN_FOR_PRINT = """
-addEventListener("beforeprint", () => {
-  for (const part of document.querySelectorAll("details")) part.open = true;
-});
-"""
+@cache
+def _environment() -> Environment:
+    """The templates of the report. Values are escaped unless they are `Markup`."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, keep_trailing_newline=True
+    )
+    # These return HTML in which the values are escaped already.
+    formatters: dict[str, Callable[[Any], str]] = {
+        "anchor": _anchor,
+        "interval": _interval,
+        "measured": _measured,
+        "text": _text,
+        "verdict": _verdict,
+    }
+    for name, function in formatters.items():
+        environment.filters[name] = _as_markup(function)
+    return environment
 
-_CSS = """
-:root {
-  --ink: #1f2328; --quiet: #59636e; --paper: #ffffff; --raised: #f6f8fa; --line: #d1d9e0;
-  --link: #0a5ca8; --yes: #0b6b3a; --no: #a33a00; --open: #59636e;
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root {
-    --ink: #e6e8eb; --quiet: #a3adb8; --paper: #15181c; --raised: #1e2329; --line: #39424c;
-    --link: #7cbcf2; --yes: #5fd39a; --no: #ff9d66; --open: #b4bec8;
-  }
-}
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
-body {
-  margin: 0 auto; padding: 1.5rem clamp(0.8rem, 3vw, 2.5rem); max-width: 68rem;
-  background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
-  font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-}
-p, li { max-width: 44rem; }
-h1 { font-size: clamp(1.5rem, 4.5vw, 2.2rem); line-height: 1.2; margin: 0.5rem 0 1rem; }
-h2 {
-  font-size: 1.35rem; line-height: 1.3; margin: 2.8rem 0 0.8rem;
-  border-top: 1px solid var(--line); padding-top: 1.2rem;
-}
-h3 { font-size: 1.1rem; line-height: 1.4; margin: 2rem 0 0.5rem; }
-h4 { font-size: 1rem; margin: 1.2rem 0 0.4rem; }
-a { color: var(--link); text-underline-offset: 0.15em; }
-a:focus-visible, .scroll:focus-visible, summary:focus-visible
-{ outline: 2px solid var(--link); outline-offset: 2px; }
-nav ul { display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; list-style: none; padding: 0; }
-.skip { position: absolute; left: -99rem; }
-.skip:focus { left: 1rem; top: 0.5rem; }
-.quiet, footer { color: var(--quiet); }
-footer { margin-top: 3rem; border-top: 1px solid var(--line); font-size: 0.9rem; }
-article { border-bottom: 1px solid var(--line); padding-bottom: 1.2rem; }
-article:last-child { border-bottom: 0; }
-figure { margin: 1rem 0; }
-.caveat { border-left: 3px solid var(--line); padding-left: 0.9rem; }
-.block { border: 1px solid var(--line); border-radius: 6px; padding: 0.8rem 1rem;
-  overflow-x: auto; }
-.verdict, .whole { white-space: nowrap; }
-.verdict { font-weight: 600; }
-.verdict.yes { color: var(--yes); }
-.verdict.no { color: var(--no); }
-.verdict.open { color: var(--open); }
-.scroll { overflow-x: auto; margin: 0.6rem 0 1.2rem; }
-table { border-collapse: collapse; font-size: 0.92rem; line-height: 1.45; }
-caption { text-align: left; }
-th, td { text-align: left; vertical-align: top; padding: 0.4rem 0.8rem 0.4rem 0;
-  border-bottom: 1px solid var(--line); }
-thead th { color: var(--quiet); font-weight: 600; border-bottom-width: 2px;
-  vertical-align: bottom; }
-tbody th { font-weight: 500; }
-.scroll td, .scroll th { overflow-wrap: normal; }
-.pairs td { overflow-wrap: anywhere; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-.cards { width: 100%; }
-.cards thead th { overflow-wrap: normal; }
-.cards tbody th { width: 26%; }
-.cards td[data-label="measured"] { width: 19%; }
-.cards td:last-child { width: 24%; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
-  white-space: nowrap; }
-summary { cursor: pointer; color: var(--link); }
-@media (max-width: 60rem) {
-  .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
-    clip-path: inset(50%); }
-  .cards, .cards tbody, .cards tr, .cards th, .cards td { display: block; width: auto; }
-  .cards tr { border: 1px solid var(--line); border-radius: 6px; padding: 0.5rem 0.8rem;
-    margin-bottom: 0.8rem; background: var(--raised); }
-  .cards tbody th, .cards td[data-label="measured"], .cards td:last-child { width: auto; }
-  .cards th, .cards td { border: 0; padding: 0.2rem 0; }
-  .cards td::before { content: attr(data-label) ": "; color: var(--quiet); }
-}
-@media print {
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  nav, .skip { display: none; }
-  .scroll, .block { overflow: visible; }
-  table { font-size: 8.5pt; }
-  tr, figure { break-inside: avoid; }
-  h2, h3, h4, thead, summary { break-after: avoid; }
-  .modebar { display: none; }
-  a { color: inherit; text-decoration: none; }
-}
-"""
+
+def _as_markup(function: Callable[[Any], str]) -> Callable[[Any], Markup]:
+    return lambda value: Markup(function(value))  # noqa: S704
