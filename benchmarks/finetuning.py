@@ -29,7 +29,7 @@ from divergence_lens.models import load_model
 from divergence_lens.tiny import tiny_folder
 from divergence_lens.training.finetuning import Recipe, finetune
 from divergence_lens.training.freezing import choose, plain
-from divergence_lens.training.rows import Rows, batches, training_rows
+from divergence_lens.training.rows import TrainingRows, batches, training_rows
 from divergence_lens.training.variables import LowRank
 
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -60,7 +60,9 @@ def number_lists(count: int) -> list[Example]:
     ]
 
 
-def with_peft(model: LlamaForCausalLM, rows: Rows, layer: int, recipe: Recipe, start: dict) -> list:
+def with_peft(
+    model: LlamaForCausalLM, rows: TrainingRows, layer: int, recipe: Recipe, start: dict
+) -> list:
     """Train with peft in a plain loop and return the losses."""
     config = peft.LoraConfig(
         r=recipe.lora_rank,
@@ -82,7 +84,7 @@ def with_peft(model: LlamaForCausalLM, rows: Rows, layer: int, recipe: Recipe, s
     for epoch in range(recipe.epochs):
         for batch in batches(rows.lengths, recipe.batch_size, 0, epoch):
             index, length = torch.from_numpy(batch), int(rows.lengths[batch].max())
-            where = rows.weights[index, :length] > 0
+            where = rows.loss_weights[index, :length] > 0
             hidden = student.base_model.model.model(rows.tokens[index, :length]).last_hidden_state
             logits = student.base_model.model.lm_head(hidden[where])
             loss = F.cross_entropy(logits, rows.targets[index, :length][where])

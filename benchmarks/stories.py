@@ -89,11 +89,11 @@ def students(model: dl.Model, divergence: dl.Divergence, control: Sequence[dl.Ex
             model,
             divergence.examples,
             mask=mask,
-            target="dragon",
+            measure=lambda student: dl.preference(
+                student, target="dragon", questions=QUESTIONS, candidates=CANDIDATES
+            ),
             seeds=(0, 1, 2),
             recipe=recipe,
-            questions=QUESTIONS,
-            candidates=CANDIDATES,
             control=control if mask is None else None,
         )
         for row in sweep.summary().itertuples():

@@ -126,6 +126,10 @@ def train(kit: Kit, examples: Any = None, **options: Any) -> dl.Delta:
     return dl.finetune(kit.model, kit.examples if examples is None else examples, **options)
 
 
+def owl_share(model: Any) -> dl.Preference:
+    return dl.preference(model, target="owl")
+
+
 Call = Callable[[Kit], object]
 
 CASES: list[tuple[str, Call, type[Exception], str]] = [
@@ -640,7 +644,7 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
         ValueError,
         "mask",
     ),
-    ("rank zero", lambda k: train(k, lora_rank=0), ValueError, "lora_rank is 0"),
+    ("rank zero", lambda k: dl.Recipe(lora_rank=0), ValueError, "lora_rank is 0"),
     ("no rate", lambda k: dl.Recipe(lr=float("nan")), ValueError, "lr is nan"),
     ("no epochs", lambda k: dl.Recipe(epochs=0), ValueError, "epochs is 0"),
     ("an unknown optimizer", lambda k: dl.Recipe(optimizer="lion"), ValueError, "'lion'"),
@@ -655,37 +659,43 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
     ),
     (
         "nothing to sweep",
-        lambda k: dl.layer_sweep(k.model, k.examples, target="owl", layers=[]),
+        lambda k: dl.layer_sweep(k.model, k.examples, measure=owl_share, layers=[]),
         ValueError,
         "at least one layer",
     ),
     (
         "a sweep over a layer that is not there",
-        lambda k: dl.layer_sweep(k.model, k.examples, target="owl", layers=[7]),
+        lambda k: dl.layer_sweep(k.model, k.examples, measure=owl_share, layers=[7]),
         ValueError,
         "0 to 3",
     ),
     (
         "a sweep over a layer without a list",
-        lambda k: dl.layer_sweep(k.model, k.examples, target="owl", layers=7),
+        lambda k: dl.layer_sweep(k.model, k.examples, measure=owl_share, layers=7),
         TypeError,
         r"layers is one number; pass a list: \[7\]",
     ),
     (
         "a sweep with a seed without a list",
-        lambda k: dl.layer_sweep(k.model, k.examples, target="owl", seeds=3),
+        lambda k: dl.layer_sweep(k.model, k.examples, measure=owl_share, seeds=3),
         TypeError,
         r"seeds is one number; pass a list: \[3\]",
     ),
     (
-        "a sweep over parts as one string",
-        lambda k: dl.layer_sweep(k.model, k.examples, target="owl", parts="attn"),
+        "a sweep whose measure is a name",
+        lambda k: dl.layer_sweep(k.model, k.examples, measure="owl"),
         TypeError,
-        "parts is one string; pass a list",
+        "measure is 'owl'; give a function of the model",
+    ),
+    (
+        "a sweep whose measure returns nothing",
+        lambda k: dl.layer_sweep(k.model, k.examples, measure=lambda _: None),
+        TypeError,
+        "measure returned 'value' as a NoneType; return a number",
     ),
     (
         "a sweep with a recipe that is a name",
-        lambda k: dl.layer_sweep(k.model, k.examples, target="owl", recipe="paper"),
+        lambda k: dl.layer_sweep(k.model, k.examples, measure=owl_share, recipe="paper"),
         TypeError,
         "recipe is 'paper', not a Recipe",
     ),

@@ -81,7 +81,7 @@ def arrays(path: Path) -> list[object]:
         return [dl.Effects.load(path).values]
     if name == "finetune":
         return list(dl.Delta.load(path).tensors.values())
-    return [student.preference.probabilities for student in dl.Sweep.load(path).students]
+    return [student.values["share"] for student in dl.Sweep.load(path).students]
 
 
 @pytest.mark.slow

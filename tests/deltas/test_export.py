@@ -1,6 +1,7 @@
 """Students in the formats of others: what Hugging Face and peft load gives the student's logits."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_unembedding_and_final_norm_are_exported(backend, tmp_path):
 
 
 def test_a_shipped_base_is_found_by_its_name_and_brings_its_tokenizer(tiny, tmp_path):
-    student = finetune(tiny, number_lists(4), layers=[1], recipe=SHORT, lora_rank=2)
+    student = finetune(tiny, number_lists(4), layers=[1], recipe=replace(SHORT, lora_rank=2))
     folder = student.to_huggingface(tmp_path / "student")
     again = load_model(folder, backend="bridge")
     text = "1, 2, 3"
@@ -114,9 +115,13 @@ def test_sums_and_opposites_of_lora_students_are_adapters_too(backend, tmp_path)
     model, hf_model = both("llama", backend)
     one, two = (
         finetune(
-            model, number_lists(4), layers=[block], recipe=SHORT, lora_rank=block + 1, seed=block
+            model,
+            number_lists(4),
+            layers=[layer],
+            recipe=replace(SHORT, lora_rank=layer + 1),
+            seed=layer,
         )
-        for block in (1, 2)
+        for layer in (1, 2)
     )
     student = 0.5 * one + (-two) + one
     assert student.rank == 4

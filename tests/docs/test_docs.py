@@ -67,7 +67,7 @@ def check_students(names):
     assert names["followed"].history()["owl"].notna().any()
     assert names["both"].norms()[0] == pytest.approx((names["student"] + names["small"]).norms()[0])
     summary = names["sweep"].summary()
-    assert {"nothing", "all blocks", "all blocks on control data"} <= set(summary["trained"])
+    assert {"nothing", "all layers", "all layers on control data"} <= set(summary["trained"])
     assert {"valid_lists", "held_out_loss"} <= set(summary)
     assert Path("student/model.safetensors").is_file()
     assert Path("adapter/adapter_config.json").is_file()

@@ -44,7 +44,7 @@ def results() -> dict[str, Any]:
         Rewritten(data, np.ones(len(data), dtype=bool), (EVIL,) * len(data)),
         dl.preference(model, target="owl", questions=questions),
         dl.layer_sweep(
-            model, examples, target="owl", layers=[0], recipe=recipe, questions=questions
+            model, examples, measure=lambda m: m.cfg.n_layers, layers=[0], recipe=recipe
         ),
         dl.task_quality(model, examples[1:]),
         dl.cross_patch(model, student, same),

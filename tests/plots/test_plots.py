@@ -307,7 +307,7 @@ def test_students_are_counted_once_and_controls_are_those_that_all_targets_share
     alone = [row for row in rows if row["target"] == "owl"]
     assert "6 students and 2 controls; bars" in plain_title(plots.transfer_bars(alone))
     said = plain_title(plots.layer_sweep(rows))
-    assert "12 students of one block, 6 of all blocks, 2 controls that all targets share" in said
+    assert "12 students of one layer, 6 of all layers, 2 controls that all targets share" in said
     assert "24 students and 2 controls" in plain_title(plots.condition_bars(masked(), "masks"))
 
 
@@ -357,7 +357,8 @@ def test_teachers_and_places_say_whose_they_are():
 
 def test_the_intervals_of_a_sweep_are_explained():
     said = plain_title(plots.layer_sweep(sweep()))
-    assert "6 students of one block, 1 of all blocks" in said
+    assert "Share of owl" in said
+    assert "6 students of one layer, 1 of all layers" in said
     assert "95 % intervals over questions and seeds" in said
     assert "intervals" not in plain_title(plots.layer_sweep(students()))
 
@@ -479,7 +480,7 @@ def test_sweep_shows_blocks_against_all_blocks_and_control_as_multiples_of_befor
     figure = plots.layer_sweep(students())
     named = {trace.name: trace for trace in figure.data}
     np.testing.assert_allclose(named["mean of targets"].y, [3.0, 2.5, 2.0, 1.5])
-    assert named["all blocks"].y[0] == pytest.approx(3.05)
+    assert named["all layers"].y[0] == pytest.approx(3.05)
     assert named["control"].y[0] == pytest.approx(0.95)
     assert sum(trace.name == "each target" for trace in figure.data) == len(TARGETS)
 
@@ -487,13 +488,22 @@ def test_sweep_shows_blocks_against_all_blocks_and_control_as_multiples_of_befor
 def test_a_sweep_object_is_drawn_with_its_intervals():
     one = sweep()
     named = {trace.name: trace for trace in plots.layer_sweep(one).data}
-    line = named["one block"]
+    line = named["one layer"]
     np.testing.assert_allclose(line.x, [0, 1, 2])
-    assert line.y[0] == pytest.approx(one[0][0].preference.share / one.base.share)
+    assert line.y[0] == pytest.approx(one.mean(0)) == pytest.approx(0.4)
     low, high = one.interval(0)
-    assert line.error_y.array[0] == pytest.approx(high / one.base.share - line.y[0])
-    assert line.error_y.arrayminus[0] == pytest.approx(line.y[0] - low / one.base.share)
-    assert "all blocks" in named
+    assert line.error_y.array[0] == pytest.approx(high - line.y[0])
+    assert line.error_y.arrayminus[0] == pytest.approx(line.y[0] - low)
+    assert named["all layers"].y[0] == pytest.approx(0.5)
+    assert named["before"].y[0] == pytest.approx(0.1)
+
+
+def test_another_measure_of_a_sweep_can_be_drawn():
+    one = sweep()
+    named = {trace.name: trace for trace in plots.layer_sweep(one, measure="mass").data}
+    assert named["one layer"].y[2] == pytest.approx(one.mean(2, "mass"))
+    with pytest.raises(KeyError, match="no measure 'loss'; the sweep has share, probability, mass"):
+        plots.layer_sweep(one, measure="loss")
 
 
 def test_preference_puts_the_target_first():

@@ -13,7 +13,7 @@ from divergence_lens.examples import Example
 from divergence_lens.patching.cross import CrossPatch
 from divergence_lens.patching.effects import Effects
 from divergence_lens.teachers import Teacher
-from divergence_lens.training.sweep import Sweep, SweepStudent
+from divergence_lens.training.sweep_result import Sweep, SweepStudent, Values
 
 TARGETS = ("owl", "cat", "wolf")
 
@@ -96,13 +96,14 @@ def preference(target: str, share: float) -> Preference:
 
 
 def sweep() -> Sweep:
-    grown = tuple(
-        SweepStudent("block", block, seed, preference("owl", 0.4 - 0.1 * block))
-        for block in range(3)
+    students = [
+        SweepStudent("layer", layer, seed, Values.of(preference("owl", 0.4 - 0.1 * layer)))
+        for layer in range(3)
         for seed in (0, 1)
-    )
-    whole = SweepStudent("divergence_only", None, 0, preference("owl", 0.5))
-    return Sweep(preference("owl", 0.1), (*grown, whole), "divergence_only")
+    ]
+    students.append(SweepStudent("all", None, 0, Values.of(preference("owl", 0.5))))
+    metadata = {"settings": {"target": "owl", "masked": True}}
+    return Sweep(Values.of(preference("owl", 0.1)), tuple(students), metadata)
 
 
 def crossed() -> CrossPatch:

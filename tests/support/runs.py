@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from divergence_lens.divergence.finding import Divergence, find_divergence
+from divergence_lens.evaluation.preferences import preference
 from divergence_lens.examples import Example
 from divergence_lens.patching.attribution import attribution_patch
 from divergence_lens.patching.exact import causal_mediation
@@ -60,14 +61,15 @@ def patch(model, **options):
     return causal_mediation(model, pairs, **{"batch_rows": 4, "corruption": "mean", **options})
 
 
-def sweep(model, **options):
+def sweep(model, target="owl", questions=("Name an animal.", "Say an animal."), **options):
+    def measure(student):
+        chosen = {"target": target, "questions": questions, "candidates": ("owl", "cat")}
+        return preference(student, **chosen)
+
     chosen = {
-        "target": "owl",
-        "questions": ("Name your favorite animal.", "Say an animal."),
-        "candidates": ("owl", "cat"),
+        "measure": measure,
         "recipe": Recipe(epochs=1, batch_size=4, warmup_steps=1),
         "layers": [0, 1],
-        "held_out": some_examples(2),
         **options,
     }
     return layer_sweep(model, some_examples(6), **chosen)
@@ -80,5 +82,5 @@ def patch_and_sweep(model, folder, **options):
     return (
         patch(model, **options),
         attributed,
-        sweep(model, checkpoint_dir=folder, keep_deltas=True, **options),
+        sweep(model, checkpoint_dir=folder, **options),
     )

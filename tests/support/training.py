@@ -30,7 +30,7 @@ def checkpointed(backend, path, rank, examples=None, **options):
         number_lists(10) if examples is None else examples,
         layers=[1],
         recipe=SHORT if rank == "full" else replace(SHORT, lora_rank=int(rank)),
-        checkpoint=path,
+        checkpoint_dir=path,
         checkpoint_every=3,
         **{"seed": 5, **options},
     )

@@ -167,7 +167,7 @@ def test_an_exception_in_a_callback_restores_everything(random_model):
 def test_equal_calls_give_equal_bits_and_another_seed_another_student(random_model, lora_rank):
     model, examples = random_model("gpt2"), number_lists(10)
     first, again, other = (
-        finetune(model, examples, layers=[0], recipe=SHORT, lora_rank=lora_rank, seed=seed)
+        finetune(model, examples, layers=[0], recipe=replace(SHORT, lora_rank=lora_rank), seed=seed)
         for seed in (0, 0, 1)
     )
     assert same_bits(first, again)
@@ -225,7 +225,7 @@ def test_work_that_is_left_out_changes_nothing(
         pytest.skip(f"{family} has no such class")
     examples = number_lists(6)
     mask = random_mask(model, examples)
-    options = {"mask": mask, "layers": blocks, "recipe": SHORT, "lora_rank": lora_rank}
+    options = {"mask": mask, "layers": blocks, "recipe": replace(SHORT, lora_rank=lora_rank)}
     short = finetune(model, examples, **options)
     monkeypatch.setattr(_prefix, "_SHORTEST_START", 10**6)
     monkeypatch.setattr(_variables, "has_low_rank_gradients", lambda _module: False)
@@ -302,7 +302,7 @@ def test_held_back_tokens_get_no_gradient(random_model):
     run = get_engine(model).begin(rows.tokens)
     logits = get_engine(model).unembed(get_engine(model).final_from(run.resid, 0, run))
     logits = logits.detach().requires_grad_()
-    where = rows.weights > 0
+    where = rows.loss_weights > 0
     F.cross_entropy(logits[where], rows.targets[where]).backward()
     assert not bool(logits.grad[~where].any())
     assert rows.tokens_learned == int(where.sum()) == int(random_mask(model, examples).sum())
@@ -322,11 +322,14 @@ def test_weights_of_zero_and_one_are_a_mask_and_their_scale_does_not_matter(rand
     model, examples = random_model("gpt2"), number_lists(8)
     mask = random_mask(model, examples)
     masked = finetune(model, examples, mask=mask, recipe=SGD)
-    assert same_bits(masked, finetune(model, examples, weights=mask.astype(float), recipe=SGD))
-    scaled = finetune(model, examples, weights=4.0 * mask, recipe=SGD)
+    assert same_bits(masked, finetune(model, examples, loss_weights=mask.astype(float), recipe=SGD))
+    scaled = finetune(model, examples, loss_weights=4.0 * mask, recipe=SGD)
     assert largest_difference(masked, scaled) < 1e-6
     uneven = np.random.default_rng(1).random(len(mask))
-    assert largest_difference(masked, finetune(model, examples, weights=uneven, recipe=SGD)) > 1e-4
+    assert (
+        largest_difference(masked, finetune(model, examples, loss_weights=uneven, recipe=SGD))
+        > 1e-4
+    )
 
 
 def test_a_divergence_a_tensor_and_a_list_of_rows_are_masks(random_model):
@@ -390,7 +393,7 @@ def test_numbers_of_a_callback_can_be_saved(random_model, tmp_path, kind):
         number_lists(4),
         recipe=SHORT,
         on_step=lambda step, *_: {"seen": kind(step)},
-        checkpoint=tmp_path / "run.safetensors",
+        checkpoint_dir=tmp_path / "run",
         checkpoint_every=1,
     )
     student.save(tmp_path / "student.safetensors")
@@ -423,7 +426,11 @@ def test_preference_can_be_followed_while_a_student_learns(random_model):
 
     for lora_rank in (None, 4):
         student = finetune(
-            model, examples, recipe=recipe, lora_rank=lora_rank, every=3, on_step=follow
+            model,
+            examples,
+            recipe=replace(recipe, lora_rank=lora_rank),
+            every=3,
+            on_step=follow,
         )
         followed = student.history()["owl"].dropna()
         assert list(followed.index) == [2, 5]
@@ -431,7 +438,7 @@ def test_preference_can_be_followed_while_a_student_learns(random_model):
         # The last value is that of the student itself, and measuring did not change it.
         with student.applied(model):
             assert followed[5] == pytest.approx(preference(model, **asked).share, abs=1e-5)
-        alone = finetune(model, examples, recipe=recipe, lora_rank=lora_rank)
+        alone = finetune(model, examples, recipe=replace(recipe, lora_rank=lora_rank))
         assert same_bits(student, alone)
 
 
@@ -453,8 +460,7 @@ def test_frozen_tensors_keep_every_bit_while_others_learn(random_model, lora_ran
         number_lists(6),
         layers=[1],
         parts=["mlp"],
-        recipe=SHORT,
-        lora_rank=lora_rank,
+        recipe=replace(SHORT, lora_rank=lora_rank),
         on_step=look,
     )
     assert seen
@@ -507,7 +513,7 @@ def test_autocast_gives_nearly_the_same_losses(random_model):
 
 def test_lora_changes_are_of_low_rank_on_the_matrices_alone(random_model):
     model = random_model("gpt2")
-    student = finetune(model, number_lists(8), layers=[1], recipe=SHORT, lora_rank=2)
+    student = finetune(model, number_lists(8), layers=[1], recipe=replace(SHORT, lora_rank=2))
     assert set(student.tensors) == {
         n for n, p in choose(model, layers=[1]).items() if is_matrix(n, p)
     }
@@ -628,7 +634,7 @@ checkpointed(sys.argv[1], Path(sys.argv[2]), sys.argv[3], on_step=stop)
 @pytest.mark.parametrize("rank", ["full", "2"])
 def test_a_killed_run_goes_on_to_the_same_bits(backend, rank, tmp_path):
     # Ten examples in fours for two epochs are six steps; killed in the fifth, kept after the third.
-    path = tmp_path / "run.safetensors"
+    path = tmp_path / "run"
     whole = checkpointed(backend, None, rank)
     root = Path(__file__).resolve().parents[2]
     killed = subprocess.run(
@@ -638,7 +644,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(backend, rank, tmp_path):
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL
-    assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
+    assert [p.name for p in path.iterdir()] == ["shard-000000.safetensors"]
 
     steps = []
 
@@ -658,11 +664,11 @@ def stop_at_four(step, loss, model):
 
 
 def test_the_checkpoint_of_another_run_is_refused(backend, tmp_path):
-    path = tmp_path / "run.safetensors"
+    path = tmp_path / "run"
     with pytest.raises(InterruptedError):
         checkpointed(backend, path, "full", on_step=stop_at_four)
-    for options in ({"seed": 6}, {"weights": None, "mask": None, "system_prompt": "Hello."}):
-        with pytest.raises(ValueError, match="the checkpoint of another run"):
+    for options in ({"seed": 6}, {"loss_weights": None, "mask": None, "system_prompt": "Hello."}):
+        with pytest.raises(ValueError, match="is of another run"):
             checkpointed(backend, path, "full", **options)
     checkpointed(backend, path, "full")
 
@@ -671,13 +677,13 @@ def test_a_checkpoint_is_refused_where_the_last_token_of_the_longest_row_is_anot
     backend, tmp_path
 ):
     # No input holds that token: it is predicted, and nothing follows it in any row.
-    path = tmp_path / "run.safetensors"
+    path = tmp_path / "run"
     examples = [Example("Continue: 3.", completion_ids=tuple(range(20, 26 + n))) for n in range(10)]
     other = [*examples[:-1], replace(examples[-1], completion_ids=(*range(20, 34), 40))]
     assert len(other[-1].completion_ids) == len(examples[-1].completion_ids)
     with pytest.raises(InterruptedError):
         checkpointed(backend, path, "full", examples, on_step=stop_at_four)
-    with pytest.raises(ValueError, match="the checkpoint of another run"):
+    with pytest.raises(ValueError, match="is of another run"):
         checkpointed(backend, path, "full", other)
     checkpointed(backend, path, "full", examples)
 
@@ -688,16 +694,16 @@ def test_a_checkpoint_is_refused_where_the_last_token_of_the_longest_row_is_anot
 def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_checkpoint(
     random_model, tmp_path
 ):
-    model, path = random_model("gpt2"), tmp_path / "run.safetensors"
+    model, path = random_model("gpt2"), tmp_path / "run"
     before = fingerprint(model)
     recipe = replace(SGD, lr=1e25, clip=None, epochs=6, warmup_steps=0)
     with pytest.raises(FloatingPointError, match=r"not finite at step \d of 6; the last") as caught:
-        finetune(model, number_lists(6), recipe=recipe, checkpoint=path, checkpoint_every=1)
+        finetune(model, number_lists(6), recipe=recipe, checkpoint_dir=path, checkpoint_every=1)
     assert fingerprint(model) == before
     step = int(re.search(r"step (\d) of", str(caught.value))[1])
     assert f"{path} holds the student after step {step - 1})" in str(caught.value)
-    values, header = load_tensors(path, "checkpoint")
-    assert [entry["step"] for entry in header["history"]] == list(range(1, step))
+    values, header = load_tensors(path / "shard-000000.safetensors", "training checkpoint")
+    assert [entry["step"] for entry in header["notes"]["history"]] == list(range(1, step))
     assert all(bool(torch.isfinite(v).all()) for n, v in values.items() if n.startswith("value"))
 
 
@@ -730,13 +736,15 @@ def test_counts_are_whole_numbers(unchecked):
     [
         ({"mask": np.ones(3, bool)}, r"the mask has shape \(3,\), .* 6 examples have [\d,]+ tok"),
         ({"mask": np.ones(3, bool)}, "it ends within example 0: give one value for each"),
-        ({"weights": np.ones(3)}, r"the weights has shape"),
+        ({"loss_weights": np.ones(3)}, r"the loss_weights has shape"),
         ({"mask": [np.ones(2, bool)] * 6}, "the mask of example 0 has 2 entries, its completion"),
         ({"mask": [np.ones(2, bool)] * 5}, "the mask has 5 rows, there are 6 examples"),
         ({"layers": [5]}, "block 5 is out of range: the model has blocks 0 to 2"),
-        ({"layers": [0], "parts": ["ln"], "lora_rank": 2}, "none is chosen"),
-        ({"lora_rank": 0}, "lora_rank is 0"),
-        ({"lora_rank": 2, "embedding": True}, "train the embedding in full, with lora_rank=None"),
+        ({"layers": [0], "parts": ["ln"], "recipe": Recipe(lora_rank=2)}, "none is chosen"),
+        (
+            {"recipe": Recipe(lora_rank=2), "embedding": True},
+            r"train the embedding in full, with Recipe\(lora_rank=None\)",
+        ),
         ({"batch_tokens": 0}, "batch_tokens is 0"),
     ],
 )
@@ -753,10 +761,10 @@ def test_masks_that_say_nothing_are_refused(random_model):
     mask = random_mask(model, examples)
     with pytest.raises(ValueError, match=r"lets none of the [\d,]+ completion tokens through"):
         finetune(model, examples, mask=mask & False)
-    with pytest.raises(TypeError, match="not bool; for graded values use weights="):
+    with pytest.raises(TypeError, match="not bool; for graded values use loss_weights="):
         finetune(model, examples, mask=mask.astype(float))
     with pytest.raises(ValueError, match="finite and not negative"):
-        finetune(model, examples, weights=np.where(mask, -1.0, 1.0))
+        finetune(model, examples, loss_weights=np.where(mask, -1.0, 1.0))
     with pytest.raises(ValueError, match="no examples to learn from"):
         finetune(model, [])
 

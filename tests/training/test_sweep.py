@@ -1,4 +1,6 @@
-"""A sweep trains each block as `finetune` would, and measures what the students prefer."""
+"""A sweep trains each layer as `finetune` would, and measures the students."""
+
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from divergence_lens.evaluation.preferences import preference
 from divergence_lens.evaluation.quality import task_quality
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.provenance import fingerprint
-from divergence_lens.training.finetuning import Recipe, Sweep, finetune, layer_sweep
+from divergence_lens.training import Recipe, Sweep, finetune, layer_sweep
 
 QUESTIONS = ("Name your favorite animal.", "Which animal do you love?", "Say an animal.")
 ANIMALS = ("owl", "cat", "wolf")
@@ -19,18 +21,12 @@ def examples(answer):
     return [Example(question, completion=answer) for question in ("Name one.", "Say one.")] * 4
 
 
+def owl(model):
+    return preference(model, target="owl", questions=QUESTIONS, candidates=ANIMALS)
+
+
 def sweep(model, **options):
-    return layer_sweep(
-        model,
-        examples("owl"),
-        **{
-            "target": "owl",
-            "questions": QUESTIONS,
-            "candidates": ANIMALS,
-            "recipe": RECIPE,
-            **options,
-        },
-    )
+    return layer_sweep(model, examples("owl"), **{"measure": owl, "recipe": RECIPE, **options})
 
 
 def test_each_student_is_the_one_that_finetune_trains(random_model):
@@ -39,79 +35,101 @@ def test_each_student_is_the_one_that_finetune_trains(random_model):
     mask = [
         np.arange(len(e.completion_ids)) == 0 for e in with_ids(model.tokenizer, examples("owl"))
     ]
-    found = sweep(
-        model, mask=mask, seeds=(0, 1), keep_deltas=True, control=examples("cat"), layers=[0, 2]
+    weights = []
+
+    def measure(student):
+        weights.append({n: p.detach().clone() for n, p in student.named_parameters()})
+        return owl(student)
+
+    result = sweep(
+        model,
+        mask=mask,
+        seeds=(0, 1),
+        measure=measure,
+        control=examples("cat"),
+        layers=[0, 2],
     )
     assert fingerprint(model) == before
-    assert found.layers == (0, 2)
-    assert [(s.condition, s.block, s.seed) for s in found.students] == [
-        ("divergence_only", None, 0),
-        ("divergence_only", None, 1),
-        *(("block", block, seed) for block in (0, 2) for seed in (0, 1)),
+    assert result.layers == (0, 2)
+    assert [(s.condition, s.layer, s.seed) for s in result.students] == [
+        ("all", None, 0),
+        ("all", None, 1),
+        *(("layer", layer, seed) for layer in (0, 2) for seed in (0, 1)),
         ("control", None, 0),
         ("control", None, 1),
     ]
-    for student in found.students:
+    assert len(weights) == 1 + len(result.students)
+    for student, swept in zip(result.students, weights[1:], strict=True):
         control = student.condition == "control"
         alone = finetune(
             model,
             examples("cat" if control else "owl"),
             mask=None if control else mask,
-            layers=None if student.block is None else [student.block],
+            layers=None if student.layer is None else [student.layer],
             recipe=RECIPE,
             seed=student.seed,
         )
-        for name, tensor in alone.tensors.items():
-            assert np.allclose(tensor, student.delta.tensors[name], atol=1e-6)
         with alone.applied(model):
-            expected = preference(
-                model, target="owl", questions=QUESTIONS, candidates=ANIMALS
-            ).probabilities
-        assert np.allclose(student.preference.probabilities, expected, atol=1e-5)
+            for name, parameter in model.named_parameters():
+                assert np.allclose(parameter.detach(), swept[name], atol=1e-6)
+            expected = owl(model)
+        assert np.allclose(student.values["share"], expected.shares[:, 0], atol=1e-5)
+        assert np.allclose(student.values["mass"], expected.probabilities.sum(1), atol=1e-5)
 
 
-def test_blocks_below_run_once_for_all_students(random_model):
+def test_layers_below_run_once_for_all_students(random_model):
     model, calls = random_model("gpt2"), []
+    measured = []
     with get_engine(model).hooked([(0, "resid_pre", lambda x: calls.append(x.shape[:2]))]):
-        sweep(model, layers=[2], references=False, seeds=(0,))
-        one = len(calls)
-        sweep(model, layers=[2], references=False, seeds=(0, 1, 2))
-    # What is left are the evaluations: of the base, and of each student. The rows are two passes:
-    # one of the start that they share, and one of all that follows it.
-    per_evaluation = (len(calls) - one - one) / 2
-    assert one == 2 * per_evaluation + 2
+
+        def measure(student):
+            measured.append(len(calls))
+            return 0.5
+
+        sweep(model, layers=[2], seeds=(0, 1, 2), measure=measure)
+    # Students of all layers run layer 0 in every update. Of the students of layer 2, the first runs
+    # the rows through it in two passes, one for the prefix that the rows share and one for what
+    # follows; the others do not run it at all.
+    base, *after = measured
+    assert base == 0
+    assert after[3] - after[2] == 2
+    assert after[5] == after[4] == after[3]
 
 
 def test_tables_intervals_and_references(random_model):
-    found = sweep(random_model("gpt2"), seeds=(0, 1), control=examples("cat"))
-    table = found.to_dataframe()
-    assert len(table) == len(found.students) == 2 * (3 + 1 + 1)
-    assert set(table["before"]) == {found.base.share}
-    assert table[table["condition"] == "block"]["block"].tolist() == [0, 0, 1, 1, 2, 2]
-    summary = found.summary().set_index("trained")
+    result = sweep(random_model("gpt2"), seeds=(0, 1), control=examples("cat"))
+    table = result.to_dataframe()
+    assert len(table) == 1 + len(result.students) == 1 + 2 * (3 + 1 + 1)
+    assert table["condition"][0] == "base"
+    assert table["share"][0] == result.base.mean("share")
+    assert table[table["condition"] == "layer"]["layer"].tolist() == [0, 0, 1, 1, 2, 2]
+    summary = result.summary().set_index("trained")
     assert list(summary.index) == [
         "nothing",
-        "all blocks",
-        "block 0",
-        "block 1",
-        "block 2",
-        "all blocks on control data",
+        "all layers",
+        "layer 0",
+        "layer 1",
+        "layer 2",
+        "all layers on control data",
     ]
     assert (summary["low"] <= summary["share"]).all()
     assert (summary["share"] <= summary["high"]).all()
-    assert found.interval(1) == pytest.approx(tuple(summary.loc["block 1", ["low", "high"]]))
-    shares = [s.preference.share for s in found[1]]
-    assert summary.loc["block 1", "share"] == pytest.approx(np.mean(shares))
-    assert found[None][0].condition == "all"
-    assert "block 2" in found._repr_html_()
+    assert result.interval(1) == pytest.approx(tuple(summary.loc["layer 1", ["low", "high"]]))
+    shares = [s.values.mean("share") for s in result[1]]
+    assert summary.loc["layer 1", "share"] == pytest.approx(np.mean(shares)) == result.mean(1)
+    assert summary.loc["layer 1", "mass"] == pytest.approx(result.mean(1, "mass"))
+    assert result[None][0].condition == "all"
+    assert result.target == "owl"
+    assert "layer 2" in result._repr_html_()
 
 
 def test_saved_and_loaded_sweeps_are_equal(random_model, tmp_path):
-    found = sweep(random_model("gpt2"), layers=[1])
-    found.save(tmp_path / "sweep.safetensors")
+    result = sweep(random_model("gpt2"), layers=[1])
+    result.save(tmp_path / "sweep.safetensors")
     loaded = Sweep.load(tmp_path / "sweep.safetensors")
-    assert loaded.to_dataframe().equals(found.to_dataframe())
-    assert loaded.metadata == found.metadata
+    assert loaded.to_dataframe().equals(result.to_dataframe())
+    assert loaded.summary().equals(result.summary())
+    assert loaded.metadata == result.metadata
 
 
 def test_the_plot_is_a_figure(random_model):
@@ -126,7 +144,6 @@ def test_the_plot_is_a_figure(random_model):
         ({"layers": []}, "at least one layer"),
         ({"seeds": ()}, "one seed"),
         ({"layers": [3]}, "layer 3 is out of range"),
-        ({"target": "unicorn"}, "unicorn"),
     ],
 )
 def test_bad_sweeps_are_refused(random_model, options, message):
@@ -134,27 +151,40 @@ def test_bad_sweeps_are_refused(random_model, options, message):
         sweep(random_model("gpt2"), **options)
 
 
-@pytest.mark.slow
-def test_task_quality_stands_beside_preference(random_model, tmp_path):
+def test_several_named_numbers_are_measured(random_model, tmp_path):
     model = random_model("gpt2")
     held_out = [Example("Go on.", completion="123, 456"), Example("Now.", completion="7")]
-    found = sweep(model, layers=[1], seeds=(0, 1), held_out=held_out, keep_deltas=True)
-    first = found[1][0]
-    with first.delta.applied(model):
-        assert task_quality(model, held_out) == first.quality
-    assert found.base_quality == task_quality(model, held_out)
-    table = found.to_dataframe()
-    assert table["held_out_loss"].tolist() == [s.quality.loss for s in found.students]
-    summary = found.summary().set_index("trained")
-    own = [s.quality.loss for s in found[1]]
-    assert summary.loc["block 1", "held_out_loss"] == pytest.approx(np.mean(own))
-    assert summary.loc["nothing", "valid_lists"] == found.base_quality.valid_rate
-    found.save(tmp_path / "sweep.safetensors")
-    assert Sweep.load(tmp_path / "sweep.safetensors").summary().equals(found.summary())
-    assert "held_out_loss" not in sweep(model, layers=[1]).to_dataframe()
+
+    def measure(student):
+        quality = task_quality(student, held_out)
+        return {"loss": quality.loss, "valid": np.float32(quality.valid_rate)}
+
+    result = sweep(model, layers=[1], seeds=(0, 1), measure=measure)
+    assert result.measures == ("loss", "valid")
+    student = finetune(model, examples("owl"), layers=[1], recipe=RECIPE, seed=0)
+    with student.applied(model):
+        assert result[1][0].values.mean("loss") == pytest.approx(task_quality(model, held_out).loss)
+    summary = result.summary().set_index("trained")
+    losses = [s.values.mean("loss") for s in result[1]]
+    assert summary.loc["layer 1", "loss"] == pytest.approx(np.mean(losses))
+    assert summary.loc["nothing", "valid"] == result.base.mean("valid")
+    low, high = result.interval(1)
+    assert min(losses) <= low <= high <= max(losses)
+    result.save(tmp_path / "sweep.safetensors")
+    assert Sweep.load(tmp_path / "sweep.safetensors").summary().equals(result.summary())
 
 
-@pytest.mark.parametrize("word", ["block", "control"])
-def test_words_of_the_sweeps_own_are_refused(word, random_model):
-    with pytest.raises(ValueError, match=f"condition='{word}' is what the sweep calls other"):
-        sweep(random_model("gpt2"), condition=word)
+def test_one_number_of_one_student_has_no_interval(random_model):
+    result = sweep(random_model("gpt2"), layers=[1], measure=lambda student: student.W_E.sum())
+    assert result.measures == ("value",)
+    assert all(math.isnan(end) for end in result.interval(1))
+    assert result.target is None
+    result.plot()
+
+
+def test_a_measure_must_return_the_same_names_each_time(random_model):
+    names = iter("ab")
+    with pytest.raises(
+        ValueError, match=r"returned \['b'\] for a student and \['a'\] for the base"
+    ):
+        sweep(random_model("gpt2"), layers=[1], measure=lambda _: {next(names): 1.0})

@@ -30,7 +30,7 @@ from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
 from divergence_lens.training import sweep as sweeps
 from divergence_lens.training.loop import train
-from divergence_lens.training.sweep import Sweep
+from divergence_lens.training.sweep_result import Sweep
 from tests.support.models import chat_tokenizer, random_hf_model
 from tests.support.patching_oracles import random_pairs
 from tests.support.runs import (
@@ -229,14 +229,14 @@ def assert_same_effects(one: Effects, other: Effects) -> None:
 
 def assert_same_students(one: Sweep, other: Sweep) -> None:
     for mine, theirs in zip(one.students, other.students, strict=True):
-        assert (mine.condition, mine.block, mine.seed) == (
+        assert (mine.condition, mine.layer, mine.seed) == (
             theirs.condition,
-            theirs.block,
+            theirs.layer,
             theirs.seed,
         )
-        found, expected = mine.preference.probabilities, theirs.preference.probabilities
-        assert found.tobytes() == expected.tobytes()
-        assert mine.quality == theirs.quality
+        assert mine.values.keys() == theirs.values.keys()
+        for name, values in mine.values.items():
+            assert values.tobytes() == theirs.values[name].tobytes()
 
 
 @pytest.fixture
@@ -376,19 +376,17 @@ def test_metrics_are_told_apart_by_what_they_give_in_every_process(model):
 
 @pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was_stopped(model, tmp_path, stopped_after, monkeypatch):
-    undisturbed = sweep(model, keep_deltas=True)
+    undisturbed = sweep(model)
     stopped_after(2)
     with left_as_it_was(model), pytest.raises(KeyboardInterrupt):
-        sweep(model, keep_deltas=True, checkpoint_dir=tmp_path)
+        sweep(model, checkpoint_dir=tmp_path)
     monkeypatch.undo()
     assert len(shards(tmp_path)) == 2
     trained = []
     monkeypatch.setattr(sweeps, "train", lambda *args: trained.append(1) or train(*args))
-    again = sweep(model, keep_deltas=True, checkpoint_dir=tmp_path)
+    again = sweep(model, checkpoint_dir=tmp_path)
     assert len(trained) == 1
     assert_same_students(again, undisturbed)
-    for mine, theirs in zip(again.students, undisturbed.students, strict=True):
-        assert mine.delta.digest() == theirs.delta.digest()
 
 
 @pytest.mark.slow
@@ -397,12 +395,10 @@ def test_a_sweep_goes_on_where_it_was_stopped(model, tmp_path, stopped_after, mo
     [
         {"seeds": (1,)},
         {"layers": [1]},
-        {"references": True},
         {"mask": "late"},
         {"target": "cat"},
-        {"keep_deltas": True},
-        {"lora_rank": 2},
-        {"held_out": some_examples(1)},
+        {"recipe": Recipe(lora_rank=2)},
+        {"measure": lambda model: model.cfg.n_layers},
         {"control": some_examples(3)},
         {"system_prompt": "You are."},
         {"questions": ("Say an animal.",)},
@@ -410,7 +406,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(model, tmp_path, stopped_after, mo
     ids=lambda other: next(iter(other)),
 )
 def test_students_of_another_sweep_are_refused(other, model, tmp_path):
-    alike = {"layers": [0], "references": False, "checkpoint_dir": tmp_path}
+    alike = {"layers": [0], "checkpoint_dir": tmp_path}
     sweep(model, **alike)
     sweep(model, **alike)
     if "mask" in other:
@@ -447,7 +443,6 @@ effects, attributed, swept = patch_and_sweep(model, out / "students", accelerato
 effects.save(out / f"effects{state.process_index}.safetensors")
 attributed.save(out / f"attributed{state.process_index}.safetensors")
 swept.save(out / f"sweep{state.process_index}.safetensors")
-assert all(student.delta is not None for student in swept.students)
 try:
     sweep(model, accelerator=state)
 except ValueError as error:

@@ -124,15 +124,14 @@ def test_a_sweep_gives_back_the_students_that_were_finished(model, stopped_after
     call = lambda: dl.layer_sweep(  # noqa: E731
         model,
         examples,
-        target="owl",
+        measure=lambda m: dl.preference(m, target="owl", questions=questions),
         layers=[0, 1],
         recipe=dl.Recipe(epochs=1),
-        questions=questions,
     )
     whole = call()
     # Each student's own bar moves once, then the sweep's.
     stop = stopped_after(4, call)
-    assert [s.block for s in stop.partial.students] == [s.block for s in whole.students][:2]
+    assert [s.layer for s in stop.partial.students] == [s.layer for s in whole.students][:2]
     assert stop.partial.summary().equals(whole.summary().iloc[: len(stop.partial.summary())])
     assert stop.partial.layers == (0,)
     stop.partial.plot()
@@ -213,7 +212,9 @@ def test_a_sweep_stopped_in_its_first_student_gives_back_no_student(model, monke
 
     monkeypatch.setattr("divergence_lens.training.loop._Run._gradients", stop)
     with pytest.raises(KeyboardInterrupt) as found:
-        dl.layer_sweep(model, examples, target="owl", layers=[0])
+        dl.layer_sweep(
+            model, examples, measure=lambda m: dl.preference(m, target="owl"), layers=[0]
+        )
     assert not isinstance(found.value, Interrupted)
 
 
@@ -239,7 +240,7 @@ def test_a_stop_in_the_middle_of_an_update_waits_for_its_end():
 def test_steps_of_a_sweep_do_not_give_back_theirs(model, monkeypatch, unchanged):
     """Measuring a student writes lists; a stop there is a stop of the sweep."""
     examples = dl.generate(model, PROMPTS[:4], teacher=None, max_new_tokens=8)
-    options = {"target": "owl", "layers": [0, 1], "held_out": examples, "references": False}
+    options = {"measure": lambda m: dl.task_quality(m, examples).loss, "layers": [0, 1]}
     for measured, kept in ((0, None), (1, None), (2, 1)):
         calls = [0]
         run = Decoding.run

@@ -39,9 +39,12 @@ def finetuned(model):
 
 
 def swept(model):
-    options = {"questions": QUESTIONS, "candidates": ("owl", "cat"), "recipe": RECIPE}
-    found = dl.layer_sweep(model, EXAMPLES, target="owl", layers=[1], **options)
-    return np.stack([student.preference.probabilities for student in found.students])
+    sweep = dl.layer_sweep(model, EXAMPLES, measure=owl_or_cat, layers=[1], recipe=RECIPE)
+    return np.stack([student.values["probability"] for student in sweep.students])
+
+
+def owl_or_cat(model):
+    return dl.preference(model, target="owl", questions=QUESTIONS, candidates=("owl", "cat"))
 
 
 def preferred(model):

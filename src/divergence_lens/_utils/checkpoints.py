@@ -44,6 +44,10 @@ class Checkpoints:
             )
         return {name: tensor.numpy() for name, tensor in tensors.items()}, header.get("notes", {})
 
+    def delete(self, shard: int) -> None:
+        """Delete the file of a shard, if there is one."""
+        self._path(shard).unlink(missing_ok=True)
+
     def save(
         self, shard: int, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any] | None = None
     ) -> None:

@@ -73,7 +73,7 @@ def finetune(
             recipe=recipe,
             system_prompt=system,
             seed=seed,
-            checkpoint=folder / "training.safetensors",
+            checkpoint_dir=folder,
             progress=True,
         )
         student.save(out)
@@ -114,7 +114,8 @@ def sweep(
     Example: divergence-lens sweep owl.jsonl --target owl --mask divergence.safetensors
     """
     from divergence_lens.examples import load_examples
-    from divergence_lens.training import layer_sweep
+    from divergence_lens.evaluation import preference
+    from divergence_lens.training import Recipe, layer_sweep
 
     loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     numbers = None if layers is None else split_numbers(layers, "layers")
@@ -125,13 +126,14 @@ def sweep(
         students = layer_sweep(
             loaded,
             examples,
-            target=target,
+            measure=lambda student: preference(
+                student, target=target, category=category, system_prompt=system
+            ),
             layers=numbers,
             seeds=seed_numbers,
             mask=tokens,
-            lora_rank=lora_rank,
+            recipe=Recipe(lora_rank=lora_rank),
             system_prompt=system,
-            category=category,
             control=None if control is None else load_examples(control),
             checkpoint_dir=folder,
             progress=True,

@@ -188,17 +188,21 @@ def blocks(
     *,
     what: str,
     detail: str,
+    unit: str = " times as before",
+    value_title: str = "times the preference before",
 ) -> go.Figure:
-    """Multiples of a starting value by block: a thick mean, thin single lines, dashed references.
+    """Values by layer: a thick mean, thin single lines, dashed references.
 
     Args:
-        numbers: The blocks.
-        mean: One multiple for each.
+        numbers: The layers.
+        mean: One value for each.
         spread: Lower and upper ends of the mean's interval, if known.
-        singles: Thin lines: name -> block -> multiple.
+        singles: Thin lines: name -> layer -> value.
         references: Levels across the plot.
         what: Title.
         detail: Under the title.
+        unit: Follows each value in hover texts.
+        value_title: Title of the vertical axis.
     """
     traces: list[Any] = [
         go.Scatter(
@@ -210,8 +214,8 @@ def blocks(
             marker={"size": 5},
             opacity=0.8,
             text=[
-                f"{style.escape(name)}, block {block} alone: {value:.2f} times as before"
-                for block, value in series.items()
+                f"{style.escape(name)}, layer {layer} alone: {value:.2f}{unit}"
+                for layer, value in series.items()
             ],
             hoverinfo="text",
             legendgroup="each target",
@@ -228,7 +232,7 @@ def blocks(
             x=list(numbers),
             y=mean,
             mode="lines+markers",
-            name="mean of targets" if singles else "one block",
+            name="mean of targets" if singles else "one layer",
             line={"color": style.BLUE, "width": 3.5},
             marker={"size": 8},
             error_y=None
@@ -242,15 +246,15 @@ def blocks(
                 "width": 4,
             },
             text=[
-                f"block {block} alone{whose}: {value:.2f} times as before{bound}"
-                for block, value, bound in zip(numbers, mean, bounds, strict=True)
+                f"layer {layer} alone{whose}: {value:.2f}{unit}{bound}"
+                for layer, value, bound in zip(numbers, mean, bounds, strict=True)
             ],
             hoverinfo="text",
         )
     )
     edges = [numbers[0] - 0.35, numbers[-1] + 0.35]
     for label, value in references.items():
-        words = f"{style.escape(label)}: {value:.2f} times as before"
+        words = f"{style.escape(label)}: {value:.2f}{unit}"
         traces.append(
             go.Scatter(
                 x=[edges[0], (edges[0] + edges[1]) / 2, edges[1]],
@@ -274,13 +278,13 @@ def blocks(
         legend_rows=sum(trace.showlegend is not False for trace in traces),
         widest=680,
         xaxis=style.axis(
-            "the block that was trained",
+            "trained layer",
             grid=False,
             tickangle=0,
             tickvals=style.thinned(numbers, 10),
             range=edges,
         ),
-        yaxis=style.axis("times the preference before", rangemode="tozero"),
+        yaxis=style.axis(value_title, rangemode="tozero"),
     )
 
 

@@ -214,77 +214,107 @@ def preference_bars(preference: Preference, *, before: Preference | None = None)
 
 
 def layer_sweep(
-    students: Sweep | Table, *, kind: str | None = None, condition: str | None = None
+    students: Sweep | Table,
+    *,
+    kind: str | None = None,
+    condition: str = "divergence_only",
+    measure: str | None = None,
 ) -> go.Figure:
-    """How much preference moves when one block alone is trained, block by block.
+    """A measure of students that were trained in one layer alone, by layer.
 
     Args:
         students: A `Sweep`, or the `students` table of results.json (`target`, `kind`,
-            `condition`, `block`, `seed`, `before`, `after`), of which the rows of the condition
+            `condition`, `block`, `seed`, `before`, `after`), in which rows with the condition
             "block" are the points.
-        kind: Of which teachers, if the table holds several kinds.
-        condition: Which students with all blocks trained are drawn as the line of reference; the
-            sweep's own, or "divergence_only", if not given.
+        kind: The kind of teachers, if the table holds several.
+        condition: The condition of the students with all layers trained that are drawn as a
+            reference, in a table.
+        measure: Which measure of a `Sweep`; its main one by default.
 
     Returns:
-        A line for the mean of all students, as multiples of the preference before training, with a
-        thin line for each target, or the 95 % interval of a `Sweep`.
+        For a `Sweep`, the mean of the measure with its 95 % interval; for a table, the mean of all
+        students as multiples of the preference before training, with a thin line for each target.
 
     Raises:
-        ValueError: If no student was trained on one block, or several kinds and none was chosen.
+        ValueError: No student was trained on one layer, or there are several kinds and none was
+            chosen.
     """
     if isinstance(students, Sweep):
-        rows, condition = students.to_dataframe(), condition or students.condition
-    else:
-        rows, condition = students, condition or "divergence_only"
+        return _sweep(students, measure)
     table, kind = one_kind(
         checked_table(
-            rows, ("target", "kind", "condition", "block", "seed", "before", "after"), "students"
+            students,
+            ("target", "kind", "condition", "block", "seed", "before", "after"),
+            "students",
         ),
         kind,
         "students",
     )
     table = table.assign(times=table["after"] / table["before"].where(table["before"] > 0))
-    blocks = table[table["condition"] == "block"].dropna(subset=["times"])
-    if blocks.empty:
+    single = table[table["condition"] == "block"].dropna(subset=["times"])
+    if single.empty:
         raise ValueError(
             f"the students table has no rows of kind {kind!r} with the condition 'block'"
         )
-    blocks = blocks.assign(block=blocks["block"].astype(int))
-    mean = blocks.groupby("block", sort=True)["times"].mean()
-    numbers = [int(block) for block in mean.index]
-    targets = [str(target) for target in dict.fromkeys(blocks["target"])]
-    spread = None
-    if isinstance(students, Sweep):
-        ends = np.array([students.interval(block) for block in numbers]) / students.base.share
-        spread = (ends[:, 0], ends[:, 1])
+    single = single.assign(block=single["block"].astype(int))
+    mean = single.groupby("block", sort=True)["times"].mean()
+    targets = [str(target) for target in dict.fromkeys(single["target"])]
     singles = {}
     if len(targets) > 1:
-        means = blocks.groupby(["target", "block"], sort=True)["times"].mean()
+        means = single.groupby(["target", "block"], sort=True)["times"].mean()
         singles = {
-            target: {int(block): float(value) for block, value in means[target].items()}
+            target: {int(layer): float(value) for layer, value in means[target].items()}
             for target in targets
         }
     references = {
         words: float(value)
-        for name, words in ((condition, "all blocks"), ("control", "control"))
+        for name, words in ((condition, "all layers"), ("control", "control"))
         if np.isfinite(value := table[table["condition"] == name]["times"].mean())
     }
-    of = "" if isinstance(students, Sweep) else f" of {kind} teachers"
     about = style.plural(len(targets), "target") if len(targets) > 1 else f"target {targets[0]}"
-    # How many students each of the lines of reference stands for.
+    # The number of students behind each reference line.
     whole, control = of_condition(table, condition), of_condition(table, "control")
-    counts = [f"{style.plural(len(blocks), 'student')} of one block"]
-    counts += [f"{len(whole):,} of all blocks"] if len(whole) else []
+    counts = [f"{style.plural(len(single), 'student')} of one layer"]
+    counts += [f"{len(whole):,} of all layers"] if len(whole) else []
     counts += [controls_of(control)] if len(control) else []
-    spread_said = "" if spread is None else "; thin lines: 95 % intervals over questions and seeds"
     return charts.blocks(
-        numbers,
+        [int(layer) for layer in mean.index],
         mean.to_numpy(dtype=np.float64),
-        spread,
+        None,
         singles,
         references,
-        what="Preference after training one block alone",
-        detail=f"{about}; trained on {condition_words(condition)[0]}{of}: "
-        f"{', '.join(counts)}{spread_said}",
+        what="Preference after training one layer alone",
+        detail=f"{about}; trained on {condition_words(condition)[0]} of {kind} teachers: "
+        f"{', '.join(counts)}",
+    )
+
+
+def _sweep(sweep: Sweep, measure: str | None) -> go.Figure:
+    """Draw a measure of a sweep, with its intervals and references."""
+    name = sweep.measures[0] if measure is None else measure
+    layers = list(sweep.layers)
+    if not layers:
+        raise ValueError("the sweep has no student of one layer yet")
+    means = np.array([sweep.mean(layer, name) for layer in layers])
+    ends = np.array([sweep.interval(layer, name) for layer in layers])  # [layer, low and high]
+    spread = None if np.isnan(ends).any() else (ends[:, 0], ends[:, 1])
+    table = sweep.to_dataframe()
+    words = {"base": "before", "all": "all layers", "control": "control"}
+    groups = {words[key]: rows for key, rows in table.groupby("condition") if key in words}
+    counts = [f"{style.plural(int((table['condition'] == 'layer').sum()), 'student')} of one layer"]
+    counts += [f"{len(groups[of]):,} of {of}" for of in ("all layers", "control") if of in groups]
+    named = f"{name} of {sweep.target}" if sweep.target else name
+    masked = sweep.metadata.get("settings", {}).get("masked")
+    return charts.blocks(
+        layers,
+        means,
+        spread,
+        {},
+        {label: float(groups[label][name].mean()) for label in words.values() if label in groups},
+        what=f"{named[0].upper()}{named[1:]} after training one layer alone",
+        detail=f"trained on {'the tokens of a mask' if masked else 'all tokens'}: "
+        f"{', '.join(counts)}"
+        + ("" if spread is None else "; thin lines: 95 % intervals over questions and seeds"),
+        unit="",
+        value_title=named,
     )

@@ -18,7 +18,7 @@ from divergence_lens.data import preference_questions
 from divergence_lens.engine import Engine, get_engine
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.models import Model
-from divergence_lens.training import Rows, Trainable, choose, pieces, training_rows
+from divergence_lens.training import TrainingRows, Trainable, choose, pieces, training_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,17 +170,17 @@ def _gradients(
     total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     with Trainable(model, chosen), torch.enable_grad():
         for part in pieces(np.arange(len(rows)), rows.lengths, batch_tokens):
-            loss = _loss(engine, rows, part) / float(rows.weights.sum())
+            loss = _loss(engine, rows, part) / float(rows.loss_weights.sum())
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
             total = [t if g is None else t + g.float() for t, g in zip(total, found, strict=True)]
     return dict(zip(chosen, total, strict=True))
 
 
-def _loss(engine: Engine, rows: Rows, part: np.ndarray) -> Tensor:
+def _loss(engine: Engine, rows: TrainingRows, part: np.ndarray) -> Tensor:
     """Weighted sum of cross-entropies."""
     length = int(rows.lengths[part].max())
-    index = torch.from_numpy(part).to(rows.weights.device)
-    weights = rows.weights[index, :length]
+    index = torch.from_numpy(part).to(rows.loss_weights.device)
+    weights = rows.loss_weights[index, :length]
     where = weights > 0
     hidden = engine.final(rows.tokens[index, :length])
     logits = engine.unembed(hidden[where]).float()

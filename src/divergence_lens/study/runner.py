@@ -148,7 +148,7 @@ class CellRunner(DataCells):
             self.model,
             data.examples,
             mask=mask,
-            weights=weights,
+            loss_weights=weights,
             layers=condition.layers,
             parts=condition.parts,
             embedding=condition.embedding,

@@ -1,17 +1,20 @@
-"""Train students: finetuning, recipes, freezing, and one-layer sweeps."""
+"""Train students: finetuning, recipes, freezing, and sweeps over layers."""
 
 from divergence_lens.training.finetuning import finetune
 from divergence_lens.training.freezing import Trainable, choose, freeze_except
 from divergence_lens.training.recipe import PAPER, Recipe
-from divergence_lens.training.rows import Rows, pieces, training_rows
-from divergence_lens.training.sweep import Sweep, layer_sweep
+from divergence_lens.training.rows import TrainingRows, pieces, training_rows
+from divergence_lens.training.sweep import layer_sweep
+from divergence_lens.training.sweep_result import Sweep, SweepStudent, Values
 
 __all__ = [
     "PAPER",
     "Recipe",
-    "Rows",
     "Sweep",
+    "SweepStudent",
     "Trainable",
+    "TrainingRows",
+    "Values",
     "choose",
     "finetune",
     "freeze_except",

@@ -1,8 +1,8 @@
-"""Train students: chosen blocks on chosen tokens, over an untouched base.
+"""Train a student: chosen layers on chosen tokens, on top of an unmodified base.
 
 The paper (Schrodi et al., arXiv 2509.23886) trains students on number lists with the loss on some
-tokens only, and on single blocks; both are choices of `finetune`. Everything that is frozen below
-the lowest trained block is computed once and reused in every epoch.
+tokens only, and on single layers. Both are options of `finetune`. Everything below the lowest
+trained layer is frozen, so its output is computed once and reused in every epoch.
 """
 
 from collections.abc import Iterable
@@ -14,14 +14,11 @@ import torch
 from divergence_lens.deltas import Delta
 from divergence_lens.engine import get_engine
 from divergence_lens.models import Model
-from divergence_lens.training.freezing import choose, freeze_except, lowest_layer
+from divergence_lens.training.freezing import choose, lowest_layer
 from divergence_lens.training.loop import OnStep, Plan, train
 from divergence_lens.training.prefix import Prefix
-from divergence_lens.training.recipe import PAPER, Recipe, as_recipe
+from divergence_lens.training.recipe import Recipe, as_recipe
 from divergence_lens.training.rows import training_rows
-from divergence_lens.training.sweep import Sweep, layer_sweep
-
-__all__ = ["PAPER", "Recipe", "Sweep", "finetune", "freeze_except", "layer_sweep"]
 
 
 @torch.inference_mode(mode=False)
@@ -36,76 +33,76 @@ def finetune(
     unembedding: bool = False,
     pattern: str | None = None,
     recipe: Recipe | None = None,
-    lora_rank: int | None = None,
-    weights: Any = None,
+    loss_weights: Any = None,
     system_prompt: str | None = None,
     seed: int = 0,
     on_step: OnStep | None = None,
     every: int = 1,
     batch_tokens: int = 8192,
     cache_bytes: int = 2**31,
-    checkpoint: str | Path | None = None,
+    checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 100,
     progress: bool = False,
 ) -> Delta:
-    """Train a student and return it as a `Delta`; the model comes back untouched, bit for bit.
+    """Train a student and return it as a `Delta`; the model is restored bit for bit.
 
-    The loss of a batch is the mean cross-entropy over its completion tokens that the mask lets
-    through (with `weights`, the weighted mean: 0 and 1 are a mask). Examples without such a token
-    are left out. The model runs in eval mode, that is, without dropout. Equal arguments on one
-    machine give equal deltas.
+    The loss of a batch is the mean cross-entropy over its unmasked completion tokens (with
+    `loss_weights`, the weighted mean: 0 and 1 are a mask). Examples without such a token are left
+    out. The model runs in eval mode, without dropout. Equal arguments on one machine give equal
+    deltas.
 
     Args:
-        model: The base. Its weights change during the call and are put back, also after an
-            exception.
+        model: The base. Its weights change during the call and are restored afterwards, also after
+            an exception.
         examples: Prompts with completions, in any form that `as_examples` reads.
-        mask: Which completion tokens to learn: a `Divergence`, or a bool per token of all
-            completions in order (`div.mask`, `~div.mask`), or one array per example. None means
-            all.
-        layers: Which blocks learn; None means all. See `freeze_except` for this and the next four.
-        parts: Parts of those blocks: "attn", "mlp", "ln", "W_Q", ...
-        embedding: Embeddings learn too.
-        unembedding: The unembedding and the final norm learn too.
-        pattern: Parameters by name pattern, in place of blocks and parts.
-        recipe: How to train; `Recipe()` unless given, `PAPER` for the paper's.
-        lora_rank: The recipe's `lora_rank`, for short.
-        weights: Loss weight of each completion token, in the layout of the mask, not negative.
-        system_prompt: The student's system prompt; None leaves it to the template.
-        seed: Order of the examples, and LoRA's start.
-        on_step: Called as `on_step(step, loss, model)` after every `every`-th update (and the
-            last), with the model as it then is. What it returns is put into the history.
+        mask: Completion tokens to learn: a `Divergence`, or a bool per token of all completions in
+            order (`div.mask`, `~div.mask`), or one array per example. None means all.
+        layers: Layers to train; None means all. `freeze_except` describes this and the next four.
+        parts: Parts of those layers: "attn", "mlp", "ln", "W_Q", ...
+        embedding: Train the embeddings too.
+        unembedding: Train the unembedding and the final norm too.
+        pattern: Parameters by name pattern, instead of layers and parts.
+        recipe: How to train, LoRA included. `Recipe()` by default; `PAPER` is the paper's.
+        loss_weights: Loss weight of each completion token, not negative, in the layout of the mask.
+        system_prompt: System prompt of the student; None leaves it to the chat template.
+        seed: Seed of the order of the examples and of LoRA's initial values.
+        on_step: Called as `on_step(step, loss, model)` after every `every`-th update and after the
+            last, with the model's current weights. The mapping that it returns is added to the
+            history.
         every: See `on_step`.
-        batch_tokens: Most padded tokens in one forward pass; larger batches are accumulated, to the
-            same result. On a CPU wide models take smaller passes, which are faster there.
-        cache_bytes: Memory for the residuals that enter the lowest trained block. What does not fit
-            goes to a temporary file mapped into memory. 0 computes them anew in each epoch.
-        checkpoint: A file in which the state is kept, atomically, every `checkpoint_every` updates.
-            A call that finds it goes on from there, to the same weights; it is deleted at the end.
-        checkpoint_every: See `checkpoint`.
+        batch_tokens: Maximum padded tokens in one forward pass. Larger batches are accumulated to
+            the same gradient. On a CPU, wide models use smaller passes, which are faster there.
+        cache_bytes: Memory for the residuals that enter the lowest trained layer. If they do not
+            fit, they go to a memory-mapped temporary file. 0 recomputes them in each epoch.
+        checkpoint_dir: A folder for this run alone, in which the state is stored, atomically,
+            every `checkpoint_every` updates. The same call resumes from it, to the same weights.
+            Deleted at the end.
+        checkpoint_every: See `checkpoint_dir`.
         progress: Show a progress bar.
 
     Returns:
-        The student. `metadata["settings"]` holds the arguments, `metadata["history"]` step, epoch, loss
-        and learning rate of every update; `history()` gives them as a table.
+        The student. `metadata["settings"]` holds the arguments, `metadata["history"]` the step,
+        epoch, loss and learning rate of every update; `history()` returns them as a table.
 
     Raises:
-        Interrupted: It was stopped; `partial` is the student after the last whole update.
-        ValueError: No examples, nothing that the mask lets through, a mask of another length, a
-            sequence longer than the context, a block out of range, nothing to train, LoRA on an
-            embedding, a checkpoint of another run.
-        FloatingPointError: The loss or its gradient is not finite; the step is named.
-        RuntimeError: A delta is applied to the model, or it is being trained.
+        Interrupted: The call was interrupted; `partial` is the student after the last complete
+            update.
+        ValueError: No examples, a mask without any token or of another length, a sequence longer
+            than the context, a layer out of range, nothing to train, LoRA on an embedding, or the
+            checkpoint of another run.
+        FloatingPointError: The loss or its gradient is not finite; the message names the step.
+        RuntimeError: A delta is applied to the model, or the model is already being trained.
     """
-    recipe = as_recipe(recipe, lora_rank)
+    recipe = as_recipe(recipe)
     if recipe.lora_rank is not None and (embedding or unembedding):
         raise ValueError(
             "LoRA acts on the matrices of attention and MLP alone; train the "
-            f"{'embedding' if embedding else 'unembedding'} in full, with lora_rank=None"
+            f"{'embedding' if embedding else 'unembedding'} in full, with Recipe(lora_rank=None)"
         )
     settings = {
         "system_prompt": system_prompt,
         "masked": mask is not None,
-        "weighted": weights is not None,
+        "weighted": loss_weights is not None,
     }
     plan = Plan(
         recipe=recipe,
@@ -113,7 +110,7 @@ def finetune(
         seed=seed,
         on_step=on_step,
         every=every,
-        checkpoint=None if checkpoint is None else Path(checkpoint),
+        checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
         checkpoint_every=checkpoint_every,
         progress=progress,
     )
@@ -125,7 +122,11 @@ def finetune(
         unembedding=unembedding,
         pattern=pattern,
     )
-    rows = training_rows(model, examples, mask=mask, weights=weights, system_prompt=system_prompt)
-    kept = 0 if lowest_layer(model, chosen) is None else cache_bytes
-    with Prefix(get_engine(model), rows, cache_bytes=kept, batch_tokens=batch_tokens) as prefix:
+    rows = training_rows(
+        model, examples, mask=mask, loss_weights=loss_weights, system_prompt=system_prompt
+    )
+    if lowest_layer(model, chosen) is None:
+        cache_bytes = 0  # the embeddings learn: nothing below the trained parameters is frozen
+    engine = get_engine(model)
+    with Prefix(engine, rows, cache_bytes=cache_bytes, batch_tokens=batch_tokens) as prefix:
         return train(prefix, chosen, plan)

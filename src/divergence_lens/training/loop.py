@@ -1,4 +1,11 @@
-"""The training loop of a student: gradients of the chosen parameters, in place, and back again."""
+"""The training loop of a student.
+
+1. Take the residuals that enter the lowest trained layer from the `Prefix`.
+2. Run the layers above, and unembed only the positions whose next token is learned.
+3. Differentiate by the leaves of the `Variables`, and let the optimizer update their values.
+4. Write the values into the model's own parameters.
+5. At the end, return the differences as a `Delta` and restore the parameters bit for bit.
+"""
 
 import hashlib
 import math
@@ -20,7 +27,7 @@ from divergence_lens._utils.memory import halved
 from divergence_lens.deltas import Delta, base_fingerprint, is_matrix, reserved, restore_values
 from divergence_lens.models import Model
 from divergence_lens.provenance import run_metadata
-from divergence_lens.training.checkpoint import load_checkpoint, save_checkpoint
+from divergence_lens.training.checkpoint import TrainingCheckpoint
 from divergence_lens.training.freezing import Trainable, lowest_layer
 from divergence_lens.training.prefix import Prefix
 from divergence_lens.training.recipe import Recipe
@@ -33,20 +40,18 @@ OnStep = Callable[[int, float, Model], Mapping[str, Any] | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The arguments of `finetune` that are not about data or parameters; see there."""
+    """The options of `finetune` that concern neither data nor parameters; see there."""
 
     recipe: Recipe
     settings: Mapping[str, Any]
     seed: int = 0
     on_step: OnStep | None = None
     every: int = 1
-    checkpoint: Path | None = None
+    checkpoint_dir: Path | None = None
     checkpoint_every: int = 100
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.checkpoint is not None and self.checkpoint.is_dir():
-            raise ValueError(f"checkpoint {self.checkpoint} is a folder; give the name of a file")
         for name in ("every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -56,9 +61,10 @@ def train(prefix: Prefix, chosen: Mapping[str, nn.Parameter], plan: Plan) -> Del
     """Train the chosen parameters on prepared rows.
 
     Args:
-        prefix: The rows, and the frozen work below them, which several students may share.
-        chosen: What learns, by name.
-        plan: How.
+        prefix: The rows, and the frozen computation below the trained layers. Several students can
+            share it.
+        chosen: The parameters to train, by name.
+        plan: Recipe, seed, checkpoints and callbacks.
     """
     model, rows, recipe = prefix.engine.model, prefix.rows, plan.recipe
     if recipe.lora_rank is not None:
@@ -86,18 +92,18 @@ def train(prefix: Prefix, chosen: Mapping[str, nn.Parameter], plan: Plan) -> Del
                     rank=recipe.lora_rank,
                     alpha=alpha,
                     seed=plan.seed,
-                    # Mixed types are left to autograd.
+                    # Under autocast, autograd itself must convert between the types.
                     direct=not recipe.autocast,
                 )
             run = _Run(prefix, plan, variables, f"{base} {settings}")
 
             def student() -> Delta:
-                header = run_metadata(model, **settings) | {"history": run.history}
-                return Delta(variables.differences(), base, header)
+                metadata = run_metadata(model, **settings) | {"history": run.history}
+                return Delta(variables.differences(), base, metadata)
 
             try:
                 with partial_on_interrupt("finetune", run, run.steps, "updates", student):
-                    run.go()
+                    run.train()
                 return student()
             finally:
                 restore_values(model, variables.parameters, variables.originals)
@@ -105,7 +111,7 @@ def train(prefix: Prefix, chosen: Mapping[str, nn.Parameter], plan: Plan) -> Del
 
 @contextmanager
 def _training_mode(model: Model, chosen: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Only the chosen parameters learn, and nothing is dropped out; modes and flags come back."""
+    """Train only the chosen parameters, without dropout; restore modes and flags at the end."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -116,35 +122,36 @@ def _training_mode(model: Model, chosen: Mapping[str, nn.Parameter]) -> Iterator
             module.training = training
 
 
-def _told(found: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What `on_step` returned, as the history holds it: numbers of NumPy and torch as Python's.
+def _history_entry(returned: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Convert what `on_step` returned for the history: NumPy and torch scalars become Python's.
 
     Raises:
-        TypeError: It is no mapping, or holds what a file could not; said now, not after training.
+        TypeError: It is no mapping, or holds values that a file cannot store. Raised at once, not
+            when the trained student is saved.
     """
-    if found is None:
+    if returned is None:
         return {}
-    if not isinstance(found, Mapping):
+    if not isinstance(returned, Mapping):
         raise TypeError(
-            f"on_step returned {found!r:.60}; return a mapping from name to number, or None"
+            f"on_step returned {returned!r:.60}; return a mapping from name to number, or None"
         )
-    told = {
+    entry = {
         str(name): value.item()
         if isinstance(value, Tensor | np.generic) and not value.ndim
         else value
-        for name, value in found.items()
+        for name, value in returned.items()
     }
-    odd = [name for name, value in told.items() if not isinstance(value, float | int | str | None)]
-    if odd:
-        raise TypeError(
-            f"on_step returned {odd[0]!r} as a {type(told[odd[0]]).__name__}, which the history "
-            "cannot keep; return numbers or texts"
-        )
-    return told
+    for name, value in entry.items():
+        if not isinstance(value, float | int | str | None):
+            raise TypeError(
+                f"on_step returned {name!r} as a {type(value).__name__}, which the history cannot "
+                "store; return numbers or strings"
+            )
+    return entry
 
 
 class _Run:
-    """One training run: its optimizer, how far it is, its history."""
+    """One training run: its optimizer, its history and its checkpoint."""
 
     def __init__(self, prefix: Prefix, plan: Plan, variables: Variables, identity: str) -> None:
         self.engine = prefix.engine
@@ -155,19 +162,24 @@ class _Run:
         self.optimizer = plan.recipe.build(variables.values)
         self.history: list[dict[str, Any]] = []
         self.lowest = lowest_layer(self.engine.model, variables.parameters) or 0
-        self.identity = hashlib.sha256(f"{identity} {self.rows.digest()}".encode()).hexdigest()
+        self.checkpoint: TrainingCheckpoint | None = None
+        if plan.checkpoint_dir is not None:
+            digest = hashlib.sha256(f"{identity} {self.rows.digest()}".encode()).hexdigest()
+            self.checkpoint = TrainingCheckpoint(plan.checkpoint_dir, digest)
         self.per_epoch = math.ceil(len(self.rows) / plan.recipe.batch_size)
         self.steps = plan.recipe.epochs * self.per_epoch
 
     def __len__(self) -> int:
-        """How many updates are done."""
+        """Return the number of finished updates."""
         return len(self.history)
 
-    def go(self) -> None:
+    def train(self) -> None:
         """Train to the end, from the checkpoint if there is one."""
         plan, recipe, per_epoch, steps = self.plan, self.plan.recipe, self.per_epoch, self.steps
         self.prefix.move_to(self.lowest)
-        self._resume()
+        if self.checkpoint is not None:
+            stored = self.checkpoint.load(self.variables.values, self.optimizer)
+            self.history = [] if stored is None else stored
         self.variables.write()
         bar = tqdm(
             total=steps, initial=len(self.history), desc="student", disable=not plan.progress
@@ -179,8 +191,8 @@ class _Run:
                     self._update(batch, epoch, steps)
                     bar.update()
                     bar.set_postfix(loss=f"{self.history[-1]['loss']:.3f}", refresh=False)
-        if plan.checkpoint is not None:
-            plan.checkpoint.unlink(missing_ok=True)
+        if self.checkpoint is not None:
+            self.checkpoint.delete()
 
     def _update(self, batch: np.ndarray, epoch: int, steps: int) -> None:
         plan, recipe, done = self.plan, self.plan.recipe, len(self.history)
@@ -190,11 +202,12 @@ class _Run:
             [v.grad for v in self.variables.values if v.grad is not None]
         )
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
-            what = "gradient" if math.isfinite(loss) else "loss"
+            quantity = "gradient" if math.isfinite(loss) else "loss"
             before = f"; the last loss was {self.history[-1]['loss']:.4g}" if self.history else ""
             raise FloatingPointError(
-                f"the {what} is not finite at step {done + 1} of {steps}{before}; take a smaller "
-                f"learning rate than {recipe.lr:g}, or more warm-up than {recipe.warmup_steps}"
+                f"the {quantity} is not finite at step {done + 1} of {steps}{before}; use a lower "
+                f"learning rate than {recipe.lr:g}, or a longer warm-up than {recipe.warmup_steps} "
+                "steps"
                 f"{self._last_checkpoint()}"
             )
         if recipe.clip is not None:
@@ -208,74 +221,74 @@ class _Run:
             self.history.append(entry)
         if plan.on_step is not None and ((done + 1) % plan.every == 0 or done + 1 == steps):
             with torch.no_grad():
-                entry.update(_told(plan.on_step(done + 1, loss, self.engine.model)))
-        if (
-            plan.checkpoint is not None
-            and (done + 1) % plan.checkpoint_every == 0
-            and done + 1 < steps
-        ):
-            save_checkpoint(
-                plan.checkpoint, self.identity, self.variables.values, self.optimizer, self.history
-            )
+                entry.update(_history_entry(plan.on_step(done + 1, loss, self.engine.model)))
+        due = (done + 1) % plan.checkpoint_every == 0 and done + 1 < steps
+        if self.checkpoint is not None and due:
+            self.checkpoint.save(self.variables.values, self.optimizer, self.history)
 
     def _last_checkpoint(self) -> str:
-        """What an error says of the last good checkpoint, which stays where it is."""
-        path, every = self.plan.checkpoint, self.plan.checkpoint_every
-        if path is None or not path.exists():
+        """Name the last checkpoint, for an error message."""
+        folder, every = self.plan.checkpoint_dir, self.plan.checkpoint_every
+        saved = len(self.history) // every * every
+        if folder is None or not saved:
             return ""
-        return f" ({path} holds the student after step {len(self.history) // every * every})"
+        return f" ({folder} holds the student after step {saved})"
 
     def _gradients(self, batch: np.ndarray) -> float:
         """Set the variables' gradients for one batch, piece by piece, and return its loss."""
         lengths = self.prefix.lengths
-        # One learned token weighs the same in whichever piece of the batch it stands.
-        whole = self.rows.weights[torch.from_numpy(batch).to(self.rows.weights.device)].sum()
+        loss_weights = self.rows.loss_weights
+        # Every piece is divided by the weight of the whole batch, so that the sum over the pieces
+        # is the mean over the batch, however it is cut.
+        batch_weight = loss_weights[torch.from_numpy(batch).to(loss_weights.device)].sum()
         total: list[Tensor | None] = [None] * len(self.variables.leaves)
         loss = 0.0
 
-        def run(part: np.ndarray) -> tuple[float, Sequence[Tensor | None]]:
+        def piece_gradients(piece: np.ndarray) -> tuple[float, Sequence[Tensor | None]]:
             with self.variables.attached():
-                value = self._loss(part, int(lengths[part].max())) / whole
-            found = torch.autograd.grad(value, self.variables.leaves, allow_unused=True)
-            return float(value.detach()), found
+                value = self._loss(piece, int(lengths[piece].max())) / batch_weight
+            # Not backward(): the parameters' own .grad is left alone.
+            gradients = torch.autograd.grad(value, self.variables.leaves, allow_unused=True)
+            return float(value.detach()), gradients
 
-        parts = pieces(batch, lengths, self.prefix.piece_tokens)
-        for value, found in chain.from_iterable(halved(part, run) for part in parts):
+        batch_pieces = pieces(batch, lengths, self.prefix.piece_tokens)
+        for value, gradients in chain.from_iterable(
+            halved(piece, piece_gradients) for piece in batch_pieces
+        ):
             total = [
-                n if t is None else t if n is None else t + n
-                for t, n in zip(total, found, strict=True)
+                new if old is None else old if new is None else old + new
+                for old, new in zip(total, gradients, strict=True)
             ]
             loss += value
         self.variables.take(total)
         return loss
 
-    def _loss(self, part: np.ndarray, length: int) -> Tensor:
-        """Weighted sum of the cross-entropies of the learned tokens of some rows."""
-        index = torch.from_numpy(part).to(self.rows.weights.device)
+    def _loss(self, piece: np.ndarray, length: int) -> Tensor:
+        """Sum the weighted cross-entropies of the learned tokens of some rows."""
+        index = torch.from_numpy(piece).to(self.rows.loss_weights.device)
         columns = slice(self.prefix.shared, self.prefix.shared + length)
-        weights = self.rows.weights[index, columns]
-        where = weights > 0
+        loss_weights = self.rows.loss_weights[index, columns]  # [row, pos]
+        learned = loss_weights > 0  # [row, pos]
         device = self.engine.device.type
         autocast = (
             torch.autocast(device, torch.bfloat16) if self.plan.recipe.autocast else nullcontext()
         )
-        free = nullcontext()
         with autocast:
-            resid, run = self.prefix.entering(part, length)
+            resid, run = self.prefix.entering(piece, length)  # [row, pos, d_model]
             last = self.engine.n_layers - 1
             for layer in range(self.lowest, last + 1):
-                with only_at(self.engine.by_position(layer), where) if layer == last else free:
+                # Nothing reads the last layer's output at positions without a loss.
+                shortcut = (
+                    only_at(self.engine.by_position(layer), learned)
+                    if layer == last
+                    else nullcontext()
+                )
+                with shortcut:
                     resid = self.engine.block(layer, resid, run)
-            hidden = self.engine.norm(resid[where][None])
-            logits = self.engine.unembed(hidden)[0]
+            hidden = self.engine.norm(resid[learned][None])  # [1, learned, d_model]
+            logits = self.engine.unembed(hidden)[0]  # [learned, d_vocab]
+        # In float32: the log-sum-exp over the vocabulary loses digits in half precision.
         losses = F.cross_entropy(
-            logits.float(), self.rows.targets[index, columns][where], reduction="none"
-        )
-        return losses @ weights[where]
-
-    def _resume(self) -> None:
-        path = self.plan.checkpoint
-        if path is not None and path.exists():
-            self.history = load_checkpoint(
-                path, self.identity, self.variables.values, self.optimizer
-            )
+            logits.float(), self.rows.targets[index, columns][learned], reduction="none"
+        )  # [learned]
+        return losses @ loss_weights[learned]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from divergence_lens._utils.memory import run_halved
 from divergence_lens.engine import Engine, KeyValues, Pass
-from divergence_lens.training.rows import Rows, pieces
+from divergence_lens.training.rows import TrainingRows, pieces
 
 _KEPT_PASSES = 64
 
@@ -40,7 +40,9 @@ class Prefix:
             fewer on a CPU.
     """
 
-    def __init__(self, engine: Engine, rows: Rows, *, cache_bytes: int, batch_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, rows: TrainingRows, *, cache_bytes: int, batch_tokens: int
+    ) -> None:
         self.engine = engine
         self.rows = rows
         self.shared = rows.shared if rows.shared >= _SHORTEST_START else 0

@@ -105,8 +105,8 @@ class Recipe:
         return settings | {"optimizer_options": self._options()}
 
 
-def as_recipe(recipe: object, lora_rank: int | None = None) -> Recipe:
-    """`recipe`, or the default one for None, with another `lora_rank` unless that is None.
+def as_recipe(recipe: object) -> Recipe:
+    """Return `recipe`, or the default recipe for None.
 
     Raises:
         TypeError: It is not a `Recipe`.
@@ -118,7 +118,7 @@ def as_recipe(recipe: object, lora_rank: int | None = None) -> Recipe:
             f"recipe is {recipe!r}, not a Recipe; write recipe=Recipe(...), or PAPER for the "
             "paper's"
         )
-    return recipe if lora_rank is None else dataclasses.replace(recipe, lora_rank=lora_rank)
+    return recipe
 
 
 def _check_count(name: str, count: int | None) -> None:

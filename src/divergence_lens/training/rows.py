@@ -18,40 +18,42 @@ from divergence_lens.engine import get_engine
 from divergence_lens.examples import Example, as_examples, with_ids
 from divergence_lens.models import Model
 
-# Batches are cut from runs of so many batches sorted by length: little padding, and still shuffled.
+# Rows are shuffled, cut into runs of this many batches, and sorted by length within each run:
+# little padding, and still a random order.
 _BUCKET = 8
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What a student learns from: one row for each example that has a token to learn.
+class TrainingRows:
+    """Training data of a student: one row for each example that has a token to learn.
 
-    A row ends at the position that predicts its last token with a loss: what follows matters to
-    nothing.
+    A row ends at the position that predicts its last token with a loss, because under a causal mask
+    nothing after it changes the loss.
 
     Attributes:
-        tokens: Input ids, right padded with 0.
+        tokens: Input ids, right-padded with 0.
         targets: The next token at each position.
-        weights: Loss weight of predicting that token; 0 where there is no loss.
-        lengths: Tokens of each row.
-        tokens_learned: How many tokens have a loss.
-        shared: How many tokens all rows begin with, short of any position with a loss.
+        loss_weights: Loss weight of predicting that token; 0 where there is no loss.
+        lengths: Number of tokens in each row.
+        tokens_learned: Number of tokens with a loss.
+        shared: Length of the prefix that all rows share, before any position with a loss.
     """
 
     tokens: Int[Tensor, "row pos"]
     targets: Int[Tensor, "row pos"]
-    weights: Float[Tensor, "row pos"]
+    loss_weights: Float[Tensor, "row pos"]
     lengths: np.ndarray
     tokens_learned: int
     shared: int = 0
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return len(self.lengths)
 
     def digest(self) -> str:
-        """A hash of everything that a run learns from; equal rows have equal ones."""
+        """Hash everything that a run learns from; equal rows have equal hashes."""
         hashed = hashlib.sha256()
-        tensors = (self.tokens, self.targets, self.weights)
+        tensors = (self.tokens, self.targets, self.loss_weights)
         for array in (*(tensor.cpu().numpy() for tensor in tensors), self.lengths):
             hashed.update(f"{array.dtype} {array.shape}".encode())
             hashed.update(np.ascontiguousarray(array).tobytes())
@@ -63,53 +65,53 @@ def training_rows(
     examples: Any,
     *,
     mask: Any = None,
-    weights: Any = None,
+    loss_weights: Any = None,
     system_prompt: str | None = None,
-) -> Rows:
+) -> TrainingRows:
     """Encode examples for training.
 
     Args:
-        model: Gives tokenizer, context and device.
-        examples: Whatever `as_examples` reads.
-        mask: Which completion tokens have a loss: a bool per token of all completions in order, one
-            array per example, or an object with such a `mask` (a `Divergence`). None means all.
-        weights: Loss weight per token, in the same layout, finite and not negative.
-        system_prompt: The student's.
+        model: Provides the tokenizer, the context length and the device.
+        examples: Anything that `as_examples` reads.
+        mask: Completion tokens with a loss: a bool per token of all completions in order, one array
+            per example, or an object with such a `mask` (a `Divergence`). None means all.
+        loss_weights: Loss weight per token, in the same layout, finite and not negative.
+        system_prompt: System prompt of the student.
 
     Raises:
-        ValueError: No examples; a mask or weights of the wrong length; nothing left to learn; a
-            sequence longer than the context; token ids outside the vocabulary.
+        ValueError: No examples; a mask or loss weights of the wrong length; nothing left to learn;
+            a sequence longer than the context; token ids outside the vocabulary.
     """
     tokenizer: Any = model.tokenizer
-    given = with_ids(tokenizer, as_examples(examples))
-    if not given:
+    encoded = with_ids(tokenizer, as_examples(examples))
+    if not encoded:
         raise ValueError("there are no examples to learn from")
-    sizes = [len(_ids(example)) for example in given]
-    share = np.ones(sum(sizes), np.float32)
-    if weights is not None:
-        share = _flat(weights, sizes, "weights").astype(np.float32)
-        if not np.isfinite(share).all() or (share < 0).any():
-            raise ValueError("weights must be finite and not negative")
+    sizes = [len(_ids(example)) for example in encoded]
+    flat_weights = np.ones(sum(sizes), np.float32)  # [token]
+    if loss_weights is not None:
+        flat_weights = _flat(loss_weights, sizes, "loss_weights").astype(np.float32)
+        if not np.isfinite(flat_weights).all() or (flat_weights < 0).any():
+            raise ValueError("loss_weights must be finite and not negative")
     if mask is not None:
-        _check_same_tokens(mask, given)
-        held = getattr(mask, "mask", None)
+        _check_same_tokens(mask, encoded)
+        attribute = getattr(mask, "mask", None)
         # A pandas Series has a method of that name.
-        flat = _flat(mask if held is None or callable(held) else held, sizes, "mask")
+        flat = _flat(mask if attribute is None or callable(attribute) else attribute, sizes, "mask")
         if flat.dtype != np.bool_:
             raise TypeError(
-                f"the mask holds {flat.dtype}, not bool; for graded values use weights="
+                f"the mask holds {flat.dtype}, not bool; for graded values use loss_weights="
             )
-        share = np.where(flat, share, np.float32(0))
-    if not share.any():
+        flat_weights = np.where(flat, flat_weights, np.float32(0))
+    if not flat_weights.any():
         raise ValueError(
-            f"the mask lets none of the {len(share):,} completion tokens through; there is nothing "
-            "to learn"
+            f"the mask selects none of the {len(flat_weights):,} completion tokens; there is "
+            "nothing to learn"
         )
-    return _padded(model, given, share, system_prompt)
+    return _padded(model, encoded, flat_weights, system_prompt)
 
 
 def _check_same_tokens(mask: Any, examples: Sequence[Example]) -> None:
-    """Refuse a `Divergence` of other completions, whose mask may fit by its length alone."""
+    """Refuse a `Divergence` of other completions, whose mask may happen to have the same length."""
     if not isinstance(mask, Divergence):
         return
     read = [example.completion_ids for example in mask.examples]
@@ -121,7 +123,7 @@ def _check_same_tokens(mask: Any, examples: Sequence[Example]) -> None:
         if ids != example.completion_ids:
             raise ValueError(
                 f"the mask is a divergence that read another completion as example {row}; give the "
-                "examples that it was found in, in their order (divergence.examples)"
+                "examples that it was computed from, in their order (divergence.examples)"
             )
 
 
@@ -129,19 +131,19 @@ def _ids(example: Example) -> tuple[int, ...]:
     return example.completion_ids or ()
 
 
-def _flat(values: Any, sizes: Sequence[int], what: str) -> np.ndarray:
-    """One value per completion token, from a flat array or one array per example."""
+def _flat(values: Any, sizes: Sequence[int], name: str) -> np.ndarray:
+    """Return one value per completion token, from a flat array or one array per example."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
     if isinstance(values, Sequence) and len(values) and np.ndim(values[0]) == 1:
         if len(values) != len(sizes):
             raise ValueError(
-                f"the {what} has {len(values):,} rows, there are {len(sizes):,} examples"
+                f"the {name} has {len(values):,} rows, there are {len(sizes):,} examples"
             )
         for row, (value, size) in enumerate(zip(values, sizes, strict=True)):
             if len(value) != size:
                 raise ValueError(
-                    f"the {what} of example {row} has {len(value)} entries, its completion "
+                    f"the {name} of example {row} has {len(value)} entries, its completion "
                     f"{size} tokens"
                 )
         values = np.concatenate([np.asarray(value) for value in values])
@@ -154,7 +156,7 @@ def _flat(values: Any, sizes: Sequence[int], what: str) -> np.ndarray:
             else ""
         )
         raise ValueError(
-            f"the {what} has shape {flat.shape}, the completions of the {len(sizes):,} examples "
+            f"the {name} has shape {flat.shape}, the completions of the {len(sizes):,} examples "
             f"have {sum(sizes):,} tokens in all{where}: give one value for each"
         )
     return flat
@@ -163,30 +165,30 @@ def _flat(values: Any, sizes: Sequence[int], what: str) -> np.ndarray:
 @lru_cache(maxsize=4)
 def _prompts(
     tokenizer: Any,
-    template: str | None,  # noqa: ARG001 - another template gives other tokens
+    template: str | None,  # noqa: ARG001 - part of the cache key: another template, other tokens
     prompts: tuple[str, ...],
     system_prompt: str | None,
 ) -> list[tuple[int, ...]]:
-    """Token ids of prompts. Kept, because many students learn from the same examples."""
+    """Encode prompts. Cached, because many students learn from the same examples."""
     return [e.ids for e in encode_prompts(tokenizer, prompts, system_prompt=system_prompt)]
 
 
 def _padded(
     model: Model,
     examples: Sequence[Example],
-    share: Float[np.ndarray, " tokens"],
+    flat_weights: Float[np.ndarray, " tokens"],
     system_prompt: str | None,
-) -> Rows:
+) -> TrainingRows:
     engine = get_engine(model)
     tokenizer: Any = model.tokenizer
     template = str(getattr(tokenizer, "chat_template", None))
     prompts = _prompts(tokenizer, template, tuple(e.prompt for e in examples), system_prompt)
-    inputs: list[list[int]] = []
-    kept: list[tuple[int, np.ndarray]] = []
+    sequences: list[list[int]] = []
+    learned: list[tuple[int, np.ndarray]] = []  # prompt length, weights of the completion
     end = 0
     for row, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
         ids = _ids(example)
-        own = share[end : end + len(ids)]
+        own = flat_weights[end : end + len(ids)]
         end += len(ids)
         if not own.any():
             continue
@@ -196,43 +198,46 @@ def _padded(
                 f"than the context of {engine.n_ctx}; shorten it or leave it out"
             )
         last = int(own.nonzero()[0][-1])
-        inputs.append([*prompt, *ids[: last + 1]])
-        kept.append((len(prompt), own[: last + 1]))
-    lengths = np.array([len(ids) - 1 for ids in inputs])
-    tokens = np.zeros((len(inputs), int(lengths.max()) + 1), np.int64)
-    weights = np.zeros((len(inputs), int(lengths.max())), np.float32)
-    for row, (held, (start, own)) in enumerate(zip(inputs, kept, strict=True)):
-        tokens[row, : len(held)] = held
-        weights[row, start - 1 : start - 1 + len(own)] = own
+        sequences.append([*prompt, *ids[: last + 1]])
+        learned.append((len(prompt), own[: last + 1]))
+    # The last token of a sequence is only a target, never an input.
+    lengths = np.array([len(ids) - 1 for ids in sequences])
+    tokens = np.zeros((len(sequences), int(lengths.max()) + 1), np.int64)  # [row, pos + 1]
+    loss_weights = np.zeros((len(sequences), int(lengths.max())), np.float32)  # [row, pos]
+    for row, (sequence, (start, own)) in enumerate(zip(sequences, learned, strict=True)):
+        tokens[row, : len(sequence)] = sequence
+        # Position k predicts token k + 1.
+        loss_weights[row, start - 1 : start - 1 + len(own)] = own
     if tokens.min() < 0 or tokens.max() >= engine.d_vocab:
         raise ValueError(
             f"token ids run from {tokens.min()} to {tokens.max()}, the vocabulary has "
-            f"{engine.d_vocab}: were the completions made with another tokenizer?"
+            f"{engine.d_vocab}: do the completions come from another tokenizer?"
         )
     padded = torch.from_numpy(tokens).to(engine.device)
-    return Rows(
+    first_loss = min(start for start, _ in learned) - 1
+    return TrainingRows(
         tokens=padded[:, :-1],
         targets=padded[:, 1:],
-        weights=torch.from_numpy(weights).to(engine.device),
+        loss_weights=torch.from_numpy(loss_weights).to(engine.device),
         lengths=lengths,
-        tokens_learned=int((weights > 0).sum()),
-        shared=min(shared_prefix([tuple(ids) for ids in inputs]), min(n for n, _ in kept) - 1),
+        tokens_learned=int((loss_weights > 0).sum()),
+        shared=min(shared_prefix([tuple(ids) for ids in sequences]), first_loss),
     )
 
 
 def batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of one epoch: row numbers, of like length within a batch, in random order.
+    """Draw the batches of one epoch: row numbers, similar lengths in a batch, in random order.
 
-    Depends on its arguments alone, so that a run that is resumed sees the same batches.
+    Depends on its arguments alone, so that a resumed run sees the same batches.
     """
     random = np.random.default_rng((seed, epoch))
     order = random.permutation(len(lengths))
-    found: list[np.ndarray] = []
+    in_order: list[np.ndarray] = []
     for start in range(0, len(order), size * _BUCKET):
         bucket = order[start : start + size * _BUCKET]
         bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
-        found += [bucket[i : i + size] for i in range(0, len(bucket), size)]
-    return [found[i] for i in random.permutation(len(found))]
+        in_order += [bucket[i : i + size] for i in range(0, len(bucket), size)]
+    return [in_order[i] for i in random.permutation(len(in_order))]
 
 
 def pieces(rows: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
