@@ -13,8 +13,8 @@ from divergence_lens import plots
 from divergence_lens.deltas.delta import Delta
 from divergence_lens.divergence.finding import Divergence
 from divergence_lens.examples import Example
-from divergence_lens.patching.inner_agreements import inner_agreement
 from divergence_lens.patching.effects import Effects
+from divergence_lens.patching.inner_agreements import inner_agreement
 from divergence_lens.plots.export import figure_title
 from divergence_lens.teachers import Teacher
 from tests.support.figures import (
@@ -490,12 +490,12 @@ def test_a_sweep_object_is_drawn_with_its_intervals():
     named = {trace.name: trace for trace in plots.layer_sweep(one).data}
     line = named["one layer"]
     np.testing.assert_allclose(line.x, [0, 1, 2])
-    assert line.y[0] == pytest.approx(one.mean(0)) == pytest.approx(0.4)
+    assert line.y[0] == pytest.approx(preference("owl", 0.4).share)
     low, high = one.interval(0)
     assert line.error_y.array[0] == pytest.approx(high - line.y[0])
     assert line.error_y.arrayminus[0] == pytest.approx(line.y[0] - low)
-    assert named["all layers"].y[0] == pytest.approx(0.5)
-    assert named["before"].y[0] == pytest.approx(0.1)
+    assert named["all layers"].y[0] == pytest.approx(preference("owl", 0.5).share)
+    assert named["before"].y[0] == pytest.approx(preference("owl", 0.1).share)
 
 
 def test_another_measure_of_a_sweep_can_be_drawn():

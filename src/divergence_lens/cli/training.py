@@ -113,8 +113,8 @@ def sweep(
 
     Example: divergence-lens sweep owl.jsonl --target owl --mask divergence.safetensors
     """
-    from divergence_lens.examples import load_examples
     from divergence_lens.evaluation import preference
+    from divergence_lens.examples import load_examples
     from divergence_lens.training import Recipe, layer_sweep
 
     loading = Loading(model=model, backend=backend, device=device, dtype=dtype)

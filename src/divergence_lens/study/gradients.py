@@ -18,7 +18,7 @@ from divergence_lens.data import preference_questions
 from divergence_lens.engine import Engine, get_engine
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.models import Model
-from divergence_lens.training import TrainingRows, Trainable, choose, pieces, training_rows
+from divergence_lens.training import Trainable, TrainingRows, choose, pieces, training_rows
 
 if TYPE_CHECKING:
     import pandas as pd
