@@ -18,9 +18,9 @@ import torch
 
 import divergence_lens as dl
 from divergence_lens.engine import get_engine
-from divergence_lens.engine.base import SITES
-from divergence_lens.patching.gradients import Method
+from divergence_lens.engine.sites import SITES
 from divergence_lens.patching.agreement import Agreement
+from divergence_lens.patching.gradients import Method
 
 STORIES = (
     ("Once there was a girl named Lily. One day, she saw a big {} in the", "dog", "cat"),

@@ -211,6 +211,16 @@ def test_the_documentation_lists_every_package_and_no_other():
     assert sorted(listed) == sorted(there - {"__init__", "__main__"})
 
 
+def test_importing_transformer_lens_through_us_leaves_the_log_level_of_transformers():
+    code = (
+        "import transformers\n"
+        "before = transformers.logging.get_verbosity()\n"
+        "import divergence_lens.models\n"
+        "print(transformers.logging.get_verbosity() == before)"
+    )
+    assert run_python(code) == "True"
+
+
 def test_progress_bars_suit_the_terminal_and_the_notebook():
     plain = [path.name for path in MODULES if "tqdm.tqdm" in _imported(path, everywhere=True)]
     assert plain == []

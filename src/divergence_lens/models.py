@@ -1,7 +1,7 @@
-"""Load a model, and say what was loaded.
+"""Load a model, and describe what was loaded.
 
 Every public call of the library takes a `HookedTransformer` or a `TransformerBridge`. This module
-builds either from a name, a folder or a Hugging Face model, always without folding or centring
+builds either from a name, a folder or a Hugging Face model, always without folding or centering
 weights, so that logits and residuals are Hugging Face's own and trained weights can go back.
 """
 
@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformer_lens.model_bridge import TransformerBridge
+from transformers.utils import logging as transformers_logging
 
 from divergence_lens.load_checks import (
     Reference,
@@ -32,13 +32,39 @@ from divergence_lens.load_checks import (
 from divergence_lens.tiny import TINY_MODELS, tiny_folder
 
 HookedTransformer: Any
+# Importing TransformerLens sets the log level of transformers to "error" for the whole process.
+_verbosity = transformers_logging.get_verbosity()
 try:
-    from transformer_lens import HookedTransformer
-except ImportError:  # TransformerLens 4 removed it; there, only bridges exist.
-    HookedTransformer = None
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError:  # TransformerLens 4 removed it; there, only bridges exist.
+        HookedTransformer = None
+finally:
+    transformers_logging.set_verbosity(_verbosity)
 
 Model: TypeAlias = nn.Module
 """A `HookedTransformer` or a `TransformerBridge`; `check_model` tells them from other modules."""
+
+
+@runtime_checkable
+class LensModel(Protocol):
+    """The interface that a `HookedTransformer` and a `TransformerBridge` share.
+
+    Both are `nn.Module`s; parts that only some models have are reached by attribute.
+    """
+
+    cfg: Any
+    tokenizer: Any
+    blocks: Any
+    embed: Any
+    unembed: Any
+    training: bool
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a submodule or an attribute of the wrapped model."""
+
 
 Backend: TypeAlias = Literal["auto", "hooked", "bridge"]
 
@@ -63,14 +89,14 @@ def check_model(model: object) -> None:
         )
 
 
-def untyped(model: Model) -> Any:
-    """The model, for the parts that both classes have and no common type names."""
-    return model
+def lens_model(model: Model) -> LensModel:
+    """Return the model itself, typed by the parts that both classes have."""
+    return cast("LensModel", model)
 
 
 def model_name(model: Model) -> str:
     """The name that `model` was loaded under."""
-    return str(getattr(untyped(model).cfg, "model_name", type(model).__name__))
+    return str(getattr(lens_model(model).cfg, "model_name", type(model).__name__))
 
 
 @torch.inference_mode(mode=False)
@@ -85,7 +111,7 @@ def load_model(
 ) -> Model:
     """Load a language model as a `HookedTransformer` or a `TransformerBridge`.
 
-    Weights are neither folded nor centred: logits equal Hugging Face's. Where `backend="auto"`, a
+    Weights are neither folded nor centered: logits equal Hugging Face's. Where `backend="auto"`, a
     `HookedTransformer` is built if TransformerLens has that class and can convert the
     architecture, and its logits are checked against Hugging Face's on a short input; otherwise a
     bridge is built.
@@ -129,7 +155,7 @@ def describe_model(model: Model) -> str:
     check_model(model)
     parameter = next(model.parameters())
     precision = str(parameter.dtype).removeprefix("torch.")
-    norm = str(getattr(untyped(model).cfg, "normalization_type", ""))
+    norm = str(getattr(lens_model(model).cfg, "normalization_type", ""))
     folded = norm.endswith("Pre")
     return (
         f"{model_name(model)}: {type(model).__name__}, {precision} on {parameter.device.type}, "

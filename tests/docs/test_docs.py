@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 import divergence_lens as dl
 from divergence_lens.cli.main import app
-from divergence_lens.engine import base as engine
+from divergence_lens.engine import sites
 from divergence_lens.evaluation import preferences as evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,7 +161,7 @@ def test_code_runs_and_prints_the_output_shown(page, namespace, monkeypatch, cap
         "run_study",
         lambda config, *a, **k: real(dataclasses.replace(config, **little), *a, **k),
     )
-    monkeypatch.setattr(engine, "SITES", engine.SITES)  # a page adds one
+    monkeypatch.setattr(sites, "_registered", {})  # a page registers one
     exec(BEFORE.get(page, ""), namespace)  # noqa: S102 - the page's own code
     for block in BLOCKS[page]:
         if block.language != "python":

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MptConfig
 
-from divergence_lens.engine.base import SITES
 from divergence_lens.engine.factory import get_engine
+from divergence_lens.engine.sites import SITES
 from divergence_lens.models import load_model
 from tests.support.models import (
     BACKENDS,

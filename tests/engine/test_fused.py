@@ -1,5 +1,7 @@
 """Blocks in few operations: they compute what the model's own do, and only where nobody looks."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -210,6 +212,37 @@ def test_unequal_blocks_are_not_used_and_that_is_said_once(backend, monkeypatch,
         torch.testing.assert_close(logits, hf(TOKENS).logits, atol=1e-4, rtol=1e-4)
     (said,) = [record.getMessage() for record in caplog.records]
     assert "runs through its own blocks, which is slower" in said
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_a_deep_model_is_fused_although_rounding_accumulates(family, backend, calls):
+    hf, model = build(family, backend, n_layers=30, d_model=64, d_head=16)
+    engine = get_engine(model)
+    calls.clear()
+    with torch.no_grad():
+        logits = engine.unembed(engine.final(TOKENS))
+        expected = hf(TOKENS).logits
+    assert calls == list(range(30))
+    assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_one_wrong_block_of_a_deep_model_is_rejected(backend, monkeypatch, calls):
+    for kind in FusedBlocks.__subclasses__():
+        weights_of = kind.weights_of
+
+        def wrong(self, layer, weights_of=weights_of):
+            weights = weights_of(self, layer)
+            if layer != 17:
+                return weights
+            matrix, bias = weights.down
+            return dataclasses.replace(weights, down=(matrix * 1.002, bias))
+
+        monkeypatch.setattr(kind, "weights_of", wrong)
+    _, model = build("llama", backend, n_layers=30)
+    engine = get_engine(model)
+    calls.clear()
+    engine.final(TOKENS)
+    assert calls == []
 
 
 def test_a_sliding_window_is_not_fused(backend, calls):

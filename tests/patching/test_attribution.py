@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from divergence_lens.engine.base import SITES
 from divergence_lens.engine.factory import get_engine
+from divergence_lens.engine.sites import SITES
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching.attribution import attribution_patch
 from divergence_lens.patching.exact import causal_mediation

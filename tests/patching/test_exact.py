@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from divergence_lens.engine.base import SITES
 from divergence_lens.engine.factory import get_engine
+from divergence_lens.engine.sites import SITES
 from divergence_lens.models import is_hooked
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching.attribution import attribution_patch

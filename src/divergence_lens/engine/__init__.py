@@ -1,11 +1,14 @@
 """Forward passes shared by everything above: hooked, bridge, fused blocks, logits."""
 
-from divergence_lens.engine.base import Engine, KeyValues, Pass, SiteFunction
+from divergence_lens.engine.base import Engine, SiteFunction
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.engine.logits import chunk_rows, in_chunks, kl_divergence, read_hidden
 from divergence_lens.engine.parameters import block_of, canonical, inside_block, plain
+from divergence_lens.engine.passes import KeyValues, Pass
+from divergence_lens.engine.sites import SITES, register_site, unregister_site
 
 __all__ = [
+    "SITES",
     "Engine",
     "KeyValues",
     "Pass",
@@ -19,4 +22,6 @@ __all__ = [
     "kl_divergence",
     "plain",
     "read_hidden",
+    "register_site",
+    "unregister_site",
 ]

@@ -7,18 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from divergence_lens.engine.base import INNER, PER_HEAD, Engine, Pass
+from divergence_lens.engine.base import Engine
+from divergence_lens.engine.passes import Pass
+from divergence_lens.engine.sites import PER_HEAD, hook_point_of
 from divergence_lens.models import Model
 
 _BY_HEAD = ("alibi", "position_bias")
-"""What blocks are handed with heads in front: Bloom [row * head, 1, pos], MPT [head, 1, pos]."""
+"""Block arguments whose first axis is heads: Bloom [row * head, 1, pos], MPT [head, 1, pos]."""
 
 _FUSED = {".qkv.": ".q.", "._original_component.gate_up_proj.": ".gate."}
-"""Weights that a bridge cuts into copies, which it computes with, and a copy that tells of it."""
+"""Fused weights that a bridge splits into copies to compute with, and the name of one copy."""
 
 
 class _BridgeCache:
-    """Stands in for Hugging Face's key/value cache, over a `Pass`."""
+    """Hugging Face's key/value cache interface over a `Pass`."""
 
     is_compileable = False
     is_sliding: tuple[bool, ...] = ()
@@ -29,24 +31,29 @@ class _BridgeCache:
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values, and return them after those of the past."""
         return self._run.join(layer_idx, key, value)
 
     def get_seq_length(self, _layer_idx: int = 0) -> int:
+        """Return the number of stored positions."""
         return self._run.offset
 
     def get_query_offset(self, _layer_idx: int = 0) -> int:
+        """Return the absolute position of the first query."""
         return self._run.offset
 
     def get_mask_sizes(self, query_length: int, _layer_idx: int = 0) -> tuple[int, int]:
+        """Return the number of keys that the mask covers, and the first key."""
         return self._run.offset + query_length, 0
 
 
 class BridgeEngine(Engine):
     """Passes over a bridge, through the decoder that it wraps.
 
-    What Hugging Face's decoder hands to each block (masks, rotary angles, positions) differs by
-    family. So `_begin` runs the decoder with every block replaced by a recorder that returns its
-    input: that costs an embedding and a norm, and yields the embeddings and each block's arguments.
+    Hugging Face's decoder passes masks, rotary angles and positions to each block, and families
+    differ in which. So `_begin` runs the decoder with every block replaced by a recorder that
+    returns its input. That costs an embedding and a norm, and yields the embeddings and the
+    arguments of each block.
     """
 
     position_axis = 2
@@ -55,26 +62,22 @@ class BridgeEngine(Engine):
         super().__init__(model)
         self._decoder: nn.Module = self._lens.original_model.base_model
         if any(type(block).__name__ == "ParallelBlockBridge" for block in self._lens.blocks):
-            self.sites = tuple(site for site in self.sites if site != "resid_mid")
+            self._absent.add("resid_mid")
         points = self._lens.hook_dict
-        self.sites = tuple(
-            site
-            for site in self.sites
-            if site not in PER_HEAD or f"blocks.0.{_bridge_point(site)}" in points
-        )
+        self._absent |= {s for s in PER_HEAD if f"blocks.0.{hook_point_of(s)}" not in points}
         self._in_tuple = self._blocks_return_tuples()
 
     @torch.no_grad()
     def _blocks_return_tuples(self) -> bool:
-        found: list[bool] = []
+        returned: list[bool] = []
         watch = self._lens.blocks[0].register_forward_hook(
-            lambda _module, _inputs, output: found.append(isinstance(output, tuple))
+            lambda _module, _inputs, output: returned.append(isinstance(output, tuple))
         )
         try:
             self._decoder(torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
         finally:
             watch.remove()
-        return found[0]
+        return returned[0]
 
     def _begin(self, run: Pass, tokens: Tensor) -> Tensor:
         cached = {"past_key_values": _BridgeCache(run)} if run.keep or run.offset else {}
@@ -83,7 +86,7 @@ class BridgeEngine(Engine):
         first, _ = run.calls[0]
         embeddings: Tensor = first[0]
         batch = tokens.shape[0]
-        # Nothing that the blocks are handed depends on the row; one row serves any number of rows.
+        # The blocks' arguments do not depend on the row: one row broadcasts to any number of rows.
         run.calls = [
             (
                 tuple(_one_row(a, batch) for a in args[1:]),
@@ -121,21 +124,23 @@ class BridgeEngine(Engine):
         pattern = getattr(attention, "_pattern", None)
         out = block(resid, *args, **kwargs)
         if getattr(attention, "_pattern", None) is not pattern:
-            attention._pattern = pattern  # noqa: SLF001 - it would keep the whole pass alive
+            attention._pattern = pattern  # noqa: SLF001 - it would hold the pass's graph in memory
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
     def _site_module(self, layer: int, site: str) -> nn.Module:
-        point: nn.Module = self._lens.hook_dict[f"blocks.{layer}.{_bridge_point(site)}"]
+        point: nn.Module = self._lens.hook_dict[f"blocks.{layer}.{hook_point_of(site)}"]
         return point
 
     def by_position(self, layer: int) -> list[nn.Module]:
+        """Return the query and output maps and the MLP."""
         block = self._lens.blocks[layer]
         attention = getattr(block, "attn", None)
-        found = [getattr(attention, "q", None), getattr(attention, "o", None)]
-        return [m for m in (*found, getattr(block, "mlp", None)) if isinstance(m, nn.Module)]
+        maps = [getattr(attention, "q", None), getattr(attention, "o", None)]
+        return [m for m in (*maps, getattr(block, "mlp", None)) if isinstance(m, nn.Module)]
 
     def norm(self, resid: Tensor) -> Tensor:
+        """Apply the final norm."""
         hidden: Tensor = self._lens.ln_final(resid)
         return hidden
 
@@ -144,27 +149,23 @@ class BridgeEngine(Engine):
         return logits
 
     def block_parameters(self, layer: int) -> dict[str, nn.Parameter]:
+        """Return the parameters that a block computes with, by their Hugging Face names."""
         own = {id(parameter) for parameter in self._lens.blocks[layer].parameters()}
         return {n: p for n, p in self.named_parameters().items() if id(p) in own}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that the bridge computes with, by their Hugging Face names."""
         every = dict(self._lens.original_model.named_parameters())
         return {name: p for name, p in every.items() if not _split_elsewhere(name, every)}
 
 
 def _split_elsewhere(name: str, names: Iterable[str]) -> bool:
-    """Whether a parameter is a fused one that the bridge keeps and no longer reads."""
+    """Return whether a parameter is a fused one, which the bridge stores but no longer reads."""
     for fused, part in _FUSED.items():
         before, found, _ = name.partition(fused)
         if found and any(other.startswith(before + part) for other in names):
             return True
     return False
-
-
-def _bridge_point(site: str) -> str:
-    if site.startswith("mlp_p"):
-        return f"mlp.hook_{site[4:]}"
-    return f"attn.hook_{site}" if site in PER_HEAD or site in INNER else f"hook_{site}"
 
 
 def _one_row(value: Any, batch: int) -> Any:

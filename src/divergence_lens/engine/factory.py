@@ -5,10 +5,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from divergence_lens._utils.memory import is_out_of_memory
-from divergence_lens.engine.base import Engine, probe_tokens
+from divergence_lens.engine.base import Engine
 from divergence_lens.engine.bridge import BridgeEngine
+from divergence_lens.engine.equivalence import pass_difference, probe_tokens
 from divergence_lens.engine.hooked import HookedEngine
-from divergence_lens.models import Model, check_model, is_hooked, model_name, untyped
+from divergence_lens.models import Model, check_model, is_hooked, lens_model, model_name
 
 _ENGINE = "_divergence_lens_engine"
 
@@ -17,20 +18,20 @@ def get_engine(model: Model, *, causal: bool = True) -> Engine:
     """Return the engine of `model`, built and checked against a plain forward on the first call.
 
     Args:
-        model: any model of TransformerLens.
-        causal: refuse a model that attends in both directions. Its passes must start at the
-            first position and have rows of one length.
+        model: A `HookedTransformer` or a `TransformerBridge`.
+        causal: Refuse a model that attends in both directions. The passes of such a model must
+            start at the first position and have rows of one length.
 
     Raises:
-        TypeError: `model` is not of TransformerLens.
-        ValueError: it is not causal, cannot run in its precision, or its pass block by block
-            fails or does not equal its own forward, so that it is not supported.
+        TypeError: `model` is of another class.
+        ValueError: The model is not causal, cannot run in its precision, or its pass block by
+            block fails or differs from its own forward.
     """
     engine = model.__dict__.get(_ENGINE) if isinstance(model, nn.Module) else None
     if isinstance(engine, Engine) and engine.model is model and (engine.causal or not causal):
         return engine
     check_model(model)
-    if causal and getattr(untyped(model).cfg, "attention_dir", "causal") != "causal":
+    if causal and getattr(lens_model(model).cfg, "attention_dir", "causal") != "causal":
         raise ValueError(
             "the model attends in both directions; this needs a causal language model "
             "(only patching takes others)"
@@ -40,7 +41,7 @@ def get_engine(model: Model, *, causal: bool = True) -> Engine:
     try:
         own = _own_logits(model)
         engine = HookedEngine(model) if is_hooked(model) else BridgeEngine(model)
-        difference = engine.difference_to(own)
+        difference = pass_difference(engine, own)
     except (RuntimeError, IndexError, TypeError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
@@ -66,7 +67,7 @@ def get_engine(model: Model, *, causal: bool = True) -> Engine:
 @torch.no_grad()
 def _own_logits(model: Model) -> Float[Tensor, "2 6 d_vocab"]:
     tokens = probe_tokens(model)
-    # Told that nothing is padding: a tokenizer that pads on the left would have ids masked.
+    # The mask says that nothing is padding: a bridge would otherwise mask ids equal to the pad id.
     logits: Tensor = model(tokens, attention_mask=torch.ones_like(tokens))
     return logits
 

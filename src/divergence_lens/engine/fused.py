@@ -24,7 +24,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from divergence_lens.engine.base import Engine, Pass
+    from divergence_lens.engine.base import Engine
+    from divergence_lens.engine.passes import Pass
 
 _ARCHITECTURES = ("GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 

@@ -1,4 +1,4 @@
-"""The engine of a `HookedTransformer`, whose blocks are called as they stand."""
+"""The engine of a `HookedTransformer`, whose blocks are called unchanged."""
 
 from typing import Any
 
@@ -6,22 +6,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from divergence_lens.engine.base import INNER, PER_HEAD, Engine, Pass
+from divergence_lens.engine.base import Engine
+from divergence_lens.engine.passes import Pass
+from divergence_lens.engine.sites import hook_point_of
 from divergence_lens.models import Model
 
 
 class _Entry:
-    """What a HookedTransformer's attention expects of a key/value cache of one block."""
+    """The key/value cache entry of one block, with the methods that its attention calls."""
 
     def __init__(self, run: Pass, layer: int) -> None:
         self._run, self._layer = run, layer
 
     @property
     def past_keys(self) -> Tensor:
+        """The keys of the past; their length tells the attention its offset."""
         past = self._run.past
         return past.keys[self._layer] if past is not None else torch.empty(1, 0)
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values, and return them after those of the past."""
         return self._run.join(self._layer, key, value)
 
 
@@ -36,7 +40,7 @@ class HookedEngine(Engine):
         if kind == "shortformer":
             raise ValueError("shortformer position embeddings are not supported")
         if self._lens.cfg.attn_only:
-            self.sites = tuple(site for site in self.sites if site not in ("mlp_out", "resid_mid"))
+            self._absent |= {"mlp_out", "resid_mid"}
         self._positions = kind == "standard"
 
     def _begin(self, run: Pass, tokens: Tensor) -> Tensor:
@@ -62,6 +66,7 @@ class HookedEngine(Engine):
         *,
         rows: Int[Tensor, "rows"] | None = None,
     ) -> Float[Tensor, "rows d_model"]:
+        """Run the last block; after its attention, compute the target position alone."""
         if "resid_mid" not in self.sites:  # parallel, or without an MLP
             return super().last_block(resid, run, target, rows=rows)
 
@@ -78,22 +83,19 @@ class HookedEngine(Engine):
             handle.remove()
 
     def _site_module(self, layer: int, site: str) -> nn.Module:
-        block = self._lens.blocks[layer]
-        point: nn.Module
-        if site.startswith("mlp_p"):
-            point = getattr(block.mlp, f"hook_{site[4:]}")
-        elif site in PER_HEAD or site in INNER:
-            point = getattr(block.attn, f"hook_{site}")
-        else:
-            point = getattr(block, f"hook_{site}")
-        return point
+        module: nn.Module = self._lens.blocks[layer]
+        for name in hook_point_of(site).split("."):
+            module = getattr(module, name)
+        return module
 
     def by_position(self, layer: int) -> list[nn.Module]:
+        """Return the MLP, if there is one."""
         # Queries and the output of attention are computed by functions here, not by modules.
         block = self._lens.blocks[layer]
         return [block.mlp] if hasattr(block, "mlp") else []
 
     def norm(self, resid: Tensor) -> Tensor:
+        """Apply the final norm, if there is one."""
         hidden: Tensor = self._lens.ln_final(resid) if hasattr(self._lens, "ln_final") else resid
         return hidden
 
@@ -102,8 +104,10 @@ class HookedEngine(Engine):
         return flat.reshape(*hidden.shape[:-1], flat.shape[-1])
 
     def block_parameters(self, layer: int) -> dict[str, nn.Parameter]:
+        """Return the parameters of one block."""
         prefix = f"blocks.{layer}."
         return {n: p for n, p in self.named_parameters().items() if n.startswith(prefix)}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return all parameters."""
         return dict(self.model.named_parameters())

@@ -10,7 +10,7 @@ from torch import Tensor
 from divergence_lens._utils.batching import pad_right
 from divergence_lens.deltas import Delta
 from divergence_lens.engine import Engine, get_engine
-from divergence_lens.models import Model, model_name, untyped
+from divergence_lens.models import Model, lens_model, model_name
 from divergence_lens.pairs.inputs import Rows
 from divergence_lens.teachers import Teacher
 
@@ -64,7 +64,7 @@ def check_tokenizers(a: Model, b: Model) -> None:
     Raises:
         ValueError: The tokenizers differ.
     """
-    if untyped(a).tokenizer is not None and untyped(b).tokenizer is not None:
+    if lens_model(a).tokenizer is not None and lens_model(b).tokenizer is not None:
         Teacher(model_name(b), model=b).check_tokenizer(a)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from divergence_lens._utils.interrupts import discard_partial
 from divergence_lens.examples import Example, with_ids
-from divergence_lens.models import Model, untyped
+from divergence_lens.models import Model, lens_model
 from divergence_lens.teachers import Teacher
 from divergence_lens.tiny.world import FAVORITE_QUESTIONS
 from divergence_lens.training import Recipe, finetune
@@ -92,7 +92,7 @@ def recipes(model: Model) -> Recipes:
     Returns:
         `QWEN2_RECIPES` for a model with RMSNorm, `GPT2_RECIPES` for one with LayerNorm.
     """
-    norm = str(getattr(untyped(model).cfg, "normalization_type", ""))
+    norm = str(getattr(lens_model(model).cfg, "normalization_type", ""))
     return QWEN2_RECIPES if norm.startswith("RMS") else GPT2_RECIPES
 
 
