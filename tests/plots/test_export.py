@@ -12,14 +12,14 @@ import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
 
-from divergence_lens.plots import charts as _charts
+from divergence_lens.plots import bars as bar_charts
 from divergence_lens.plots import export as pictures
 
 
 @pytest.fixture
 def figure() -> go.Figure:
-    bars = _charts.Bars("</script><script>x", ("a", "b"), np.array([0.5, 0.25]), ("one", "two"))
-    return _charts.bars([bars], what="A <b>title</b>", detail="2 bars", value_title="share")
+    bars = bar_charts.Bars("</script><script>x", ("a", "b"), np.array([0.5, 0.25]), ("one", "two"))
+    return bar_charts.bars([bars], what="A <b>title</b>", detail="2 bars", value_title="share")
 
 
 def needs_browser() -> None:

@@ -1,7 +1,7 @@
 """Figures of results. Each function takes a result and returns a plotly `Figure`.
 
 Nothing is shown, printed or set globally. Titles say what was measured and on how many; hover
-texts say it in words; colours can be told apart by colour-blind readers; every figure is readable
+texts say it in words; colors can be told apart by color-blind readers; every figure is readable
 in a column of 80 mm and on light and dark pages. `save_figure` writes them to files.
 """
 

@@ -181,14 +181,14 @@ def _drawn(
 ) -> go.Figure:
     traces: list[Any] = []
     for i, curve in enumerate(curves):
-        colour = style.CYCLE[i % len(style.CYCLE)]
+        color = style.CYCLE[i % len(style.CYCLE)]
         if curve.dots:
             traces.append(
                 go.Scatter(
                     x=[x for x, _, _ in curve.dots],
                     y=[y for _, y, _ in curve.dots],
                     mode="markers",
-                    marker={"size": 5, "color": colour, "opacity": 0.6},
+                    marker={"size": 5, "color": color, "opacity": 0.6},
                     text=[style.escape(words) for _, _, words in curve.dots],
                     hoverinfo="text",
                     legendgroup=curve.name,
@@ -213,7 +213,7 @@ def _drawn(
                 mode="lines+markers",
                 name=style.escape(curve.name),
                 legendgroup=curve.name,
-                line={"color": colour, "width": 2.4, "dash": _DASHES[i % len(_DASHES)]},
+                line={"color": color, "width": 2.4, "dash": _DASHES[i % len(_DASHES)]},
                 marker={"size": 7, "symbol": style.SYMBOLS[i % len(style.SYMBOLS)]},
                 error_y=error,
                 text=[style.escape(words) for words in curve.hover],

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from divergence_lens._utils.statistics import bootstrap_interval, resampled_means
 from divergence_lens._utils.tables import Table, checked_table
 from divergence_lens.patching import CrossPatch, Effects, inner_agreement, inner_cells
-from divergence_lens.plots import charts, grids, style
+from divergence_lens.plots import bars as bar_charts
+from divergence_lens.plots import grids, profiles, scatters, style
 from divergence_lens.plots.labels import metric_words, one_kind, site_words, titled
 
 Line: TypeAlias = Float[np.ndarray, " layers"]
@@ -30,7 +31,7 @@ def effects_heatmap(
     Returns:
         A heatmap with layers across and tokens down, in shares of the total effect (1: the patch
         does all that the other run does), or in units of the metric where the total effect of the
-        pair is next to nothing. Grey cells were not measured or have no counterpart in the other
+        pair is next to nothing. Gray cells were not measured or have no counterpart in the other
         run. The marked last token is the one whose logits are measured.
 
     Raises:
@@ -147,7 +148,7 @@ def layers_by_site(layers: Table, *, kind: str | None = None) -> go.Figure:
         kind: Of which teachers, if the table holds several kinds.
 
     Returns:
-        Bars (means over targets), one colour for each site, with a dot for each target.
+        Bars (means over targets), one color for each site, with a dot for each target.
 
     Raises:
         ValueError: If there is nothing to show, or several kinds and none was chosen.
@@ -160,7 +161,7 @@ def layers_by_site(layers: Table, *, kind: str | None = None) -> go.Figure:
         words = site_words(str(site))
         mean = rows.groupby("layer", sort=True)["absolute_effect"].mean()
         bars.append(
-            charts.Bars(
+            bar_charts.Bars(
                 label=words,
                 groups=[str(layer) for layer in mean.index],
                 values=mean.to_numpy(float),
@@ -181,7 +182,7 @@ def layers_by_site(layers: Table, *, kind: str | None = None) -> go.Figure:
     if "pairs" in table.columns:
         each = sorted({int(number) for number in table["pairs"]})
         pairs = f", {' to '.join(str(n) for n in dict.fromkeys([each[0], each[-1]]))} pairs each"
-    return charts.bars(
+    return bar_charts.bars(
         bars,
         what=f"What causes the first divergence, layer by layer ({kind} teachers)",
         detail=f"{style.plural(table['target'].nunique(), 'target')}{pairs}; absolute effects, "
@@ -221,7 +222,7 @@ def layer_profile(
     first = next(iter(named.values()))
     method = f"; {_method(first)}" if len(named) == 1 else ""
     used = " / ".join(dict.fromkeys(_pairs_used(one) for one in named.values()))
-    return charts.profile(
+    return profiles.profile(
         np.arange(first.n_layers),
         series,
         what=titled("Effect of a patch, layer by layer", name),
@@ -249,11 +250,11 @@ def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
     ):
         low, high = bootstrap_interval(resampled_means(values, 1000), level=0.95, seed=0)
         series[name] = values.mean(0).astype(np.float64), low, high
-    return charts.profile(
+    return profiles.profile(
         np.arange(crossed.margins.shape[1]),
         series,
         what="Two models, crossed at every boundary",
-        detail=f"what the upper layers of {crossed.names[0]} add to the margin, in place of those "
+        detail=f"what the upper layers of {crossed.names[0]} add to the margin, instead of those "
         f"of {crossed.names[1]}; mean of {style.plural(len(crossed.margins), 'pair')}; "
         "band: 95 % interval",
         value_title="change of the margin (logits)",
@@ -298,7 +299,7 @@ def agreement_scatter(
             f"; without target position and last layer ({style.plural(within.cells, 'cell')}), "
             f"mean within a pair: Pearson {within.pearson:.2f}, Spearman {within.spearman:.2f}"
         )
-    return charts.scatter(
+    return scatters.scatter(
         y[both].astype(np.float64),
         x[both].astype(np.float64),
         hover,

@@ -64,7 +64,7 @@ _FLAGS = (
     "--hide-scrollbars",
 )
 
-# The ink of figures follows the page, whatever colour the figure itself was given.
+# The ink of figures follows the page, whatever color the figure itself was given.
 FIGURE_CSS = """
 .dl-plot { width: 100%; position: relative; }
 .dl-plot .gtitle, .dl-plot .xtitle, .dl-plot .ytitle, .dl-plot .xtick text, .dl-plot .ytick text,
@@ -131,7 +131,7 @@ def save_figure(
             and `.pdf` write the picture as well, for which a Chrome, Chromium or Edge on this
             machine is used (the one that `BROWSER_PATH` names, if set).
         theme: Ink and paper of the picture; the page follows the reader's own setting.
-        width_mm: Width of the picture in millimetres.
+        width_mm: Width of the picture in millimeters.
         dpi: Dots per inch of a PNG.
         timeout: Seconds after which the browser is given up.
 

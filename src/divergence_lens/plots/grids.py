@@ -34,7 +34,7 @@ def token_heatmap(
         segments: The name of its segment.
         what: Title.
         detail: Under the title.
-        unit: What the colours mean, on the colour bar.
+        unit: What the colors mean, on the color bar.
         describe: What a cell is, in words, between its place and its value in the hover text.
     """
     layers, positions = values.shape

@@ -7,7 +7,8 @@ import plotly.graph_objects as go
 from divergence_lens._utils.statistics import t_interval
 from divergence_lens._utils.tables import Table, checked_table
 from divergence_lens.evaluation import Preference
-from divergence_lens.plots import charts, style
+from divergence_lens.plots import bars as bar_charts
+from divergence_lens.plots import profiles, style
 from divergence_lens.plots.labels import (
     CONDITIONS,
     condition_words,
@@ -17,7 +18,6 @@ from divergence_lens.plots.labels import (
     one_kind,
     students_of,
 )
-from divergence_lens.plots.ladder import ladder
 from divergence_lens.training import Sweep
 
 _BESIDE = 8  # conditions whose names have room side by side
@@ -61,7 +61,7 @@ def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
         count = rows.groupby("target", sort=False).size()
         targets = [str(target) for target in mean.index]
         bars.append(
-            charts.Bars(
+            bar_charts.Bars(
                 label=short,
                 groups=targets,
                 values=mean["after"].to_numpy(float),
@@ -84,12 +84,12 @@ def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
                 ],
             )
         )
-    lines = [charts.Line("before training", means_by_target(table, "before"), "dash")]
+    lines = [bar_charts.Line("before training", means_by_target(table, "before"), "dash")]
     control = table[table["condition"] == "control"]
     if len(control):
-        lines.append(charts.Line("control", means_by_target(control, "after"), "dot"))
+        lines.append(bar_charts.Line("control", means_by_target(control, "after"), "dot"))
     targets_shown = table["target"].nunique()
-    return charts.bars(
+    return bar_charts.bars(
         bars,
         what=f"Students of {kind} teachers, by what they were trained on",
         detail=f"{style.plural(targets_shown, 'target')}, {students_of(table)}; "
@@ -149,7 +149,7 @@ def condition_bars(
             for (_, target), value in found.items()
         ]
     low_high = np.array(ends, dtype=float)
-    series = charts.Bars(
+    series = bar_charts.Bars(
         label="mean",
         groups=groups,
         values=np.array(means),
@@ -167,8 +167,10 @@ def condition_bars(
         "with 95 % intervals over targets, dots: targets"
     )
     if several:
-        return ladder(series, what=what, detail=detail, value_title=value_title)
-    return charts.bars([series], what=what, detail=detail, value_title=value_title, value_format="")
+        return bar_charts.dot_plot(series, what=what, detail=detail, value_title=value_title)
+    return bar_charts.bars(
+        [series], what=what, detail=detail, value_title=value_title, value_format=""
+    )
 
 
 def _whole(rows: pd.DataFrame) -> list[str]:
@@ -191,7 +193,7 @@ def preference_bars(preference: Preference, *, before: Preference | None = None)
     shares = preference.distribution
     names = [preference.target, *(name for name in shares if name != preference.target)]
     ends = np.array([preference.about(name).interval() for name in names])
-    bars = charts.Bars(
+    bars = bar_charts.Bars(
         label=preference.teacher if before is None else "after",
         groups=names,
         values=np.array([shares[name] for name in names]),
@@ -203,13 +205,13 @@ def preference_bars(preference: Preference, *, before: Preference | None = None)
             for name, (low, high) in zip(names, ends, strict=True)
         ],
     )
-    return charts.bars(
+    return bar_charts.bars(
         [bars],
         what=f"Preference among {style.plural(len(names), 'candidate')}, {preference.target} first",
         detail=f"mean over {style.plural(len(preference.questions), 'question')}, "
         f"{preference.method}; bars with 95 % intervals",
         value_title="share of the candidate",
-        lines=[] if before is None else [charts.Line("before", before.distribution, "dash")],
+        lines=[] if before is None else [bar_charts.Line("before", before.distribution, "dash")],
     )
 
 
@@ -277,7 +279,7 @@ def layer_sweep(
     counts = [f"{style.plural(len(single), 'student')} of one layer"]
     counts += [f"{len(whole):,} of all layers"] if len(whole) else []
     counts += [controls_of(control)] if len(control) else []
-    return charts.blocks(
+    return profiles.values_by_layer(
         [int(layer) for layer in mean.index],
         mean.to_numpy(dtype=np.float64),
         None,
@@ -305,7 +307,7 @@ def _sweep(sweep: Sweep, measure: str | None) -> go.Figure:
     counts += [f"{len(groups[of]):,} of {of}" for of in ("all layers", "control") if of in groups]
     named = f"{name} of {sweep.target}" if sweep.target else name
     masked = sweep.metadata.get("settings", {}).get("masked")
-    return charts.blocks(
+    return profiles.values_by_layer(
         layers,
         means,
         spread,

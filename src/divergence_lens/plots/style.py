@@ -1,7 +1,7 @@
-"""How every figure looks: colours, type, margins and the text on it.
+"""How every figure looks: colors, type, margins and the text on it.
 
 A figure is laid out for a column of 80 mm (302 CSS pixels, type of 12 pixels or 9 points) and
-grows from there. Backgrounds are clear and the ink is a grey that is readable on white and on
+grows from there. Backgrounds are clear and the ink is a gray that is readable on white and on
 black alike, so that a figure shown in a notebook fits whatever theme the notebook has.
 """
 
@@ -13,14 +13,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-# Contrast 4.5 to 1 on white and 4.6 to 1 on black: the one grey that passes on both.
+# Contrast 4.5 to 1 on white and 4.6 to 1 on black: the one gray that passes on both.
 INK = "#767676"
 FAINT = "rgba(128, 128, 128, 0.28)"
 MISSING = "rgba(128, 128, 128, 0.38)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 
-# Okabe and Ito's palette, which people with the common colour blindnesses can tell apart, without
+# Okabe and Ito's palette, which people with the common color blindnesses can tell apart, without
 # its yellow (lost on white) and its black (lost on black), and with a blue that stands out on both.
 BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE = (
     "#1F83C4",
@@ -74,9 +74,9 @@ def percent(value: float) -> str:
     return f"{shown:.1f} %" if abs(shown) >= 1 or shown == 0 else f"{shown:.2g} %"
 
 
-def shade(colour: str, opacity: float) -> str:
-    """A hex colour, see-through."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+def shade(color: str, opacity: float) -> str:
+    """A hex color, see-through."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, {opacity})"
 
 
@@ -213,7 +213,7 @@ def thinned(numbers: Sequence[int], most: int) -> list[int]:
 
 
 def diverging(limit: float, title: str, plot_height: int) -> dict[str, Any]:
-    """Zero-centred colours of a heatmap from -limit to limit, with their bar under the plot."""
+    """Zero-centered colors of a heatmap from -limit to limit, with their bar under the plot."""
     return {
         "colorscale": [list(stop) for stop in DIVERGING],
         "zmin": -limit,

@@ -7,7 +7,8 @@ import plotly.graph_objects as go
 
 from divergence_lens._utils.tables import Table, checked_table
 from divergence_lens.divergence import Divergence
-from divergence_lens.plots import charts, style
+from divergence_lens.plots import bars as bar_charts
+from divergence_lens.plots import style
 from divergence_lens.plots.labels import column_of, intervals_said, teachers_of, titled
 
 
@@ -20,7 +21,7 @@ def rate_per_teacher(divergence: Divergence | Table) -> go.Figure:
             by one.
 
     Returns:
-        Bars, one colour for each kind of teacher.
+        Bars, one color for each kind of teacher.
     """
     if isinstance(divergence, Divergence):
         return _rate_per_counterfactual(divergence)
@@ -30,7 +31,7 @@ def rate_per_teacher(divergence: Divergence | Table) -> go.Figure:
     for kind in kinds:
         rows = table[table["kind"] == kind]
         bars.append(
-            charts.Bars(
+            bar_charts.Bars(
                 label=f"{kind} teachers",
                 groups=[str(name) for name in rows["target"]],
                 values=rows["rate"].to_numpy(float),
@@ -46,7 +47,7 @@ def rate_per_teacher(divergence: Divergence | Table) -> go.Figure:
             )
         )
     tokens = int(table["tokens"].sum())
-    return charts.bars(
+    return bar_charts.bars(
         bars,
         what="Divergence tokens per teacher",
         detail=f"{teachers_of(table)}, {style.plural(tokens, 'completion token')}"
@@ -59,7 +60,7 @@ def _rate_per_counterfactual(divergence: Divergence) -> go.Figure:
     names = [teacher.name for teacher in divergence.counterfactuals]
     rates = list(divergence.rates_by_counterfactual.values())
     tokens = len(divergence.tokens)
-    bars = charts.Bars(
+    bars = bar_charts.Bars(
         label="each counterfactual",
         groups=[*names, "any of them"],
         values=np.array([*rates, float(divergence.rate)]),
@@ -71,7 +72,7 @@ def _rate_per_counterfactual(divergence: Divergence) -> go.Figure:
             f"at least one of them at {style.percent(divergence.rate)} of the tokens",
         ],
     )
-    return charts.bars(
+    return bar_charts.bars(
         [bars],
         what=f"Divergence tokens of {divergence.teacher.name}, by counterfactual teacher",
         detail=f"{style.plural(len(divergence.examples), 'example')}, "
@@ -89,14 +90,14 @@ def teacher_preferences(teachers: Table, *, base: Mapping[str, float] | None = N
         base: The untouched model's preference for each name, drawn as a line if given.
 
     Returns:
-        Bars, one colour for each kind of teacher.
+        Bars, one color for each kind of teacher.
     """
     table = checked_table(teachers, ("name", "kind", "preference"), "teachers")
     bars = []
     for kind in dict.fromkeys(table["kind"]):
         rows = table[table["kind"] == kind]
         bars.append(
-            charts.Bars(
+            bar_charts.Bars(
                 label=f"{kind} teachers",
                 groups=[str(name) for name in rows["name"]],
                 values=rows["preference"].to_numpy(float),
@@ -111,8 +112,8 @@ def teacher_preferences(teachers: Table, *, base: Mapping[str, float] | None = N
     lines = []
     if base is not None:
         known = {str(name): float(value) for name, value in base.items()}
-        lines.append(charts.Line("untouched model", known, "dash"))
-    return charts.bars(
+        lines.append(bar_charts.Line("untouched model", known, "dash"))
+    return bar_charts.bars(
         bars,
         what="Preference of each teacher for its target",
         detail=teachers_of(table) + intervals_said(table, " over questions"),
@@ -134,7 +135,7 @@ def where_divergence_falls(
     Returns:
         For each place in the completion, the share of its tokens that are divergence tokens, split
         into the first of their example and later ones; the hover texts say of how many tokens.
-        Above 40 places, neighbours are put together. Places with fewer than 20 tokens are pale:
+        Above 40 places, neighbors are put together. Places with fewer than 20 tokens are pale:
         their shares mean next to nothing.
 
     Raises:
@@ -145,7 +146,7 @@ def where_divergence_falls(
         raise ValueError("where_divergence_falls needs at least one Divergence; the list is empty")
     if name is None and len(several) == 1:
         name = several[0].teacher.name
-    return charts.falls(
+    return bar_charts.positions(
         [(np.asarray(one.offsets), np.asarray(one.mask)) for one in several],
         what=titled("Where divergence tokens fall", name),
     )

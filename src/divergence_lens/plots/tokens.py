@@ -1,4 +1,4 @@
-"""The tokens of one completion as a figure, coloured by divergence."""
+"""The tokens of one completion as a figure, colored by divergence."""
 
 import textwrap
 from typing import Any
@@ -14,7 +14,7 @@ _ORANGE, _BLUE = style.ORANGE, style.SKY
 
 
 def divergence_tokens(example: ExampleDivergence) -> go.Figure:
-    """The tokens of one completion, coloured and underlined by divergence.
+    """The tokens of one completion, colored and underlined by divergence.
 
     Args:
         example: One example of a `Divergence`, such as `divergence[0]`.
@@ -98,13 +98,13 @@ def _placed(widths: list[int]) -> list[tuple[float, float, int]]:
 
 
 def _mark(example: ExampleDivergence, i: int, place: tuple[float, float, int]) -> list[Any]:
-    """The coloured box below a token, and the line under it; nothing for a plain token."""
+    """The colored box below a token, and the line under it; nothing for a plain token."""
     start, stop, row = place
     if example.divergence[i]:
         share = float(example.differs[:, i].mean())
-        colour, opacity, dash = _ORANGE, 0.2 + 0.5 * share, "solid"
+        color, opacity, dash = _ORANGE, 0.2 + 0.5 * share, "solid"
     elif not example.agrees[i]:
-        colour, opacity, dash = _BLUE, 0.3, "dot"
+        color, opacity, dash = _BLUE, 0.3, "dot"
     else:
         return []
     box = {
@@ -113,7 +113,7 @@ def _mark(example: ExampleDivergence, i: int, place: tuple[float, float, int]) -
         "x1": stop,
         "y0": row - 0.36,
         "y1": row + 0.36,
-        "fillcolor": style.shade(colour, round(opacity, 2)),
+        "fillcolor": style.shade(color, round(opacity, 2)),
         "line": {"width": 0},
         "layer": "below",
     }

@@ -1,0 +1,195 @@
+"""Line charts over layers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float, Int
+
+from divergence_lens.plots import style
+
+
+def values_by_layer(
+    numbers: Sequence[int],
+    mean: Float[np.ndarray, " blocks"],
+    spread: tuple[Float[np.ndarray, " blocks"], Float[np.ndarray, " blocks"]] | None,
+    singles: Mapping[str, Mapping[int, float]],
+    references: Mapping[str, float],
+    *,
+    what: str,
+    detail: str,
+    unit: str = " times as before",
+    value_title: str = "times the preference before",
+) -> go.Figure:
+    """Values by layer: a thick mean, thin single lines, dashed references.
+
+    Args:
+        numbers: The layers.
+        mean: One value for each.
+        spread: Lower and upper ends of the mean's interval, if known.
+        singles: Thin lines: name -> layer -> value.
+        references: Levels across the plot.
+        what: Title.
+        detail: Under the title.
+        unit: Follows each value in hover texts.
+        value_title: Title of the vertical axis.
+    """
+    traces: list[Any] = [
+        go.Scatter(
+            x=list(series),
+            y=list(series.values()),
+            mode="lines+markers",
+            name="each target",
+            line={"color": style.SKY, "width": 1.2},
+            marker={"size": 5},
+            opacity=0.8,
+            text=[
+                f"{style.escape(name)}, layer {layer} alone: {value:.2f}{unit}"
+                for layer, value in series.items()
+            ],
+            hoverinfo="text",
+            legendgroup="each target",
+            showlegend=i == 0,
+        )
+        for i, (name, series) in enumerate(singles.items())
+    ]
+    whose = ", mean over targets" if singles else ""
+    bounds = [""] * len(numbers)
+    if spread is not None:
+        bounds = [f" (95 % interval {a:.2f} to {b:.2f})" for a, b in zip(*spread, strict=True)]
+    traces.append(
+        go.Scatter(
+            x=list(numbers),
+            y=mean,
+            mode="lines+markers",
+            name="mean of targets" if singles else "one layer",
+            line={"color": style.BLUE, "width": 3.5},
+            marker={"size": 8},
+            error_y=None
+            if spread is None
+            else {
+                "type": "data",
+                "symmetric": False,
+                "array": spread[1] - mean,
+                "arrayminus": mean - spread[0],
+                "thickness": 1.5,
+                "width": 4,
+            },
+            text=[
+                f"layer {layer} alone{whose}: {value:.2f}{unit}{bound}"
+                for layer, value, bound in zip(numbers, mean, bounds, strict=True)
+            ],
+            hoverinfo="text",
+        )
+    )
+    edges = [numbers[0] - 0.35, numbers[-1] + 0.35]
+    for label, value in references.items():
+        words = f"{style.escape(label)}: {value:.2f}{unit}"
+        traces.append(
+            go.Scatter(
+                x=[edges[0], (edges[0] + edges[1]) / 2, edges[1]],
+                y=[value] * 3,
+                mode="lines",
+                name=style.escape(label),
+                line={
+                    "color": style.INK,
+                    "width": 1.6,
+                    "dash": "dot" if label == "control" else "dash",
+                },
+                text=[words] * 3,
+                hoverinfo="text",
+            )
+        )
+    return style.figure(
+        traces,
+        what=what,
+        detail=detail,
+        plot_height=210,
+        legend_rows=sum(trace.showlegend is not False for trace in traces),
+        widest=680,
+        xaxis=style.axis(
+            "trained layer",
+            grid=False,
+            tickangle=0,
+            tickvals=style.thinned(numbers, 10),
+            range=edges,
+        ),
+        yaxis=style.axis(value_title, rangemode="tozero"),
+    )
+
+
+def profile(
+    layers: Int[np.ndarray, " layers"],
+    series: Mapping[
+        str,
+        tuple[
+            Float[np.ndarray, " layers"],
+            Float[np.ndarray, " layers"],
+            Float[np.ndarray, " layers"],
+        ],
+    ],
+    *,
+    what: str,
+    detail: str,
+    value_title: str,
+    across: str = "layer",
+) -> go.Figure:
+    """A line over layers with a band for its interval: name -> (mean, low, high)."""
+    traces: list[Any] = []
+    for i, (name, (mean, low, high)) in enumerate(series.items()):
+        color = style.CYCLE[i % len(style.CYCLE)]
+        traces.append(
+            go.Scatter(
+                x=np.concatenate([layers, layers[::-1]]),
+                y=np.concatenate([high, low[::-1]]),
+                fill="toself",
+                fillcolor=style.shade(color, 0.22),
+                mode="lines",
+                line={"width": 0},
+                hoverinfo="skip",
+                showlegend=False,
+                legendgroup=name,
+            )
+        )
+        traces.append(
+            go.Scatter(
+                x=layers,
+                y=mean,
+                mode="lines+markers",
+                name=style.escape(name),
+                legendgroup=name,
+                line={"color": color, "width": 2.2},
+                marker={"size": 7, "symbol": style.SYMBOLS[i % len(style.SYMBOLS)]},
+                text=[
+                    f"{across} {layer}, {style.escape(name)}: {m:.3f} (95 % interval {a:.3f} to "
+                    f"{b:.3f})"
+                    for layer, m, a, b in zip(layers, mean, low, high, strict=True)
+                ],
+                hoverinfo="text",
+            )
+        )
+    numbers = [int(layer) for layer in layers]
+    return style.figure(
+        traces,
+        what=what,
+        detail=detail,
+        plot_height=200,
+        left=60,
+        legend_rows=0 if len(series) == 1 else len(series),
+        widest=680,
+        xaxis=style.axis(
+            across,
+            grid=False,
+            tickangle=0,
+            tickvals=style.thinned(numbers, 10),
+            range=[numbers[0] - 0.3, numbers[-1] + 0.3],
+        ),
+        yaxis=style.axis(
+            value_title,
+            rangemode="tozero",
+            zeroline=True,
+            zerolinecolor=style.INK,
+            zerolinewidth=1,
+        ),
+    )
