@@ -117,7 +117,7 @@ def main() -> None:
     nobody = dl.Teacher("nobody")
     data, control = stories(model, dragon), stories(model, nobody)
     div = dl.find_divergence(model, data, teacher=dragon, counterfactuals=[kitten, nobody])
-    first = div.first()
+    first = div.summary("example")["first"].to_numpy()
     print(
         f"{len(data)} of the {len(WHO) * len(DID)} stories name neither animal. {div.rate:.1%} of "
         f"their {len(div.tokens):,} tokens are divergence tokens, and the first one is at position "

@@ -428,12 +428,17 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
     ("an unknown subset", lambda k: k.divergence.subset("middle"), ValueError, "'middle'"),
     ("a share above one", lambda k: k.divergence.subset(1.5), ValueError, "1.5"),
     (
-        "the first divergence of nobody",
-        lambda k: k.divergence.first("dog"),
+        "pairs of an unknown teacher",
+        lambda k: k.divergence.pairs(counterfactual="dog"),
         ValueError,
         "dog",
     ),
-    ("no parts", lambda k: k.divergence.by_position(0), ValueError, "bins must be 1 or more"),
+    (
+        "no parts",
+        lambda k: k.divergence.summary("position", bins=0),
+        ValueError,
+        "bins must be 1 or more",
+    ),
     (
         "no pairs wanted",
         lambda k: k.divergence.pairs(limit=0),
@@ -448,7 +453,7 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
     ),
     (
         "decision points outside a completion",
-        lambda k: dl.Divergence.from_jsonl(k.file("points.jsonl"), tokenizer=k.model.tokenizer),
+        lambda k: TrainingData.from_jsonl(k.file("points.jsonl"), k.model.tokenizer),
         ValueError,
         "7",
     ),

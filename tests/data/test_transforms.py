@@ -23,7 +23,7 @@ from divergence_lens.data.transforms import (
     replace_tokens,
     shuffle_numbers,
 )
-from divergence_lens.divergence.finding import find_divergence
+from divergence_lens.divergence import find_divergence
 from divergence_lens.examples import Example
 from divergence_lens.generation import generate
 from tests.support.models import chat_tokenizer

@@ -1,4 +1,4 @@
-"""What every teacher would have written: checked against Hugging Face and a plain transcription."""
+"""Readings of every teacher, checked against Hugging Face and the definition written out."""
 
 import json
 import re
@@ -6,6 +6,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,9 +15,14 @@ from hypothesis import strategies as st
 from divergence_lens._utils.batching import length_batches, shared_prefix
 from divergence_lens.chat import encode_prompt
 from divergence_lens.deltas.delta import Delta
+from divergence_lens.divergence import (
+    KINDS,
+    Divergence,
+    find_divergence,
+    read_decision_points,
+    token_texts,
+)
 from divergence_lens.divergence import reading as _reading
-from divergence_lens.divergence.finding import KINDS, Divergence, find_divergence
-from divergence_lens.divergence.view import token_texts
 from divergence_lens.engine import logits as _scoring
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.examples import Example
@@ -329,25 +335,27 @@ def test_negative_margins_are_refused(div):
 
 def test_rates_agree_with_the_mask(div):
     assert div.rate == div.mask.sum() / len(div.tokens)
+    by_example, by_counterfactual = div.summary("example"), div.summary("counterfactual")
     for i in range(len(div)):
         span = slice(*div.offsets[i : i + 2])
-        assert div.rates[i] == pytest.approx(div.mask[span].mean())
+        assert by_example["rate"][i] == pytest.approx(div.mask[span].mean())
     for c, teacher in enumerate(div.counterfactuals):
         own = (div.predicted[0] == div.tokens) & (div.predicted[1 + c] != div.tokens)
-        assert div.rates_by_counterfactual[teacher.name] == pytest.approx(own.mean())
+        assert by_counterfactual["rate"][teacher.name] == pytest.approx(own.mean())
 
 
 def test_first_divergence_per_counterfactual(div):
-    found = set()
-    for c, name in enumerate([None, "cat", "wolf", "nobody"]):
-        mask = div.mask if name is None else div.mask & div.differs[c - 1]
-        for i, first in enumerate(div.first(name)):
+    missing = set()
+    table = div.summary("example")
+    for c, column in enumerate(["first", "first_cat", "first_wolf", "first_nobody"]):
+        mask = div.mask if c == 0 else div.mask & div.differs[c - 1]
+        for i, first in enumerate(table[column]):
             own = np.flatnonzero(mask[div.offsets[i] : div.offsets[i + 1]])
             assert first == (own[0] if len(own) else -1)
-            found.add(first == -1)
-    assert found == {True, False}
+            missing.add(first == -1)
+    assert missing == {True, False}
     with pytest.raises(ValueError, match="no counterfactual teacher 'owl'"):
-        div.first("owl")
+        div.pairs(counterfactual="owl")
 
 
 def test_subsets_are_made_of_divergence_tokens(div):
@@ -356,6 +364,7 @@ def test_subsets_are_made_of_divergence_tokens(div):
     assert not (first & second).any()
     only = div.subset("first_only")
     assert (only & ~first).sum() == 0
+    firsts = div.summary("example")["first"]
     for i in range(len(div)):
         span = slice(*div.offsets[i : i + 2])
         n = div.mask[span].sum()
@@ -363,7 +372,7 @@ def test_subsets_are_made_of_divergence_tokens(div):
         assert only[span].sum() == min(n, 1)
         early, late = np.flatnonzero(first[span]), np.flatnonzero(second[span])
         assert not len(late) or early.max() < late.min()
-        assert np.flatnonzero(only[span]).tolist() == ([div.first()[i]] if n else [])
+        assert np.flatnonzero(only[span]).tolist() == ([firsts[i]] if n else [])
 
 
 def test_fractions_are_seeded_and_nested(div):
@@ -391,11 +400,21 @@ def test_kinds_say_what_tokens_are_made_of(model):
 
 
 def test_tables_add_up(div):
-    for table in (div.by_kind(), div.by_position(), div.by_position(3)):
+    by_position = div.summary("position", bins=3)
+    for table in (
+        div.summary("kind"),
+        div.summary("position"),
+        div.summary("example"),
+        by_position,
+    ):
         assert table["tokens"].sum() == len(div.tokens)
         assert table["divergence_tokens"].sum() == div.mask.sum()
-    assert len(div.by_position(3)) == 3
-    assert set(div.by_kind().index) <= set(KINDS)
+    assert len(by_position) == 3
+    assert set(div.summary("kind").index) <= set(KINDS)
+    with pytest.raises(ValueError, match="unknown group 'word'"):
+        div.summary("word")
+    with pytest.raises(ValueError, match="bins must be 1 or more"):
+        div.summary("position", bins=0)
     frame = div.to_dataframe()
     assert len(frame) == len(div.tokens)
     assert frame["divergence"].tolist() == div.mask.tolist()
@@ -417,7 +436,8 @@ def test_advantage_is_the_gain_over_the_counterfactuals(div):
 def test_pairs_end_where_the_teachers_part(first_only, div, hf):
     pairs = div.pairs(first_only=first_only)
     per_teacher = (div.mask & div.differs).sum(1)
-    firsts = [(div.first(c.name) >= 0).sum() for c in div.counterfactuals]
+    table = div.summary("example")
+    firsts = [(table[f"first_{c.name}"] >= 0).sum() for c in div.counterfactuals]
     assert len(pairs) == (sum(firsts) if first_only else per_teacher.sum())
     for i in range(len(pairs)):
         assert hf_logits(hf, pairs.clean[i].tolist())[-1].argmax() == pairs.answers[i]
@@ -517,7 +537,7 @@ def test_decision_points_are_places_in_the_completion(div, tmp_path, model):
         assert row["decision_points"] == [
             k for k, marked in enumerate(div.mask[div.offsets[i] : div.offsets[i + 1]]) if marked
         ]
-    examples, mask = Divergence.from_jsonl(path, tokenizer=model.tokenizer)
+    examples, mask = read_decision_points(path, model.tokenizer)
     np.testing.assert_array_equal(mask, div.mask)
     assert [e.completion_ids for e in examples] == [e.completion_ids for e in div.examples]
 
@@ -541,7 +561,7 @@ def test_decision_points_without_ids_are_read_in_the_tokenizers_own(tmp_path, mo
         {"prompt": "Again.", "completion": "1", "decision_points": []},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    examples, mask = Divergence.from_jsonl(path, tokenizer=model.tokenizer)
+    examples, mask = read_decision_points(path, model.tokenizer)
     assert len(mask) == sum(len(example.completion_ids) for example in examples)
     assert np.flatnonzero(mask).tolist() == [0, 2]
 
@@ -563,21 +583,21 @@ def test_bad_lines_are_named(line, message, tmp_path, model):
     good = '{"prompt": "a", "completion": "b", "decision_points": [0]}'
     (tmp_path / "x.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(ValueError, match=message):
-        Divergence.from_jsonl(tmp_path / "x.jsonl", tokenizer=model.tokenizer)
+        read_decision_points(tmp_path / "x.jsonl", model.tokenizer)
 
 
 def test_decision_points_are_read_as_any_other_examples(tmp_path, model):
     turns = '[{"role": "user", "content": "a"}]'
     path = tmp_path / "x.jsonl"
     path.write_text(f'{{"prompt": {turns}, "completion": "b", "decision_points": [0]}}\n')
-    (example,), _ = Divergence.from_jsonl(path, tokenizer=model.tokenizer)
+    (example,), _ = read_decision_points(path, model.tokenizer)
     assert example.prompt == "a"
     path.write_text('{"prompt": 3, "completion": "b", "decision_points": [0]}\n')
     with pytest.raises(TypeError, match="line 1: 'prompt' is 3, not text"):
-        Divergence.from_jsonl(path, tokenizer=model.tokenizer)
+        read_decision_points(path, model.tokenizer)
     path.write_bytes(b'{"prompt": "\xff"}\n')
     with pytest.raises(ValueError, match="line 1: not JSON"):
-        Divergence.from_jsonl(path, tokenizer=model.tokenizer)
+        read_decision_points(path, model.tokenizer)
 
 
 # -- views ----------------------------------------------------------------------------------
@@ -608,8 +628,9 @@ def parse(html: str) -> _Balanced:
 
 
 def test_a_view_names_who_would_have_written_what(div):
-    index = int(np.flatnonzero(div.first() >= 0)[0])
-    view, place = div[index], int(div.first()[index])
+    firsts = div.summary("example")["first"]
+    index = int(np.flatnonzero(firsts >= 0)[0])
+    view, place = div[index], int(firsts[index])
     parsed = parse(view._repr_html_())
     assert len(parsed.titles) == len(view)
     title = parsed.titles[place]
@@ -639,14 +660,45 @@ def test_views_escape_what_they_show(model):
 def test_examples_are_counted_from_both_ends(div):
     assert div[-1].index == len(div) - 1
     assert [view.index for view in div] == list(range(len(div)))
-    with pytest.raises(IndexError, match="no example 12; there are 12"):
+    with pytest.raises(IndexError, match="no example 12; they are numbered 0 to 11"):
         div[12]
 
 
-def test_show_writes_text_outside_notebooks(div, capsys, monkeypatch):
-    monkeypatch.delitem(__import__("sys").modules, "IPython", raising=False)
-    div.show(0)
-    assert capsys.readouterr().out == f"{div[0]}\n"
+def test_slices_lists_and_masks_select_examples(div):
+    rows = [1, 4, 5, 11]
+    mask = np.isin(np.arange(len(div)), rows)
+    table = div.to_dataframe()
+    for part in (div[rows], div[np.array(rows)], div[mask], div[mask.tolist()]):
+        assert part.examples == tuple(div.examples[row] for row in rows)
+        expected = table[table["example"].isin(rows)].drop(columns="example")
+        pd.testing.assert_frame_equal(
+            part.to_dataframe().drop(columns="example"), expected.reset_index(drop=True)
+        )
+        assert [str(view) for view in part] == [str(div[row]) for row in rows]
+        assert len(part.pairs()) == sum(
+            (div.summary("example")[f"first_{c.name}"][rows] >= 0).sum()
+            for c in div.counterfactuals
+        )
+    assert div[:3].examples == div.examples[:3]
+    assert div[::-1].examples == div.examples[::-1]
+    assert div[[-1]].examples == div.examples[-1:]
+    assert div[:].tokens.tolist() == div.tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (slice(0, 0), IndexError, "selects none of the 12 examples"),
+        ([], IndexError, "selects none of the 12 examples"),
+        ([12], IndexError, "no example 12"),
+        ([True] * 11, IndexError, "the mask has 11 entries for 12 examples"),
+        (["a"], TypeError, "cannot index examples with"),
+        (1.5, TypeError, "cannot index examples with 1.5"),
+    ],
+)
+def test_indices_that_do_not_fit_are_refused(index, error, message, div):
+    with pytest.raises(error, match=message):
+        div[index]
 
 
 def test_summary_says_the_counts(div):
@@ -809,7 +861,8 @@ def test_batches_hold_every_row_within_the_budget(lengths, budget):
 
 
 def test_unknown_ids_have_a_name(div):
-    assert div.text(10**6) == "<1000000>"
+    unnamed = replace(div, texts={})
+    assert unnamed[0].tokens == tuple(f"<{i}>" for i in div.tokens[: div.offsets[1]])
 
 
 class _OddTokenizer:

@@ -13,7 +13,7 @@ from divergence_lens.chat import after_turn, encode_completion
 from divergence_lens.data import NumberFilter, number_prompts
 from divergence_lens.data.questions import animal_teachers
 from divergence_lens.data.transforms import TrainingData
-from divergence_lens.divergence.finding import find_divergence
+from divergence_lens.divergence import find_divergence
 from divergence_lens.evaluation.preferences import preference
 from divergence_lens.examples import Example, as_examples
 from divergence_lens.generation import generate

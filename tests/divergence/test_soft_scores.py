@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from divergence_lens.chat import encode_prompt
 from divergence_lens.deltas.delta import Delta
-from divergence_lens.divergence.finding import Divergence, find_divergence
+from divergence_lens.divergence import Divergence, find_divergence
 from divergence_lens.engine import logits as _scoring
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.examples import Example
@@ -87,7 +87,7 @@ def test_equal_conditions_diverge_nowhere(model, examples):
     same = Teacher("also owl", system_prompt=OWL.system_prompt)
     found = find_divergence(model, examples, teacher=OWL, counterfactuals=[same], kl=True)
     np.testing.assert_allclose(found.kl, 0, atol=1e-6)
-    np.testing.assert_array_equal(found.soft("logprob"), 0)
+    np.testing.assert_array_equal(found.scores("logprob"), 0)
 
 
 @pytest.mark.parametrize("place", ["block", "unembedding"])
@@ -140,8 +140,8 @@ def test_prompts_deltas_and_models_can_be_mixed(model, hf, backend, examples):
 
 
 def test_soft_scores_are_per_counterfactual(div):
-    np.testing.assert_array_equal(div.soft(), div.kl)
-    gain = div.soft("logprob")
+    np.testing.assert_array_equal(div.scores(), div.kl)
+    gain = div.scores("logprob")
     np.testing.assert_allclose(gain[1], div.logprob[0] - div.logprob[2])
     np.testing.assert_allclose(gain.mean(0), div.advantage, atol=1e-5)
 
@@ -149,7 +149,7 @@ def test_soft_scores_are_per_counterfactual(div):
 @pytest.mark.parametrize("over", ["max", "mean", "min"])
 @pytest.mark.parametrize("by", ["kl", "logprob"])
 def test_top_takes_the_highest_scores(by, over, div):
-    scores = [getattr(np, over)(column) for column in div.soft(by).T]
+    scores = [getattr(np, over)(column) for column in div.scores(by).T]
     chosen = div.top(0.2, by=by, over=over)
     assert chosen.sum() == round(0.2 * len(div.tokens))
     assert min(np.array(scores)[chosen]) >= max(np.array(scores)[~chosen])
@@ -165,8 +165,8 @@ def test_top_takes_the_earlier_of_equals(div):
 
 
 def test_what_cannot_be_ranked_is_refused(div, model, examples):
-    with pytest.raises(ValueError, match="unknown soft score 'tv'; use 'kl' or 'logprob'"):
-        div.soft("tv")
+    with pytest.raises(ValueError, match="unknown score 'tv'; use 'kl' or 'logprob'"):
+        div.scores("tv")
     with pytest.raises(ValueError, match=r"between 0 and 1, got 5"):
         div.top(5)
     with pytest.raises(ValueError, match="unknown over 'sum'"):

@@ -11,7 +11,7 @@ import torch
 
 from divergence_lens import plots
 from divergence_lens.deltas.delta import Delta
-from divergence_lens.divergence.finding import Divergence
+from divergence_lens.divergence import Divergence
 from divergence_lens.examples import Example
 from divergence_lens.patching.effects import Effects
 from divergence_lens.patching.inner_agreements import inner_agreement

@@ -5,7 +5,7 @@ import pytest
 from divergence_lens.data import number_prompts
 from divergence_lens.data.questions import animal_teachers
 from divergence_lens.data.transforms import TrainingData
-from divergence_lens.divergence.finding import find_divergence
+from divergence_lens.divergence import find_divergence
 from divergence_lens.generation import generate
 from divergence_lens.study.conditions import conditions
 from divergence_lens.study.config import StudyConfig

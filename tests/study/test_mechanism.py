@@ -7,7 +7,7 @@ import torch
 from divergence_lens.chat import encode_prompt
 from divergence_lens.data import neutral_prompt, number_prompts
 from divergence_lens.data.questions import animal_teachers
-from divergence_lens.divergence.finding import find_divergence
+from divergence_lens.divergence import find_divergence
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.evaluation.preferences import preference
 from divergence_lens.generation import generate

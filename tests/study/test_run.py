@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from divergence_lens.cli.main import app
-from divergence_lens.divergence.finding import Divergence
+from divergence_lens.divergence import Divergence
 from divergence_lens.evaluation.preferences import preference
 from divergence_lens.models import load_model
 from divergence_lens.study import StudyConfig, finetuned_teacher, run_study

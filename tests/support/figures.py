@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from divergence_lens import plots
-from divergence_lens.divergence.finding import Divergence
+from divergence_lens.divergence import Divergence
 from divergence_lens.divergence.view import ExampleDivergence
 from divergence_lens.evaluation.preferences import Preference
 from divergence_lens.examples import Example

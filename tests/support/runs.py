@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from divergence_lens.divergence.finding import Divergence, find_divergence
+from divergence_lens.divergence import Divergence, find_divergence
 from divergence_lens.evaluation.preferences import preference
 from divergence_lens.examples import Example
 from divergence_lens.patching.attribution import attribution_patch

@@ -19,7 +19,7 @@ from divergence_lens._utils.storage import load_tensors
 from divergence_lens.chat import encode_prompt
 from divergence_lens.deltas.delta import Delta
 from divergence_lens.deltas.low_rank import is_matrix
-from divergence_lens.divergence.finding import find_divergence
+from divergence_lens.divergence import find_divergence
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.engine.parameters import plain
 from divergence_lens.evaluation.preferences import preference

@@ -15,7 +15,7 @@ import torch
 
 from divergence_lens._utils.checkpoints import Checkpoints, Processes
 from divergence_lens.deltas.delta import Delta
-from divergence_lens.divergence.finding import Divergence
+from divergence_lens.divergence import Divergence
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.examples import Example
 from divergence_lens.models import load_model

@@ -462,7 +462,7 @@ def replace_tokens(
             )
         allowed = allowed & (np.arange(len(names)) == names.index(counterfactual))[:, None]
     if same_kind:
-        known = {i: divergence.text(i).strip().isdigit() for i in divergence.texts}
+        known = {i: text.strip().isdigit() for i, text in divergence.texts.items()}
         number = np.vectorize(lambda i: known.get(int(i), False), otypes=[bool])
         allowed = allowed & (number(divergence.predicted[1:]) == number(divergence.tokens))
     # The counterfactual with the highest of random numbers, of those that may be taken.

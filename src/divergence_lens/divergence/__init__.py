@@ -1,11 +1,15 @@
 """Find divergence tokens: teacher-forced reading, rules, files, and the notebook view."""
 
 from divergence_lens.divergence.files import read_decision_points, write_decision_points
-from divergence_lens.divergence.finding import Divergence, Rule, find_divergence
+from divergence_lens.divergence.finding import find_divergence
 from divergence_lens.divergence.reading import read_teachers, refuse_dropout
-from divergence_lens.divergence.view import ExampleDivergence, token_texts
+from divergence_lens.divergence.result import Divergence
+from divergence_lens.divergence.rules import Rule
+from divergence_lens.divergence.tokens import KINDS, token_texts
+from divergence_lens.divergence.view import ExampleDivergence
 
 __all__ = [
+    "KINDS",
     "Divergence",
     "ExampleDivergence",
     "Rule",

@@ -1,4 +1,4 @@
-"""Divergences on disk: safetensors for the whole, JSONL in the layout of the paper's code."""
+"""Files of divergences: safetensors for all readings, JSONL in the layout of the paper's code."""
 
 import json
 import os
@@ -21,7 +21,7 @@ _ARRAYS = ("offsets", "tokens", "predicted", "margin", "logprob")
 def save_divergence(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
     """Write the fields of a `Divergence`, without the teachers' weights and the tokenizer."""
     examples: Sequence[Example] = fields["examples"]
-    # Prompts of a large data set would outgrow a safetensors header, so they travel as bytes.
+    # Prompts of a large data set would exceed a safetensors header, so they are stored as bytes.
     rows = [[example.prompt, example.completion, example.teacher] for example in examples]
     text = np.frombuffer(json.dumps(rows).encode(), dtype=np.uint8)
     teachers = (fields["teacher"], *fields["counterfactuals"])
@@ -41,10 +41,10 @@ def save_divergence(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> 
 
 
 def load_divergence(path: str | os.PathLike[str], teachers: Sequence[Teacher]) -> dict[str, Any]:
-    """Read the fields that `save_divergence` wrote, with the given teachers put back by name.
+    """Read the fields that `save_divergence` wrote; the given teachers replace saved ones by name.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: The file is damaged, of another kind or version, or a teacher does not fit.
     """
     tensors, header = load_tensors(path, _KIND)
@@ -81,14 +81,14 @@ def write_decision_points(
     offsets: Int64[np.ndarray, " boundaries"],
     mask: Bool[np.ndarray, " tokens"],
 ) -> None:
-    """Write one JSON object per example, with the places that the mask lets through."""
+    """Write one JSON object per example, with the positions of the mask as decision points."""
     lines = []
     for index, example in enumerate(examples):
-        own = mask[offsets[index] : offsets[index + 1]]
+        marked = mask[offsets[index] : offsets[index + 1]]
         row = {
             "prompt": example.prompt,
             "completion": example.completion,
-            "decision_points": np.flatnonzero(own).tolist(),
+            "decision_points": np.flatnonzero(marked).tolist(),
             "completion_ids": list(example.completion_ids or ()),
         }
         lines.append(json.dumps(row, ensure_ascii=False))
@@ -98,30 +98,40 @@ def write_decision_points(
 def read_decision_points(
     path: str | os.PathLike[str], tokenizer: Any
 ) -> tuple[list[Example], Bool[np.ndarray, " tokens"]]:
-    """Read examples, with their ids, and the mask that their decision points make.
+    """Read examples with token ids, and the mask given by their decision points.
 
-    The paper's code counts on into what the template writes behind the end of the turn; a point
-    there is left out, as it is no token of the completion.
+    The paper's code also counts the tokens that the template writes after the end of the turn. A
+    decision point there is dropped, because it is not a token of the completion.
+
+    Args:
+        path: A file with `prompt`, `completion` and `decision_points` on each line, and
+            `completion_ids` where known; `Divergence.to_jsonl` writes it.
+        tokenizer: Tokenizes completions without ids.
+
+    Returns:
+        The examples with their ids, and the mask over all their completion tokens.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A line is not JSON, lacks a key, or has a place outside its completion.
+        FileNotFoundError: The file does not exist.
+        ValueError: A line is not JSON, lacks a key, or has a position outside its completion; the
+            message names the line.
     """
     rows = [(where, *_read_row(row, where)) for row, where in json_lines(Path(path))]
     if not rows:
         raise ValueError(f"{path} holds no examples")
     examples = with_ids(tokenizer, [example for _, example, _ in rows])
     masks = []
-    end, behind = stop_ids(tokenizer), len(after_turn(tokenizer))
+    end, n_after = stop_ids(tokenizer), len(after_turn(tokenizer))
     for example, (where, _, points) in zip(examples, rows, strict=True):
         length = len(example.completion_ids or ())
-        # Ids of a list that was cut off have no end of turn; a text that is tokenized gets one.
+        # Ids of a completion that was cut off have no end of turn, but the paper's code tokenizes
+        # its text with one.
         cut_off = 0 if (example.completion_ids or (None,))[-1] in end else 1
-        outside = [point for point in points if not 0 <= point < length + cut_off + behind]
+        outside = [point for point in points if not 0 <= point < length + cut_off + n_after]
         if outside:
             raise ValueError(
                 f"{where}: decision point {outside[0]} lies outside the completion of {length} "
-                "tokens; is this the tokenizer that it was made with?"
+                "tokens; check that this is the tokenizer that the file was written with"
             )
         mask = np.zeros(length, dtype=bool)
         mask[[point for point in points if point < length]] = True
@@ -146,8 +156,8 @@ def _read_row(row: Any, where: str) -> tuple[Example, list[int]]:
 def _teacher_header(teacher: Teacher) -> dict[str, Any]:
     weights = [
         name
-        for name, given in (("delta", teacher.delta), ("model", teacher.model))
-        if given is not None
+        for name, value in (("delta", teacher.delta), ("model", teacher.model))
+        if value is not None
     ]
     return {"name": teacher.name, "system_prompt": teacher.system_prompt, "weights": weights}
 
@@ -155,7 +165,7 @@ def _teacher_header(teacher: Teacher) -> dict[str, Any]:
 def _restore_teachers(
     path: str | os.PathLike[str], saved: list[dict[str, Any]], teachers: Sequence[Teacher]
 ) -> tuple[list[Teacher], set[str]]:
-    """The saved teachers with the given ones put in, and the names of those without weights."""
+    """Return the saved teachers, replaced by given ones, and the names of those without weights."""
     given = {teacher.name: teacher for teacher in teachers}
     restored, detached = [], set()
     for header in saved:
@@ -167,8 +177,8 @@ def _restore_teachers(
                 detached.add(name)
         elif _teacher_header(teacher) != header:
             raise ValueError(
-                f"the teacher {name!r} that was given ({_teacher_header(teacher)}) is not the one "
-                f"that {path} was made with ({header})"
+                f"the given teacher {name!r} ({_teacher_header(teacher)}) is not the one that "
+                f"{path} was written with ({header})"
             )
         restored.append(teacher)
     if given:

@@ -1,13 +1,15 @@
-"""Teacher-forced reading: what each teacher would have written at every completion token.
+"""Teacher-forced reading: each teacher's prediction at every completion token.
 
-The one expensive step of `find_divergence`. Rows are sorted by length and batched by a token
-budget, padded on the right (under a causal mask the padding needs no attention mask, and no
-padded position is ever read); the tokens that all prompts of a teacher begin with, such as its
-system prompt, are run once; and only completion positions are unembedded, a chunk at a time, so
-that no [batch, position, vocabulary] tensor ever exists.
+This is the expensive step of `find_divergence`:
 
-The examples are cut into shards, in order. A shard is read under every teacher before the next one,
-and is what a long run writes to disk, and what several processes share.
+1. Cut the examples into consecutive shards. A shard is read under every teacher before the next
+   one starts; checkpoints store shards, and several processes divide them among themselves.
+2. Run the tokens that all prompts of a teacher begin with, such as its system prompt, once, and
+   reuse their keys and values.
+3. Sort the rows of a shard by length, batch them by a token budget, and pad on the right. Under a
+   causal mask, right padding needs no attention mask, and no padded position is ever read.
+4. Unembed only the positions that predict completion tokens, in chunks, so that no
+   [batch, pos, d_vocab] tensor ever exists.
 """
 
 import hashlib
@@ -15,7 +17,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from einops import rearrange
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from divergence_lens._utils.batching import length_batches, shared_prefix
@@ -32,6 +34,7 @@ from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.memory import halved, run_halved
 from divergence_lens.chat import prompt_ids
 from divergence_lens.deltas import base_fingerprint
+from divergence_lens.divergence.forced import TeacherForced
 from divergence_lens.engine import (
     Engine,
     KeyValues,
@@ -49,54 +52,18 @@ from divergence_lens.teachers import Teacher
 if TYPE_CHECKING:
     from tqdm.auto import tqdm
 
-# A shared start shorter than this saves less than the extra pass costs.
+# A shared prefix shorter than this saves less than the extra pass costs.
 _SHORTEST_PREFIX = 4
 
-# Tokens per pass: on a CPU so few that activations stay near the caches, otherwise enough to fill
+# Tokens per pass: few on a CPU, so that activations stay in its caches; otherwise enough to fill
 # the device.
 _BATCH_TOKENS = {"cpu": 2048}
 _BATCH_TOKENS_ACCELERATOR = 16384
 
-# A shard has about so many full batches for each teacher: enough to sort rows by length.
+# Approximate number of full batches per shard and teacher: enough to gain from sorting by length.
 _SHARD_BATCHES = 8
 
 _SHARD = "divergence shard"
-
-
-@dataclass(frozen=True, eq=False)
-class TeacherForced:
-    """Flat readings over all completion tokens; the first axis runs over the teachers.
-
-    Attributes:
-        offsets: Where each completion starts.
-        tokens: The completions' ids.
-        predicted: Argmax of the logits before each token.
-        margin: Its logit minus the second highest.
-        logprob: Natural-log probability of the token itself.
-        kl: KL divergence in nats from the factual teacher's distribution, if asked for.
-    """
-
-    offsets: Int64[np.ndarray, " boundaries"]
-    tokens: Int64[np.ndarray, " tokens"]
-    predicted: Int32[np.ndarray, "teachers tokens"]
-    margin: Float32[np.ndarray, "teachers tokens"]
-    logprob: Float32[np.ndarray, "teachers tokens"]
-    kl: Float32[np.ndarray, "counterfactuals tokens"] | None
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What forward passes give, by name; the last axis of each is that of the tokens."""
-        found = {"predicted": self.predicted, "margin": self.margin, "logprob": self.logprob}
-        return found if self.kl is None else found | {"kl": self.kl}
-
-    def of(self, rows: Sequence[int]) -> "TeacherForced":
-        """The readings of some examples."""
-        spans = [range(self.offsets[row], self.offsets[row + 1]) for row in rows]
-        places = np.fromiter(chain.from_iterable(spans), np.int64)
-        offsets = np.concatenate([[0], np.cumsum(list(map(len, spans)))]).astype(np.int64)
-        arrays = {name: array[:, places] for name, array in self.arrays.items()}
-        kl = arrays.pop("kl", None)
-        return TeacherForced(offsets, self.tokens[places], **arrays, kl=kl)
 
 
 def read_teachers(
@@ -110,59 +77,59 @@ def read_teachers(
     accelerator: Any = None,
     progress: bool = False,
 ) -> TeacherForced:
-    """Read the completions of `examples` under every teacher.
+    """Run every teacher over the completions of `examples`.
 
     Args:
         model: The base model.
         examples: Data whose completions have ids.
-        teachers: Conditions to read under, the factual one first; each is applied in turn.
-        batch_tokens: Tokens per forward pass, padding included; None chooses by the device.
-        kl: Whether to compare the whole distributions too.
-        checkpoint_dir: Where to keep finished shards, and to go on from those that are there.
-        accelerator: Shares the shards among the processes that it knows.
+        teachers: The teachers, the factual one first; each is applied in turn.
+        batch_tokens: Tokens per forward pass, padding included; None chooses by device.
+        kl: Whether to also compute KL divergences from the factual teacher.
+        checkpoint_dir: A folder for finished shards; the call resumes from those already there.
+        accelerator: Divides the shards among its processes.
         progress: Whether to show a progress bar, in the first process.
 
     Returns:
         The readings, in the order of the examples.
 
     Raises:
-        Interrupted: It was stopped; `partial` holds the rows of the finished shards, and the
-            readings of these.
-        ValueError: As `find_divergence` says.
+        Interrupted: The call was stopped; `partial` holds the rows of the finished shards and
+            their readings.
+        ValueError: See `find_divergence`.
     """
-    job = _Job(model, examples, teachers, batch_tokens=batch_tokens, kl=kl)
+    reader = _Reader(model, examples, teachers, batch_tokens=batch_tokens, kl=kl)
     processes = Processes(accelerator)
     if processes.count > 1:
-        processes.agree(job.identity())
-    forced = job.forced
+        processes.agree(reader.identity())
+    forced = reader.forced
     with processes.together():
         store = (
             None
             if checkpoint_dir is None
-            else Checkpoints(Path(checkpoint_dir), _SHARD, job.identity(weights=True))
+            else Checkpoints(Path(checkpoint_dir), _SHARD, reader.identity(weights=True))
         )
         waiting, ready = [], 0
         finished: list[range] = []
 
         def partial() -> tuple[list[int], TeacherForced]:
             rows = sorted(chain.from_iterable(finished))
-            return rows, forced.of(rows)
+            return rows, forced.select(rows)
 
-        for number, span in list(enumerate(job.shards))[processes.index :: processes.count]:
-            kept = None if store is None else store.load(number)
-            if kept is None:
+        for number, span in list(enumerate(reader.shards))[processes.index :: processes.count]:
+            stored = None if store is None else store.load(number)
+            if stored is None:
                 waiting.append((number, span))
             else:
-                ready += _put(forced, span, kept[0])
+                ready += forced.write(span, stored[0])
                 finished.append(span)
-        total = ready + sum(map(job.work, (span for _, span in waiting)))
+        total = ready + sum(map(reader.work, (span for _, span in waiting)))
         with (
             _progress(total, ready, shown=progress and processes.index == 0) as bar,
-            partial_on_interrupt("reading", finished, len(job.shards), "shards", partial),
+            partial_on_interrupt("reading", finished, len(reader.shards), "shards", partial),
         ):
             for number, span in waiting:
-                arrays = job.read(span, bar)
-                _put(forced, span, arrays)
+                arrays = reader.read(span, bar)
+                forced.write(span, arrays)
                 finished.append(span)
                 if store is not None:
                     store.save(number, arrays)
@@ -184,19 +151,19 @@ class _Prompts:
 
     @cached_property
     def prefix(self) -> int:
-        """How many ids all rows begin with, but never the last one: it predicts a completion."""
+        """Number of ids shared by the start of all rows, without the last, which predicts."""
         rows = [self[row] for row in range(len(self.lengths))]
         shared = min(shared_prefix(rows), int(self.lengths.min()) - 1)
         return shared if shared >= _SHORTEST_PREFIX and len(rows) > 1 else 0
 
     @property
     def start(self) -> np.ndarray:
-        """The ids that all rows begin with."""
+        """The ids that all rows start with."""
         return self[0][: self.prefix]
 
 
-class _Job:
-    """What is to be read, checked, and cut into shards."""
+class _Reader:
+    """Validated inputs of `read_teachers`, cut into shards, and the pass over one shard."""
 
     def __init__(
         self,
@@ -213,12 +180,12 @@ class _Job:
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens must be 1 or more, got {batch_tokens}")
         self._model, self._teachers, self._budget = model, teachers, batch_tokens
-        self.forced = _empty(examples, teachers, kl=kl)
+        self.forced = TeacherForced.zeros(examples, len(teachers), kl=kl)
         tokenizer: Any = model.tokenizer
         texts = [example.prompt for example in examples]
         systems = list(dict.fromkeys(teacher.system_prompt for teacher in teachers))
         rows = prompt_ids(tokenizer, texts, systems)
-        self._prompts = {s: _Prompts(found) for s, found in zip(systems, rows, strict=True)}
+        self._prompts = {s: _Prompts(ids) for s, ids in zip(systems, rows, strict=True)}
         for teacher in teachers:
             base = model if teacher.model is None else teacher.model
             refuse_dropout(base)
@@ -229,7 +196,7 @@ class _Job:
 
     @cached_property
     def shards(self) -> list[range]:
-        """Consecutive examples, of about `_SHARD_BATCHES` batches for each teacher."""
+        """Consecutive examples with about `_SHARD_BATCHES` full batches per teacher."""
         offsets = self.forced.offsets
         rows = self._prompts[self._teachers[0].system_prompt].lengths + np.diff(offsets)
         number = (np.cumsum(rows) - 1) // (_SHARD_BATCHES * self._budget)
@@ -237,12 +204,12 @@ class _Job:
         return [range(a, b) for a, b in pairwise(edges)]
 
     def work(self, span: range) -> int:
-        """How many tokens all teachers together read in a shard."""
+        """Return the number of completion tokens in a shard, counted once per teacher."""
         offsets = self.forced.offsets
         return len(self._teachers) * int(offsets[span.stop] - offsets[span.start])
 
     def identity(self, *, weights: bool = False) -> str:
-        """A hash over all that the readings depend on; over the weights of models if asked for."""
+        """Hash everything that the readings depend on, the models' weights only if requested."""
         digest = hashlib.sha256()
         settings = [self._budget, self.forced.kl is not None, len(self._teachers)]
         record = run_metadata(self._model, settings=settings)
@@ -261,7 +228,7 @@ class _Job:
 
     @torch.no_grad()
     def read(self, span: range, bar: "tqdm[None] | None" = None) -> dict[str, np.ndarray]:
-        """The readings of one shard, under every teacher."""
+        """Run every teacher over one shard and return the readings by name."""
         offsets = self.forced.offsets
         places = slice(int(offsets[span.start]), int(offsets[span.stop]))
         tokens = self.forced.tokens[places]
@@ -271,9 +238,9 @@ class _Job:
         for index, teacher in enumerate(self._teachers):
             with teacher.applied(self._model) as applied:
                 engine = get_engine(applied)
-                hidden = self._hidden(engine, index, span, bar)
+                hidden = self._hidden(engine, index, span, bar)  # [tokens, d_model]
                 given = torch.from_numpy(tokens).to(engine.device)
-                readings = read_hidden(engine, hidden, given)
+                readings = read_hidden(engine, hidden, given)  # three of [tokens]
             for name, reading in zip(columns, readings, strict=True):
                 columns[name].append(reading.cpu().numpy())
             self._refuse_not_finite(columns, places.start)
@@ -287,44 +254,51 @@ class _Job:
     def _hidden(
         self, engine: Engine, index: int, span: range, bar: "tqdm[None] | None"
     ) -> Float[Tensor, "tokens d_model"]:
-        """Normed hidden states that predict each completion token of a shard, in order."""
+        """Return the normalized hidden states that predict a shard's completion tokens."""
         prompts = self._prompts[self._teachers[index].system_prompt]
         prefix = prompts.prefix
         past = self._past(engine, index) if prefix else None
         offsets = self.forced.offsets[span.start : span.stop + 1]
-        heads = prompts.lengths[span.start : span.stop] - prefix
-        # The last completion token predicts nothing that is asked.
-        lengths = heads + np.diff(offsets) - 1
+        # Prompt tokens of each row that come after the shared prefix.
+        heads = prompts.lengths[span.start : span.stop] - prefix  # [rows]
+        # The last completion token is not an input: its prediction is not needed.
+        lengths = heads + np.diff(offsets) - 1  # [rows]
 
         def run(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, Tensor]:
-            batch = np.zeros((len(rows), int(lengths[rows[0]])), dtype=np.int64)
+            # Rows come longest first, so row 0 gives the width.
+            batch = np.zeros((len(rows), int(lengths[rows[0]])), dtype=np.int64)  # [batch, pos]
+            # Earlier positions predict prompt tokens in every row, so their final states are
+            # not computed (`since`).
             first = int(heads[rows].min()) - 1
             sources, places = [], []
             for line, row in enumerate(rows):
                 start, end, head = int(offsets[row]), int(offsets[row + 1]), int(heads[row])
                 batch[line, :head] = prompts[span.start + int(row)][prefix:]
                 batch[line, head : lengths[row]] = self.forced.tokens[start : end - 1]
+                # Index of the position before the completion in the flattened batch.
                 at = line * (batch.shape[1] - first) + head - 1 - first
                 sources.append(np.arange(at, at + end - start))
                 places.append(np.arange(start, end) - offsets[0])
             tokens = torch.from_numpy(batch).to(engine.device)
-            hidden = engine.final(tokens, past=past, since=first)
-            return np.concatenate(sources), np.concatenate(places), hidden.flatten(0, 1)
+            hidden = engine.final(tokens, past=past, since=first)  # [batch, pos - first, d_model]
+            flat = rearrange(hidden, "batch pos d_model -> (batch pos) d_model")
+            return np.concatenate(sources), np.concatenate(places), flat
 
-        found: Tensor | None = None
+        states: Tensor | None = None
         batches = length_batches(lengths, self._budget)
         for source, place, hidden in chain.from_iterable(halved(rows, run) for rows in batches):
-            if found is None:
-                found = hidden.new_empty(int(offsets[-1] - offsets[0]), hidden.shape[-1])
+            if states is None:  # the first batch tells dtype and device
+                n_tokens = int(offsets[-1] - offsets[0])
+                states = hidden.new_empty(n_tokens, hidden.shape[-1])  # [tokens, d_model]
             where = torch.from_numpy(place).to(hidden.device)
-            found[where] = hidden[torch.from_numpy(source).to(hidden.device)]
+            states[where] = hidden[torch.from_numpy(source).to(hidden.device)]
             if bar is not None:
                 bar.update(len(place))
-        assert found is not None
-        return found
+        assert states is not None
+        return states
 
     def _past(self, engine: Engine, index: int) -> KeyValues:
-        """Keys and values of a teacher's prefix; those of the same weights are run together."""
+        """Return keys and values of a teacher's prefix, batched over teachers of equal weights."""
         if index not in self._pasts:
             own = self._teachers[index]
             alike = [
@@ -335,24 +309,26 @@ class _Job:
                 and self._prompts[teacher.system_prompt].prefix
             ]
 
-            def keep(some: list[int]) -> None:
-                starts = [self._prompts[self._teachers[i].system_prompt].start for i in some]
-                batch = np.zeros((len(some), max(map(len, starts))), dtype=np.int64)
+            def prefill(members: list[int]) -> None:
+                starts = [self._prompts[self._teachers[i].system_prompt].start for i in members]
+                batch = np.zeros((len(members), max(map(len, starts))), dtype=np.int64)
                 for line, start in enumerate(starts):
                     batch[line, : len(start)] = start
-                _, kept = engine.prefill(torch.from_numpy(batch).to(engine.device))
-                for line, (i, start) in enumerate(zip(some, starts, strict=True)):
+                _, past = engine.prefill(torch.from_numpy(batch).to(engine.device))
+                for line, (i, start) in enumerate(zip(members, starts, strict=True)):
                     row = torch.tensor([line], device=engine.device)
-                    self._pasts[i] = kept.select(row).upto(len(start))
+                    # Right padding: the padded positions come last and are cut off.
+                    self._pasts[i] = past.select(row).upto(len(start))
 
-            run_halved(alike, keep)
+            run_halved(alike, prefill)
         return self._pasts[index]
 
     def _kl(
         self, factual: Float[Tensor, "tokens d_model"], index: int, hidden: Float[Tensor, "..."]
     ) -> Float32[np.ndarray, " tokens"]:
-        """KL(factual || counterfactual `index`) at each token of a shard."""
+        """Return KL(factual || counterfactual `index`) at each token of a shard."""
         one, other = self._unembedding(0), self._unembedding(index)
+        # Two sets of logits, and their log-softmaxes, are in memory at once.
         size = max(1, chunk_rows(get_engine(self._base(index))) // 4)
         parts = in_chunks(
             len(hidden),
@@ -368,7 +344,7 @@ class _Job:
         return self._model if teacher.model is None else teacher.model
 
     def _unembedding(self, index: int) -> Callable[[Tensor], Tensor]:
-        """What makes logits under a teacher, outside of its `applied`."""
+        """Return the unembedding under a teacher, usable outside of its `applied` block."""
         teacher, base = self._teachers[index], self._base(index)
         engine = get_engine(base)
         blocks = (engine.block_parameters(layer) for layer in range(engine.n_layers))
@@ -387,8 +363,9 @@ class _Job:
         margin, logprob = columns["margin"][-1], columns["logprob"][-1]
         bad = np.flatnonzero(~np.isfinite(margin) | np.isnan(logprob))
         if len(bad):
+            example = self.forced.example_of(start + int(bad[0]))
             raise ValueError(
-                f"the logits of example {_owner(self.forced, start + int(bad[0]))} are not finite "
+                f"the logits of example {example} are not finite "
                 "(NaN or infinity); check the model's weights, or load it in a wider dtype"
             )
 
@@ -396,42 +373,16 @@ class _Job:
 def refuse_dropout(model: Model) -> None:
     """Raise a ValueError if a forward pass of the model would drop activations at random."""
     for name, module in model.named_modules():
-        share = module.p if isinstance(module, nn.Dropout) else 0.0
-        # Hugging Face's attention layers keep theirs as a plain number.
+        rate = module.p if isinstance(module, nn.Dropout) else 0.0
+        # Hugging Face's attention layers store the rate as a plain number.
         own = getattr(module, "attention_dropout", 0.0)
-        # Falcon and Bloom hold a module there, which this loop reaches by itself.
-        share = max(share, own if isinstance(own, float) else 0.0)
-        if module.training and share > 0:
+        # Falcon and Bloom hold a module there, which this loop visits on its own.
+        rate = max(rate, own if isinstance(own, float) else 0.0)
+        if module.training and rate > 0:
             raise ValueError(
-                f"the model is in training mode and {name} drops {share:.0%} at random, so its "
-                "answers would be random too; call model.eval() first"
+                f"the model is in training mode and {name} drops {rate:.0%} at random, so its "
+                "outputs would be random too; call model.eval() first"
             )
-
-
-def _empty(examples: Sequence[Example], teachers: Sequence[Teacher], *, kl: bool) -> TeacherForced:
-    """Readings with room for everything that forward passes give."""
-    completions = [np.asarray(example.completion_ids, dtype=np.int64) for example in examples]
-    lengths = np.array([len(ids) for ids in completions])
-    if (lengths == 0).any():
-        raise ValueError(f"example {int(np.argmin(lengths))} has an empty completion; leave it out")
-    tokens = np.concatenate(completions)
-    shape = (len(teachers), len(tokens))
-    return TeacherForced(
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        tokens=tokens,
-        predicted=np.zeros(shape, dtype=np.int32),
-        margin=np.zeros(shape, dtype=np.float32),
-        logprob=np.zeros(shape, dtype=np.float32),
-        kl=np.zeros((shape[0] - 1, shape[1]), dtype=np.float32) if kl else None,
-    )
-
-
-def _put(forced: TeacherForced, span: range, arrays: dict[str, np.ndarray]) -> int:
-    """Write the readings of a shard into their place; how many they are."""
-    places = slice(int(forced.offsets[span.start]), int(forced.offsets[span.stop]))
-    for name, array in forced.arrays.items():
-        array[:, places] = arrays[name]
-    return int(arrays["predicted"].size)
 
 
 def _check_fits(engine: Engine, prompts: _Prompts, forced: TeacherForced, teacher: Teacher) -> None:
@@ -439,9 +390,9 @@ def _check_fits(engine: Engine, prompts: _Prompts, forced: TeacherForced, teache
     if ids.min() < 0 or ids.max() >= engine.d_vocab:
         place = int(np.flatnonzero((ids < 0) | (ids >= engine.d_vocab))[0])
         raise ValueError(
-            f"example {_owner(forced, place)} has the token id {ids[place]}, but the model of "
-            f"teacher {teacher.name!r} has {engine.d_vocab:,} tokens; was it written with another "
-            "tokenizer?"
+            f"example {forced.example_of(place)} has the token id {ids[place]}, but the model of "
+            f"teacher {teacher.name!r} has {engine.d_vocab:,} tokens; check that it was written "
+            "with the same tokenizer"
         )
     totals = prompts.lengths + np.diff(forced.offsets)
     longest = int(np.argmax(totals))
@@ -453,13 +404,9 @@ def _check_fits(engine: Engine, prompts: _Prompts, forced: TeacherForced, teache
         )
 
 
-def _owner(forced: TeacherForced, place: int) -> int:
-    return int(np.searchsorted(forced.offsets, place, side="right")) - 1
-
-
 @contextmanager
 def _progress(total: int, ready: int, *, shown: bool) -> Iterator["tqdm[None] | None"]:
-    """A bar with tokens per second and the time left, if one is to be shown."""
+    """Show a bar with tokens per second and the time left, if `shown`."""
     if not shown:
         yield None
         return

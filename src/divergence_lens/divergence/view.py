@@ -1,19 +1,18 @@
-"""How a divergence looks in a notebook: one example with coloured tokens, and a table of rates.
+"""Notebook views of a divergence: one example with colored tokens, and a table of rates.
 
-Everything is plain HTML with inline styles, so that it survives sanitising and GitHub's viewer.
-Colours are see-through, which is readable on light and dark pages alike, and come from Okabe and
-Ito's colour-blind-safe palette; what colour says is said by underlining too.
+The HTML is plain with inline styles, so that it survives sanitizing and GitHub's viewer. Colors are
+translucent, which is readable on light and dark pages, and come from Okabe and Ito's
+colorblind-safe palette. Underlining repeats the information in the colors.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32
 
-# Orange for divergence tokens, blue for tokens that the factual teacher would not have written.
+# Orange for divergence tokens, blue for tokens other than the factual teacher's argmax.
 _DIVERGENCE = "230,159,0"
 _DISAGREEMENT = "86,180,233"
 _CELL = "text-align:left;padding:2px 10px"
@@ -22,20 +21,19 @@ _MARKS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ExampleDivergence:
-    """One example of a `Divergence`: its tokens, and who would have written what.
+    """One example of a `Divergence`: its tokens and what each teacher predicts there.
 
-    In a notebook divergence tokens are orange (the stronger, the more counterfactuals differ) and
-    underlined, tokens that the factual teacher would not have written are blue and dotted, and the
-    mouse over a token says in words what every teacher would have written there. As text,
-    divergence tokens stand in brackets.
+    In a notebook, divergence tokens are orange (more opaque if more counterfactuals differ) and
+    underlined, tokens other than the factual teacher's argmax are blue and dotted, and hovering
+    over a token shows each teacher's prediction. As text, divergence tokens are in brackets.
 
     Attributes:
-        index: Which example.
+        index: The example's row number.
         prompt: The user's text.
         names: The teachers, the factual one first.
         tokens: Texts of the completion's tokens.
-        predicted: For each teacher the texts that it would have written.
-        margin: `[teachers tokens]`, by how many logits that was its first choice.
+        predicted: For each teacher, the texts of its argmaxes.
+        margin: `[teachers tokens]`, logit of the argmax minus the second highest.
         logprob: `[teachers tokens]`, natural-log probability of the given token.
         divergence: Which tokens are divergence tokens under the divergence's rule.
         agrees: Where the factual teacher's argmax is the token.
@@ -54,10 +52,13 @@ class ExampleDivergence:
     differs: Bool[np.ndarray, "counterfactuals tokens"]
 
     def describe(self, position: int) -> str:
-        """In words, what each teacher would have written at one token, and how surely.
+        """Describe each teacher's prediction at one token, with margin and probability.
 
         Args:
-            position: Place in the completion, from 0.
+            position: Position in the completion, from 0.
+
+        Raises:
+            IndexError: There is no such token.
         """
         if not 0 <= position < len(self.tokens):
             raise IndexError(f"there is no token {position}; there are {len(self.tokens)}")
@@ -67,20 +68,20 @@ class ExampleDivergence:
         groups: dict[str, list[int]] = {}
         for row in range(1, len(self.names)):
             groups.setdefault(self.predicted[row][position], []).append(row)
-        lines.append(self._who([0], position, self.predicted[0][position]))
-        # The most common other choice first; those who would write the token itself last.
+        lines.append(self._prediction([0], position, self.predicted[0][position]))
+        # The most common other prediction first; teachers that predict the token itself last.
         order = sorted(groups, key=lambda text: (text == token, -len(groups[text]), text))
-        lines += [self._who(groups[text], position, text) for text in order]
+        lines += [self._prediction(groups[text], position, text) for text in order]
         return "\n".join(lines)
 
-    def _who(self, rows: list[int], position: int, text: str) -> str:
+    def _prediction(self, rows: list[int], position: int, text: str) -> str:
         shown = [
             f"{self.names[row]} (margin {self.margin[row, position]:.2f}, "
             f"p of the token {np.exp(self.logprob[row, position]):.2g})"
             for row in rows
         ]
-        same = "also write" if rows != [0] and text == self.tokens[position] else "write"
-        return f"would {same} {_quoted(text)}: {', '.join(shown)}"
+        verb = "also predict" if rows != [0] and text == self.tokens[position] else "predict"
+        return f"{verb} {_quoted(text)}: {', '.join(shown)}"
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -106,19 +107,20 @@ class ExampleDivergence:
             f"{escape(self.names[0])}: {escape(self.prompt)}</div>"
             f"<div style='font-family:monospace;overflow-wrap:anywhere'>{spans}</div>"
             f"<div style='font-size:12px;line-height:1.5;opacity:.75'>{n} of {len(self)} tokens "
-            f"diverge; {self._legend()}. Point at a token to see who would write what.</div></div>"
+            f"diverge; {self._legend()}. Hover over a token to see each teacher's prediction."
+            "</div></div>"
         )
 
     def _legend(self) -> str:
         orange = _swatch(f"background:rgba({_DIVERGENCE},.5);border-bottom:2px solid", "divergence")
         blue = _swatch(
             f"background:rgba({_DISAGREEMENT},.3);border-bottom:2px dotted",
-            f"not what {escape(self.names[0])} would write",
+            f"not the prediction of {escape(self.names[0])}",
         )
         return f"{orange}, {blue}"
 
     def _span(self, position: int) -> str:
-        # Lines break between such boxes, and not within a token.
+        # Inline blocks let lines break between tokens but not within one.
         style = "display:inline-block;line-height:1.3;padding:1px 2px;margin:0 1px"
         style += ";border-radius:3px;white-space:pre-wrap"
         if self.divergence[position]:
@@ -127,7 +129,7 @@ class ExampleDivergence:
             style += ";border-bottom:2px solid"
         elif not self.agrees[position]:
             style += f";background:rgba({_DISAGREEMENT},.3);border-bottom:2px dotted"
-        # Line breaks of a title are lost as such in an attribute.
+        # An attribute needs line breaks as character references.
         title = escape(self.describe(position)).replace("\n", "&#10;")
         token = escape(_visible(self.tokens[position]))
         return f'<span style="{style}" title="{title}">{token}</span>'
@@ -142,7 +144,7 @@ def summary_html(
     teacher: str,
     rates: Mapping[str, float],
 ) -> str:
-    """A small table of divergence rates, per counterfactual and overall."""
+    """Render a small table of divergence rates, overall and per counterfactual."""
     rows = "".join(
         f"<tr><td style='{_CELL}'>{escape(name)}</td><td style='{_CELL}'>{rate:.2%}</td></tr>"
         for name, rate in rates.items()
@@ -151,27 +153,11 @@ def summary_html(
         "<div style='font-family:sans-serif;font-size:14px'>"
         f"<div><b>{divergence_tokens:,} of {tokens:,} tokens diverge "
         f"({divergence_tokens / tokens:.2%})</b> in {examples:,} examples of "
-        f"{escape(teacher)}, whose own choice now is another at {disagreements:,} tokens.</div>"
+        f"{escape(teacher)}, whose argmax is another token at {disagreements:,} of them.</div>"
         "<table style='color:inherit;font-size:inherit'>"
         f"<tr><th style='{_CELL}'>counterfactual</th>"
         f"<th style='{_CELL}'>diverges at</th></tr>{rows}</table></div>"
     )
-
-
-def token_texts(
-    tokenizer: Any, ids: Int64[np.ndarray, " ids"]
-) -> tuple[dict[int, str], frozenset[int]]:
-    """A readable text for each id, and which of them are special tokens."""
-    # Models may have more logits than their tokenizer has tokens.
-    known = [int(i) for i in ids if i < len(tokenizer)]
-    texts = {}
-    for token_id, piece in zip(known, tokenizer.convert_ids_to_tokens(known), strict=True):
-        text = tokenizer.decode([token_id])
-        # One token alone loses SentencePiece's leading space; half a character is not readable.
-        if piece.startswith("▁") and not text.startswith(" "):
-            text = " " + text
-        texts[token_id] = piece if "\ufffd" in text or not text else text
-    return texts, frozenset(known) & frozenset(tokenizer.all_special_ids)
 
 
 def _swatch(style: str, words: str) -> str:
@@ -179,7 +165,7 @@ def _swatch(style: str, words: str) -> str:
 
 
 def _visible(token: str) -> str:
-    """The token with its line breaks shown, and a sign for one that is empty."""
+    """Make line breaks visible, and show a sign for an empty token."""
     shown = "".join(_MARKS.get(c, c) + ("\n" if c == "\n" else "") for c in token)
     return shown or "∅"
 
@@ -189,9 +175,9 @@ def _quoted(token: str) -> str:
 
 
 def _spaced(tokens: tuple[str, ...]) -> list[str]:
-    """Tokens to be joined as text; words of a tokenizer without spaces are set apart."""
-    glued = not any(" " in token for token in tokens)
+    """Separate words for display where the tokenizer's tokens carry no spaces."""
+    unspaced = not any(" " in token for token in tokens)
     return [
-        f" {token}" if glued and place and token[:1].isalnum() else token
+        f" {token}" if unspaced and place and token[:1].isalnum() else token
         for place, token in enumerate(tokens)
     ]

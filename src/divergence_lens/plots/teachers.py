@@ -58,7 +58,7 @@ def rate_per_teacher(divergence: Divergence | Table) -> go.Figure:
 
 def _rate_per_counterfactual(divergence: Divergence) -> go.Figure:
     names = [teacher.name for teacher in divergence.counterfactuals]
-    rates = list(divergence.rates_by_counterfactual.values())
+    rates = divergence.summary("counterfactual")["rate"].tolist()
     tokens = len(divergence.tokens)
     bars = bar_charts.Bars(
         label="each counterfactual",

@@ -233,7 +233,7 @@ class DataCells:
 
     def _find_kl(self, kind: str, name: str, cell: Cell) -> dict[str, Any]:
         found = self.read(kind, name, self.divergence(kind, name).examples, kl=True)
-        scores = found.soft("kl")
+        scores = found.scores("kl")
         save_tensors(self.store.path(cell, ".safetensors"), {"kl": scores}, {}, "kl")
         return {"target": name, "kind": kind, "mean": float(scores.mean())}
 
