@@ -696,7 +696,7 @@ def test_slices_lists_and_masks_select_examples(div):
         (1.5, TypeError, "cannot index examples with 1.5"),
     ],
 )
-def test_indices_that_do_not_fit_are_refused(index, error, message, div):
+def test_indices_that_do_not_fit_are_refused(index, error, message, div, unchecked):
     with pytest.raises(error, match=message):
         div[index]
 
