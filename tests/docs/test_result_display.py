@@ -67,6 +67,8 @@ def classes() -> set[str]:
     """Names of all public classes that have a data frame or an HTML representation."""
     names = set()
     for module in pkgutil.iter_modules(dl.__path__, "divergence_lens."):
+        if module.name.endswith("__main__"):  # importing it runs the command line
+            continue
         for name, one in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
             public = one.__module__.startswith("divergence_lens") and not name.startswith("_")
             own = {"to_dataframe", "_repr_html_"} & set(vars(one))
