@@ -29,7 +29,7 @@ from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
 from divergence_lens.training import prefix as _prefix
 from divergence_lens.training import variables as _variables
-from divergence_lens.training.finetuning import PAPER, Recipe, finetune
+from divergence_lens.training import PAPER, Recipe, finetune
 from divergence_lens.training.freezing import choose
 from divergence_lens.training.rows import batches, pieces, training_rows
 from divergence_lens.training.variables import LowRank
