@@ -620,13 +620,13 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
         "a block without a list",
         lambda k: train(k, layers=0),
         TypeError,
-        r"blocks is one number; pass a list: \[0\]",
+        r"layers is one number; pass a list: \[0\]",
     ),
     (
         "a block without a list to freeze around",
         lambda k: dl.freeze_except(k.model, layers=2),
         TypeError,
-        r"blocks is one number; pass a list: \[2\]",
+        r"layers is one number; pass a list: \[2\]",
     ),
     (
         "a recipe that is a name",

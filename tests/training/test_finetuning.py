@@ -739,7 +739,7 @@ def test_counts_are_whole_numbers(unchecked):
         ({"loss_weights": np.ones(3)}, r"the loss_weights has shape"),
         ({"mask": [np.ones(2, bool)] * 6}, "the mask of example 0 has 2 entries, its completion"),
         ({"mask": [np.ones(2, bool)] * 5}, "the mask has 5 rows, there are 6 examples"),
-        ({"layers": [5]}, "block 5 is out of range: the model has blocks 0 to 2"),
+        ({"layers": [5]}, "layer 5 is out of range: the model has layers 0 to 2"),
         ({"layers": [0], "parts": ["ln"], "recipe": Recipe(lora_rank=2)}, "none is chosen"),
         (
             {"recipe": Recipe(lora_rank=2), "embedding": True},
@@ -752,14 +752,14 @@ def test_bad_arguments_are_refused_and_leave_the_base(random_model, options, mes
     model = random_model("gpt2")
     before = fingerprint(model)
     with pytest.raises(ValueError, match=message):
-        finetune(model, number_lists(6), recipe=SHORT, **options)
+        finetune(model, number_lists(6), **{"recipe": SHORT, **options})
     assert fingerprint(model) == before
 
 
 def test_masks_that_say_nothing_are_refused(random_model):
     model, examples = random_model("gpt2"), number_lists(6)
     mask = random_mask(model, examples)
-    with pytest.raises(ValueError, match=r"lets none of the [\d,]+ completion tokens through"):
+    with pytest.raises(ValueError, match=r"selects none of the [\d,]+ completion tokens"):
         finetune(model, examples, mask=mask & False)
     with pytest.raises(TypeError, match="not bool; for graded values use loss_weights="):
         finetune(model, examples, mask=mask.astype(float))

@@ -1,4 +1,4 @@
-"""Choose which parameters may learn: a block, a part of it, the embeddings, names by pattern."""
+"""Choose the trainable parameters: layers, parts of layers, the embeddings, or names by pattern."""
 
 import difflib
 import fnmatch
@@ -15,16 +15,16 @@ from divergence_lens.models import Model
 
 
 class Trainable(Mapping[str, Parameter]):
-    """The parameters that may learn, by name; everything else of the model is frozen.
+    """The trainable parameters by name; everything else in the model is frozen.
 
-    A mapping from full parameter name to the parameter. As a context manager it puts every
-    `requires_grad` flag back on exit; without `with`, call `restore` when done.
+    A mapping from full parameter name to parameter. As a context manager it restores every
+    `requires_grad` flag on exit; without `with`, call `restore` when done.
     """
 
     def __init__(self, model: Model, parameters: Mapping[str, Parameter]) -> None:
         self._parameters = dict(parameters)
         chosen = {id(p) for p in self._parameters.values()}
-        # All of the model's parameters, not only the engine's: no unused copy may learn either.
+        # All of the model's parameters, not only the engine's: unused copies are frozen too.
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         for p, _ in self._flags:
             p.requires_grad_(id(p) in chosen)
@@ -32,34 +32,34 @@ class Trainable(Mapping[str, Parameter]):
         if learning != chosen:
             self.restore()
             raise RuntimeError(
-                f"{len(chosen)} parameters were chosen but {len(learning)} would learn; "
+                f"{len(chosen)} parameters were chosen but {len(learning)} are trainable; "
                 "the model hides parameters from `model.parameters()`"
             )
 
     def __getitem__(self, name: str) -> Parameter:
-        """The parameter called `name`."""
+        """Return the parameter called `name`."""
         return self._parameters[name]
 
     def __iter__(self) -> Iterator[str]:
-        """The names, in the model's order."""
+        """Iterate over the names, in the model's order."""
         return iter(self._parameters)
 
     def __len__(self) -> int:
-        """How many parameter tensors may learn."""
+        """Return the number of trainable tensors."""
         return len(self._parameters)
 
     @property
     def n_parameters(self) -> int:
-        """How many numbers may learn."""
+        """Number of trainable scalars."""
         return sum(p.numel() for p in self._parameters.values())
 
     def restore(self) -> None:
-        """Put every `requires_grad` flag back as it was."""
+        """Restore every `requires_grad` flag."""
         for p, flag in self._flags:
             p.requires_grad_(flag)
 
     def __enter__(self) -> "Trainable":
-        """Return itself: the mapping of what may learn."""
+        """Return the mapping itself."""
         return self
 
     def __exit__(
@@ -68,11 +68,11 @@ class Trainable(Mapping[str, Parameter]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Put every `requires_grad` flag back as it was."""
+        """Restore every `requires_grad` flag."""
         self.restore()
 
     def __repr__(self) -> str:
-        """A table of names, shapes and counts."""
+        """Return a table of names, shapes and counts."""
         lines = [f"Trainable: {len(self)} tensors, {self.n_parameters:,} parameters"]
         lines += [f"  {n}  {tuple(p.shape)}  {p.numel():,}" for n, p in self._parameters.items()]
         return "\n".join(lines)
@@ -84,7 +84,7 @@ class Trainable(Mapping[str, Parameter]):
         )
         return (
             "<table><thead><tr><th>parameter</th><th>shape</th><th>count</th></tr></thead>"
-            f"<tbody>{rows}</tbody><tfoot><tr><td>in all</td><td>{len(self)} tensors</td>"
+            f"<tbody>{rows}</tbody><tfoot><tr><td>total</td><td>{len(self)} tensors</td>"
             f"<td>{self.n_parameters:,}</td></tr></tfoot></table>"
         )
 
@@ -102,27 +102,27 @@ def freeze_except(
 
     ```python
     with freeze_except(model, layers=[7], parts=["attn"]) as trainable:
-        ...                       # only the attention of block 7 has requires_grad
+        ...                       # only the attention of layer 7 has requires_grad
     ```
 
     Args:
         model: Either model class.
-        layers: Which blocks may learn; None means all of them (none of them where only `embedding`,
-            `unembedding` or `pattern` is given).
-        parts: Restrict the blocks to these parts: "attn", "mlp", "ln", a matrix or bias in
-            TransformerLens's names on either class ("W_Q", "b_O", "W_in", ...), or the name that
-            the model itself gives it ("c_fc"). `*` matches as in file names ("W_*"). A layout that
-            keeps queries, keys and values in one matrix has "W_QKV".
-        embedding: Token and position embeddings may learn. Where the model ties them to the
-            unembedding, that is the same tensor and learns as well.
-        unembedding: The unembedding and the final norm may learn.
-        pattern: File-name pattern over full parameter names, in place of `layers` and `parts`.
+        layers: Layers to train; None means all (or none, if only `embedding`, `unembedding` or
+            `pattern` is given).
+        parts: Restrict the layers to these parts: "attn", "mlp", "ln", a matrix or bias in
+            TransformerLens's names on either class ("W_Q", "b_O", "W_in", ...), or the model's own
+            name ("c_fc"). `*` matches as in file names ("W_*"). A layout with queries, keys and
+            values in one matrix has "W_QKV".
+        embedding: Train the token and position embeddings. If the model ties the unembedding to
+            them, it is the same tensor and is trained too.
+        unembedding: Train the unembedding and the final norm.
+        pattern: File-name pattern over full parameter names, instead of `layers` and `parts`.
 
     Returns:
         The trainable parameters by name; a context manager that restores the flags.
 
     Raises:
-        ValueError: A block out of range; a part or pattern that matches nothing (the nearest names
+        ValueError: A layer out of range; a part or pattern that matches nothing (the nearest names
             are listed); nothing left to train; `pattern` together with `layers` or `parts`.
     """
     chosen = choose(
@@ -145,7 +145,7 @@ def choose(
     unembedding: bool = False,
     pattern: str | None = None,
 ) -> dict[str, Parameter]:
-    """The parameters that `freeze_except` would leave trainable, without touching a flag."""
+    """Return the parameters that `freeze_except` would leave trainable; no flag changes."""
     engine = get_engine(model)
     every = {n: p for n, p in engine.named_parameters().items() if _is_real(engine, n, p)}
     names: set[str] = set()
@@ -162,7 +162,7 @@ def choose(
                 f"no parameter matches {pattern!r}; nearest: {_near(pattern, map(plain, every))}"
             )
     elif layers is not None or parts is not None or not (embedding or unembedding):
-        names |= _of_blocks(engine, layers, parts)
+        names |= _of_layers(engine, layers, parts)
     outside = set(every).difference(*(engine.block_parameters(i) for i in range(engine.n_layers)))
     names |= {n for n in outside if (embedding if _embeds(n) else unembedding)}
     if unembedding and not names & outside:
@@ -170,14 +170,14 @@ def choose(
             "this model has no unembedding of its own (it is tied): use embedding=True"
         )
     if not names:
-        raise ValueError("nothing is left to train: choose at least one block, part or pattern")
+        raise ValueError("nothing is left to train: choose at least one layer, part or pattern")
     return {n: p for n, p in every.items() if n in names}
 
 
 def lowest_layer(model: Model, chosen: Iterable[str]) -> int | None:
-    """The lowest block that holds a chosen parameter: all below it is frozen.
+    """Return the lowest layer with a chosen parameter; everything below it is frozen.
 
-    `n_layers` where only the final norm or the unembedding learns, None where the embeddings do.
+    `n_layers` if only the final norm or the unembedding is trained, None if the embeddings are.
     """
     engine = get_engine(model)
     left = set(chosen)
@@ -196,8 +196,8 @@ def _embeds(name: str) -> bool:
 def _is_real(engine: Engine, name: str, parameter: Parameter) -> bool:
     """Whether the model's own layout has this parameter.
 
-    A HookedTransformer gives every architecture all biases, as zeros. Trained, they would make a
-    student that the original architecture cannot hold, and that a bridge would not have.
+    A HookedTransformer gives every architecture all biases, as zeros. A student that trained them
+    could not be stored in the original architecture, and would differ from a bridge's.
     """
     last = name.rsplit(".", maxsplit=1)[-1].lstrip("_")
     if not (last.startswith("b_") or last == "bias") or bool(parameter.detach().any()):
@@ -210,33 +210,33 @@ def _is_real(engine: Engine, name: str, parameter: Parameter) -> bool:
     return not getattr(cfg, "gated_mlp", False)
 
 
-def _of_blocks(
+def _of_layers(
     engine: Engine, layers: Iterable[int] | None, parts: Iterable[str] | None
 ) -> set[str]:
     refuse_one_number(layers, "layers")
     chosen = list(range(engine.n_layers)) if layers is None else sorted(set(layers))
-    for block in chosen:
-        if isinstance(block, bool) or not 0 <= block < engine.n_layers:
+    for layer in chosen:
+        if isinstance(layer, bool) or not 0 <= layer < engine.n_layers:
             raise ValueError(
-                f"block {block} is out of range: the model has blocks 0 to {engine.n_layers - 1}"
+                f"layer {layer} is out of range: the model has layers 0 to {engine.n_layers - 1}"
             )
-    own = [item for block in chosen for item in engine.block_parameters(block).items()]
+    own = [item for layer in chosen for item in engine.block_parameters(layer).items()]
     names = [n for n, p in own if _is_real(engine, n, p)]
     if parts is None:
         return set(names)
     if isinstance(parts, str):
         raise TypeError(f"parts is a sequence of names: write parts=[{parts!r}]")
-    found: set[str] = set()
+    matched: set[str] = set()
     for part in parts:
         matching = {n for n in names if _is_part(n, part)}
         if not matching:
             known = {"attn", "mlp", "ln"} | {canonical(n).split(".")[-1] for n in names}
             known |= {c for n in names for c in inside_block(n).split(".")[:-1]}
             raise ValueError(
-                f"no parameter of blocks {chosen} is called {part!r}; nearest: {_near(part, known)}"
+                f"no parameter of layers {chosen} is called {part!r}; nearest: {_near(part, known)}"
             )
-        found |= matching
-    return found
+        matched |= matching
+    return matched
 
 
 def _is_part(name: str, part: str) -> bool:
