@@ -1,4 +1,4 @@
-"""Exactly the chosen parameters may learn, on either model class."""
+"""Exactly the chosen parameters are trainable, on either model class."""
 
 import pytest
 
@@ -110,8 +110,8 @@ def test_the_table_names_shapes_and_counts(random_model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": [3]}, "block 3 is out of range: the model has blocks 0 to 2"),
-        ({"layers": [-1]}, "block -1 is out of range"),
+        ({"layers": [3]}, "layer 3 is out of range: the model has layers 0 to 2"),
+        ({"layers": [-1]}, "layer -1 is out of range"),
         ({"layers": []}, "nothing is left to train"),
         ({"parts": ["W_QQ"]}, "is called 'W_QQ'; nearest: .*W_Q"),
         ({"pattern": "nothing*"}, "no parameter matches 'nothing"),
