@@ -30,6 +30,7 @@ from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
 from divergence_lens.training import sweep as sweeps
 from divergence_lens.training.loop import train
+from divergence_lens.training.recipe import Recipe
 from divergence_lens.training.sweep_result import Sweep
 from tests.support.models import chat_tokenizer, random_hf_model
 from tests.support.patching_oracles import random_pairs
