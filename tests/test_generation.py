@@ -7,6 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from divergence_lens import generation
+from divergence_lens._utils.interrupts import Interrupted
 from divergence_lens.chat import decode, encode_prompt, end_of_turn, stop_ids
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.generation import generate
@@ -235,6 +237,56 @@ def test_logits_that_are_not_numbers_are_refused(random_model):
         next(iter(get_engine(model).block_parameters(0).values())).fill_(float("nan"))
     with pytest.raises(ValueError, match="logits after prompt 0 are not all numbers"):
         generate(model, ["cat"], teacher=None)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stopped_call_resumes_from_its_checkpoints_with_the_same_result(
+    temperature, model, tmp_path, monkeypatch
+):
+    def call(folder=None):
+        return generate(
+            model,
+            PROMPTS,
+            teacher=OWL,
+            max_new_tokens=8,
+            temperature=temperature,
+            batch_tokens=128,
+            checkpoint_dir=folder,
+        )
+
+    undisturbed = call()
+    decoded, run = [], generation._Decoding.run
+
+    def counted(self):
+        if len(decoded) == 2 and monkeypatched:
+            raise KeyboardInterrupt
+        decoded.append(len(self._states))
+        return run(self)
+
+    monkeypatched = True
+    monkeypatch.setattr(generation._Decoding, "run", counted)
+    with pytest.raises(Interrupted):
+        call(tmp_path / "run")
+    stored, monkeypatched = sorted((tmp_path / "run").iterdir()), False
+    assert len(stored) == len(decoded) == 2
+    assert call(tmp_path / "run") == undisturbed
+    assert sum(decoded) == len(PROMPTS)  # no batch was decoded twice
+    decoded.clear()
+    assert call(tmp_path / "run") == undisturbed
+    assert not decoded
+
+
+def test_checkpoints_of_another_call_are_refused(model, tmp_path):
+    generate(model, PROMPTS, teacher=OWL, max_new_tokens=4, checkpoint_dir=tmp_path)
+    for options in (
+        {"max_new_tokens": 5},
+        {"seed": 1},
+        {"teacher": None},
+        {"prompts": PROMPTS[1:]},
+    ):
+        settings = {"prompts": PROMPTS, "teacher": OWL, "max_new_tokens": 4} | options
+        with pytest.raises(ValueError, match="another run"):
+            generate(model, settings.pop("prompts"), checkpoint_dir=tmp_path, **settings)
 
 
 def test_no_prompts_give_no_examples_and_nothing_is_printed(model, capfd):

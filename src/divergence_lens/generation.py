@@ -1,15 +1,21 @@
-"""Teachers write completions: batched greedy and sampled decoding with kept keys and values.
+"""Generate completions: batched greedy and sampled decoding with a key-value cache.
 
-No batch is ever padded. Prompts are sorted by length and a batch starts at the length of its
-shortest: the rows with longer prompts read their remaining tokens one by one while the others
-write already, so that all rows stand at one position. What all prompts of a batch begin with (a
-system prompt) is run once. A row that has ended leaves the batch.
+1. Sort the prompts by length and batch them by a token budget. No batch is ever padded.
+2. Prefill a batch up to the length of its shortest prompt; ids that all its prompts begin with
+   (a system prompt) are run once.
+3. Decode one position per pass. Rows with longer prompts read their remaining prompt tokens while
+   the others already generate, so that all rows are at the same position.
+4. Drop a row from the batch when its completion ends.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +25,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from divergence_lens._utils.batching import ascending_batches, shared_prefix
+from divergence_lens._utils.checkpoints import Checkpoints
 from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.memory import run_halved
 from divergence_lens._utils.validation import refuse_one_string
 from divergence_lens.chat import check_length, decode, encode_prompts, stop_ids
+from divergence_lens.deltas import base_fingerprint
 from divergence_lens.engine import Engine, KeyValues, get_engine
 from divergence_lens.examples import Example
 from divergence_lens.models import Model
+from divergence_lens.provenance import run_metadata
 from divergence_lens.teachers import Teacher, check_teacher
+
+_BATCH = "generated batch"
 
 
 @torch.no_grad()
@@ -40,17 +51,18 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     batch_tokens: int = 8192,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> list[Example]:
-    """Let a teacher answer prompts.
+    """Generate a teacher's completions of prompts.
 
-    A completion ends with the end-of-turn or end-of-sequence token, which is kept among its ids, or
-    without one at `max_new_tokens` or the end of the model's context.
+    A completion ends with the end-of-turn or end-of-sequence token, which is included in its ids,
+    or without one at `max_new_tokens` or at the end of the model's context.
 
-    Sampling draws from the numbers of a generator that is seeded by `seed`, the prompt's text and
-    how often that text came before. So a prompt's completion does not depend on the other prompts,
-    their order, or the size of batches (but for rounding, where a draw falls within about 1e-6 of
-    the border between two tokens).
+    Sampling draws from a generator seeded by `seed`, the prompt's text and the number of earlier
+    prompts with the same text. So a prompt's completion does not depend on the other prompts, their
+    order, or the size of batches (except for rounding, where a draw falls within about 1e-6 of the
+    border between two tokens).
 
     Args:
         model: The base model.
@@ -60,34 +72,43 @@ def generate(
         temperature: Divides the logits; 0 takes the most likely token (greedy).
         top_p: Sample from the smallest set of tokens with at least this probability (nucleus
             sampling, Holtzman et al. 2020, arXiv 1904.09751); 1 takes all. Unused when greedy.
-        seed: For sampling.
-        batch_tokens: Tokens, of prompts and completions together, that a batch may hold.
+        seed: Seed of the sampling.
+        batch_tokens: Tokens per batch, of prompts and completions together.
+        checkpoint_dir: A folder for this run's finished batches. After an interruption, the same
+            call resumes from them and returns the same completions as an undisturbed run. Delete
+            the folder once the result is saved.
         progress: Whether to show a progress bar.
 
     Returns:
         One example per prompt, in their order, with text, ids and the teacher's name.
 
     Raises:
-        Interrupted: It was stopped; `partial` holds the examples that were finished.
-        ValueError: A setting out of range; a prompt that leaves no place in the context; a system
-            prompt for a tokenizer without a chat template; logits that are not numbers.
-        TypeError: One string for prompts, or a teacher that is no `Teacher`.
+        Interrupted: The call was stopped; `partial` holds the finished examples.
+        ValueError: A setting out of range; a prompt that fills the context; a system prompt for a
+            tokenizer without a chat template; logits that are not finite; a `checkpoint_dir` that
+            is damaged or belongs to another run.
+        TypeError: `prompts` is one string, or `teacher` is not a `Teacher`.
     """
     _check_settings(max_new_tokens, temperature, top_p, batch_tokens)
     if teacher is not None:
         check_teacher(teacher)
     refuse_one_string(prompts, "prompts")
+    tokenizer: Any = model.tokenizer
+    system_prompt = teacher.system_prompt if teacher is not None else None
+    encoded = encode_prompts(tokenizer, prompts, system_prompt=system_prompt)
+    rows = [prompt.ids for prompt in encoded]
+    stops = stop_ids(tokenizer)
+    checkpoints = None
+    if checkpoint_dir is not None:
+        settings = [max_new_tokens, temperature, top_p, seed, batch_tokens, sorted(stops)]
+        identity = _identity(model, teacher, prompts, rows, settings)
+        checkpoints = Checkpoints(Path(checkpoint_dir), _BATCH, identity)
     with teacher.applied(model) if teacher is not None else nullcontext(model) as active:
         engine = get_engine(active)
-        system_prompt = teacher.system_prompt if teacher is not None else None
-        tokenizer: Any = model.tokenizer
-        encoded = encode_prompts(tokenizer, prompts, system_prompt=system_prompt)
         for number, prompt in enumerate(encoded):
             check_length(prompt, engine.n_ctx, new_tokens=1, row=number)
         sampler = _Sampler(temperature, top_p, seed, prompts, max_new_tokens)
-        rows = [prompt.ids for prompt in encoded]
-        stops = stop_ids(tokenizer)
-        written: dict[int, tuple[int, ...]] = {}
+        completions: dict[int, tuple[int, ...]] = {}
 
         def examples() -> list[Example]:
             return [
@@ -97,27 +118,70 @@ def generate(
                     completion_ids=ids,
                     teacher=teacher.name if teacher is not None else None,
                 )
-                for row, ids in sorted(written.items())
+                for row, ids in sorted(completions.items())
             ]
 
         with (
             tqdm(total=len(rows), desc="generate", unit="row", disable=not progress) as bar,
-            partial_on_interrupt("generate", written, len(rows), "prompts", examples),
+            partial_on_interrupt("generate", completions, len(rows), "prompts", examples),
         ):
 
-            def write(batch: list[int]) -> None:
+            def complete(batch: list[int]) -> None:
                 states = [_Row(row, rows[row]) for row in batch]
                 decoding = _Decoding(engine, states, sampler, stops=stops, limit=max_new_tokens)
                 for row, ids in decoding.run():
-                    bar.update(row not in written)
-                    written[row] = ids
+                    bar.update(row not in completions)
+                    completions[row] = ids
 
             lengths = np.array([len(row) + max_new_tokens for row in rows], dtype=np.int64)
             # A token of spread costs its batch a step; a further batch up to max_new_tokens.
             spread = max(1, max_new_tokens // 2)
-            for batch in ascending_batches(lengths, batch_tokens, spread=spread):
-                run_halved(batch.tolist(), write)
+            batches = ascending_batches(lengths, batch_tokens, spread=spread)
+            for number, members in enumerate(batches):
+                batch = members.tolist()
+                stored = None if checkpoints is None else checkpoints.load(number)
+                if stored is not None:
+                    completions.update(zip(batch, _unpacked(stored[0]), strict=True))
+                    bar.update(len(batch))
+                    continue
+                run_halved(batch, complete)
+                if checkpoints is not None:
+                    checkpoints.save(number, _packed([completions[row] for row in batch]))
     return examples()
+
+
+def _identity(
+    model: Model,
+    teacher: Teacher | None,
+    prompts: Sequence[str],
+    rows: Sequence[Sequence[int]],
+    settings: Sequence[Any],
+) -> str:
+    """Hash everything that the completions depend on."""
+    base = model if teacher is None or teacher.model is None else teacher.model
+    delta = None if teacher is None else teacher.delta
+    record = [
+        run_metadata(model, settings=list(settings)),
+        base_fingerprint(base),
+        None if delta is None else delta.digest(),
+        list(prompts),
+        [list(row) for row in rows],
+    ]
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _packed(completions: Sequence[tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Store completions of unequal length as flat ids and lengths."""
+    return {
+        "ids": np.fromiter(chain.from_iterable(completions), np.int64),
+        "lengths": np.array([len(ids) for ids in completions], dtype=np.int64),
+    }
+
+
+def _unpacked(arrays: Mapping[str, np.ndarray]) -> list[tuple[int, ...]]:
+    """Read completions that `_packed` stored."""
+    parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])
+    return [tuple(part.tolist()) for part in parts]
 
 
 def _check_settings(
@@ -134,7 +198,7 @@ def _check_settings(
 
 
 class _Decoding:
-    """One batch under way: all its rows stand at the same position."""
+    """Decoding of one batch, whose rows are all at the same position."""
 
     def __init__(
         self,
@@ -149,24 +213,24 @@ class _Decoding:
         self._stops, self._limit = stops, limit
 
     def run(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """(row number, completion) as the rows end."""
+        """Yield (row number, completion) as completions end."""
         hidden, past = self._start()
         position = past.length
         while True:
             tokens = self._next(hidden, position)
-            kept = []
+            active = []
             for i, state in enumerate(self._states):
                 if self._ended(state, position):
                     yield state.number, tuple(state.written)
                 else:
-                    kept.append(i)
-            if not kept:
+                    active.append(i)
+            if not active:
                 return
-            if len(kept) < len(self._states):
-                self._states = [self._states[i] for i in kept]
-                index = torch.tensor(kept, device=self._engine.device)
+            if len(active) < len(self._states):
+                self._states = [self._states[i] for i in active]
+                index = torch.tensor(active, device=self._engine.device)
                 tokens, past = tokens[index], past.select(index)
-            hidden, past = self._engine.extend(tokens[:, None], past)
+            hidden, past = self._engine.extend(tokens[:, None], past)  # [batch, 1, d_model]
             position += 1
 
     def _start(self) -> tuple[Float[Tensor, "batch pos d_model"], KeyValues]:
@@ -185,7 +249,7 @@ class _Decoding:
     def _next(
         self, hidden: Float[Tensor, "batch pos d_model"], position: int
     ) -> Int[Tensor, " batch"]:
-        """The token of every row at `position`: the prompt's own, or one that is now written."""
+        """Return every row's token at `position`: from its prompt, or newly chosen."""
         tokens = torch.tensor(
             [
                 state.prompt[position] if position < len(state.prompt) else 0
@@ -216,14 +280,14 @@ class _Decoding:
     def _ended(self, state: "_Row", position: int) -> bool:
         if not state.written:
             return False
-        # The token at `position` is the last that the context has a place for.
+        # The token at `position` may be the last one that fits the context.
         full = len(state.written) == self._limit or position + 1 == self._engine.n_ctx
         return full or state.written[-1] in self._stops
 
 
 @dataclass
 class _Row:
-    """A prompt and what has been written behind it."""
+    """A prompt and the ids generated for it so far."""
 
     number: int
     prompt: Sequence[int]
@@ -231,7 +295,7 @@ class _Row:
 
 
 class _Sampler:
-    """Chooses tokens: the most likely, or by a number drawn for each row and step."""
+    """Choice of tokens: the most likely, or by a number drawn for each row and step."""
 
     def __init__(
         self,
@@ -255,21 +319,21 @@ class _Sampler:
     def choose(
         self, logits: Float[Tensor, "rows vocab"], steps: Sequence[tuple[int, int]]
     ) -> Int[Tensor, " rows"]:
-        """One token per row of logits; `steps` says of which prompt and at which place each is."""
+        """Choose one token per row of logits; `steps` holds the (prompt, step) of each row."""
         if self._temperature == 0:
             return logits.argmax(-1)
-        # Scaled from the maximum down, so that a low temperature does not overflow.
+        # Subtract the maximum first, so that a low temperature does not overflow.
         logits = (logits - logits.amax(-1, keepdim=True)) / self._temperature
         wide = torch.float32 if logits.device.type == "mps" else torch.float64
-        probabilities = logits.softmax(-1, dtype=wide)
+        probabilities = logits.softmax(-1, dtype=wide)  # [rows, d_vocab]
         if self._top_p < 1:
             ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
             before = ranked.cumsum(-1) - ranked
             ranked[before >= self._top_p] = 0
             probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ranked)
-        # The first token at which the cumulative probability passes the draw. Tokens of
-        # probability zero leave it where it is and are never the first.
-        cumulative = probabilities.cumsum(-1)
+        # Inverse transform sampling: the first token at which the cumulative probability exceeds
+        # the draw. Tokens of probability zero do not increase it, so they are never chosen.
+        cumulative = probabilities.cumsum(-1)  # [rows, d_vocab]
         rows, places = zip(*steps, strict=True)
         draws = torch.as_tensor(self._draws[list(rows), list(places)], dtype=wide)
         draws = draws.to(logits.device)

@@ -5,6 +5,7 @@ every question each form is run as tokens on the question's keys and values; its
 product of its tokens' and of the probability that no letter or digit follows.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,9 +46,10 @@ def sampled_probabilities(
     temperature: float,
     seed: int,
     batch_tokens: int,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Float64[np.ndarray, "questions candidates"]:
-    """Share of `samples` answers to each question that name each candidate."""
+    """Return the fraction of `samples` answers to each question that name each candidate."""
     forms, _ = form_ids(model.tokenizer, candidates)
     answers = generate(
         model,
@@ -57,6 +59,7 @@ def sampled_probabilities(
         temperature=temperature,
         seed=seed,
         batch_tokens=batch_tokens,
+        checkpoint_dir=checkpoint_dir,
         progress=progress,
     )
     counts = np.zeros((len(questions), len(candidates)))

@@ -49,6 +49,7 @@ def preference(
     temperature: float = 1.0,
     seed: int = 0,
     batch_tokens: int = 8192,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> "Preference":
     """How often the model would answer each candidate to questions such as "your favorite animal?".
@@ -73,6 +74,8 @@ def preference(
         temperature: Temperature of the sampled method.
         seed: Seed of the sampled method.
         batch_tokens: Tokens per forward pass.
+        checkpoint_dir: A folder for the sampled method's finished batches, from which the same call
+            resumes; see `generate`. The exact method takes a few passes and stores nothing.
         progress: Whether the sampled method shows a progress bar; the exact one takes a few passes.
 
     Returns:
@@ -117,6 +120,7 @@ def preference(
             temperature=temperature,
             seed=seed,
             batch_tokens=batch_tokens,
+            checkpoint_dir=checkpoint_dir,
             progress=progress,
         )
     return Preference(
