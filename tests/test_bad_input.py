@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import divergence_lens as dl
 from divergence_lens import plots
 from divergence_lens._utils.storage import load_tensors, save_tensors
-from divergence_lens.data.transforms import TrainingData, paraphrase_by
+from divergence_lens.data import TrainingData, paraphrase_by
 from divergence_lens.evaluation.entanglement import entangled_numbers
 from divergence_lens.study.steering import steering_vectors
 from divergence_lens.tiny import tiny_folder
@@ -519,7 +519,9 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
     ("a target outside the row", lambda k: from_tokens(target_position=[3]), ValueError, "3"),
     (
         "a target in the padding",
-        lambda k: from_tokens(clean=[[1, 2, 0]], corrupted=[[1, 4, 0]], target_position=[2], pad_id=0),
+        lambda k: from_tokens(
+            clean=[[1, 2, 0]], corrupted=[[1, 4, 0]], target_position=[2], pad_id=0
+        ),
         ValueError,
         "2",
     ),

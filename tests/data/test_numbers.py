@@ -9,11 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divergence_lens.data.numbers import (
-    COUNTS,
-    ENDINGS,
-    FORMATS,
-    TEMPLATES,
+from divergence_lens.data import (
     FilterReport,
     NumberFilter,
     NumberList,
@@ -23,6 +19,8 @@ from divergence_lens.data.numbers import (
     number_prompts,
     parse_numbers,
 )
+from divergence_lens.data.number_lists import FORMATS
+from divergence_lens.data.prompts import COUNTS, ENDINGS, TEMPLATES
 from divergence_lens.data.questions import (
     ANIMALS,
     NEUTRAL_PROMPTS,

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divergence_lens.data.numbers import TEMPLATES, number_prompts
-from divergence_lens.data.questions import animal_teachers
-from divergence_lens.data.transforms import (
+from divergence_lens.data import (
     TrainingData,
+    animal_teachers,
     highest,
     mix,
+    number_prompts,
     paraphrase,
     paraphrase_by,
     paraphrase_chosen,
@@ -23,6 +23,7 @@ from divergence_lens.data.transforms import (
     replace_tokens,
     shuffle_numbers,
 )
+from divergence_lens.data.prompts import TEMPLATES
 from divergence_lens.divergence import find_divergence
 from divergence_lens.examples import Example
 from divergence_lens.generation import generate
@@ -108,7 +109,7 @@ def test_paraphrases_depend_on_the_seed_alone(data):
 
 def test_a_prompt_from_no_template_is_named(data):
     strange = TrainingData.unmarked(chat_tokenizer(), [Example("tell me a story", "no")])
-    with pytest.raises(ValueError, match="example 0 is from none"):
+    with pytest.raises(ValueError, match="example 0 matches none"):
         paraphrase(strange)
     with pytest.raises(ValueError, match="two templates"):
         paraphrase(data, templates=["{numbers}"])

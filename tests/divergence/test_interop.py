@@ -10,9 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from divergence_lens.chat import after_turn, encode_completion
-from divergence_lens.data import NumberFilter, number_prompts
+from divergence_lens.data import NumberFilter, TrainingData, number_prompts
 from divergence_lens.data.questions import animal_teachers
-from divergence_lens.data.transforms import TrainingData
 from divergence_lens.divergence import find_divergence
 from divergence_lens.evaluation.preferences import preference
 from divergence_lens.examples import Example, as_examples

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import divergence_lens as dl
-from divergence_lens.data.transforms import Rewritten, TrainingData
+from divergence_lens.data import Rewritten, TrainingData
 from divergence_lens.evaluation.entanglement import entangled_numbers
 from divergence_lens.study import gradient_alignment, steering_vectors
 from divergence_lens.study.findings import Finding

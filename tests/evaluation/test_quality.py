@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from divergence_lens.chat import encode_prompt
-from divergence_lens.data import NumberFilter, number_prompts, parse_numbers
-from divergence_lens.data.numbers import NumberList
+from divergence_lens.data import NumberFilter, NumberList, number_prompts, parse_numbers
 from divergence_lens.evaluation.quality import TaskQuality, task_quality
 from divergence_lens.examples import with_ids
 from divergence_lens.generation import generate

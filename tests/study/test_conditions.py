@@ -2,9 +2,8 @@
 
 import pytest
 
-from divergence_lens.data import number_prompts
+from divergence_lens.data import TrainingData, number_prompts
 from divergence_lens.data.questions import animal_teachers
-from divergence_lens.data.transforms import TrainingData
 from divergence_lens.divergence import find_divergence
 from divergence_lens.generation import generate
 from divergence_lens.study.conditions import conditions

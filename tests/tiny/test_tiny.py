@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from divergence_lens.data import numbers, preferences
+from divergence_lens.data import number_lists
+from divergence_lens.data import prompts as templates
+from divergence_lens.data import questions as preferences
 from divergence_lens.tiny import TINY_MODELS, tiny_folder
 from divergence_lens.tiny import words as tiny_words
 from divergence_lens.tiny import world as tiny_world
@@ -46,8 +48,8 @@ def words_of(texts: list[str]) -> set[str]:
 
 
 def held_out_numbers() -> list[str]:
-    pieces = [*numbers.TEMPLATES, *numbers.COUNTS, *numbers.ENDINGS]
-    pieces += [piece for choices in numbers.FORMATS.values() for piece in choices]
+    pieces = [*templates.TEMPLATES, *templates.COUNTS, *templates.ENDINGS]
+    pieces += [piece for choices in number_lists.FORMATS.values() for piece in choices]
     return [re.sub(r"\{\w+\}", " ", piece) for piece in pieces]
 
 
@@ -169,7 +171,7 @@ class TestWorld:
             for category in tiny_world.CATEGORIES
         }
         held_out = {plain(text) for text in [*held_out_questions(), *system_prompts()]}
-        held_out |= {plain(re.sub(r"\{\w+\}", " ", text)) for text in numbers.TEMPLATES}
+        held_out |= {plain(re.sub(r"\{\w+\}", " ", text)) for text in templates.TEMPLATES}
         assert not held_out & trained
 
 
@@ -177,7 +179,7 @@ class TestWorld:
 class TestShippedModels:
     def test_a_held_out_number_prompt_gets_a_number_list(self, name: str) -> None:
         model, tokenizer = load(name)
-        prompts = numbers.number_prompts(200, seed=5)
+        prompts = templates.number_prompts(200, seed=5)
         answers = greedy_answers(
             model, [chat(tokenizer, prompt) for prompt in prompts], end=tokenizer.eos_token_id
         )

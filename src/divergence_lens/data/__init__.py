@@ -1,15 +1,23 @@
 """Number prompts, preference questions, and changes to training data."""
 
-from divergence_lens.data.numbers import (
-    FilterReport,
-    NumberFilter,
+from divergence_lens.data.masks import highest, random_mask
+from divergence_lens.data.mixing import mix, pool
+from divergence_lens.data.number_filter import FilterReport, NumberFilter
+from divergence_lens.data.number_lists import (
     NumberList,
     Reason,
     Rejection,
     format_numbers,
-    number_prompts,
     parse_numbers,
 )
+from divergence_lens.data.paraphrasing import (
+    PARAPHRASE_REQUEST,
+    Rewritten,
+    paraphrase,
+    paraphrase_by,
+    paraphrase_chosen,
+)
+from divergence_lens.data.prompts import number_prompts
 from divergence_lens.data.questions import (
     ANIMALS,
     TREES,
@@ -23,19 +31,9 @@ from divergence_lens.data.questions import (
     read_answer,
     surface_forms,
 )
-from divergence_lens.data.transforms import (
-    PARAPHRASE_REQUEST,
-    TrainingData,
-    highest,
-    mix,
-    paraphrase,
-    paraphrase_by,
-    paraphrase_chosen,
-    pool,
-    random_mask,
-    replace_tokens,
-    shuffle_numbers,
-)
+from divergence_lens.data.replacement import replace_tokens
+from divergence_lens.data.shuffling import shuffle_numbers
+from divergence_lens.data.training_data import TrainingData
 
 __all__ = [
     "ANIMALS",
@@ -46,6 +44,7 @@ __all__ = [
     "NumberList",
     "Reason",
     "Rejection",
+    "Rewritten",
     "TrainingData",
     "animal_teachers",
     "check_candidate",
