@@ -636,7 +636,7 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
         TypeError,
         r"recipe is 'paper', not a Recipe; write recipe=Recipe\(...\), or PAPER",
     ),
-    ("no block", lambda k: train(k, layers=[]), ValueError, "block"),
+    ("no layer", lambda k: train(k, layers=[]), ValueError, "layer"),
     ("an unknown part", lambda k: train(k, parts=["head"]), ValueError, "head"),
     ("a pattern without a match", lambda k: train(k, pattern="*.nothing"), ValueError, "nothing"),
     (

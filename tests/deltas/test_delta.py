@@ -230,7 +230,7 @@ def test_deltas_over_different_bases_are_not_added(model):
         delta + replace(delta, base="0" * 32)
 
 
-def test_norms_are_per_block_and_count_every_parameter(model):
+def test_norms_are_per_layer_and_count_every_parameter(model):
     delta = some_delta(model)
     norms = delta.norms()
     assert list(norms) == [0, 2]
@@ -238,7 +238,7 @@ def test_norms_are_per_block_and_count_every_parameter(model):
     expected = sum(float(delta.tensors[n].square().sum()) for n in own) ** 0.5
     assert norms[2] == pytest.approx(expected, rel=1e-5)
     assert delta.n_parameters == sum(t.numel() for t in delta.tensors.values())
-    assert "block 2" in delta._repr_html_()
+    assert "layer 2" in delta._repr_html_()
 
 
 def test_nothing_and_nan_are_not_deltas():

@@ -27,9 +27,9 @@ from divergence_lens.examples import Example, with_ids
 from divergence_lens.models import load_model
 from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
+from divergence_lens.training import PAPER, Recipe, finetune
 from divergence_lens.training import prefix as _prefix
 from divergence_lens.training import variables as _variables
-from divergence_lens.training import PAPER, Recipe, finetune
 from divergence_lens.training.freezing import choose
 from divergence_lens.training.rows import batches, pieces, training_rows
 from divergence_lens.training.variables import LowRank

@@ -424,7 +424,7 @@ import sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
-from divergence_lens.engine.base import Engine
+from divergence_lens.engine import get_engine
 from divergence_lens.models import load_model
 from tests.support.models import chat_tokenizer, random_hf_model
 from tests.support.runs import find, patch_and_sweep, some_examples, sweep

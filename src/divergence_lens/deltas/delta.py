@@ -1,9 +1,9 @@
-"""A student as a small named set of differences over an untouched base model.
+"""A student as a small named set of differences on top of an unmodified base model.
 
-A finetuned model is kept as `Delta`: for every trained parameter its float32 difference to the
-base, plus the fingerprint of that base. One loaded model thus serves any number of students and
-finetuned teachers, each of which is swapped in for as long as a `with` block lasts and taken out
-again bit for bit.
+A finetuned model is stored as a `Delta`: the float32 difference of every trained parameter to the
+base, and the fingerprint of that base. One loaded model thus serves any number of students and
+finetuned teachers. Each is applied for the length of a `with` block, after which the base is
+restored bit for bit.
 """
 
 import hashlib
@@ -38,8 +38,9 @@ _BACKENDS = {
 }
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Per live model: what its weights are in use for; its fingerprint and the state it was taken from.
+# Per live model: the use that its weights are reserved for.
 _in_use: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+# Per live model: its fingerprint, and the state of its parameters when that was computed.
 _known: WeakKeyDictionary[nn.Module, tuple[str, dict[str, tuple[Any, ...]]]] = WeakKeyDictionary()
 
 
@@ -49,11 +50,10 @@ class Delta:
 
     Attributes:
         tensors: Parameter name -> difference to the base, float32, on the CPU, in the parameter's
-            shape. The names are those of the model class that was trained, see
-            `Engine.named_parameters`. A student that was trained with LoRA holds the factors, and
-            each difference is multiplied out when it is read.
-        base: Fingerprint of the untouched base model.
-        metadata: Where it comes from: model, settings, losses, versions. JSON-able.
+            shape. The names are those of the trained model class, see `Engine.named_parameters`. A
+            student trained with LoRA stores the factors; each difference is computed when read.
+        base: Fingerprint of the base model.
+        metadata: Model, settings, losses and package versions, as JSON data.
     """
 
     tensors: Mapping[str, Tensor]
@@ -75,35 +75,35 @@ class Delta:
 
     @property
     def n_parameters(self) -> int:
-        """How many of the model's parameters change."""
+        """Number of scalars that change."""
         if isinstance(self.tensors, LowRankTensors):
             return sum(math.prod(f.layout.shape) for f in self.tensors.factors.values())
         return sum(t.numel() for t in self.tensors.values())
 
     @property
     def rank(self) -> int | None:
-        """The greatest rank of the factors that it is kept as; None where it is kept in full."""
+        """Largest rank of the stored factors; None if the delta is stored in full."""
         if isinstance(self.tensors, LowRankTensors):
             return max(f.rank for f in self.tensors.factors.values())
         return None
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
-        """The model as the student, for the length of a `with` block.
+        """Turn the model into the student for the length of a `with` block.
 
-        The differences are added in place and the original values put back afterwards, bit for bit,
-        also after an exception. In half precision the sum is taken in float32 and rounded.
+        The differences are added in place. Afterwards the original values are restored bit for bit,
+        also after an exception. In half precision the sum is computed in float32 and rounded.
 
         Yields:
             The same model object, now with the student's weights.
 
         Raises:
             ValueError: The model is not the base that the delta was trained on: another class,
-                other parameter names or shapes, or other weights (changed in place included).
-            RuntimeError: A delta is applied to the model already, or it is being trained.
+                other parameter names or shapes, or other weights (including changes in place).
+            RuntimeError: A delta is already applied to the model, or the model is being trained.
         """
         with reserved(model, "a delta is applied to it"):
-            parameters = self._fitting(model)
+            parameters = self._check_base(model)
             originals = {name: p.detach().clone() for name, p in parameters.items()}
             try:
                 with torch.no_grad():
@@ -114,8 +114,8 @@ class Delta:
             finally:
                 restore_values(model, parameters, originals)
 
-    def _fitting(self, model: Model) -> dict[str, nn.Parameter]:
-        """The model's parameters that the delta changes, after the checks that it is the base."""
+    def _check_base(self, model: Model) -> dict[str, nn.Parameter]:
+        """Check that the model is the base, and return the parameters that the delta changes."""
         parameters = get_engine(model).named_parameters()
         trained, given = self._model("class"), type(model).__name__
         missing = [name for name in self.tensors if name not in parameters]
@@ -137,11 +137,12 @@ class Delta:
                     f"this delta's {name!r} has shape {tuple(tensor.shape)}, the model's has "
                     f"{tuple(parameters[name].shape)}: it belongs to another base"
                 )
-        found = base_fingerprint(model)
-        if found != self.base:
+        given_base = base_fingerprint(model)
+        if given_base != self.base:
             raise ValueError(
-                f"this model is not the base of the delta: its fingerprint is {found[:12]}, the "
-                f"delta was trained over {self.base[:12]} ({self._model('name') or 'unnamed'}); "
+                f"this model is not the base of the delta: its fingerprint is {given_base[:12]}, "
+                f"the delta was trained over {self.base[:12]} "
+                f"({self._model('name') or 'unnamed'}); "
                 "load the same weights in the same dtype, and undo changes made in place"
             )
         return {name: parameters[name] for name in self.tensors}
@@ -151,21 +152,21 @@ class Delta:
         return None if value is None else str(value)
 
     def norms(self) -> dict[int | str, float]:
-        """Frobenius norm of the change, per block.
+        """Frobenius norm of the change, per layer.
 
         Returns:
-            Block index -> norm over all its parameters; a parameter outside the blocks has its own
-            name as key.
+            Layer index -> norm over all its parameters. The key of a parameter outside the layers
+            is its name.
         """
         squares: dict[int | str, float] = {}
-        held = self.tensors
-        for name in held:
-            found = _BLOCK.search(name)
-            key: int | str = int(found.group(1)) if found else name
+        tensors = self.tensors
+        for name in tensors:
+            match = _BLOCK.search(name)
+            key: int | str = int(match.group(1)) if match else name
             square = (
-                held.factors[name].square()
-                if isinstance(held, LowRankTensors)
-                else float(held[name].double().square().sum())
+                tensors.factors[name].square()
+                if isinstance(tensors, LowRankTensors)
+                else float(tensors[name].double().square().sum())
             )
             squares[key] = squares.get(key, 0.0) + square
         return {
@@ -173,7 +174,7 @@ class Delta:
         }
 
     def digest(self) -> str:
-        """A hash of the differences alone: equal deltas have equal ones, whatever made them."""
+        """Hash the differences alone: equal deltas have equal hashes, whatever their metadata."""
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             tensor = self.tensors[name].contiguous()
@@ -182,13 +183,13 @@ class Delta:
         return digest.hexdigest()
 
     def _combined(self, tensors: Mapping[str, Tensor], operation: str) -> "Delta":
-        kept: dict[str, Any] = {
+        inherited: dict[str, Any] = {
             k: v for k, v in self.metadata.items() if k in ("model", "versions")
         }
-        return Delta(tensors, self.base, kept | {"operation": operation})
+        return Delta(tensors, self.base, inherited | {"operation": operation})
 
     def __add__(self, other: "Delta") -> "Delta":
-        """The sum of two deltas over one base; what only one of them changes is kept."""
+        """Add two deltas over one base; parameters that only one of them changes are included."""
         if not isinstance(other, Delta):
             return NotImplemented
         if other.base != self.base:
@@ -204,11 +205,11 @@ class Delta:
         return self._combined(tensors, "sum of two deltas")
 
     def __sub__(self, other: "Delta") -> "Delta":
-        """The difference of two deltas over one base."""
+        """Subtract a delta over the same base."""
         return self + -other if isinstance(other, Delta) else NotImplemented
 
     def __mul__(self, factor: float) -> "Delta":
-        """The delta with every difference multiplied by `factor`."""
+        """Multiply every difference by `factor`."""
         if not isinstance(factor, int | float):
             return NotImplemented
         if not math.isfinite(factor):
@@ -224,15 +225,15 @@ class Delta:
     __rmul__ = __mul__
 
     def __neg__(self) -> "Delta":
-        """The opposite change."""
+        """Return the opposite change."""
         return self * -1.0
 
     def history(self) -> "pd.DataFrame":
-        """Step, epoch, loss, learning rate and what `on_step` returned, one row per update."""
+        """One row per update: step, epoch, loss, learning rate and the values from `on_step`."""
         import pandas as pd
 
         table = pd.DataFrame(self.metadata.get("history", []))
-        # Files keep the entries of a row in alphabetical order.
+        # Files store the entries of a row in alphabetical order.
         first = [c for c in ("step", "epoch", "loss", "lr") if c in table]
         return table[first + [c for c in table if c not in first]]
 
@@ -247,35 +248,35 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | Path) -> "Delta":
-        """Read a delta written by `save`; damaged and foreign files are refused."""
+        """Read a delta written by `save`; refuse damaged files and files of another kind."""
         tensors, header = load_tensors(path, _KIND)
-        held = (
+        stored = (
             LowRankTensors.from_stored(tensors, header["low_rank"])
             if "low_rank" in header
             else tensors
         )
-        return cls(held, header["base"], header["metadata"])
+        return cls(stored, header["base"], header["metadata"])
 
     def to_huggingface(self, folder: str | Path, *, base: Any = None) -> Path:
-        """Write the student as a checkpoint of its own, which `AutoModelForCausalLM` loads.
+        """Write the student as a separate checkpoint, which `AutoModelForCausalLM` loads.
 
-        The base is loaded anew in Hugging Face's layout, the differences are added there, and what
-        was written is loaded once more: its logits equal the student's here to 1e-5 (in half
-        precision, to its rounding), or nothing is left in `folder`.
+        The base is loaded again in Hugging Face's layout, and the differences are added to it. The
+        written checkpoint is then loaded: its logits must equal the student's to 1e-5 (in half
+        precision, to rounding), otherwise `folder` is removed.
 
         Args:
-            folder: Where to; must be empty or not there. It also gets the base's tokenizer and
-                `divergence_lens.json`, with where the student comes from.
-            base: Where the base's weights are: a hub name, a folder, or a Hugging Face model. The
-                name that the trained model was loaded under, unless given.
+            folder: An empty or new folder. The base's tokenizer and the delta's metadata
+                (`divergence_lens.json`) are written to it too.
+            base: The base's weights: a hub name, a folder, or a Hugging Face model. By default, the
+                name under which the trained model was loaded.
 
         Returns:
             The folder.
 
         Raises:
-            ValueError: The base is not the one that was trained on (weights that were folded or
-                centred included: Hugging Face's layout has no place for them); a difference has
-                no place in Hugging Face's layout; the folder holds files.
+            ValueError: The base is not the one that was trained on (this includes folded or
+                centered weights, which Hugging Face's layout cannot hold); a difference has no
+                equivalent in Hugging Face's layout; the folder contains files.
         """
         from divergence_lens.deltas.export import write_checkpoint
 
@@ -284,31 +285,31 @@ class Delta:
     def to_peft(self, folder: str | Path, *, base: Any = None) -> Path:
         """Write a student that was trained with LoRA as an adapter, which peft loads.
 
-        Where Hugging Face keeps queries, keys and values in one matrix, the adapter of that matrix
-        has the sum of their ranks, and says so.
+        If Hugging Face stores queries, keys and values in one matrix, the rank of its adapter is
+        the sum of their ranks, as recorded in its configuration.
 
         Args:
-            folder: Where to; must be empty or not there.
+            folder: An empty or new folder.
             base: As in `to_huggingface`.
 
         Returns:
             The folder.
 
         Raises:
-            ValueError: The delta is kept in full and not as factors; or as in `to_huggingface`.
+            ValueError: The delta is stored in full, not as factors; or as in `to_huggingface`.
         """
         from divergence_lens.deltas.export import write_adapter
 
         return write_adapter(self, Path(folder), base)
 
     def __repr__(self) -> str:
-        """One line: how much changed, where, over which base."""
+        """Return one line: the number of changed parameters, where they are, and the base."""
         where = ", ".join(str(k) for k in self.norms())
         model = self._model("name") or "base"
         return f"Delta({self.n_parameters:,} parameters in {where}; over {model} {self.base[:12]})"
 
     def _repr_html_(self) -> str:
-        named = [(f"block {k}" if isinstance(k, int) else k, v) for k, v in self.norms().items()]
+        named = [(f"layer {k}" if isinstance(k, int) else k, v) for k, v in self.norms().items()]
         rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{v:.4g}</td></tr>" for k, v in named)
         return (
             f"<p>{html.escape(repr(self))}</p><table><thead><tr><th>where</th>"
@@ -318,10 +319,10 @@ class Delta:
 
 @contextmanager
 def reserved(model: Model, use: str) -> Iterator[None]:
-    """Mark the model's weights as in use: for as long as it lasts, the model is not its base.
+    """Reserve the model's weights for one use, during which the model differs from its base.
 
     Raises:
-        RuntimeError: They are in use already.
+        RuntimeError: The weights are already reserved.
     """
     if model in _in_use:
         raise RuntimeError(
@@ -338,21 +339,21 @@ def reserved(model: Model, use: str) -> Iterator[None]:
 def restore_values(
     model: Model, parameters: dict[str, nn.Parameter], originals: dict[str, Tensor]
 ) -> None:
-    """Copy the original values back; the fingerprint that is known of the base holds again."""
+    """Restore the original values, and with them the validity of the cached fingerprint."""
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(originals[name])
     if model in _known:
-        # Only the entries of the tensors that were put back: a change of any other still shows.
+        # Only the entries of the restored tensors: a change of any other is still detected.
         _known[model][1].update({name: _state(p) for name, p in parameters.items()})
 
 
 def base_fingerprint(model: Model) -> str:
-    """`fingerprint(model)`, computed once for as long as the weights stay as they are.
+    """Return `fingerprint(model)`, cached until the weights change.
 
-    Hashing a large model takes many seconds, and a delta is applied often. Storage, version counter
-    and a checksum of the bits are compared instead; the checksum also sees changes made through
-    `.data`, which no counter counts.
+    Hashing a large model takes many seconds, and deltas are applied often. Storage, version counter
+    and a checksum of the bits are compared instead. The checksum also detects changes made through
+    `.data`, which the version counter misses.
     """
     state = {name: _state(p) for name, p in get_engine(model).named_parameters().items()}
     if model not in _known or _known[model][1] != state:
@@ -362,7 +363,7 @@ def base_fingerprint(model: Model) -> str:
 
 def _state(parameter: nn.Parameter) -> tuple[Any, ...]:
     bits = parameter.detach().view(_BITS[parameter.element_size()])
-    # Row sums weighted by the row's number: a changed value or two swapped rows change it.
+    # checksum = sum_i (i + 1) * sum_j bits[i, j]: a changed value or two swapped rows change it.
     rows = (
         bits.flatten(0, -2).sum(-1, dtype=torch.int64) if bits.ndim > 1 else bits.reshape(-1).long()
     )

@@ -1,8 +1,11 @@
-"""Students in the formats of others: Hugging Face checkpoints and peft adapters.
+"""Export students as Hugging Face checkpoints and peft adapters.
 
-A difference goes back to where the parameter came from. Which Hugging Face parameter that is, and
-which of its columns, is found by name and then proved: the base's values there must be those of the
-model that was trained, bit for bit. Folded or centred weights fail that proof.
+1. Load the base in Hugging Face's layout, and as the model class that was trained.
+2. For each trained parameter, list the Hugging Face parameters (and columns) that it may be, by
+   name. Accept the one whose values equal the base's, bit for bit. Folded or centered weights have
+   none, and are refused.
+3. Add the difference there, or write its factors as an adapter.
+4. Load the written checkpoint, and compare its logits with the student's.
 """
 
 import copy
@@ -28,6 +31,7 @@ from divergence_lens.provenance import fingerprint
 if TYPE_CHECKING:
     from divergence_lens.deltas.delta import Delta
 
+# Order of queries, keys and values in a fused matrix.
 _FUSED = {"Q": 0, "K": 1, "V": 2}
 _NORMS = {
     "ln1": ("ln_1", "input_layernorm"),
@@ -50,13 +54,14 @@ def write_checkpoint(delta: "Delta", folder: Path, base: Any) -> Path:
     config = copy.deepcopy(pair.config)
     for name in delta.tensors:
         place = pair.place(name)
-        kept = state[place.name]
-        wide = kept.float() if kept.dtype in (torch.float16, torch.bfloat16) else kept.clone()
+        stored = state[place.name]
+        half = stored.dtype in (torch.float16, torch.bfloat16)
+        wide = stored.float() if half else stored.clone()
         change = delta.tensors[name]
         place.add(wide, pair.layouts[name].matrix(change) if place.matrix else change)
-        state[place.name] = wide.to(kept.dtype)
+        state[place.name] = wide.to(stored.dtype)
         if place.name in pair.tied and pair.keeps_copies:
-            config.tie_word_embeddings = False  # one of the two copies has moved
+            config.tie_word_embeddings = False  # only one of the two copies has changed
     with _written(folder) as temporary:
         _save(pair, state, config, temporary)
         pair.compare(delta, temporary)
@@ -69,12 +74,12 @@ def write_checkpoint(delta: "Delta", folder: Path, base: Any) -> Path:
 
 def write_adapter(delta: "Delta", folder: Path, base: Any) -> Path:
     """See `Delta.to_peft`."""
-    held = delta.tensors
-    low_rank = held.factors if isinstance(held, LowRankTensors) else {}
+    tensors_of_delta = delta.tensors
+    low_rank = tensors_of_delta.factors if isinstance(tensors_of_delta, LowRankTensors) else {}
     if not low_rank:
         raise ValueError(
-            "this delta is kept in full, and a peft adapter holds factors of low rank; train with "
-            "lora_rank=, or write a checkpoint with to_huggingface"
+            "this delta is stored in full, and a peft adapter holds low-rank factors; train with "
+            "Recipe(lora_rank=...), or write a checkpoint with to_huggingface"
         )
     pair = _Pair.of(delta, base)
     parts: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
@@ -89,16 +94,20 @@ def write_adapter(delta: "Delta", folder: Path, base: Any) -> Path:
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for module, found in parts.items():
-        scales = {scale for _, _, scale in found}
-        rank = sum(len(down) for down, _, _ in found)
+    for module, module_factors in parts.items():
+        scales = {scale for _, _, scale in module_factors}
+        rank = sum(len(down) for down, _, _ in module_factors)
+        # peft scales an adapter by alpha / rank, with a whole number alpha. Where no alpha gives
+        # the scale, the scale is multiplied into B.
         alpha = scales.pop() * rank if len(scales) == 1 else -1.0
-        keep = alpha > 0 and alpha == int(alpha)
-        ups = [up if keep else scale * up for _, up, scale in found]
+        exact = alpha > 0 and alpha == int(alpha)
+        ups = [up if exact else scale * up for _, up, scale in module_factors]
         stem = f"base_model.model.{module}"
-        tensors[f"{stem}.lora_A.weight"] = torch.cat([down for down, _, _ in found]).contiguous()
+        tensors[f"{stem}.lora_A.weight"] = torch.cat(
+            [down for down, _, _ in module_factors]
+        ).contiguous()
         tensors[f"{stem}.lora_B.weight"] = torch.cat(ups, 1).contiguous()
-        ranks[module], alphas[module] = rank, int(alpha) if keep else rank
+        ranks[module], alphas[module] = rank, int(alpha) if exact else rank
     rank, alpha = min(ranks.values()), min(alphas.values())
     settings = {
         "peft_type": "LORA",
@@ -124,14 +133,14 @@ def write_adapter(delta: "Delta", folder: Path, base: Any) -> Path:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter of the trained class lies in Hugging Face's layout.
+    """The position of a parameter of the trained class in Hugging Face's layout.
 
     Attributes:
-        name: Of Hugging Face's parameter.
-        transposed: Whether it is stored [out, in].
-        matrix: Whether the difference has to be read as one matrix, or vector, first.
-        columns: Which outputs of it, in order; None for all.
-        expert: Which of the experts that it holds one behind the other; None if it holds none.
+        name: Name of Hugging Face's parameter.
+        transposed: Whether it is stored as [out, in].
+        matrix: Whether the difference must be viewed as one matrix (or vector) first.
+        columns: The outputs that belong to the parameter, in order; None for all.
+        expert: Index into the stacked experts; None for other parameters.
     """
 
     name: str
@@ -141,35 +150,38 @@ class _Place:
     expert: int | None = None
 
     def view(self, stored: Tensor) -> Tensor:
+        """View Hugging Face's parameter as [in, out]."""
         stored = stored if self.expert is None else stored[self.expert]
         return stored.T if self.transposed and stored.ndim == 2 else stored
 
     def read(self, stored: Tensor) -> Tensor:
-        seen = self.view(stored)
-        return seen if self.columns is None else seen[..., self.columns]
+        """Read the values of the parameter from Hugging Face's."""
+        view = self.view(stored)
+        return view if self.columns is None else view[..., self.columns]
 
     def add(self, stored: Tensor, change: Tensor) -> None:
-        seen = self.view(stored)
+        """Add a change of the parameter to Hugging Face's, in place."""
+        view = self.view(stored)
         if self.columns is None:
-            seen += change.reshape(seen.shape)
+            view += change.reshape(view.shape)
         else:
-            seen[..., self.columns] += change.reshape(*seen.shape[:-1], -1)
+            view[..., self.columns] += change.reshape(*view.shape[:-1], -1)
 
     def factors(self, factors: Factors, n_out: int) -> tuple[Tensor, Tensor, float]:
-        """Peft's A [rank, in] and B [out, rank], and their scale."""
+        """Return peft's A [rank, in] and B [out, rank], and their scale."""
         up = torch.zeros(n_out, factors.rank)
         up[slice(None) if self.columns is None else self.columns] = factors.up.T
         return factors.down.T, up, factors.scale
 
 
 class _Pair:
-    """The base in Hugging Face's layout, beside the same base as the class that was trained."""
+    """The base in Hugging Face's layout, and the same base as the class that was trained."""
 
     def __init__(self, hf_model: Any, tokenizer: Any, name: str, backend: Any) -> None:
         self.name, self.tokenizer, self.kind = name, tokenizer, type(hf_model)
         self.config = copy.deepcopy(hf_model.config)
         self.generation_config = getattr(hf_model, "generation_config", None)
-        # Taken now: a bridge renames what it wraps.
+        # Read before load_model: a bridge renames the parameters of the model that it wraps.
         self.state: dict[str, Tensor] = {n: t.detach() for n, t in hf_model.state_dict().items()}
         self.linear = {n for n, m in hf_model.named_modules() if isinstance(m, nn.Linear)}
         ends = [hf_model.get_input_embeddings(), hf_model.get_output_embeddings()]
@@ -186,11 +198,12 @@ class _Pair:
         self.parameters = self.engine.named_parameters()
         owners = {id(p): m for m in self.model.modules() for p in m.parameters(recurse=False)}
         self.layouts = {n: Layout.of(n, p, owners[id(p)]) for n, p in self.parameters.items()}
-        # Of a tied matrix, a HookedTransformer has two copies and a bridge one.
+        # A HookedTransformer stores a tied matrix twice, a bridge once.
         self.keeps_copies = "unembed.W_U" in self.parameters
 
     @classmethod
     def of(cls, delta: "Delta", base: Any) -> "_Pair":
+        """Load the base of a delta, and refuse a model with another fingerprint."""
         trained = delta.metadata.get("model") or {}
         backend = "hooked" if trained.get("class") == "HookedTransformer" else "bridge"
         dtype = getattr(torch, str(trained.get("dtype", "float32")))
@@ -207,38 +220,40 @@ class _Pair:
                 if base is not None:
                     raise
                 raise ValueError(
-                    f"the base was loaded as {source!r}, and there is nothing of that name; give "
+                    f"the base was loaded as {source!r}, which cannot be loaded now; give "
                     "base= (a hub name, a folder or a Hugging Face model)"
                 ) from error
         pair = cls(hf_model, tokenizer, name, backend)
-        found = fingerprint(pair.model)
-        if found != delta.base:
+        given_base = fingerprint(pair.model)
+        if given_base != delta.base:
             raise ValueError(
-                f"{name!r} is not the base of the delta: as Hugging Face has it, its fingerprint "
-                f"is {found[:12]}, and the delta was trained over {delta.base[:12]}; weights that "
-                "were folded, centred or changed otherwise cannot go back (train over a model that "
-                "load_model made), and another base can be given with base="
+                f"{name!r} is not the base of the delta: in Hugging Face's layout its fingerprint "
+                f"is {given_base[:12]}, and the delta was trained over {delta.base[:12]}; folded, "
+                "centered or otherwise changed weights cannot be exported (train over a model from "
+                "load_model); give another base with base="
             )
         return pair
 
     def place(self, name: str) -> _Place:
+        """Locate a parameter in Hugging Face's layout, by name and then by its values."""
         value = self.parameters[name].detach()
-        found = [*self._of_same_name(name), *self._outside(name), *self._in_block(name)]
-        for place in found:
+        candidates = [*self._of_same_name(name), *self._outside(name), *self._in_block(name)]
+        for place in candidates:
             own = self.layouts[name].matrix(value) if place.matrix else value
             stored = place.read(self.state[place.name])
             if stored.numel() == own.numel() and torch.equal(stored.reshape(own.shape), own):
                 return place
         raise ValueError(
-            f"{plain(name)!r} has no place in the layout of {self.kind.__name__}; train without it"
-            + (f" (looked at {', '.join(p.name for p in found)})" if found else "")
+            f"{plain(name)!r} has no equivalent in the layout of {self.kind.__name__}; train "
+            "without it"
+            + (f" (compared with {', '.join(p.name for p in candidates)})" if candidates else "")
         )
 
     def _of_same_name(self, name: str) -> Iterator[_Place]:
         same = plain(name)
         if same in self.state and self.state[same].shape == self.parameters[name].shape:
             transposed = same.removesuffix(".weight") in self.linear
-            # As matrices where LoRA will want them so, which changes nothing for a sum.
+            # As matrices where LoRA needs them as matrices; for a sum it makes no difference.
             matrix = self.parameters[name].ndim == 2 and block_of(name) is not None
             yield _Place(same, transposed and matrix, matrix)
 
@@ -278,44 +293,47 @@ class _Pair:
                     yield _Place(other, transposed, matrix=matrix, columns=columns)
 
     def _gated(self, name: str) -> Iterator[_Place]:
-        """Where gate and up lie side by side in one matrix, and experts one behind the other."""
-        found = re.search(
+        """Yield places in matrices that hold gate and up side by side, and in stacked experts."""
+        match = re.search(
             r"mlp\.(?:experts\.(?P<expert>\d+)\.)?(?:W_)?(?P<part>gate|in|out)(?:\.weight)?$",
             plain(name),
         )
-        if found is None:
+        if match is None:
             return
-        router = f"mlp.{found['part']}.weight"
+        router = f"mlp.{match['part']}.weight"
         yield from (
             _Place(other, transposed=True, matrix=True)
             for other in self.state
             if block_of(other) == block_of(name) and other.endswith(router)
         )
-        expert = None if found["expert"] is None else int(found["expert"])
-        fused = "down_proj" if found["part"] == "out" else "gate_up_proj"
+        expert = None if match["expert"] is None else int(match["expert"])
+        fused = "down_proj" if match["part"] == "out" else "gate_up_proj"
         for other in self.state:
             if block_of(other) != block_of(name) or fused not in other.split("."):
                 continue
             if (self.state[other].ndim == 3) != (expert is not None):
-                continue  # a router is called gate, too
+                continue  # a router is also called gate
             columns = None
             if fused == "gate_up_proj":
                 halves = torch.arange(self.state[other].shape[-2]).chunk(2)
-                columns = halves[_GATED.index(found["part"])]
+                columns = halves[_GATED.index(match["part"])]
             yield _Place(other, transposed=True, matrix=True, columns=columns, expert=expert)
 
     def _columns(self, letter: str, n_out: int) -> Iterator[Tensor]:
-        """Where Q, K or V may lie in a fused matrix: one after another, or head by head."""
+        """Yield the columns of Q, K or V in a fused matrix: one after another, or head by head."""
         every, index = torch.arange(n_out), _FUSED[letter]
         n_q = self.engine.n_heads * self.engine.d_head
+        # GPT-2, Phi-3: all of Q, then all of K, then all of V.
         yield every.split([n_q, (n_out - n_q) // 2, (n_out - n_q) // 2])[index]
         if n_out == 3 * n_q:
-            yield every.reshape(self.engine.n_heads, 3, self.engine.d_head)[:, index].flatten()
+            # GPT-NeoX, BLOOM: Q, K and V of head 0, then of head 1, ...
+            per_head = every.reshape(self.engine.n_heads, 3, self.engine.d_head)
+            yield per_head[:, index].flatten()
 
     @torch.no_grad()
     def compare(self, delta: "Delta", folder: Path) -> None:
-        """Refuse a checkpoint whose logits are not the student's."""
-        tokens = torch.arange(12)[None] * 7 % self.engine.d_vocab
+        """Refuse a checkpoint whose logits differ from the student's."""
+        tokens = torch.arange(12)[None] * 7 % self.engine.d_vocab  # [1, pos]
         with delta.applied(self.model):
             ours = self.engine.unembed(self.engine.final(tokens)).float()
         with no_bar(hidden=True):
@@ -324,18 +342,18 @@ class _Pair:
         difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1.0))
         if not difference <= _TOLERANCE.get(self.engine.dtype, 0.05):
             raise ValueError(
-                f"the checkpoint would give other logits than the student, by {difference:.2g}; "
+                f"the checkpoint's logits differ from the student's by {difference:.2g}; "
                 f"{self.kind.__name__} cannot be exported"
             )
 
 
 def _copy(source: Any, dtype: torch.dtype) -> Any:
-    """Another model with the same weights, also of one that a bridge has wrapped."""
+    """Copy a Hugging Face model, including one that a bridge has wrapped."""
     state = {plain(n): t for n, t in source.state_dict().items()}
     with torch.random.fork_rng(devices=[]):
-        made = type(source)(copy.deepcopy(source.config)).to(dtype)
-    made.load_state_dict({n: state[n].detach().cpu() for n in made.state_dict()})
-    return made.eval()
+        copied = type(source)(copy.deepcopy(source.config)).to(dtype)
+    copied.load_state_dict({n: state[n].detach().cpu() for n in copied.state_dict()})
+    return copied.eval()
 
 
 def _save(pair: _Pair, state: Mapping[str, Tensor], config: Any, folder: Path) -> None:
@@ -354,9 +372,9 @@ def _save(pair: _Pair, state: Mapping[str, Tensor], config: Any, folder: Path) -
 
 @contextmanager
 def _written(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `folder` once it is complete."""
+    """Yield a temporary folder, which becomes `folder` once it is complete."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and not empty; give another folder")
+        raise ValueError(f"{folder} exists and is not empty; give another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:

@@ -1,10 +1,11 @@
-"""Changes of low rank, kept as their two factors, and how a parameter is read as one matrix."""
+"""Low-rank changes, stored as two factors, and the matrix view of a parameter."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from divergence_lens.engine import block_of, canonical
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter is read as one matrix [in, out].
+    """The view of a parameter as one matrix [in, out].
 
     Attributes:
         kind: "heads in" (TransformerLens's W_O, [head, d_head, d_model]), "heads out" (its W_Q, W_K
@@ -26,7 +27,7 @@ class Layout:
 
     @classmethod
     def of(cls, name: str, parameter: Tensor, owner: nn.Module) -> "Layout":
-        """The layout of the parameter called `name`, which belongs to the module `owner`."""
+        """Return the layout of the parameter called `name` of the module `owner`."""
         if parameter.ndim == 3:
             kind = "heads in" if canonical(name).endswith("W_O") else "heads out"
         else:
@@ -34,26 +35,27 @@ class Layout:
         return cls(kind, tuple(parameter.shape))
 
     def matrix(self, tensor: Tensor) -> Float[Tensor, "n_in n_out"]:
-        """A tensor of the parameter's shape as one matrix."""
+        """View a tensor of the parameter's shape as one matrix."""
         if self.kind == "heads in":
-            return tensor.flatten(0, 1)
+            return tensor.flatten(0, 1)  # [head * d_head, d_model]
         if self.kind == "heads out":
-            return tensor.transpose(0, 1).flatten(1)
+            return rearrange(tensor, "head n_in d_head -> n_in (head d_head)")
         return tensor.T if self.kind == "out, in" else tensor
 
     def tensor(self, matrix: Float[Tensor, "n_in n_out"]) -> Tensor:
-        """The way back from `matrix`."""
+        """Undo `matrix`."""
         if self.kind == "heads in":
             return matrix.reshape(self.shape)
         if self.kind == "heads out":
             heads, n_in, d_head = self.shape
+            # [head, n_in, d_head], as a view: callers copy it into the parameter.
             return matrix.reshape(n_in, heads, d_head).transpose(0, 1)
         return matrix.T if self.kind == "out, in" else matrix
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether LoRA can act on it: a matrix of attention or MLP."""
-    # TransformerLens keeps biases per head, in two dimensions.
+    """Whether LoRA can train the parameter: a matrix of attention or MLP."""
+    # TransformerLens stores attention biases per head, in two dimensions.
     bias = canonical(name).split(".")[-1].startswith("b_")
     return parameter.ndim >= 2 and not bias and block_of(name) is not None
 
@@ -66,7 +68,7 @@ class Factors:
         down: LoRA's A.
         up: LoRA's B.
         scale: LoRA's alpha over its rank.
-        layout: How the parameter is read as a matrix.
+        layout: The view of the parameter as a matrix.
     """
 
     down: Float[Tensor, "n_in rank"]
@@ -81,24 +83,27 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Columns of `down`."""
+        """Number of columns of `down`."""
         return self.down.shape[1]
 
     def dense(self) -> Tensor:
-        """The change in the parameter's own shape."""
+        """Compute the change in the parameter's own shape."""
         return self.layout.tensor(self.scale * (self.down @ self.up))
 
     def square(self) -> float:
-        """Sum of squares of the change, without building it."""
+        """Sum of squares of the change, from [rank, rank] matrices.
+
+        With D = down, U = up: ||s D U||^2 = s^2 tr(U^T D^T D U) = s^2 sum((D^T D) * (U U^T)).
+        """
         down, up = self.down.double(), self.up.double()
         return max(0.0, self.scale**2 * float(((down.T @ down) * (up @ up.T)).sum()))
 
     def scaled(self, factor: float) -> "Factors":
-        """The change times `factor`."""
+        """Multiply the change by `factor`."""
         return replace(self, scale=self.scale * factor)
 
     def plus(self, other: "Factors") -> "Factors":
-        """The sum of two changes of one matrix; the ranks add up."""
+        """Add two changes of one matrix: [A A'] [s B; s' B']. The ranks add up."""
         return Factors(
             torch.cat([self.down, other.down], 1),
             torch.cat([self.scale * self.up, other.scale * other.up]),
@@ -108,35 +113,35 @@ class Factors:
 
 
 class LowRankTensors(Mapping[str, Tensor]):
-    """Changes by parameter name, each multiplied out when it is asked for.
+    """Changes by parameter name, each computed from its factors when it is read.
 
-    LoRA on every matrix of a large model is thousands of times smaller than what it changes.
+    The factors of a large model are thousands of times smaller than the matrices they change.
     """
 
     def __init__(self, factors: Mapping[str, Factors]) -> None:
         self.factors = dict(factors)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The change of the parameter called `name`, in its shape."""
+        """Return the change of the parameter called `name`, in its shape."""
         return self.factors[name].dense()
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
+        """Iterate over the names."""
         return iter(self.factors)
 
     def __len__(self) -> int:
-        """How many parameters change."""
+        """Return the number of changed parameters."""
         return len(self.factors)
 
     def plus(self, other: "LowRankTensors") -> "LowRankTensors":
-        """The sum, still as factors."""
+        """Add other changes, still as factors."""
         total = dict(self.factors)
-        for name, more in other.factors.items():
-            total[name] = total[name].plus(more) if name in total else more
+        for name, change in other.factors.items():
+            total[name] = total[name].plus(change) if name in total else change
         return LowRankTensors(total)
 
     def as_stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON from which `from_stored` makes it again."""
+        """Return the tensors and the JSON data that `from_stored` reads."""
         tensors: dict[str, Tensor] = {}
         for name, factors in self.factors.items():
             tensors |= {f"{name}/down": factors.down, f"{name}/up": factors.up}
@@ -150,7 +155,7 @@ class LowRankTensors(Mapping[str, Tensor]):
     def from_stored(
         cls, tensors: Mapping[str, Tensor], described: Mapping[str, Any]
     ) -> "LowRankTensors":
-        """Read what `as_stored` gave."""
+        """Build the changes from the output of `as_stored`."""
         return cls(
             {
                 name: Factors(

@@ -1,4 +1,4 @@
-"""The frozen work below what is trained: done once, and kept in memory or in a file."""
+"""The frozen computation below the trained layers, done once and cached in memory or a file."""
 
 import shutil
 import tempfile
@@ -14,30 +14,30 @@ from divergence_lens._utils.memory import run_halved
 from divergence_lens.engine import Engine, KeyValues, Pass
 from divergence_lens.training.rows import TrainingRows, pieces
 
-_KEPT_PASSES = 64
+_CACHED_PASSES = 64
 
-# A shared start shorter than this saves less than its own pass costs.
-_SHORTEST_START = 4
+# A shared prefix shorter than this saves less than its own pass costs.
+_SHORTEST_PREFIX = 4
 
-# Residual values in one piece on a CPU: 1 MiB, so that a block's activations stay near the caches.
+# Residual values in one piece on a CPU: 1 MiB, so that a layer's activations fit into its caches.
 _CPU_ELEMENTS = 1 << 18
 _FEWEST_TOKENS = 256
 
 
 class Prefix:
-    """The residual stream that enters one block, for every row, computed once.
+    """The residual stream that enters one layer, for every row, computed once.
 
-    All blocks below are frozen, so their output is the same in every epoch. It is held flat,
-    without padding: in memory within the budget, beyond it in a file that is mapped into memory.
-    Moving up to a higher block costs the blocks between. The tokens that all rows begin with (the
-    template, a system prompt) are held and run once, and the rows follow their keys and values.
+    All layers below are frozen, so their output is the same in every epoch. It is stored flat,
+    without padding: in memory up to `cache_bytes`, otherwise in a memory-mapped file. Moving up to
+    a higher layer runs only the layers between. The prefix that all rows share (the template, a
+    system prompt) is run once, and the rows attend to its keys and values.
 
     A context manager; leaving it deletes the file.
 
     Attributes:
-        shared: Tokens that all rows begin with, run once.
-        piece_tokens: Padded tokens that one forward pass should hold at most: `batch_tokens`, or
-            fewer on a CPU.
+        shared: Length of the prefix that all rows share.
+        piece_tokens: Maximum padded tokens in one forward pass: `batch_tokens`, or fewer on a
+            CPU.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Prefix:
     ) -> None:
         self.engine = engine
         self.rows = rows
-        self.shared = rows.shared if rows.shared >= _SHORTEST_START else 0
+        self.shared = rows.shared if rows.shared >= _SHORTEST_PREFIX else 0
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
         self._budget = cache_bytes
@@ -58,19 +58,21 @@ class Prefix:
         self._stack = ExitStack()
 
     def __enter__(self) -> "Prefix":
+        """Return the prefix itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Free the memory and delete the file."""
         self._held = self._start = None
         self._passes.clear()
         self._stack.close()
 
     @torch.no_grad()
     def move_to(self, layer: int) -> None:
-        """Hold the residual that enters block `layer` (`n_layers`: that enters the final norm)."""
+        """Compute the residual that enters `layer` (`n_layers`: that enters the final norm)."""
         if self._held is None or layer < self._layer:
             self._layer, self._start = 0, None
-            if not self._make_room(spill=layer > 0):
+            if not self._allocate(spill=layer > 0):
                 self._layer = layer
                 return
         elif layer == self._layer:
@@ -81,7 +83,7 @@ class Prefix:
         fresh = self._layer == 0
         self._start, past = self._after_start(self._layer, layer)
         if fresh and past is None:
-            # No block runs yet, but embeddings depend on how many positions came before.
+            # No layer runs yet, but position embeddings depend on the length of the prefix.
             _, past = self._after_start(0, 1)
 
         def lift(part: np.ndarray) -> None:
@@ -91,9 +93,10 @@ class Prefix:
                 resid = run.resid
             else:
                 resid, run = self._read(part, length, past)
-            for block in range(self._layer, layer):
-                resid = self.engine.block(block, resid, run)
+            for below in range(self._layer, layer):
+                resid = self.engine.block(below, resid, run)
             places, real = self._places(part, length)
+            # [token, d_model] <- [row, pos, d_model], without the padding
             held[places[real].to(held.device)] = resid[real.to(resid.device)].to(held.device)
 
         for piece in pieces(every, self.lengths, self.piece_tokens):
@@ -102,26 +105,26 @@ class Prefix:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row behind the shared start."""
+        """Number of tokens of each row after the shared prefix."""
         return self.rows.lengths - self.shared
 
     def entering(
         self, rows: np.ndarray, length: int
     ) -> tuple[Float[Tensor, "row pos d_model"], Pass]:
-        """The residual of the given rows behind their shared start, and the pass to go on with.
+        """Return the residual of some rows after their shared prefix, and the pass to continue.
 
-        The shared start runs through all blocks above first, with whatever learns there.
+        The shared prefix first runs through all layers above, with their current weights.
 
         Args:
-            rows: Which.
-            length: Positions, padding included.
+            rows: Row numbers.
+            length: Number of positions, including padding.
         """
         if self._held is None:
             _, past = self._after_start(0, self.engine.n_layers)
             run = self._begin(rows, length, past)
             resid = run.resid
-            for block in range(self._layer):
-                resid = self.engine.block(block, resid, run)
+            for layer in range(self._layer):
+                resid = self.engine.block(layer, resid, run)
             return resid, run
         _, past = self._after_start(self._layer, self.engine.n_layers)
         return self._read(rows, length, past)
@@ -134,9 +137,10 @@ class Prefix:
         held = self._held
         assert held is not None
         if length not in self._passes:
-            if len(self._passes) == _KEPT_PASSES:
+            if len(self._passes) == _CACHED_PASSES:
                 self._passes.clear()
-            # Nothing that blocks are handed depends on the row: one row's pass serves every batch.
+            # The inputs of a block besides the residual (masks, position embeddings) do not depend
+            # on the row, so the pass of one row serves every batch.
             with torch.no_grad():
                 self._passes[length] = self._begin(np.zeros(1, int), length, past)
         run = self._passes[length]
@@ -145,30 +149,30 @@ class Prefix:
         return held[places.to(held.device)].to(self.engine.device), run
 
     def _after_start(self, first: int, last: int) -> tuple[Tensor | None, KeyValues | None]:
-        """Run the shared start through blocks `first` to `last`, the latter left out."""
-        if not self.shared or first == last:  # what reads nothing needs no start either
+        """Run the shared prefix through the layers from `first` up to, excluding, `last`."""
+        if not self.shared or first == last:  # no layer attends to it
             return self._start, None
         run = self.engine.begin(self.rows.tokens[:1, : self.shared], keep=True)
         resid = run.resid if self._start is None else self._start
-        for block in range(first, last):
-            resid = self.engine.block(block, resid, run)
-        kept = run.key_values()
-        # Blocks ask for theirs by number; those below `first` will not ask.
-        keys = (kept.keys[0],) * first + kept.keys
-        values = (kept.values[0],) * first + kept.values
-        return resid, KeyValues(keys, values, kept.position_axis)
+        for layer in range(first, last):
+            resid = self.engine.block(layer, resid, run)
+        cache = run.key_values()
+        # Layers index keys and values by number. The entries below `first` are never read.
+        keys = (cache.keys[0],) * first + cache.keys
+        values = (cache.values[0],) * first + cache.values
+        return resid, KeyValues(keys, values, cache.position_axis)
 
     def _places(self, rows: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-        """Where in the flat store each position lies, and which positions are real."""
+        """Return the index of each position in the flat store, and which positions are real."""
         index = torch.from_numpy(rows)
         positions = torch.arange(length)[None]
         every = torch.from_numpy(self.lengths)
         lengths = every[index, None]
-        # A padded position reads the last real one: any finite value does, nothing reads it.
+        # Padding reads the last real position. Any finite value will do: nothing attends to it.
         places = every.cumsum(0)[index, None] - lengths + torch.minimum(positions, lengths - 1)
         return places, positions < lengths
 
-    def _make_room(self, *, spill: bool) -> bool:
+    def _allocate(self, *, spill: bool) -> bool:
         engine = self.engine
         if self._held is not None:
             return True

@@ -1,4 +1,4 @@
-"""How students are trained: optimizer, learning rate and its schedule, LoRA or full rank."""
+"""The training recipe: optimizer, learning rate and schedule, LoRA or full rank."""
 
 import dataclasses
 import math
@@ -12,28 +12,28 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a student is trained.
+    """Settings of the training of a student.
 
-    The default is full-rank training that is stable on the shipped tiny models.
+    The default is full-rank training that is stable on the bundled tiny models.
 
     Attributes:
         optimizer: "adamw" (without weight decay unless `optimizer_options` says so), "sgd", or an
             optimizer class of torch (all but LBFGS).
-        lr: Highest learning rate.
+        lr: Peak learning rate.
         epochs: Passes over the examples.
         batch_size: Examples per update.
         warmup_steps: Updates over which the learning rate rises linearly to `lr`.
-        schedule: How it falls afterwards: "linear" or "cosine" to `final_lr`, or "constant".
-        final_lr: Share of `lr` at which the schedule ends.
-        clip: Greatest norm of the gradient; None for no clipping.
-        lora_rank: Rank of LoRA on the matrices of the chosen blocks; None trains the parameters in
+        schedule: Decay afterwards: "linear" or "cosine" to `final_lr`, or "constant".
+        final_lr: Fraction of `lr` at which the schedule ends.
+        clip: Maximum norm of the gradient; None for no clipping.
+        lora_rank: Rank of LoRA on the matrices of the chosen layers; None trains the parameters in
             full.
         lora_alpha: LoRA's changes are scaled by `lora_alpha / lora_rank`; None means the rank, a
             scale of 1.
-        autocast: Run the blocks in bfloat16 where torch deems it safe; parameters stay as they are.
+        autocast: Run the layers under bfloat16 autocast; parameters keep their type.
         optimizer_options: Further arguments of the optimizer. None means `{"eps": 5e-3}` for
-            "adamw", which with so large an eps treats small gradients as SGD does and still tames
-            large ones, and nothing for any other.
+            "adamw" and nothing for others. With so large an eps, Adam treats small gradients as SGD
+            does, and still limits large ones.
     """
 
     optimizer: str | type[torch.optim.Optimizer] = "adamw"
@@ -63,7 +63,7 @@ class Recipe:
             raise ValueError(f"final_lr is {self.final_lr}; it is a share of lr, from 0 to 1")
         if self.schedule not in ("linear", "cosine", "constant"):
             raise ValueError(f'schedule is {self.schedule!r}; use "linear", "cosine" or "constant"')
-        # LBFGS asks for the loss several times in one step.
+        # LBFGS evaluates the loss several times in one step.
         known = (
             isinstance(self.optimizer, type)
             and issubclass(self.optimizer, torch.optim.Optimizer)
@@ -76,7 +76,7 @@ class Recipe:
             )
 
     def rate(self, step: int, steps: int) -> float:
-        """Learning rate of update `step` (from 0) of `steps`."""
+        """Return the learning rate of update `step` (from 0) of `steps`."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         left = (steps - step) / max(1, steps - self.warmup_steps)
@@ -89,7 +89,7 @@ class Recipe:
         return dict(self.optimizer_options)
 
     def build(self, variables: list[Tensor]) -> torch.optim.Optimizer:
-        """The optimizer over the given tensors."""
+        """Build the optimizer over the given tensors."""
         options = self._options()
         if self.optimizer == "adamw":
             return torch.optim.AdamW(variables, lr=self.lr, **{"weight_decay": 0.0, **options})
@@ -98,7 +98,7 @@ class Recipe:
         return built
 
     def describe(self) -> dict[str, Any]:
-        """The settings as JSON holds them."""
+        """Return the settings as JSON data."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if not isinstance(self.optimizer, str):
             settings["optimizer"] = self.optimizer.__name__

@@ -1,7 +1,7 @@
-"""Work that training can leave out without changing what is learned.
+"""Computations that training skips without changing the result.
 
-What the last block writes at a position whose logits nobody reads is not needed, and LoRA has no
-use for the gradient of a whole matrix.
+The last layer's output is needed only at positions whose logits are read, and LoRA does not need
+the gradient of a full matrix.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 @contextmanager
 def only_at(modules: Sequence[nn.Module], where: Bool[Tensor, "row pos"]) -> Iterator[None]:
-    """Run modules that treat each position by itself at some positions, with zeros at the others.
+    """Run position-wise modules at some positions only, with zeros at the others.
 
     Args:
-        modules: They map [row, pos, width] to [row, pos, other width]; one that takes more than
-            that, or gives something else, runs as it is.
+        modules: Modules that map [row, pos, width] to [row, pos, other width]. A module with other
+            inputs or outputs runs unchanged.
         where: The positions that are read.
     """
     index = where.flatten().nonzero()[:, 0]
@@ -30,11 +30,11 @@ def only_at(modules: Sequence[nn.Module], where: Bool[Tensor, "row pos"]) -> Ite
             fits = isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] == where.shape
             if args or kwargs or not fits:
                 return forward(x, *args, **kwargs)
-            out = forward(x.flatten(0, 1).index_select(0, index)[None])
+            out = forward(x.flatten(0, 1).index_select(0, index)[None])  # [1, selected, width]
             if not isinstance(out, Tensor) or out.ndim != 3:
                 return forward(x)
             whole = out.new_zeros(where.numel(), out.shape[-1]).index_copy(0, index, out[0])
-            return whole.reshape(*where.shape, -1)
+            return whole.reshape(*where.shape, -1)  # [row, pos, width]
 
         return run
 
@@ -46,7 +46,7 @@ def only_at(modules: Sequence[nn.Module], where: Bool[Tensor, "row pos"]) -> Ite
 
 @contextmanager
 def low_rank_gradients(linear: nn.Module, down: Tensor, up: Tensor, scale: float) -> Iterator[None]:
-    """Let a linear layer whose weight holds `scale * down @ up` give gradients to these two alone.
+    """Let a linear layer whose weight contains `scale * down @ up` compute only their gradients.
 
     Args:
         linear: An `nn.Linear`, or transformers' `Conv1D`, whose weight is [in, out].
@@ -67,12 +67,16 @@ def low_rank_gradients(linear: nn.Module, down: Tensor, up: Tensor, scale: float
 
 
 def has_low_rank_gradients(module: nn.Module) -> bool:
-    """Whether `low_rank_gradients` can serve this module."""
+    """Whether `low_rank_gradients` supports this module."""
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
 class _LowRank(torch.autograd.Function):
-    """x W + b, where W holds `scale * down @ up`: the gradient of W itself is never formed."""
+    """x W + b, where W = W0 + s A B: the gradient of W itself is never computed.
+
+    With G = dL/dy: dL/dA = s x^T (G B^T) and dL/dB = s (x A)^T G. Both go through [.., rank] and
+    never form the [n_in, n_out] matrix x^T G.
+    """
 
     @staticmethod
     def forward(  # noqa: PLR0917 - `apply` takes no keywords
@@ -94,14 +98,14 @@ class _LowRank(torch.autograd.Function):
         (gradient,) = gradients
         inner = gradient @ weight if ctx.needs_input_grad[0] else None
         x, gradient = x.flatten(0, -2).to(down.dtype), gradient.flatten(0, -2).to(down.dtype)
-        to_down = ctx.scale * (x.T @ (gradient @ up.T))
-        to_up = ctx.scale * ((x @ down).T @ gradient)
+        to_down = ctx.scale * (x.T @ (gradient @ up.T))  # [n_in, rank]
+        to_up = ctx.scale * ((x @ down).T @ gradient)  # [rank, n_out]
         return inner, to_down, to_up, None, None, None
 
 
 @contextmanager
 def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's `forward`; its hooks stay."""
+    """Replace a module's `forward`; its hooks still run."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:

@@ -1,7 +1,7 @@
-"""What an optimiser moves: the parameters themselves, float32 masters of them, or low-rank factors.
+"""The optimizer's variables: the parameters themselves, float32 copies, or low-rank factors.
 
-Each kind takes the gradients of the model's own parameters and writes its values back into them, so
-that the forward pass is always the model's own and knows nothing of how it is trained.
+Each kind receives gradients and writes its values into the model's own parameters. The forward pass
+is therefore always the model's own, whatever is trained.
 """
 
 from abc import ABC, abstractmethod
@@ -18,13 +18,13 @@ from divergence_lens.training.shortcuts import has_low_rank_gradients, low_rank_
 
 
 class Variables(ABC):
-    """The tensors that an optimiser moves, and their way to and from the model's parameters.
+    """The tensors that the optimizer updates, and their relation to the model's parameters.
 
     Attributes:
-        parameters: The model's parameters that follow, by name.
+        parameters: The trained parameters of the model, by name.
         originals: Their values before training.
-        values: What the optimiser moves.
-        leaves: What the loss is differentiated by.
+        values: The tensors that the optimizer updates.
+        leaves: The tensors by which the loss is differentiated.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -34,7 +34,7 @@ class Variables(ABC):
         self.leaves: list[Tensor] = list(self.parameters.values())
 
     def attached(self) -> AbstractContextManager[object]:
-        """While the loss is computed: whatever brings the gradients to the leaves."""
+        """Return a context in which the loss is computed, so that gradients reach the leaves."""
         return nullcontext()
 
     @abstractmethod
@@ -43,35 +43,38 @@ class Variables(ABC):
 
     @abstractmethod
     def write(self) -> None:
-        """Bring the model's parameters to what the variables say."""
+        """Write the values of the variables into the model's parameters."""
 
     @abstractmethod
     def differences(self) -> Mapping[str, Tensor]:
-        """How far each parameter has moved, in float32."""
+        """Compute the change of each parameter since the start, in float32."""
 
 
 class FullRank(Variables):
-    """The parameters themselves; for half precision, float32 masters that are rounded into them."""
+    """The parameters themselves, or in half precision float32 copies, rounded when written."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
         self._masters = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters.values())
-        # Detached, they share memory with the parameters, whose own .grad is left alone.
+        # Detached tensors share the parameters' memory, but not their .grad, which is left alone.
         self.values = [
             p.detach().float() if self._masters else p.detach() for p in parameters.values()
         ]
 
     def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """Set the gradients, in the type of the values."""
         for value, gradient in zip(self.values, gradients, strict=True):
             value.grad = None if gradient is None else gradient.to(value.dtype)
 
     @torch.no_grad()
     def write(self) -> None:
+        """Round the float32 copies into the parameters; without copies there is nothing to do."""
         if self._masters:
             for p, value in zip(self.parameters.values(), self.values, strict=True):
                 p.copy_(value)
 
     def differences(self) -> dict[str, Tensor]:
+        """Subtract the original values."""
         pairs = zip(self.originals.items(), self.values, strict=True)
         return {name: (v - o).float() for (name, o), v in pairs}
 
@@ -79,11 +82,12 @@ class FullRank(Variables):
 class LowRank(Variables):
     """LoRA (Hu et al., arXiv 2106.09685): each matrix W becomes W + (alpha / rank) A B.
 
-    A is drawn as in peft, B starts at zero. The sum is written into W before each step: the same
-    numbers as with a bypass, whatever the model class. Where W is the weight of a linear layer, its
-    backward pass goes to A and B directly; elsewhere the gradient of W is formed and carried on to
-    them by the chain rule. Attention matrices that TransformerLens keeps per head share one A
-    over all heads, as in Hugging Face's layout.
+    A is drawn as in peft, B starts at zero. The sum is written into W before each step, which gives
+    the same numbers as a separate branch, for any model class. If W is the weight of a linear
+    layer, its backward pass computes the gradients of A and B directly. Otherwise they follow from
+    the gradient G of W by the chain rule, with s = alpha / rank: dL/dA = s G B^T, dL/dB = s A^T G.
+    Attention matrices that TransformerLens stores per head share one A over all heads, as in
+    Hugging Face's layout.
     """
 
     def __init__(
@@ -107,7 +111,8 @@ class LowRank(Variables):
         ]
         names = list(parameters)
         starts: dict[str, Tensor] = {}
-        # Drawn in an order that the model classes share, so that they train the same student.
+        # In an order that both model classes share, so that they train the same student. As in peft
+        # (kaiming_uniform_ with a = sqrt(5)), A is uniform in +- 1 / sqrt(n_in).
         for name in sorted(names, key=lambda n: (block_of(n) or 0, canonical(n))):
             n_in = self._base[names.index(name)].shape[0]
             starts[name] = (2 * torch.rand(n_in, rank, generator=generator) - 1) / n_in**0.5
@@ -125,6 +130,7 @@ class LowRank(Variables):
             leaf.requires_grad_(True)
 
     def attached(self) -> AbstractContextManager[object]:
+        """Let the linear layers compute the gradients of their factors."""
         stack = ExitStack()
         for i, linear in enumerate(self._linear):
             if linear is not None:
@@ -133,6 +139,7 @@ class LowRank(Variables):
 
     @torch.no_grad()
     def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """Set the gradients of the factors, by the chain rule where W has the gradient."""
         given = iter(gradients)
         for i, (layout, linear) in enumerate(zip(self._layouts, self._linear, strict=True)):
             down, up = self.factors(i)
@@ -143,26 +150,28 @@ class LowRank(Variables):
             if first is None:
                 down.grad = up.grad = None
                 continue
-            wide = layout.matrix(first.float())
-            down.grad = self._scale * (wide @ up.T)
-            up.grad = self._scale * (down.T @ wide)
+            gradient = layout.matrix(first.float())  # [in, out]
+            down.grad = self._scale * (gradient @ up.T)  # [in, rank]
+            up.grad = self._scale * (down.T @ gradient)  # [rank, out]
 
     @torch.no_grad()
     def write(self) -> None:
+        """Write W + s A B into each parameter."""
         for i, (layout, p) in enumerate(zip(self._layouts, self.parameters.values(), strict=True)):
             p.copy_(layout.tensor(self._base[i] + self._change(i)))
 
     def factors(self, i: int) -> tuple[Tensor, Tensor]:
-        """A and B of the `i`-th parameter, [in, rank] and [rank, out]; these very tensors learn."""
+        """Return A [in, rank] and B [rank, out] of the `i`-th parameter, not copied."""
         return self.values[2 * i], self.values[2 * i + 1]
 
     def _change(self, i: int) -> Tensor:
         down, up = self.factors(i)
-        return self._scale * (down @ up)
+        return self._scale * (down @ up)  # [in, out]
 
     def differences(self) -> LowRankTensors:
-        found: dict[str, Factors] = {}
+        """Return copies of the factors."""
+        factors: dict[str, Factors] = {}
         for i, (name, layout) in enumerate(zip(self.parameters, self._layouts, strict=True)):
             down, up = self.factors(i)
-            found[name] = Factors(down.detach().clone(), up.detach().clone(), self._scale, layout)
-        return LowRankTensors(found)
+            factors[name] = Factors(down.detach().clone(), up.detach().clone(), self._scale, layout)
+        return LowRankTensors(factors)
