@@ -215,7 +215,7 @@ def test_a_folder_with_files_of_others_is_refused_and_left_alone(config, tmp_pat
     mine = tmp_path / "figures" / "thesis.html"
     mine.parent.mkdir()
     mine.write_text("years of work")
-    with pytest.raises(ValueError, match="holds files that no study wrote"):
+    with pytest.raises(ValueError, match="has files that no study wrote"):
         run_study(config, tmp_path, resume=resume)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
 
