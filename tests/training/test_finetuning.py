@@ -227,7 +227,7 @@ def test_work_that_is_left_out_changes_nothing(
     mask = random_mask(model, examples)
     options = {"mask": mask, "layers": blocks, "recipe": replace(SHORT, lora_rank=lora_rank)}
     short = finetune(model, examples, **options)
-    monkeypatch.setattr(_prefix, "_SHORTEST_START", 10**6)
+    monkeypatch.setattr(_prefix, "_SHORTEST_PREFIX", 10**6)
     monkeypatch.setattr(_variables, "has_low_rank_gradients", lambda _module: False)
     monkeypatch.setattr(type(get_engine(model)), "by_position", lambda _self, _layer: [])
     whole = finetune(model, examples, **options)

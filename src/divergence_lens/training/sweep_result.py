@@ -44,10 +44,13 @@ class Values(dict[str, np.ndarray]):
                 probability=measured.probabilities[:, target].astype(np.float64),
                 mass=measured.probabilities.sum(1).astype(np.float64),
             )
+        named: Mapping[str, Any]
         named = measured if isinstance(measured, Mapping) else {"value": measured}
         values = cls()
         for name, value in named.items():
-            number = value.item() if _is_scalar_array(value) else value
+            # NumPy and torch scalars become Python's.
+            scalar = isinstance(value, Tensor | np.generic | np.ndarray) and value.ndim == 0
+            number = value.item() if scalar else value
             if isinstance(number, bool) or not isinstance(number, Real):
                 raise TypeError(
                     f"measure returned {name!r} as a {type(value).__name__}; return a number, a "
@@ -62,10 +65,6 @@ class Values(dict[str, np.ndarray]):
         """Mean over the questions, without those that have no value."""
         present = self[name][~np.isnan(self[name])]
         return float(present.mean()) if len(present) else math.nan
-
-
-def _is_scalar_array(value: object) -> bool:
-    return isinstance(value, Tensor | np.generic | np.ndarray) and value.ndim == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +247,8 @@ class Sweep:
             Values({name: tensors[name][i].numpy() for name in measures}) for i in range(n_models)
         )
         students = (
-            SweepStudent(*job, own) for job, own in zip(header["students"], values, strict=True)
+            SweepStudent(condition, layer, seed, own)
+            for (condition, layer, seed), own in zip(header["students"], values, strict=True)
         )
         return cls(base, tuple(students), header["metadata"])
 
