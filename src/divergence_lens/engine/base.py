@@ -323,7 +323,7 @@ class Engine(ABC):
             self._site_module(layer, "mlp_pre"), self._site_module(layer, "mlp_post")
         except (AttributeError, KeyError) as error:
             raise ValueError(
-                f"the MLP {type(inner).__name__} of this model has no hook points for its activations"
+                f"the MLP {type(inner).__name__} has no hook points for its activations"
             ) from error
         try:
             self._site_module(layer, "mlp_pre_linear")
