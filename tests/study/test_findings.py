@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from divergence_lens._utils.statistics import exact_interval, t_interval
-from divergence_lens.patching.inner_agreements import agreement_row, inner_agreement, inner_cells
 from divergence_lens.patching.effects import Effects
+from divergence_lens.patching.inner_agreements import agreement_row, inner_agreement, inner_cells
 from divergence_lens.study.claims import TENTH
 from divergence_lens.study.findings import decide, decide_equal, judge
 from tests.support.study_tables import PAPER_LIKE, SIX, TARGETS, study_tables
