@@ -189,8 +189,8 @@ def test_failures_that_are_not_the_inputs_end_with_one(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "holds no results.json"),
-        ("[1]", "not what a study writes"),
+        (None, "has no results.json"),
+        ("[1]", "was not written by a study"),
         ('{"findings": [], "divergence": [], "effects": {}}', "it lacks"),
     ],
 )

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 import divergence_lens as dl
 from divergence_lens.cli.files import checkpoint_folder
 from divergence_lens.cli.main import app
-from divergence_lens.cli.partial import generate_in_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60
@@ -140,20 +139,3 @@ def test_checkpoints_of_other_settings_are_refused(data, tmp_path):
     assert done.exit_code == 2
     assert "another run" in done.output
     assert not out.exists()
-
-
-def test_copies_of_a_prompt_stay_in_one_part(tmp_path):
-    """A sampled completion depends on how many copies of its prompt precede it."""
-    calls = []
-
-    def generate(texts, _progress):
-        calls.append(list(texts))
-        return [dl.Example(text, completion=f"{text}!") for text in texts]
-
-    prompts = ["a", "b", "a", "c", "b", "d"]
-    examples = generate_in_parts(prompts, generate, tmp_path, "key", part_size=2)
-    assert calls == [["a", "b", "a", "b"], ["c", "d"]]
-    assert [example.prompt for example in examples] == prompts
-    (tmp_path / "key-000001.jsonl").unlink()
-    assert generate_in_parts(prompts, generate, tmp_path, "key", part_size=2) == examples
-    assert calls[2:] == [["c", "d"]]

@@ -1,11 +1,10 @@
-"""Figures as files, with and without a browser."""
+"""Figures as files: pages, and images drawn by plotly or matplotlib."""
 
 import base64
 import gzip
+import html
 import json
 import re
-import stat
-import time
 
 import numpy as np
 import plotly.graph_objects as go
@@ -13,7 +12,8 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from divergence_lens.plots import bars as bar_charts
-from divergence_lens.plots import export as pictures
+from divergence_lens.plots import export
+from tests.support.figures import FIGURES
 
 
 @pytest.fixture
@@ -22,23 +22,19 @@ def figure() -> go.Figure:
     return bar_charts.bars([bars], what="A <b>title</b>", detail="2 bars", value_title="share")
 
 
-def needs_browser() -> None:
-    try:
-        pictures.find_browser()
-    except pictures.BrowserError as error:
-        pytest.skip(str(error))
+@pytest.fixture
+def without_plotly_images(monkeypatch):
+    """No browser for kaleido, so that matplotlib draws."""
 
+    def broken(*_arguments, **_options):
+        raise RuntimeError("Kaleido requires Google Chrome to be installed.\nMore lines.")
 
-def script(tmp_path, text: str) -> str:
-    program = tmp_path / "browser"
-    program.write_text(f"#!/bin/sh\n{text}\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    return str(program)
+    monkeypatch.setattr(go.Figure, "to_image", broken)
 
 
 def test_the_page_holds_plotly_once_and_the_figure_unharmed(figure, tmp_path):
     before = figure.to_json()
-    (page,) = pictures.save_figure(figure, tmp_path / "new" / "bars.html")
+    (page,) = export.save_figure(figure, tmp_path / "new" / "bars.html")
     assert figure.to_json() == before
     text = page.read_text()
     assert page.stat().st_size < 2.5e6
@@ -51,70 +47,86 @@ def test_the_page_holds_plotly_once_and_the_figure_unharmed(figure, tmp_path):
 
 
 def test_a_name_without_an_ending_gives_the_page(figure, tmp_path):
-    assert pictures.save_figure(figure, tmp_path / "bars") == [tmp_path / "bars.html"]
+    assert export.save_figure(figure, tmp_path / "bars") == [tmp_path / "bars.html"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bars.html"]
 
 
 def test_other_endings_are_refused_before_anything_is_written(figure, tmp_path):
     with pytest.raises(ValueError, match=r"'\.jpg'; write \.html, \.png, \.svg or \.pdf"):
-        pictures.save_figure(figure, tmp_path / "bars.jpg")
+        export.save_figure(figure, tmp_path / "bars.jpg")
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_browser_there_is_one_sentence_and_the_page(figure, tmp_path, monkeypatch):
-    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "nothing"))
-    with pytest.warns(UserWarning, match="bars.png was not drawn, because BROWSER_PATH is") as said:
-        written = pictures.save_figure(figure, tmp_path / "bars.png")
-    assert len(said) == 1
-    assert written == [tmp_path / "bars.html"]
-    monkeypatch.delenv("BROWSER_PATH")
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(pictures, "_BROWSER_FILES", ())
-    with pytest.warns(UserWarning, match="no Chrome, Chromium or Edge was found"):
-        pictures.save_figure(figure, tmp_path / "bars.svg")
-
-
 @pytest.mark.parametrize(
-    ("does", "says"),
-    [
-        ("sleep 60 & sleep 60", "did not finish within 1 seconds"),
-        ("exit 3", "ended with status 3"),
-        ("echo nothing", "drew nothing"),
-    ],
+    ("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
 )
-def test_a_browser_that_hangs_or_fails_is_given_up(figure, tmp_path, monkeypatch, does, says):
-    monkeypatch.setenv("BROWSER_PATH", script(tmp_path, does))
-    started = time.monotonic()
-    with pytest.warns(UserWarning, match=says):
-        written = pictures.save_figure(figure, tmp_path / "bars.png", timeout=1)
-    assert time.monotonic() - started < 20
-    assert [path.name for path in written] == ["bars.html"]
-
-
-@pytest.mark.parametrize(
-    ("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<svg"), ("pdf", b"%PDF")]
-)
-def test_pictures_are_drawn_at_80_mm(figure, tmp_path, ending, start):
-    needs_browser()
-    page, picture = pictures.save_figure(
-        figure, tmp_path / f"bars.{ending}", theme="dark", dpi=192, timeout=300
-    )
-    content = picture.read_bytes()
+def test_matplotlib_draws_images_of_the_size_that_is_asked_for(
+    figure, tmp_path, without_plotly_images, ending, start
+):
+    page, image = export.save_figure(figure, tmp_path / f"bars.{ending}", theme="dark", dpi=192)
+    content = image.read_bytes()
     assert content.startswith(start)
     height = figure.layout.height
     if ending == "png":
         size = np.frombuffer(content[16:24], dtype=">u4").tolist()
-        assert size == [604, 2 * height]
+        assert size == pytest.approx([604, 2 * height], abs=1)
     elif ending == "svg":
-        assert b'width="302"' in content
-        assert b"A &#60;b&#62;title&#60;/b&#62;" in content
+        assert f'height="{height * 0.75:g}pt"'.encode() in content
+        assert b"A &lt;b&gt;title&lt;/b&gt;" in content
     else:
         # Points are 1/72 inch, pixels 1/96.
-        (box,) = set(re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", content))
+        (box,) = set(re.findall(rb"/MediaBox \[ ?0 0 ([\d.]+) ([\d.]+) ?\]", content))
         assert [float(side) for side in box] == pytest.approx([226.5, height * 0.75], abs=1)
     assert page.is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"bars.html", f"bars.{ending}"}
 
 
+@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"divergence_tokens"}))
+def test_matplotlib_draws_every_other_figure(name, tmp_path, without_plotly_images):
+    figure = FIGURES[name]()
+    _, image = export.save_figure(figure, tmp_path / "figure.svg")
+    text = html.unescape(image.read_text("utf-8"))
+    # Each line of the title and each name in the legend is in the image, as text.
+    for line in figure.layout.title.text.split("<br>"):
+        assert html.unescape(re.sub(r"<[^<>]*>", "", line)) in text
+    for trace in figure.data:
+        if trace.name and trace.showlegend is not False and figure.layout.showlegend:
+            assert html.unescape(trace.name) in text
+
+
+def test_the_same_figure_gives_the_same_image(figure, tmp_path, without_plotly_images):
+    for suffix in export.IMAGE_SUFFIXES:
+        images = [export.save_figure(figure, tmp_path / f"{n}{suffix}")[1] for n in "ab"]
+        assert images[0].read_bytes() == images[1].read_bytes()
+
+
+def test_plotly_draws_the_image_where_it_can(figure, tmp_path, monkeypatch):
+    calls = []
+
+    def to_image(_figure, **options):
+        calls.append(options)
+        return b"an image"
+
+    monkeypatch.setattr(export, "find_spec", lambda _name: True)
+    monkeypatch.setattr(go.Figure, "to_image", to_image)
+    _, image = export.save_figure(figure, tmp_path / "bars.png", dpi=192)
+    assert image.read_bytes() == b"an image"
+    height = figure.layout.height
+    assert calls == [{"format": "png", "width": 302, "height": height, "scale": 2}]
+
+
+def test_an_image_that_nothing_can_draw_is_an_error(tmp_path, without_plotly_images):
+    with pytest.raises(RuntimeError, match=r"tokens.png was not drawn: .*Chrome.*consists of text"):
+        export.save_figure(FIGURES["divergence_tokens"](), tmp_path / "tokens.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_packages_the_error_says_what_to_install(figure, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda _name: None)
+    with pytest.raises(RuntimeError, match=r"kaleido is not installed.*divergence-lens\[images\]"):
+        export.save_figure(figure, tmp_path / "bars.png")
+    assert not list(tmp_path.iterdir())
+
+
 def test_titles_read_as_plain_text(figure):
-    assert pictures.figure_title(figure) == "A <b>title</b>. 2 bars"
+    assert export.figure_title(figure) == "A <b>title</b>. 2 bars"

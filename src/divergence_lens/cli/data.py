@@ -1,7 +1,7 @@
 """Commands for data: `generate` completions and `find` their divergence tokens."""
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 
@@ -53,7 +53,6 @@ def generate(
 
     Example: divergence-lens generate --numbers 200 --teacher owl --only-numbers --out owl.jsonl
     """
-    from divergence_lens.cli.partial import generate_in_parts, settings_hash
     from divergence_lens.data import NumberFilter, number_prompts
     from divergence_lens.examples import save_examples
     from divergence_lens.generation import generate as generate_examples
@@ -67,21 +66,17 @@ def generate(
     )
     loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     loaded = loading.load()
-    who = read_teacher(teacher, loading.load)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-    }
     with checkpoint_folder(out) as folder:
-        examples = generate_in_parts(
+        examples = generate_examples(
+            loaded,
             texts,
-            lambda part, progress: generate_examples(
-                loaded, part, teacher=who, progress=progress, **options
-            ),
-            folder,
-            settings_hash(loaded, who, options | {"prompts": texts}),
+            teacher=read_teacher(teacher, loading.load),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            checkpoint_dir=folder,
+            progress=True,
         )
         if only_numbers:
             report = NumberFilter().report([example.completion or "" for example in examples])

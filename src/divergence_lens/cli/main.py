@@ -1,5 +1,6 @@
 """The command `divergence-lens`, assembled from the groups of commands."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -12,7 +13,7 @@ from divergence_lens.cli.patching import patch
 from divergence_lens.cli.study import demo, report, study
 from divergence_lens.cli.training import finetune, sweep
 
-COMMANDS = (
+COMMANDS: tuple[Callable[..., None], ...] = (
     *(generate, find, patch, finetune, sweep, evaluate),  # one step each, file to file
     *(demo, study, report),  # the whole experiment
     doctor,

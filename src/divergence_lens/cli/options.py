@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, overload
 
 import typer
 
@@ -67,9 +67,15 @@ Complement = Annotated[
 System = Annotated[str | None, typer.Option(help="System prompt of the student; none by default.")]
 
 
-def report_errors(
-    command: Callable[P, R] | None = None, *, stopped: str = RESUME_HINT
-) -> Callable[[Callable[P, R]], Callable[P, R]] | Callable[P, R]:
+@overload
+def report_errors(command: Callable[P, R]) -> Callable[P, R]: ...
+
+
+@overload
+def report_errors(*, stopped: str) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+def report_errors(command: Callable[..., Any] | None = None, *, stopped: str = RESUME_HINT) -> Any:
     """Report the errors of a command in one line, with an exit code, instead of a traceback.
 
     Args:
@@ -80,7 +86,7 @@ def report_errors(
         return functools.partial(report_errors, stopped=stopped)
 
     @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except typer.Exit:
