@@ -427,7 +427,9 @@ def _bootstrap(
         return float("nan"), float("nan")
 
     def resample(generator: np.random.Generator) -> Float64[np.ndarray, " resamples"]:
-        return known[generator.integers(len(known), size=(resamples, len(known)))].mean(1)
+        draws = known[generator.integers(len(known), size=(resamples, len(known)))]
+        means: np.ndarray = draws.mean(1)  # [resamples]
+        return means
 
     low, high = bootstrap_interval(resample, level=level, seed=seed)
     return float(low), float(high)
