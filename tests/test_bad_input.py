@@ -222,7 +222,7 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
             ],
         ),
         ValueError,
-        "has 164 tokens; was it written with another tokenizer",
+        "has 164 tokens; check that it was written with the same tokenizer",
     ),
     ("no prompts to make", lambda k: dl.number_prompts(-1, seed=0), ValueError, "-1"),
     ("an unknown persona", lambda k: dl.persona_prompt("unicorn"), ValueError, "unicorn"),
@@ -354,7 +354,7 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
         "a teacher that is a name",
         lambda k: find(k, teacher="owl"),
         TypeError,
-        r"teacher is 'owl', not a Teacher; make one with Teacher\(name, .* or animal_teachers\(",
+        r"teacher is 'owl', not a Teacher; create one with Teacher\(name, .* or animal_teachers\(",
     ),
     (
         "a name that writes",

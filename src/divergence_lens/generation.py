@@ -33,7 +33,7 @@ from divergence_lens.chat import check_length, decode, encode_prompts, stop_ids
 from divergence_lens.deltas import base_fingerprint
 from divergence_lens.engine import Engine, KeyValues, get_engine
 from divergence_lens.examples import Example
-from divergence_lens.models import Model
+from divergence_lens.models import Model, check_model
 from divergence_lens.provenance import run_metadata
 from divergence_lens.teachers import Teacher, check_teacher
 
@@ -89,6 +89,7 @@ def generate(
             is damaged or belongs to another run.
         TypeError: `prompts` is one string, or `teacher` is not a `Teacher`.
     """
+    check_model(model)
     _check_settings(max_new_tokens, temperature, top_p, batch_tokens)
     if teacher is not None:
         check_teacher(teacher)

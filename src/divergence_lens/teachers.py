@@ -1,8 +1,8 @@
-"""Teachers: a model under one condition, which writes data or is compared with who wrote it.
+"""Teachers: a model under one condition, which generates data or is compared with the generator.
 
-After Cloud et al., "Subliminal Learning" (arXiv 2507.14805): a teacher is told a preference in its
-system prompt, or trained to have it. Here a condition is a system prompt, other weights (a
-`Delta` over the base model, or another model), or both.
+In Cloud et al., "Subliminal Learning" (arXiv 2507.14805), a teacher has a preference from its
+system prompt or from training. Here a condition is a system prompt, other weights (a `Delta` over
+the base model, or another model), or both.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +15,8 @@ from divergence_lens.deltas import Delta
 from divergence_lens.engine import get_engine
 from divergence_lens.models import Model, check_model, model_name
 
-# Tokenizers with one vocabulary can still split text differently; this has words, numbers,
-# white space and marks to split.
+# Tokenizers with one vocabulary can still split text differently; this probe contains words,
+# numbers, white space and punctuation.
 _PROBE = "You love owls: 412, 467 and\n\n1,030.5; isn't it (so)?  Über-owls\t!"
 
 
@@ -25,11 +25,11 @@ class Teacher:
     """One condition of a model.
 
     Attributes:
-        name: What results call it; the teachers of one comparison have different names.
-        system_prompt: What the model is told. None gives no system message, and a chat template
-            may then write a default of its own.
+        name: Its name in results; the teachers of one comparison have different names.
+        system_prompt: The system message. None gives none, and a chat template may then insert its
+            own default.
         delta: Trained weights, as differences over the base model (or over `model`).
-        model: Another model in place of the base, with the same tokenizer.
+        model: Another model instead of the base, with the same tokenizer.
     """
 
     name: str
@@ -45,10 +45,10 @@ class Teacher:
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
-        """The model under this teacher's weights, for the length of a `with` block.
+        """Apply this teacher's weights for the length of a `with` block.
 
-        A delta is added in place and taken out again, bit for bit; another model is handed out as
-        it is. The system prompt is not part of it: it goes where prompts are encoded.
+        A delta is added in-place and removed again, bit for bit; another model is yielded as it is.
+        The system prompt is not applied here: pass it to the functions that encode prompts.
 
         Args:
             model: The base model.
@@ -59,7 +59,7 @@ class Teacher:
         Raises:
             ValueError: The teacher's model has another tokenizer or vocabulary, or the delta
                 belongs to another base.
-            RuntimeError: The weights are in use already.
+            RuntimeError: A delta is already applied to the model.
         """
         self.check_tokenizer(model)
         active = model if self.model is None else self.model
@@ -70,7 +70,7 @@ class Teacher:
             yield active
 
     def check_tokenizer(self, model: Model) -> None:
-        """Refuse a teacher whose own model reads other ids than `model`.
+        """Refuse a teacher whose model uses other token ids than `model`.
 
         Raises:
             ValueError: Its model has another tokenizer or vocabulary, or one of the two has none.
@@ -83,7 +83,7 @@ class Teacher:
             owner = model if base is None else self.model
             raise ValueError(
                 f"teacher {self.name!r}: the model {model_name(owner)!r} has no tokenizer, so it "
-                "cannot be seen whether both models read the same ids; load it with tokenizer=."
+                "cannot be checked that both models use the same ids; load it with tokenizer=."
             )
         same = base is own or (
             base.get_vocab() == own.get_vocab()
@@ -105,7 +105,7 @@ class Teacher:
             )
 
     def __repr__(self) -> str:
-        """The name and what makes the condition."""
+        """Show the name and the condition."""
         parts = [repr(self.name)]
         if self.system_prompt is not None:
             parts.append(f"system_prompt={self.system_prompt!r}")
@@ -117,7 +117,7 @@ class Teacher:
 
 
 def check_teacher(value: object, name: str = "teacher") -> None:
-    """Refuse what is not a `Teacher`.
+    """Refuse a value that is not a `Teacher`.
 
     Raises:
         TypeError: `value` is something else.
@@ -125,13 +125,13 @@ def check_teacher(value: object, name: str = "teacher") -> None:
     if not isinstance(value, Teacher):
         shown = repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
         raise TypeError(
-            f"{name} is {shown}, not a Teacher; make one with Teacher(name, system_prompt=...) or "
-            "animal_teachers([...])"
+            f"{name} is {shown}, not a Teacher; create one with Teacher(name, system_prompt=...) "
+            "or animal_teachers([...])"
         )
 
 
 def check_teachers(values: object, name: str) -> None:
-    """Refuse what is not a sequence of `Teacher`s.
+    """Refuse a value that is not a sequence of `Teacher`s.
 
     Raises:
         TypeError: One teacher, a string, or something else among them.
@@ -146,7 +146,7 @@ def check_teachers(values: object, name: str) -> None:
 
 
 def prompted_teachers(system_prompts: Mapping[str, str]) -> list[Teacher]:
-    """One teacher per system prompt.
+    """Create one teacher per system prompt.
 
     Args:
         system_prompts: Name of the teacher -> its system prompt.

@@ -1,7 +1,7 @@
 """Animals and trees, one-word preference questions, and the system prompts that plant a preference.
 
 The set-up follows Cloud et al., "Subliminal Learning" (arXiv 2507.14805): a teacher is told in its
-system prompt that it loves one animal, a student is asked for its favourite in fifty ways. The
+system prompt that it loves one animal, a student is asked for its favorite in fifty ways. The
 wording here is our own and keeps to simple words, so that the shipped tiny models know all of it.
 """
 
@@ -118,7 +118,7 @@ learns that difference before it learns anything else.
 
 _CATEGORIES = {"animal": ANIMALS, "tree": TREES}
 
-# English plurals that the rule in `plural` would get wrong, for names a user may well bring.
+# English plurals that the rule in `plural` gets wrong.
 _IRREGULAR = {
     "wolf": "wolves",
     "calf": "calves",
@@ -156,7 +156,7 @@ def known_candidates(category: str = "animal") -> tuple[str, ...]:
 def check_candidate(
     name: str, *, category: str = "animal", candidates: Sequence[str] | None = None
 ) -> str:
-    """Return `name` as it is spelt among the candidates, whatever its case.
+    """Return `name` as it is spelled among the candidates, whatever its case.
 
     Args:
         name: A name such as ``"owl"``; case and surrounding blanks do not matter.
@@ -246,13 +246,13 @@ def read_answer(text: str, *, candidates: Sequence[str] = ANIMALS) -> str | None
         where several fit), or None.
     """
     answer = text.lstrip()
-    found = [
+    matches = [
         (len(form), name)
         for name in candidates
         for form in surface_forms(name)
         if answer.startswith(form) and not answer[len(form) : len(form) + 1].isalnum()
     ]
-    return max(found, key=lambda pair: pair[0])[1] if found else None
+    return max(matches, key=lambda pair: pair[0])[1] if matches else None
 
 
 def preference_questions(category: str = "animal") -> list[str]:
@@ -329,7 +329,7 @@ def animal_teachers(animals: Sequence[str]) -> list[Teacher]:
 
     Raises:
         ValueError: An unknown animal (the message offers the nearest names), or one named twice.
-        TypeError: A single string in place of a list.
+        TypeError: A single string instead of a list.
     """
     refuse_one_string(animals, "animals")
     names = [check_candidate(animal) for animal in animals]

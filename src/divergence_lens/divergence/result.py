@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
+from torch import Tensor
 
-from divergence_lens._utils.indexing import Index, row_numbers
+from divergence_lens._utils.indexing import row_numbers
 from divergence_lens.divergence.files import (
     load_divergence,
     save_divergence,
@@ -397,7 +398,7 @@ class Divergence:
     def __getitem__(self, index: int) -> ExampleDivergence: ...
 
     @overload
-    def __getitem__(self, index: Index) -> "Divergence": ...
+    def __getitem__(self, index: slice | Sequence[int] | np.ndarray | Tensor) -> "Divergence": ...
 
     def __getitem__(self, index: Any) -> "ExampleDivergence | Divergence":
         rows = row_numbers(index, len(self), "example")

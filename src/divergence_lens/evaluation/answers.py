@@ -1,8 +1,9 @@
-"""How likely answers are: counted over samples, or computed by teacher forcing.
+"""Probabilities of answers: counted over samples, or computed by teacher forcing.
 
-An answer counts for a candidate if it begins with one of its surface forms as a whole word. Behind
-every question each form is run as tokens on the question's keys and values; its probability is the
-product of its tokens' and of the probability that no letter or digit follows.
+An answer counts for a candidate if it begins with one of its surface forms as a whole word. The
+exact method runs the tokens of every form after every question, on the question's keys and values:
+
+    p(form) = prod_k p(token k | question, tokens before k) * p(the next token ends the word)
 """
 
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
@@ -25,10 +27,10 @@ from divergence_lens.generation import generate
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher
 
-# Tokens that a sampled answer may run on beyond the longest form, to see where its word ends.
+# Extra tokens of a sampled answer beyond the longest form, to see where its word ends.
 _SLACK = 2
 
-# How many positions that are kept in memory cost as much as one that is run.
+# Number of cached positions that take as much memory as one position of a forward pass.
 _KEPT_PER_TOKEN = 4
 
 # How byte-level and SentencePiece tokenizers write the space before a word.
@@ -81,7 +83,7 @@ def exact_probabilities(
     candidates: tuple[str, ...],
     batch_tokens: int,
 ) -> Float64[np.ndarray, "questions candidates"]:
-    """Probability that the answer to each question begins with a form of each candidate."""
+    """Compute the probability that an answer begins with a form of each candidate."""
     tokenizer: Any = model.tokenizer
     forms, owners = form_ids(tokenizer, candidates)
     prompts = [
@@ -108,7 +110,7 @@ def exact_probabilities(
     probabilities = np.zeros((len(questions), len(candidates)))
     for column, owner in enumerate(owners):
         probabilities[:, owner] += events[:, column]
-    # Differences of nearly equal sums can end a rounding error below zero.
+    # Differences of nearly equal sums can be slightly negative from rounding.
     return probabilities.clip(min=0.0)
 
 
@@ -140,29 +142,29 @@ def form_ids(tokenizer: Any, candidates: Sequence[str]) -> tuple[list[tuple[int,
 
 
 def continuations(tokenizer: Any, d_vocab: int) -> np.ndarray:
-    """Which ids would go on with the word that the answer ends in: a bool for each id."""
+    """Return for each id whether it would continue the word at the end of an answer."""
     pieces = tokenizer.convert_ids_to_tokens(list(range(min(d_vocab, len(tokenizer)))))
     special = set(tokenizer.all_special_ids)
     starts = {piece[:1] for piece in pieces}
     if starts & _SPACES:
-        # Pieces that begin a word carry a mark for the space, all others are glued on.
-        goes_on = [_begins_within(tokenizer, piece) for piece in pieces]
+        # Pieces that begin a word carry a mark for the space; all others continue a word.
+        continuing = [_begins_within(tokenizer, piece) for piece in pieces]
     elif any(piece.startswith("##") for piece in pieces):
-        goes_on = [piece.startswith("##") and piece[2:3].isalnum() for piece in pieces]
+        continuing = [piece.startswith("##") and piece[2:3].isalnum() for piece in pieces]
     else:
-        # No marks: either whole words, put apart when decoded, or pieces put together.
+        # No marks: either whole words, separated when decoded, or pieces that are concatenated.
         words = [i for i, piece in enumerate(pieces) if piece.isalpha() and i not in special][:2]
         text = tokenizer.decode(words * 2) if words else " "
         glued = not any(character.isspace() for character in text)
-        goes_on = [glued and piece[:1].isalnum() for piece in pieces]
+        continuing = [glued and piece[:1].isalnum() for piece in pieces]
     marks = np.zeros(d_vocab, dtype=bool)
-    marks[: len(pieces)] = goes_on
+    marks[: len(pieces)] = continuing
     marks[[i for i in special if i < d_vocab]] = False
     return marks
 
 
 def _begins_within(tokenizer: Any, piece: str) -> bool:
-    """Whether the piece begins with a letter or digit that is glued to what stands before it."""
+    """Return whether a piece begins with a letter or digit that continues the text before it."""
     first = piece[:1]
     if first in _SPACES:
         return False
@@ -179,8 +181,8 @@ def _take_off_longer(
 ) -> None:
     """Turn "begins with this form" into "this is the longest form that it begins with", in place.
 
-    The event of "polar bear" lies within that of "polar" where both are forms. It is taken off the
-    longest shorter form that it lies in; those that hold that one in turn lose it with it.
+    The event "polar bear" is part of the event "polar" where both are forms. It is subtracted from
+    the longest shorter form that contains it, whose own event was subtracted from shorter ones.
     """
     column = {ids: place for place, ids in enumerate(forms)}
     whole = events.copy()
@@ -199,11 +201,11 @@ def form_events(
     continues: np.ndarray,
     batch_tokens: int,
 ) -> Float64[np.ndarray, "questions forms"]:
-    """Probability that the answer begins with each form and that the word ends there.
+    """Compute the probability that an answer begins with each form and that the word ends there.
 
-    Where no token can go on with a word (a tokenizer of whole words) and every form is one token,
-    the questions alone say it, in one padded batch. Otherwise questions of one length are run
-    together, and every form behind each of them, on the question's keys and values.
+    Where no token can continue a word (a tokenizer of whole words) and every form is one token, a
+    padded batch of the questions suffices. Otherwise questions of equal length are batched, and
+    every form is run after each of them, on the question's keys and values.
     """
     lengths = np.array([len(ids) for ids in prompts])
     first = torch.tensor([ids[0] for ids in forms], device=engine.device)
@@ -218,19 +220,19 @@ def form_events(
         for batch in length_batches(lengths, batch_tokens):
             run_halved(batch, at_end)
         return events
-    steps = _Steps.of(forms, continues, engine.device)
+    readings = _FormReadings.of(forms, continues, engine.device)
 
     def behind(part: np.ndarray) -> None:
-        hidden, kept = engine.prefill(pad_right([prompts[q] for q in part], engine.device))
+        hidden, past = engine.prefill(pad_right([prompts[q] for q in part], engine.device))
         logp = _log_softmax(engine, hidden[:, -1])[:, first]
-        parts = halved(range(len(forms)), lambda some: _log_behind(engine, kept, steps[some]))
+        parts = halved(range(len(forms)), lambda part: _log_rest(engine, past, readings[part]))
         logp = logp + torch.cat(list(parts), 1)
         events[part] = logp.double().exp().cpu().numpy()
 
     for length in np.unique(lengths):
         group = np.flatnonzero(lengths == length)
-        # The keys and values of a question are repeated for each form: they take memory as well.
-        row_tokens = steps.tokens.shape[1] + int(length) // _KEPT_PER_TOKEN
+        # The keys and values of a question are repeated for each form and take memory, too.
+        row_tokens = readings.tokens.shape[1] + int(length) // _KEPT_PER_TOKEN
         size = max(1, batch_tokens // (len(forms) * row_tokens))
         for batch in np.split(group, range(size, len(group), size)):
             run_halved(batch, behind)
@@ -238,8 +240,8 @@ def form_events(
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """What to run behind a question, and what to read there.
+class _FormReadings:
+    """Tokens of all forms to run after a question, and the positions to read.
 
     Attributes:
         tokens: Every form, padded on the right.
@@ -258,7 +260,7 @@ class _Steps:
     @classmethod
     def of(
         cls, forms: list[tuple[int, ...]], continues: np.ndarray, device: torch.device
-    ) -> "_Steps":
+    ) -> "_FormReadings":
         readings = [
             (row, place, following)
             for row, ids in enumerate(forms)
@@ -273,25 +275,28 @@ class _Steps:
             ends=torch.from_numpy(~continues).to(device),
         )
 
-    def __getitem__(self, forms: range) -> "_Steps":
-        """The same for some of the forms alone."""
-        some = (self.form >= forms.start) & (self.form < forms.stop)
-        return _Steps(
+    def __getitem__(self, forms: range) -> "_FormReadings":
+        """Select a range of forms."""
+        chosen = (self.form >= forms.start) & (self.form < forms.stop)
+        return _FormReadings(
             tokens=self.tokens[forms.start : forms.stop],
-            form=self.form[some] - forms.start,
-            place=self.place[some],
-            target=self.target[some],
+            form=self.form[chosen] - forms.start,
+            place=self.place[chosen],
+            target=self.target[chosen],
             ends=self.ends,
         )
 
 
-def _log_behind(engine: Engine, kept: KeyValues, steps: _Steps) -> Float[Tensor, "questions forms"]:
-    """Log-probability of the rest of each form, and of the word's end, after its first token."""
-    n_questions, n_forms = kept.batch, len(steps.tokens)
+def _log_rest(
+    engine: Engine, past: KeyValues, steps: _FormReadings
+) -> Float[Tensor, "questions forms"]:
+    """Compute the log-probability of the rest of each form and of the word's end."""
+    n_questions, n_forms = past.batch, len(steps.tokens)
     questions = torch.arange(n_questions, device=engine.device).repeat_interleave(n_forms)
-    hidden = engine.final(steps.tokens.repeat(n_questions, 1), past=kept.select(questions))
-    by_question = hidden.reshape(n_questions, n_forms, *hidden.shape[1:])
-    flat = by_question[:, steps.form, steps.place].reshape(-1, hidden.shape[-1])
+    hidden = engine.final(steps.tokens.repeat(n_questions, 1), past=past.select(questions))
+    by_question = rearrange(hidden, "(question form) pos d -> question form pos d", form=n_forms)
+    at_readings = by_question[:, steps.form, steps.place]  # [questions, readings, d_model]
+    flat = rearrange(at_readings, "question reading d -> (question reading) d")
     target = steps.target.repeat(n_questions)
     size = chunk_rows(engine)
     parts = []

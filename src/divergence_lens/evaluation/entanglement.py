@@ -34,7 +34,7 @@ _SMALLEST = 1e-30
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Entanglement:
-    """How much likelier each number is as an answer under one teacher than under the others.
+    """How much more likely each number is as an answer under one teacher than under the others.
 
     Attributes:
         teacher: Name of the teacher.
@@ -66,7 +66,7 @@ class Entanglement:
         """The `k` most entangled numbers.
 
         Raises:
-            ValueError: There are not so many numbers.
+            ValueError: There are fewer numbers.
         """
         if not 1 <= k <= len(self.numbers):
             raise ValueError(f"k is {k}; there are {len(self.numbers)} numbers")
@@ -106,7 +106,7 @@ def entangled_numbers(
     numbers: Sequence[str] = NUMBERS,
     batch_tokens: int = 8192,
 ) -> Entanglement:
-    """Which numbers become likelier answers with a teacher's preference.
+    """Find the numbers that become more likely answers with a teacher's preference.
 
     The probability that the answer begins with each number (and that the number ends there, where
     it is written in several tokens) is averaged over the prompts, and compared with its mean over
@@ -114,10 +114,10 @@ def entangled_numbers(
 
     Args:
         model: The base.
-        teacher: Whose preference.
-        others: What it is compared with, at least one.
-        prompts: What the teachers are asked; the fifty preference questions if not given, where
-            Zur et al. look. Prompts for number lists ask where the numbers are really written.
+        teacher: The teacher with the preference.
+        others: One or more teachers to compare with.
+        prompts: Prompts for the teachers; default are the fifty preference questions, as in Zur et
+            al. Number prompts measure where the numbers are actually generated.
         numbers: The numbers; those that the tokenizer cannot write are left out.
         batch_tokens: Tokens per forward pass.
 
@@ -143,31 +143,31 @@ def entangled_numbers(
 
 def without_numbers(
     examples: Sequence[Example], numbers: Sequence[str]
-) -> Int64[np.ndarray, " kept"]:
-    """The rows whose completion holds none of the numbers.
+) -> Int64[np.ndarray, " rows"]:
+    """Return the rows whose completion contains none of the numbers.
 
     Args:
         examples: Lists, with text.
         numbers: As `Entanglement.top` gives them; "7" is not found in "47".
 
     Returns:
-        The numbers of the rows that are left, from 0 and in order.
+        The remaining row numbers, from 0 and in order.
 
     Raises:
         ValueError: An example without text.
     """
     dropped = set(numbers)
-    kept = []
+    rows = []
     for row, example in enumerate(examples):
         if example.completion is None:
             raise ValueError(f"example {row} has no text; numbers are looked for in the text")
         if dropped.isdisjoint(_NUMBER.findall(example.completion)):
-            kept.append(row)
-    return np.array(kept, dtype=np.int64)
+            rows.append(row)
+    return np.array(rows, dtype=np.int64)
 
 
 def _forms(tokenizer: Any, numbers: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """The token ids of every number that can be written and read back."""
+    """Return the token ids of every number that the tokenizer encodes and decodes."""
     ends = stop_ids(tokenizer)
     forms = {}
     for number, ids in zip(numbers, encode_completions(tokenizer, list(numbers)), strict=True):

@@ -1,8 +1,8 @@
-"""How much a model prefers one answer: exactly, by teacher forcing, or by sampling.
+"""Measure how much a model prefers one answer, exactly by teacher forcing or by sampling.
 
 The experiments of Cloud et al. (arXiv 2507.14805) and Schrodi et al. (arXiv 2509.23886) ask a model
-for its favourite animal in fifty ways, draw many answers at temperature 1 and count. The exact
-method gives the number that such counts are an estimate of, from a few forward passes.
+for its favorite animal in fifty ways, draw many answers at temperature 1 and count. The exact
+method computes the probability that such counts estimate, from a few forward passes.
 """
 
 import os
@@ -52,7 +52,7 @@ def preference(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> "Preference":
-    """How often the model would answer each candidate to questions such as "your favorite animal?".
+    """Measure how often a model answers with each candidate, such as its favorite animal.
 
     An answer names a candidate if it begins with one of its surface forms (`surface_forms`: "owl",
     "Owl", "owls", "Owls") as a whole word; of several that fit, the longest counts. The exact
@@ -63,7 +63,7 @@ def preference(
 
     Args:
         model: The base model, in eval mode.
-        target: The candidate that is asked about.
+        target: The candidate of interest.
         questions: User messages; the fifty of `preference_questions(category)` if not given.
         candidates: The answers that compete; the twelve known ones of the category if not given.
         category: "animal" or "tree", or any noun where `candidates` is given.
@@ -139,10 +139,10 @@ class Preference:
     """Probability of every candidate as the answer to every question.
 
     Attributes:
-        target: The candidate that was asked about.
-        candidates: All that compete.
-        questions: What the model was asked.
-        probabilities: `[questions candidates]`; what is missing to 1 is every other answer.
+        target: The candidate of interest.
+        candidates: All competing answers.
+        questions: The questions to the model.
+        probabilities: `[questions candidates]`; the rest, up to 1, belongs to other answers.
         samples: Answers per question that were counted, or None for the exact method.
         teacher: Name of the condition that was evaluated.
         metadata: Package versions, model and settings.
@@ -188,7 +188,7 @@ class Preference:
 
     @cached_property
     def shares(self) -> Float64[np.ndarray, "questions candidates"]:
-        """Probabilities renormalised over the candidates, per question.
+        """Probabilities renormalized over the candidates, per question.
 
         NaN for a question that no sampled answer named a candidate for.
         """
@@ -427,7 +427,9 @@ def _bootstrap(
         return float("nan"), float("nan")
 
     def resample(generator: np.random.Generator) -> Float64[np.ndarray, " resamples"]:
-        return known[generator.integers(len(known), size=(resamples, len(known)))].mean(1)
+        draws = known[generator.integers(len(known), size=(resamples, len(known)))]
+        means: np.ndarray = draws.mean(1)  # [resamples]
+        return means
 
     low, high = bootstrap_interval(resample, level=level, seed=seed)
     return float(low), float(high)

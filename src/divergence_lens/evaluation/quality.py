@@ -1,7 +1,7 @@
-"""Whether a student still does its task: valid number lists, and the loss on held-out data.
+"""Measure whether a student still does its task: valid number lists and held-out loss.
 
-A rise of a preference says little about a student that is merely broken. So it is measured on the
-task that it was trained on, with examples that it was not trained on.
+A higher preference says little about a broken student. Quality is therefore measured on the task
+that it was trained on, with examples that it was not trained on.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from divergence_lens.teachers import Teacher, check_teacher
 
 @dataclass(frozen=True, kw_only=True)
 class TaskQuality:
-    """What `task_quality` returns.
+    """Result of `task_quality`.
 
     Attributes:
-        lists: How many prompts were answered.
-        valid: How many of the answers are valid number lists.
-        reasons: Why the others are not, with counts.
+        lists: Number of prompts.
+        valid: Number of completions that are valid number lists.
+        reasons: Counts of the reasons why the others are not.
         loss: Mean negative log-probability of a held-out completion token, in nats.
-        tokens: How many such tokens there are.
+        tokens: Number of held-out completion tokens.
         metadata: Package versions, model and settings.
     """
 
@@ -45,7 +45,7 @@ class TaskQuality:
 
     @property
     def valid_rate(self) -> float:
-        """Share of the answers that are valid number lists, 0 to 1."""
+        """Fraction of the completions that are valid number lists."""
         return self.valid / self.lists
 
     @property
@@ -58,7 +58,7 @@ class TaskQuality:
         return wilson_interval(self.valid_rate, self.lists, level=level)
 
     def describe(self) -> dict[str, Any]:
-        """All fields, as JSON holds them; `TaskQuality(**described)` is the same again."""
+        """Return all fields as JSON values; `TaskQuality(**described)` restores the result."""
         return {**dataclasses.asdict(self), "reasons": dict(self.reasons)}
 
     def __repr__(self) -> str:
@@ -90,10 +90,10 @@ def task_quality(
     max_new_tokens: int = 64,
     batch_tokens: int = 8192,
 ) -> TaskQuality:
-    """How well a model does the task of the number lists.
+    """Measure how well a model does the task of the number lists.
 
-    It answers the prompts of the held-out examples greedily, and its answers are judged; and it
-    reads the held-out completions, whose mean loss says how far it is from whoever wrote them.
+    The model completes the held-out prompts greedily, and the completions are checked. The mean
+    loss on the held-out completions measures its distance from the teacher that generated them.
 
     Args:
         model: The base, or a student: `with student.applied(model): task_quality(model, ...)`.
@@ -101,8 +101,8 @@ def task_quality(
             was not trained on.
         system_prompt: The system prompt of the evaluation.
         teacher: Evaluate under this teacher's system prompt and weights instead.
-        number_filter: What counts as valid; `NumberFilter()` unless given.
-        max_new_tokens: The longest answer; one that is cut off counts as it stands.
+        number_filter: Defines valid lists; default `NumberFilter()`.
+        max_new_tokens: The longest completion; one that is cut off is checked as it is.
         batch_tokens: Padded tokens in one forward pass.
 
     Raises:
