@@ -277,9 +277,11 @@ def from_pretrained(
         check_no_pointer(path)
     try:
         with no_bar(hidden=name in TINY_MODELS):
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            # Transformers types one return value; with this option there are two.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 location, dtype=dtype, output_loading_info=True
             )
+            model, loading = loaded
         if tokenizer is None:
             tokenizer = _tokenizer(location)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -448,7 +448,7 @@ def test_every_condition_is_in_the_documentation():
     [
         ({"conditions": ("block7",)}, "no condition 'block7'"),
         ({"conditions": ("other_base",)}, "'other_base' needs another base"),
-        ({"conditions": (_own("deep", layers=(9,)),)}, "'deep': block 9 is out of range"),
+        ({"conditions": (_own("deep", layers=(9,)),)}, "'deep': layer 9 is out of range"),
         ({"conditions": (_own("odd", parts=("W_X",)),)}, "'odd': no parameter"),
         ({"conditions": (_own("fast", recipe={"speed": 3}),)}, "'fast': .*speed"),
     ],

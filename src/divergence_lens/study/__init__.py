@@ -5,7 +5,8 @@ from divergence_lens.study.config import StudyConfig
 from divergence_lens.study.gradients import GradientAlignment, gradient_alignment
 from divergence_lens.study.presets import finetuned_teacher
 from divergence_lens.study.report import findings_table, write_study_report
-from divergence_lens.study.run import Study, run_study
+from divergence_lens.study.result import Study
+from divergence_lens.study.run import run_study
 from divergence_lens.study.steering import Steering, follow_steering, steering_vectors
 
 __all__ = [

@@ -294,7 +294,8 @@ def _resampled(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, f
                 seeds[1] = seeds[0]
             means = [side[drawn].mean(-1) for side, drawn in zip(logs, seeds, strict=True)]
             gains = np.where(targets == index, means[0] - means[1], gains)
-        return np.exp(gains.mean(1))
+        ratios: np.ndarray = np.exp(gains.mean(1))
+        return ratios
 
     low, high = bootstrap_interval(resample, level=LEVEL, seed=0)
     return float(low), float(high)

@@ -14,7 +14,7 @@ from divergence_lens import plots
 from divergence_lens._utils.storage import write_text
 from divergence_lens.study.findings import Finding, t_interval
 from divergence_lens.study.html import HasHtml, write_report
-from divergence_lens.study.run import Study
+from divergence_lens.study.result import Study
 
 _EXAMPLES = 3
 _SETTING = {
