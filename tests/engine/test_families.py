@@ -92,7 +92,7 @@ def test_every_public_call_runs_and_leaves_the_model_as_it_was(loaded):
         pairs = dl.Pairs.from_tokens(
             tokens,
             tokens.flip(0),
-            target=[11, 11],
+            target_position=[11, 11],
             answers=[1, 2],
             foils=[3, 4],
         )
