@@ -103,7 +103,7 @@ class Factors:
         return replace(self, scale=self.scale * factor)
 
     def plus(self, other: "Factors") -> "Factors":
-        """Add two changes of one matrix: [A A'] [s B; s' B']. The ranks add up."""
+        """Add two changes of one matrix: `[A A'] [s B; s' B']`. The ranks add up."""
         return Factors(
             torch.cat([self.down, other.down], 1),
             torch.cat([self.scale * self.up, other.scale * other.up]),
