@@ -1,6 +1,6 @@
 """Bad input over the whole public face: one exact exception, whose message names value and fix.
 
-The tests of each room have more; this table is the face that a user meets, in one place.
+The tests of each package have more; this table collects what a user meets in one place.
 """
 
 import json
