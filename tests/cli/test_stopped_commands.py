@@ -112,7 +112,7 @@ def test_a_stopped_command_resumes_to_the_same_result(command, data, tmp_path):
 def test_checkpoints_are_deleted_when_the_command_succeeds(tmp_path):
     with checkpoint_folder(tmp_path / "out.jsonl") as folder:
         folder.mkdir()
-        (folder / "shard.safetensors").write_text("one")
+        (folder / "shard-000000.safetensors").write_text("one")
     assert not list(tmp_path.iterdir())
 
 
@@ -120,13 +120,13 @@ def test_checkpoints_remain_when_the_command_fails(tmp_path, capsys):
     def failing():
         with checkpoint_folder(tmp_path / "out.jsonl") as folder:
             folder.mkdir(exist_ok=True)
-            (folder / "shard.safetensors").write_text("one")
+            (folder / "shard-000000.safetensors").write_text("one")
             raise RuntimeError("out of memory")
 
     for _ in range(2):
         with pytest.raises(RuntimeError, match="out of memory"):
             failing()
-    assert (tmp_path / "out.jsonl.partial" / "shard.safetensors").exists()
+    assert (tmp_path / "out.jsonl.partial" / "shard-000000.safetensors").exists()
     assert capsys.readouterr().out == f"Resuming from {tmp_path / 'out.jsonl.partial'}\n"
 
 
@@ -139,3 +139,14 @@ def test_checkpoints_of_other_settings_are_refused(data, tmp_path):
     assert done.exit_code == 2
     assert "another run" in done.output
     assert not out.exists()
+
+
+def test_files_of_others_in_the_partial_folder_stay(tmp_path):
+    folder = tmp_path / "out.jsonl.partial"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "shard-000000.safetensors").write_bytes(b"ours")
+    (folder / ".shard-000001.safetensors.x1.part").write_bytes(b"ours, unfinished")
+    with checkpoint_folder(tmp_path / "out.jsonl"):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]

@@ -60,6 +60,16 @@ class Checkpoints:
         save_tensors(path, arrays, header, self._kind)
 
 
+def delete_shards(folder: Path) -> None:
+    """Delete the shards in a folder, and the folder if nothing else is in it."""
+    # A process that is killed while it writes leaves a hidden, unfinished file.
+    for pattern in ("shard-*.safetensors", ".shard-*.safetensors.*.part"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 class Processes:
     """The processes that share a run; a single one unless an accelerator is given.
 

@@ -1,7 +1,6 @@
 """Files that commands read and write: prompts, teachers, masks, figures and checkpoints."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +17,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def checkpoint_folder(out: Path) -> Iterator[Path]:
-    """Yield the folder `<out>.partial` for checkpoints, and delete it once the output is written.
+    """Yield the folder `<out>.partial`, and delete its checkpoints once the output is written.
 
     If the command is stopped or fails, the folder remains, and the same command resumes from it.
-    The library refuses checkpoints written with other data or settings.
+    The library refuses checkpoints written with other data or settings. Files of the user's in the
+    folder are left alone.
 
     Args:
         out: The file that the command writes.
@@ -31,7 +31,9 @@ def checkpoint_folder(out: Path) -> Iterator[Path]:
         typer.echo(f"Resuming from {folder}")
     yield folder
     if folder.is_dir():
-        shutil.rmtree(folder)
+        from divergence_lens._utils.checkpoints import delete_shards
+
+        delete_shards(folder)
 
 
 def read_teacher(spec: str, load: Callable[[str | Path], "Model"]) -> "Teacher":
