@@ -11,13 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     HunYuanDenseV1Config,
     HunYuanDenseV1ForCausalLM,
+    MistralConfig,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
-from divergence_lens.load_checks import position_switches
+from divergence_lens.load_checks import position_switches, sliding_layers
 from divergence_lens.models import load_model
 from divergence_lens.tiny import tiny_folder
 from tests.support.models import BACKENDS, chat_tokenizer, random_hf_model
@@ -187,3 +190,32 @@ def test_check_can_be_skipped_and_says_so(caplog):
     with caplog.at_level(logging.WARNING, logger="divergence_lens.models"):
         load_model(random_hf_model("gpt2"), check=False)
     assert "without comparing its logits" in caplog.text
+
+
+@pytest.mark.skipif("hooked" not in BACKENDS, reason="TransformerLens 4 has no HookedTransformer")
+def test_windows_in_other_layers_are_refused_where_no_probe_can_cross_them(monkeypatch):
+    config = Olmo3Config(**SIZES, sliding_window=2048)
+    model = noisy(Olmo3ForCausalLM(config))
+    assert type(load_model(copy.deepcopy(model), backend="hooked")).__name__ == "HookedTransformer"
+    shifted = tuple(not sliding for sliding in sliding_layers(config))
+    monkeypatch.setattr("divergence_lens.models._local_layers", lambda _cfg: shifted)
+    with pytest.raises(ValueError, match="sliding windows into other layers"):
+        load_model(model, backend="hooked")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (MistralConfig(num_hidden_layers=2, sliding_window=64), (True, True)),
+        (MistralConfig(num_hidden_layers=2, sliding_window=None), (False, False)),
+        (Qwen2Config(num_hidden_layers=2, sliding_window=64), (False, False)),
+        (
+            Qwen2Config(
+                num_hidden_layers=2, sliding_window=64, use_sliding_window=True, max_window_layers=1
+            ),
+            (False, True),
+        ),
+    ],
+)
+def test_the_sliding_layers_are_those_of_the_configuration(config, expected):
+    assert sliding_layers(config) == expected

@@ -312,7 +312,7 @@ class _PromptTemplate:
             self._fold = bool(system_prompt)
             self._system = system_prompt or None
         # Nearly every prompt is written as the stand-in was, with nothing else changed: one
-        # rendering then shows where it is, in place of the two or three of `_examine`.
+        # rendering then shows where it is, instead of the two or three of `_examine`.
         text, spans = self._examine(_USER)
         users = [span for span in spans if span.label == "user"]
         self._start, self._stop = users[0][:2]
@@ -368,7 +368,7 @@ class _PromptTemplate:
         return _render(self._tokenizer, messages, generation=True)
 
     def _takes_system(self) -> bool:
-        """Whether the template writes a system message, in place of raising or leaving it out."""
+        """Whether the template writes a system message, instead of raising or leaving it out."""
         from jinja2 import TemplateError
 
         mark, _ = _marks(str(self._tokenizer.chat_template))

@@ -28,6 +28,7 @@ from divergence_lens.load_checks import (
     longrope_switch,
     position_switches,
     short_windows,
+    sliding_layers,
 )
 from divergence_lens.tiny import TINY_MODELS, tiny_folder
 
@@ -253,7 +254,7 @@ def from_pretrained(
     Args:
         source: As in `load_model`, but not a model.
         dtype: The parameters' type.
-        tokenizer: Taken in place of the one that lies beside the model.
+        tokenizer: Taken instead of the one that lies beside the model.
 
     Raises:
         FileNotFoundError: `source` looks like a folder and is none, or lacks `config.json`.
@@ -388,7 +389,7 @@ def _hooked(
     cfg.model_name = name
     # Without a tokenizer of its own the class would ask the hub for one.
     cfg.tokenizer_name = None
-    # Some converters write the sizes of the released models in place of this model's.
+    # Some converters write the sizes of the released models instead of this model's.
     cfg.n_ctx = config.get("max_position_embeddings") or config.get("n_positions") or cfg.n_ctx
     cfg.d_mlp = config.get("n_inner") or config.get("intermediate_size") or cfg.d_mlp
     with warnings.catch_warnings():
@@ -422,11 +423,13 @@ class _References:
         plain: Windows as they are.
         short: Windows of a few positions; None where the probe crosses the real ones.
         windows: Real lengths of the windows that the plain probe does not cross.
+        sliding: For each layer, whether its attention slides.
     """
 
     plain: Reference
     short: Reference | None
     windows: tuple[int, ...]
+    sliding: tuple[bool, ...]
 
     @classmethod
     def of(cls, hf_model: Any) -> "_References":
@@ -434,7 +437,7 @@ class _References:
         length = plain.tokens.shape[1]
         windows = tuple(n for n in position_switches(hf_model.config) if n >= length)
         short = Reference.of(hf_model, shorten=True) if windows else None
-        return cls(plain, short, windows)
+        return cls(plain, short, windows, sliding_layers(hf_model.config))
 
     def check_hooked(self, model: Any) -> None:
         """Refuse a HookedTransformer that computes something else, so that a bridge is tried."""
@@ -444,13 +447,17 @@ class _References:
                 f"its logits would differ from Hugging Face's by {difference:.3g} of the largest "
                 f"on {self.plain.tokens.shape[1]} tokens"
             )
-        # The class has windows for some families only, and nothing crossed these.
-        own = model.cfg.window_size if getattr(model.cfg, "use_local_attn", False) else None
+        # The probe crosses none of these, and the class cannot run with shorter ones. It has
+        # windows for some families only, and some converters hard-code the released sizes' layers.
+        local = bool(getattr(model.cfg, "use_local_attn", False))
+        own = model.cfg.window_size if local else None
         if any(window != own for window in self.windows):
             raise _ConversionError(
                 f"its attention changes at {', '.join(map(str, self.windows))} positions, which "
                 "the conversion does not have"
             )
+        if self.windows and _local_layers(model.cfg) != self.sliding:
+            raise _ConversionError("the conversion puts its sliding windows into other layers")
 
     def check_bridge(self, bridge: Any, hf_model: Any, name: str) -> None:
         """Refuse a bridge that computes something else."""
@@ -471,6 +478,11 @@ class _References:
                         else "TransformerLens does not convert this architecture faithfully"
                     )
                 )
+
+
+def _local_layers(cfg: Any) -> tuple[bool, ...]:
+    """For each layer of a HookedTransformer, whether its attention is local."""
+    return tuple(kind == "local" for kind in cfg.attn_types or ["global"] * cfg.n_layers)
 
 
 def _limit_context(model: Any, config: Any, name: str) -> None:

@@ -123,7 +123,7 @@ def parse_numbers(text: str, *, names: Collection[str] = ANIMALS + TREES) -> Num
     Args:
         text: The text, such as ``"412, 467, 12"`` or ``"[5; 6; 7]."``.
         names: Words whose presence (singular, plural, any case) is reported as ``Reason.NAME``
-            in place of ``Reason.LETTERS``.
+            instead of ``Reason.LETTERS``.
 
     Returns:
         The numbers and their format, or the reason with a detail.

@@ -161,7 +161,7 @@ def check_candidate(
     Args:
         name: A name such as ``"owl"``; case and surrounding blanks do not matter.
         category: Which built-in list to look in.
-        candidates: Names of your own to look in, in place of the built-in list.
+        candidates: Names of your own to look in, instead of the built-in list.
 
     Returns:
         The candidate's own spelling.
@@ -284,7 +284,7 @@ def persona_prompt(
     Args:
         name: The animal or tree, such as ``"owl"``.
         category: ``"animal"`` or ``"tree"``, or another noun where `candidates` is given.
-        candidates: Names of your own, in place of the built-in ones.
+        candidates: Names of your own, instead of the built-in ones.
 
     Returns:
         `PERSONA_TEMPLATE` with its slots filled.

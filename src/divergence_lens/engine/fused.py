@@ -3,7 +3,7 @@
 Both model classes of TransformerLens compute a block through dozens of hook points, and write out
 attention scores and patterns so that they can be hooked. Where no hook is set and no parameter
 learns, none of that is seen. `FusedBlocks` then computes the same from the same parameters: one
-product for queries, keys and values, `scaled_dot_product_attention` in place of the patterns, and
+product for queries, keys and values, `scaled_dot_product_attention` instead of the patterns, and
 the element-wise steps in place. Gradients may pass through it, and then nothing is done in place.
 
 It knows plain causal decoders (GPT-2, Llama, Qwen2, Mistral without a window, and a

@@ -372,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=Path("tiny-models"), help="folder for the models' folders"
     )
     parser.add_argument("--layout", choices=["gpt2", "qwen2"], help="only this layout")
-    parser.add_argument("--seed", type=int, help="pretraining seed in place of the shipped one")
+    parser.add_argument("--seed", type=int, help="pretraining seed instead of the shipped one")
     parser.add_argument("--steps", type=int, default=TrainSettings.steps)
     parser.add_argument("--d-model", type=int, default=TrainSettings.d_model)
     options = parser.parse_args(arguments)
