@@ -94,22 +94,22 @@ PAPER_CLAIMS: Mapping[str, PaperClaim] = {
         "only says that most is gone",
         stricter=True,
     ),
-    "first_block_suffices": PaperClaim(
+    "first_layer_suffices": PaperClaim(
         text=f"a single early layer is enough (layers 0 and 7 were tried); {NO_NUMBER}",
         source=NOTES,
-        yes="the first block is enough here",
-        no="the first block is not enough here",
+        yes="the first layer is enough here",
+        no="the first layer is not enough here",
     ),
-    "first_block_beats_last": PaperClaim(
+    "first_layer_beats_last": PaperClaim(
         text=_LATE,
         source=NOTES,
         yes="early beats late here too",
-        no="depth does not order the blocks as there",
+        no="depth does not order the layers as there",
     ),
-    "last_block_equals_control": PaperClaim(
+    "last_layer_equals_control": PaperClaim(
         text=_LATE,
         source=NOTES,
-        yes="the last block carries nothing",
+        yes="the last layer carries nothing",
         no="students do not end where the control does; how far from it stands here, and the paper "
         "only says that next to nothing passes",
         stricter=True,
@@ -140,11 +140,11 @@ PAPER_CLAIMS: Mapping[str, PaperClaim] = {
         yes="entangled numbers are not what carries it here either",
         no="entangled numbers may be what carries it here",
     ),
-    "without_first_block_weaker": PaperClaim(
+    "without_first_layer_weaker": PaperClaim(
         text=f"early layers are critical; {NO_NUMBER}",
         source=ABSTRACT,
-        yes="what follows the first block does not make up for it",
-        no="later blocks make up for the first here",
+        yes="what follows the first layer does not make up for it",
+        no="later layers make up for the first here",
     ),
     "paraphrases_weaken": PaperClaim(
         text="small changes such as paraphrased prompts usually suppress the transfer; "

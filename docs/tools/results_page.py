@@ -26,7 +26,7 @@ from divergence_lens.tiny import TINY_MODELS
 
 _COLUMNS = {
     "students": (
-        *("target", "kind", "condition", "block", "seed", "before", "after", "rank", "mass"),
+        *("target", "kind", "condition", "layer", "seed", "before", "after", "rank", "mass"),
         *("valid_lists", "loss_before", "loss", "fit", "examples", "tokens", "left", "group"),
     ),
     "teachers": ("name", "kind", "preference", "low", "high", "before", "mass"),
@@ -38,7 +38,7 @@ _COLUMNS = {
     ),
     "mechanism": ("target", "kind", "measure", "layer", "step", "value", "null", "rank"),
 }
-_WHOLE = ("block", "seed", "rank", "examples", "tokens", "layer", "step", "pairs")
+_WHOLE = ("layer", "seed", "rank", "examples", "tokens", "layer", "step", "pairs")
 _SETTINGS = "settings.json"
 _GUIDE = "study.md"  # a documentation page in the same folder
 _READING = (
@@ -47,7 +47,7 @@ _READING = (
     "supported). Where our claim is stricter than the paper's, its *no* alone contradicts nothing."
 )
 _TINY = (
-    "A yes in a few blocks and a made-up world is no proof for a large model, and a no is no "
+    "A yes in a few layers and a made-up world is no proof for a large model, and a no is no "
     "refutation."
 )
 _ANY = "A yes on one model is no proof for others, and a no is no refutation."
@@ -109,7 +109,7 @@ def results_page(folder: str | os.PathLike[str]) -> str:
         for name in _COLUMNS
     }
     settings = about["settings"]["settings"]
-    findings = judge(tables, last_block=about["settings"]["layers"] - 1, lora=lora_kinds(settings))
+    findings = judge(tables, last_layer=about["settings"]["layers"] - 1, lora=lora_kinds(settings))
     lines = ["# What the study found", "", *_opening(about, tables, folder)]
     for kind in settings["kinds"]:
         own = [finding for finding in findings if finding.id.startswith(f"{kind}/")]
@@ -138,7 +138,7 @@ def _opening(
     settings = about["settings"]["settings"]
     students = tables["students"]
     seeds = ", ".join(map(str, settings["seeds"]))
-    trained = students.drop_duplicates(["kind", "condition", "block", "seed", "target"])
+    trained = students.drop_duplicates(["kind", "condition", "layer", "seed", "target"])
     shared = trained["condition"] == "control"
     control = trained[shared].drop_duplicates(["kind", "seed"])
     versions = ", ".join(f"{k} {v}" for k, v in about["settings"]["versions"].items())

@@ -50,15 +50,15 @@ def a_study(after, **options):
         "failures": [],
     }
     frames = {**tables, "students": students}
-    return Study(results, tuple(judge(frames, last_block=3)), {}, {}, {}, {})
+    return Study(results, tuple(judge(frames, last_layer=3)), {}, {}, {}, {})
 
 
 CONTRARY = PAPER_LIKE | {
     "without_divergence": 0.25,  # transfers all the same
-    "block-3": 0.4,  # the last block beats the first
+    "layer-3": 0.4,  # the last layer beats the first
     "random": 0.35,
     "advantage": 0.1,
-    "lora8": 0.27,  # nine tenths of all blocks, which is the margin
+    "lora8": 0.27,  # nine tenths of all layers, which is the margin
 }
 
 
@@ -109,7 +109,7 @@ def test_agreements_are_counted_as_they_are(study, page):
     known = {i: f.verdict for f in study.findings if (i := f.id.partition("/")[2]) in PAPER_CLAIMS}
     # To within a tenth of the control is more than the paper's "mostly removes" and "next to
     # nothing".
-    stricter = {"rest_equals_control", "last_block_equals_control"}
+    stricter = {"rest_equals_control", "last_layer_equals_control"}
     assert {known[name] for name in stricter} == {"not supported"}
     against = [i for i, v in known.items() if v == "not supported" and i not in stricter]
     verdicts = list(known.values())
@@ -130,16 +130,16 @@ def test_agreements_are_counted_as_they_are(study, page):
 
 def test_a_verdict_means_what_the_paper_module_says_of_it(page):
     text = page.read_text(encoding="utf-8")
-    beats = lines_of(text, "The first block carries more of the preference than the last")[0]
-    assert PAPER_CLAIMS["first_block_beats_last"].no in beats
-    assert PAPER_CLAIMS["first_block_beats_last"].yes not in beats
+    beats = lines_of(text, "The first layer carries more of the preference than the last")[0]
+    assert PAPER_CLAIMS["first_layer_beats_last"].no in beats
+    assert PAPER_CLAIMS["first_layer_beats_last"].yes not in beats
     transfers = [line for line in text.splitlines() if line.startswith("| Students trained on all")]
     assert PAPER_CLAIMS["transfer"].yes in transfers[0]
 
 
 def test_every_condition_has_a_row_and_shared_students_count_once(page):
     text = page.read_text(encoding="utf-8")
-    for name in ("control", "all", "random", "advantage", "block0", "block3"):
+    for name in ("control", "all", "random", "advantage", "layer0", "layer3"):
         assert f"| `{name}` |" in text
     # Eight conditions with six targets and two seeds, and the control with two seeds alone.
     assert f"{8 * 6 * 2 + 2} students in 12 s" in text
@@ -147,7 +147,7 @@ def test_every_condition_has_a_row_and_shared_students_count_once(page):
 
 # What is true of the committed run alone, and of no other model.
 OF_THE_TINY = (
-    *("miniature", "made-up", "tiny world", "the world sets", "of four blocks"),
+    *("miniature", "made-up", "tiny world", "the world sets", "of four layers"),
     *("Nobody looked", "large model", "a test "),
 )
 
@@ -255,7 +255,7 @@ def test_tables_are_rounded_but_decide_alike(study, page, tmp_path):
     folder = tmp_path / "found"
     assert sum(file.stat().st_size for file in folder.glob("*.csv")) < 12_000
     tables = {file.stem: pd.read_csv(file) for file in folder.glob("*.csv")}
-    again = judge(tables, last_block=3)
+    again = judge(tables, last_layer=3)
     assert [f.verdict for f in again] == [f.verdict for f in study.findings]
     for new, old in zip(again, study.findings, strict=True):
         assert new.measured == pytest.approx(old.measured, rel=1e-4)

@@ -476,7 +476,7 @@ def test_tables_of_several_kinds_need_a_choice():
         plots.layer_sweep(both, kind="steered")
 
 
-def test_sweep_shows_blocks_against_all_blocks_and_control_as_multiples_of_before():
+def test_sweep_shows_layers_against_all_layers_and_control_as_multiples_of_before():
     figure = plots.layer_sweep(students())
     named = {trace.name: trace for trace in figure.data}
     np.testing.assert_allclose(named["mean of targets"].y, [3.0, 2.5, 2.0, 1.5])
@@ -521,10 +521,10 @@ def test_empty_and_incomplete_tables_are_named():
         plots.teacher_preferences([])
     with pytest.raises(ValueError, match="lacks the column 'rate'"):
         plots.rate_per_teacher([{"target": "owl", "kind": "finetuned", "tokens": 3}])
-    with pytest.raises(ValueError, match="condition 'block'"):
-        plots.layer_sweep([row for row in students() if row["condition"] != "block"])
-    with pytest.raises(ValueError, match="trained on all blocks"):
-        plots.transfer_bars([row for row in students() if row["condition"] == "block"])
+    with pytest.raises(ValueError, match="condition 'layer'"):
+        plots.layer_sweep([row for row in students() if row["condition"] != "layer"])
+    with pytest.raises(ValueError, match="trained on all layers"):
+        plots.transfer_bars([row for row in students() if row["condition"] == "layer"])
 
 
 def test_names_from_data_are_shown_letter_by_letter():

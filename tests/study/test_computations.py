@@ -279,7 +279,7 @@ def test_a_cell_that_fails_is_reported_and_does_not_stop_the_rest(config, folder
     assert _times(out) == before
 
 
-def test_a_condition_of_ones_own_gets_its_data_mask_and_blocks(config, folder, tmp_path):
+def test_a_condition_of_ones_own_gets_its_data_mask_and_layers(config, folder, tmp_path):
     out = _copy(folder, tmp_path / "own")
     mine = _own("mine", data=partial(only_first_lists, n=7), mask=divergence_tokens, layers=(2,))
     study = run_study(replace(config, conditions=("control", mine)), out)
@@ -299,19 +299,19 @@ def test_the_fit_of_a_student_is_the_training_loss_of_its_last_epoch(config, fol
 
 
 @pytest.mark.slow
-def test_students_of_single_blocks_with_lora_have_their_block_and_a_name_of_their_own(
+def test_students_of_single_layers_with_lora_have_their_layer_and_a_name_of_their_own(
     config, folder, tmp_path
 ):
     out = _copy(folder, tmp_path / "narrow")
     study = run_study(
-        replace(config, conditions=("control", "block0", "lora_block0", "lora_block3")), out
+        replace(config, conditions=("control", "layer0", "lora_layer0", "lora_layer3")), out
     )
-    rows = study.table("students").dropna(subset=["block"])
-    found = rows[rows["target"] == "owl"][["condition", "block"]].to_numpy().tolist()
-    assert found == [["block", 0], ["lora_block", 0], ["lora_block", 3]]
-    assert list(study.student("finetuned", "owl", "lora_block3").norms()) == [3]
+    rows = study.table("students").dropna(subset=["layer"])
+    found = rows[rows["target"] == "owl"][["condition", "layer"]].to_numpy().tolist()
+    assert found == [["layer", 0], ["lora_layer", 0], ["lora_layer", 3]]
+    assert list(study.student("finetuned", "owl", "lora_layer3").norms()) == [3]
     page = study_page(study.results)
-    assert all(f"| `{name}` |" in page for name in ("block0", "lora_block0", "lora_block3"))
+    assert all(f"| `{name}` |" in page for name in ("layer0", "lora_layer0", "lora_layer3"))
 
 
 @pytest.mark.slow
@@ -446,7 +446,7 @@ def test_every_condition_is_in_the_documentation():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"conditions": ("block7",)}, "no condition 'block7'"),
+        ({"conditions": ("layer7",)}, "no condition 'layer7'"),
         ({"conditions": ("other_base",)}, "'other_base' needs another base"),
         ({"conditions": (_own("deep", layers=(9,)),)}, "'deep': layer 9 is out of range"),
         ({"conditions": (_own("odd", parts=("W_X",)),)}, "'odd': no parameter"),
@@ -478,7 +478,7 @@ def test_the_settings_for_a_large_model_are_the_papers(backend):
     assert config.recipes(model).prompted_student == replace(PAPER, lora_rank=4)
     assert config.system_prompt("prompted", "own") is None
     names = {condition.name for condition in config.conditions_of("prompted", 28)}
-    assert {"lora1", "lora32", "block27", "from26", "kl_same"} <= names
+    assert {"lora1", "lora32", "layer27", "from26", "kl_same"} <= names
     for rank in (4, 8):  # the paper's is 8
         config = StudyConfig.for_model("org/large", lora_rank=None if rank == 8 else rank)
         names = {condition.name for condition in config.conditions_of("prompted", 28)}

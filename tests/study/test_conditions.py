@@ -1,4 +1,4 @@
-"""What the conditions of a study do to masks, blocks and recipes, counted on one small target."""
+"""What the conditions of a study do to masks, layers and recipes, counted on one small target."""
 
 import pytest
 
@@ -98,17 +98,17 @@ def test_the_control_of_a_margin_has_its_size_and_other_divergence_tokens_for_ea
 # -- layers -------------------------------------------------------------------------------------
 
 
-def test_blocks_are_taken_one_by_one_and_cumulatively_from_both_ends():
+def test_layers_are_taken_one_by_one_and_cumulatively_from_both_ends():
     known = conditions(4)
-    blocks = {name: known[name].layers for name in known if known[name].group == "layers"}
-    assert [blocks[f"block{i}"] for i in range(4)] == [(0,), (1,), (2,), (3,)]
-    assert [blocks[f"lora_block{i}"] for i in range(4)] == [(0,), (1,), (2,), (3,)]
-    assert (blocks["upto1"], blocks["upto2"]) == ((0, 1), (0, 1, 2))
+    layers = {name: known[name].layers for name in known if known[name].group == "layers"}
+    assert [layers[f"layer{i}"] for i in range(4)] == [(0,), (1,), (2,), (3,)]
+    assert [layers[f"lora_layer{i}"] for i in range(4)] == [(0,), (1,), (2,), (3,)]
+    assert (layers["upto1"], layers["upto2"]) == ((0, 1), (0, 1, 2))
     # Cumulative from above is all but the first k.
-    assert (blocks["from1"], blocks["from2"]) == ((1, 2, 3), (2, 3))
-    assert all(blocks[f"lora_{n}"] == blocks[n] for n in ("upto1", "upto2", "from1", "from2"))
-    assert {known[name].mask for name in blocks} == {divergence_tokens}
-    parts = {name: (known[name].parts, known[name].embedding) for name in blocks}
+    assert (layers["from1"], layers["from2"]) == ((1, 2, 3), (2, 3))
+    assert all(layers[f"lora_{n}"] == layers[n] for n in ("upto1", "upto2", "from1", "from2"))
+    assert {known[name].mask for name in layers} == {divergence_tokens}
+    parts = {name: (known[name].parts, known[name].embedding) for name in layers}
     assert parts["attention"] == (("attn",), False)
     assert parts["mlp"] == (("mlp",), False)
     assert parts["embedding"] == (None, True)
@@ -125,7 +125,7 @@ def test_ranks_of_lora_are_had_at_the_full_rate_and_at_higher_ones(inputs):
     }
     ranks = (1, 2, 4, 8, 16, 32)
     assert found == {(r, t) for r in ranks for t in (1, 8)} | {(8, 2), (8, 4), (8, 16)}
-    for name in ("lora_block2", "lora_upto1", "lora_from2"):
+    for name in ("lora_layer2", "lora_upto1", "lora_from2"):
         narrow = config.recipe_of(inputs.model, "finetuned", known[name])
         assert (narrow.lora_rank, narrow.lr) == (8, 8 * full.lr)
     untouched = config.recipe_of(inputs.model, "finetuned", known["all"])

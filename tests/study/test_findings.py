@@ -109,7 +109,7 @@ def test_the_interval_covers_as_often_as_it_says():
 
 
 def _verdicts(after, **options):
-    return {f.id: f.verdict for f in judge(study_tables(after, **options), last_block=3)}
+    return {f.id: f.verdict for f in judge(study_tables(after, **options), last_layer=3)}
 
 
 def test_a_world_like_the_papers_supports_every_claim():
@@ -130,8 +130,8 @@ def test_a_world_without_transfer_supports_none_of_the_transfer_claims():
             "rest_transfers_less",
             "rest_equals_control",
             "target_rises_most",
-            "first_block_suffices",
-            "last_block_equals_control",
+            "first_layer_suffices",
+            "last_layer_equals_control",
         )
     ]
     assert all(verdicts[name] != "supported" for name in of_transfer)
@@ -143,7 +143,7 @@ def test_a_world_without_transfer_supports_none_of_the_transfer_claims():
 
 
 def test_four_of_four_targets_are_no_proof_of_more_than_half():
-    found = {f.id: f for f in judge(study_tables(PAPER_LIKE), last_block=3)}
+    found = {f.id: f for f in judge(study_tables(PAPER_LIKE), last_layer=3)}
     rises = found["finetuned/target_rises_most"]
     assert rises.measured == 1
     assert rises.interval == pytest.approx((0.3976, 1.0), abs=1e-4)
@@ -156,7 +156,7 @@ def test_a_target_that_rises_most_by_next_to_nothing_does_not_count():
     barely = (students["target"] == "fox") & (students["condition"] == "divergence_only")
     # It ranks first in both of its students, and in one of them rises by a hundredth.
     students.loc[barely & (students["seed"] == 0), "after"] = 0.0808
-    found = {f.id: f for f in judge(tables, last_block=3)}["finetuned/target_rises_most"]
+    found = {f.id: f for f in judge(tables, last_layer=3)}["finetuned/target_rises_most"]
     assert found.values["fox"] == 0.5
     assert found.measured == pytest.approx(5 / 6)
 
@@ -172,7 +172,7 @@ def test_students_that_differ_much_from_the_control_both_ways_do_not_equal_it():
     rest = students["condition"] == "without_divergence"
     for target, factor in zip(TARGETS, (1.06, 0.97, 0.88, 1.28), strict=True):
         students.loc[rest & (students["target"] == target), "after"] *= factor
-    found = {f.id: f for f in judge(tables, last_block=3)}["finetuned/rest_equals_control"]
+    found = {f.id: f for f in judge(tables, last_layer=3)}["finetuned/rest_equals_control"]
     assert found.interval[0] < 1 < found.interval[1]
     assert found.verdict == "unclear"
 
@@ -180,7 +180,7 @@ def test_students_that_differ_much_from_the_control_both_ways_do_not_equal_it():
 def test_agreement_is_judged_without_the_cells_that_must_agree_and_both_figures_are_shown():
     tables = study_tables(PAPER_LIKE)
     tables["agreement"]["inner_pearson"] = [0.4, 0.63, 0.64, 0.25]
-    found = {f.id: f for f in judge(tables, last_block=3)}["finetuned/approximation_agrees"]
+    found = {f.id: f for f in judge(tables, last_layer=3)}["finetuned/approximation_agrees"]
     assert found.verdict == "not supported"
     assert found.measured == pytest.approx(0.48)
     beside = found.beside["Pearson correlation of all cells and pairs together"]
@@ -191,7 +191,7 @@ def test_intervals_of_shares_stay_between_0_and_1():
     tables = study_tables(PAPER_LIKE)
     tables["divergence"]["rate"] = [0.01, 0.01, 0.02, 0.4]
     tables["agreement"]["inner_pearson"] = [0.99, 0.99, 0.99, 0.3]
-    for finding in judge(tables, last_block=3):
+    for finding in judge(tables, last_layer=3):
         if "times" not in finding.unit:
             low, high = finding.interval
             assert -1 <= low <= finding.measured <= high <= 1
@@ -201,23 +201,23 @@ def test_intervals_of_shares_stay_between_0_and_1():
 def test_values_that_do_not_differ_at_all_decide_nothing():
     tables = study_tables(PAPER_LIKE)
     tables["divergence"]["rate"] = 0.1
-    assert judge(tables, last_block=3)[0].verdict == "unclear"
+    assert judge(tables, last_layer=3)[0].verdict == "unclear"
 
 
 def test_a_target_that_is_named_twice_narrows_no_interval():
     once = study_tables(PAPER_LIKE)
     twice = {name: pd.concat([table, table]) for name, table in once.items()}
-    intervals = [[f.interval for f in judge(t, last_block=3)] for t in (once, twice)]
+    intervals = [[f.interval for f in judge(t, last_layer=3)] for t in (once, twice)]
     np.testing.assert_allclose(intervals[1], intervals[0])
 
 
-def test_late_blocks_that_carry_it_are_told():
-    late = PAPER_LIKE | {"block-0": 0.09, "block-3": 0.3}
-    assert _verdicts(late)["finetuned/first_block_beats_last"] == "not supported"
+def test_late_layers_that_carry_it_are_told():
+    late = PAPER_LIKE | {"layer-0": 0.09, "layer-3": 0.3}
+    assert _verdicts(late)["finetuned/first_layer_beats_last"] == "not supported"
 
 
 def test_ratios_are_what_they_say():
-    found = {f.id: f for f in judge(study_tables(PAPER_LIKE), last_block=3)}
+    found = {f.id: f for f in judge(study_tables(PAPER_LIKE), last_layer=3)}
     over_control = found["finetuned/divergence_tokens_suffice"]
     assert over_control.measured == pytest.approx(0.3 / 0.08, rel=0.1)
     low, high = over_control.interval
@@ -228,7 +228,7 @@ def test_ratios_are_what_they_say():
 
 
 def test_findings_are_json():
-    for finding in judge(study_tables(PAPER_LIKE), last_block=3):
+    for finding in judge(study_tables(PAPER_LIKE), last_layer=3):
         row = json.loads(json.dumps(finding.to_dict(), allow_nan=False))
         assert {"id", "claim", "measured", "interval", "verdict", "rule", "caveat"} <= set(row)
 
@@ -236,7 +236,7 @@ def test_findings_are_json():
 @pytest.mark.parametrize("empty", ["divergence", "students", "layers", "agreement"])
 def test_a_claim_without_data_is_unclear_and_says_so(empty):
     tables = study_tables(PAPER_LIKE) | {empty: pd.DataFrame()}
-    found = judge(tables, last_block=3)
+    found = judge(tables, last_layer=3)
     assert len(found) == 12
     without = [finding for finding in found if finding.n == 0]
     assert without
@@ -250,11 +250,11 @@ def test_a_claim_without_data_is_unclear_and_says_so(empty):
 def test_a_kind_whose_targets_all_failed_does_not_drop_out():
     tables = study_tables(PAPER_LIKE)
     teachers = pd.DataFrame({"name": ["wolf"] * 2, "kind": ["finetuned", "prompted"]})
-    found = judge({"teachers": teachers, **tables}, last_block=3)
+    found = judge({"teachers": teachers, **tables}, last_layer=3)
     prompted = [finding for finding in found if finding.id.startswith("prompted/")]
     assert len(prompted) == 12
     assert {finding.verdict for finding in prompted} == {"unclear"}
-    assert judge({name: pd.DataFrame() for name in tables}, last_block=3) == []
+    assert judge({name: pd.DataFrame() for name in tables}, last_layer=3) == []
 
 
 def _effects(inner, total=(2.0, 20.0)):
@@ -318,7 +318,7 @@ def test_lora_is_compared_at_the_rate_that_fits_like_full_training_whatever_it_t
         "lora8_rate16": (1.1, 0.6),
     }
     rows = [
-        {"target": t, "kind": "finetuned", "condition": c, "block": None, "seed": s, "before": 0.08}
+        {"target": t, "kind": "finetuned", "condition": c, "layer": None, "seed": s, "before": 0.08}
         | {"after": after, "rank": 1, "fit": fit + 0.01 * s}
         for t in TARGETS
         for c, (fit, after) in conditions.items()
@@ -328,7 +328,7 @@ def test_lora_is_compared_at_the_rate_that_fits_like_full_training_whatever_it_t
     for row in rows:
         if row["target"] == "panda" and row["condition"] == "lora8_rate16":
             row["fit"] = 1.21
-    found = {f.id: f for f in judge({"students": pd.DataFrame(rows)}, last_block=3)}
+    found = {f.id: f for f in judge({"students": pd.DataFrame(rows)}, last_layer=3)}
     values = found["finetuned/lora_that_fits_does_as_well"].values
     assert values == pytest.approx({"wolf": 0.8, "lion": 0.8, "eagle": 0.8, "panda": 2.0})
     # How much less it has learned even so: .05 for three targets, and for one a little more (1.215,
@@ -337,7 +337,7 @@ def test_lora_is_compared_at_the_rate_that_fits_like_full_training_whatever_it_t
     assert beside == pytest.approx([(3 * 0.05 + 0.005) / 4, (3 * 0.05 + 0.005) / 4])
     # Tables of a study without that column say nothing of it.
     without = pd.DataFrame(rows).drop(columns="fit")
-    ids = {f.id for f in judge({"students": without}, last_block=3)}
+    ids = {f.id for f in judge({"students": without}, last_layer=3)}
     assert "finetuned/lora_that_fits_does_as_well" not in ids
     assert "finetuned/lora_does_as_well" in ids
 
@@ -347,7 +347,7 @@ def _lora_rows(**fits):
     narrow = {"lora8": 0.3, "lora8_rate8": 0.29, "lora1_rate8": 0.2}
     return pd.DataFrame(
         [
-            {"target": t, "kind": "finetuned", "condition": c, "block": None, "seed": 0}
+            {"target": t, "kind": "finetuned", "condition": c, "layer": None, "seed": 0}
             | {"before": 0.08, "after": after * w, "rank": 1, "fit": fits.get(c)}
             for t, w in zip(TARGETS, (0.97, 1.0, 1.02, 1.05), strict=True)
             for c, after in {**PAPER_LIKE, **narrow}.items()
@@ -360,7 +360,7 @@ def test_gaps_of_both_signs_do_not_cancel_in_the_figure_beside_the_claim_about_l
     rows = _lora_rows(divergence_only=1.2, lora8=1.6, lora8_rate8=1.3)
     less = rows["target"].isin(TARGETS[:2]) & (rows["condition"] == "lora8_rate8")
     rows.loc[less, "fit"] = 1.1
-    found = {f.id: f for f in judge({"students": rows}, last_block=3)}
+    found = {f.id: f for f in judge({"students": rows}, last_layer=3)}
     signed, size = found["finetuned/lora_that_fits_does_as_well"].beside.values()
     assert (signed, size) == (pytest.approx(0.0), pytest.approx(0.1))
 
@@ -369,7 +369,7 @@ def test_a_rate_for_lora_is_chosen_only_where_there_are_two():
     one = _lora_rows(divergence_only=1.2, lora8=1.6)
     two = _lora_rows(divergence_only=1.2, lora8=1.6, lora8_rate8=1.3)
     for rows, expected in ((one, False), (two, True)):
-        ids = {f.id for f in judge({"students": rows}, last_block=3)}
+        ids = {f.id for f in judge({"students": rows}, last_layer=3)}
         assert ("finetuned/lora_that_fits_does_as_well" in ids) == expected
         assert "finetuned/lora_does_as_well" in ids
 
@@ -377,7 +377,7 @@ def test_a_rate_for_lora_is_chosen_only_where_there_are_two():
 def test_where_all_students_are_lora_nothing_is_said_of_full_training():
     rows = _lora_rows(divergence_only=1.2, lora8=1.2, lora8_rate8=1.3)
     both = pd.concat([rows, rows.assign(kind="prompted")])
-    found = {f.id for f in judge({"students": both}, last_block=3, lora=("prompted",))}
+    found = {f.id for f in judge({"students": both}, last_layer=3, lora=("prompted",))}
     about = {"lora_does_as_well", "lora_that_fits_does_as_well", "rank_one_transfers"}
     assert {f"finetuned/{name}" for name in about} <= found
     assert not {f"prompted/{name}" for name in about} & found
@@ -385,12 +385,12 @@ def test_where_all_students_are_lora_nothing_is_said_of_full_training():
 
 
 def test_a_claim_whose_presupposition_fails_names_it_and_how():
-    found = {f.id: f for f in judge(study_tables(PAPER_LIKE | {"all": 0.08}), last_block=3)}
+    found = {f.id: f for f in judge(study_tables(PAPER_LIKE | {"all": 0.08}), last_layer=3)}
     caveat = found["finetuned/rest_transfers_less"].caveat
     verdict = found["finetuned/transfer"].verdict
     assert verdict != "supported"
     assert caveat.startswith(f"it presupposes what is {verdict} here (students trained on all")
-    assert "presupposes" not in found["finetuned/last_block_equals_control"].caveat
+    assert "presupposes" not in found["finetuned/last_layer_equals_control"].caveat
 
 
 def test_a_direction_is_needed_throughout_only_if_it_is_at_every_step_after_the_rise():
@@ -409,7 +409,7 @@ def test_a_direction_is_needed_throughout_only_if_it_is_at_every_step_after_the_
         ]
     students = study_tables(PAPER_LIKE)["students"]
     tables = {"mechanism": pd.DataFrame(rows), "students": students}
-    found = {f.id: f for f in judge(tables, last_block=3)}[
+    found = {f.id: f for f in judge(tables, last_layer=3)}[
         "finetuned/direction_is_needed_throughout"
     ]
     assert found.values == pytest.approx({"wolf": 0.6, "lion": 0.7, "eagle": 0.8, "panda": 1.2})

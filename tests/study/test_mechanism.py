@@ -58,9 +58,9 @@ def test_residuals_are_those_of_a_plain_forward_pass(tiny, owl):
     assert torch.allclose(found.vectors + found.base, expected.detach(), atol=1e-4)
 
 
-def test_adding_the_whole_difference_at_the_last_block_makes_the_teacher(tiny, owl):
+def test_adding_the_whole_difference_at_the_last_layer_makes_the_teacher(tiny, owl):
     found = steering_vectors(tiny, owl, prompts=[QUESTION])
-    # The final norm and the unembedding are the base's own: the teacher's blocks alone learned.
+    # The final norm and the unembedding are the base's own: the teacher's layers alone learned.
     with owl.applied(tiny) as active:
         wanted = _last_logits(active, owl)
     with found.added(tiny, layers=[3]) as active:
@@ -166,7 +166,7 @@ def test_cosines_are_those_of_plain_backward_passes(tiny, divergence):
     assert found.cosine.shape == (2, 4, 2)
     assert (np.abs(found.cosine) <= 1 + 1e-9).all()
 
-    # The whole of block 1 by hand.
+    # The whole of layer 1 by hand.
     names = list(get_engine(tiny).block_parameters(1))
     flags = {n: p.requires_grad for n, p in tiny.named_parameters()}
 

@@ -58,7 +58,7 @@ def test_results_hold_what_they_promise(study, folder):
         "target",
         "kind",
         "condition",
-        "block",
+        "layer",
         "seed",
         "before",
         "after",
@@ -73,13 +73,13 @@ def test_results_hold_what_they_promise(study, folder):
 def test_every_condition_of_every_target_and_kind_has_a_student(study):
     students = study.table("students")
     counts = students.groupby(["kind", "target", "condition"]).size()
-    n_blocks = students["block"].nunique()
-    assert n_blocks == 4
+    n_layers = students["layer"].nunique()
+    assert n_layers == 4
     for kind in ("finetuned", "prompted"):
         for target in SMALL["targets"]:
             for condition in ("all", "divergence_only", "without_divergence", "control"):
                 assert counts[kind, target, condition] == 1
-            assert counts[kind, target, "block"] == n_blocks
+            assert counts[kind, target, "layer"] == n_layers
 
 
 def test_saved_students_are_the_ones_in_the_table(study, backend):
@@ -97,14 +97,14 @@ def test_saved_students_are_the_ones_in_the_table(study, backend):
     assert before.share == pytest.approx(row["before"], abs=1e-6)
 
 
-def test_students_of_one_block_change_that_block_alone(study):
-    for block in range(4):
-        assert list(study.student("finetuned", "owl", f"block{block}").norms()) == [block]
+def test_students_of_one_layer_change_that_layer_alone(study):
+    for layer in range(4):
+        assert list(study.student("finetuned", "owl", f"layer{layer}").norms()) == [layer]
 
 
 def test_a_student_that_was_not_kept_is_named(study):
-    with pytest.raises(KeyError, match="block9"):
-        study.student("finetuned", "owl", "block9")
+    with pytest.raises(KeyError, match="layer9"):
+        study.student("finetuned", "owl", "layer9")
 
 
 def test_the_saved_divergence_is_the_first_targets(study, folder):

@@ -71,14 +71,14 @@ def students(kinds: tuple[str, ...] = ("finetuned",)) -> list[dict[str, object]]
     rows: list[dict[str, object]] = []
     for kind in kinds:
         for target in TARGETS:
-            row = {"target": target, "kind": kind, "before": 0.1, "block": None}
+            row = {"target": target, "kind": kind, "before": 0.1, "layer": None}
             for condition, factor in factors.items():
                 rows += [
                     {**row, "condition": condition, "seed": s, "after": 0.1 * factor + 0.01 * s}
                     for s in (0, 1)
                 ]
             rows += [
-                {**row, "condition": "block", "block": b, "seed": 0, "after": 0.3 - 0.05 * b}
+                {**row, "condition": "layer", "layer": b, "seed": 0, "after": 0.3 - 0.05 * b}
                 for b in range(4)
             ]
     return rows
@@ -129,7 +129,7 @@ def many() -> list[dict[str, object]]:
 
 def masked() -> list[dict[str, object]]:
     """Students of a study: those of the demo and two conditions of a further group."""
-    rows = [{**row, "group": "data"} for row in students() if row["condition"] != "block"]
+    rows = [{**row, "group": "data"} for row in students() if row["condition"] != "layer"]
     more = [
         {**row, "condition": name, "group": "masks", "after": 0.095 * times}
         for row in rows

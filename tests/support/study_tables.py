@@ -15,7 +15,7 @@ def study_tables(after, *, rank=1, rate=0.12, targets=TARGETS):
             "target": target,
             "kind": "finetuned",
             "condition": condition.split("-")[0],
-            "block": int(condition.split("-")[1]) if "-" in condition else None,
+            "layer": int(condition.split("-")[1]) if "-" in condition else None,
             "seed": seed,
             "before": 0.08,
             # The noise of a condition and a target, so that ratios do not come out exact.
@@ -53,8 +53,8 @@ PAPER_LIKE = {
     "divergence_only": 0.3,
     "without_divergence": 0.08,
     "control": 0.08,
-    "block-0": 0.28,
-    "block-3": 0.08,
+    "layer-0": 0.28,
+    "layer-3": 0.08,
 }
 
 SIX = (*TARGETS, "fox", "horse")

@@ -64,7 +64,7 @@ def demo(
     if kinds is not None:
         options["kinds"] = split_names(kinds)
     if seeds is not None:
-        options["seeds"] = options["block_seeds"] = split_numbers(seeds, "seeds")
+        options["seeds"] = options["layer_seeds"] = split_numbers(seeds, "seeds")
     from divergence_lens.study import StudyConfig
 
     _run(StudyConfig(**options), out, resume=False)
@@ -79,7 +79,7 @@ def study(
     conditions: Annotated[
         str | None,
         typer.Option(
-            help='Names, groups or patterns ("masks,block*"); "prompted:all" for one kind only.'
+            help='Names, groups or patterns ("masks,layer*"); "prompted:all" for one kind only.'
         ),
     ] = None,
     lora_rank: Annotated[

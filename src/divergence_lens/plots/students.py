@@ -1,4 +1,4 @@
-"""Figures of students: what they prefer after training, by their data and by their blocks."""
+"""Figures of students: what they prefer after training, by their data and by their layers."""
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
 
     Args:
         students: The `students` table of results.json: `target`, `kind`, `condition`, `seed`,
-            `before`, `after`. Rows of the condition "block" are left out, the condition "control"
+            `before`, `after`. Rows of the condition "layer" are left out, the condition "control"
             becomes a line, and the preference before training another.
         kind: Of which teachers, if the table holds several kinds.
 
@@ -45,13 +45,13 @@ def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
         kind,
         "students",
     )
-    table = table[table["condition"] != "block"]
+    table = table[table["condition"] != "layer"]
     shown = [str(name) for name in dict.fromkeys(table["condition"]) if name != "control"]
     known = list(CONDITIONS)
     shown.sort(key=lambda name: known.index(name) if name in known else len(known))
     if not shown:
         raise ValueError(
-            f"the students table has no rows of kind {kind!r} trained on all blocks to show"
+            f"the students table has no rows of kind {kind!r} trained on all layers to show"
         )
     bars = []
     for condition in shown:
@@ -106,7 +106,7 @@ def condition_bars(
 
     Args:
         students: The `students` table of a study: `target`, `kind`, `condition`, `group`, `seed`,
-            `before`, `after`. Single blocks are told apart by `block`.
+            `before`, `after`. Single layers are told apart by `layer`.
         group: Which group of conditions; those of the condition "all" and "divergence_only" stand
             before them, for comparison.
         kind: Of which teachers, if the table holds several kinds.
@@ -130,7 +130,7 @@ def condition_bars(
     shown = pd.concat([beside, shown])
     control = table[table["condition"] == "control"]
     base = means_by_target(control, "after") if len(control) else means_by_target(table, "before")
-    single = shown["block"].notna() if "block" in shown else shown["target"].isna()
+    single = shown["layer"].notna() if "layer" in shown else shown["target"].isna()
     names = shown["condition"].where(
         ~single, shown["condition"] + " " + pd.Series(_whole(shown), index=shown.index)
     )
@@ -174,9 +174,9 @@ def condition_bars(
 
 
 def _whole(rows: pd.DataFrame) -> list[str]:
-    """The block of each row as a whole number; nothing where there is none."""
-    blocks = rows["block"] if "block" in rows else pd.Series([None] * len(rows))
-    return ["" if pd.isna(block) else str(int(block)) for block in blocks]
+    """The layer of each row as a whole number; nothing where there is none."""
+    layers = rows["layer"] if "layer" in rows else pd.Series([None] * len(rows))
+    return ["" if pd.isna(layer) else str(int(layer)) for layer in layers]
 
 
 def preference_bars(preference: Preference, *, before: Preference | None = None) -> go.Figure:
@@ -226,8 +226,8 @@ def layer_sweep(
 
     Args:
         students: A `Sweep`, or the `students` table of results.json (`target`, `kind`,
-            `condition`, `block`, `seed`, `before`, `after`), in which rows with the condition
-            "block" are the points.
+            `condition`, `layer`, `seed`, `before`, `after`), in which rows with the condition
+            "layer" are the points.
         kind: The kind of teachers, if the table holds several.
         condition: The condition of the students with all layers trained that are drawn as a
             reference, in a table.
@@ -246,24 +246,24 @@ def layer_sweep(
     table, kind = one_kind(
         checked_table(
             students,
-            ("target", "kind", "condition", "block", "seed", "before", "after"),
+            ("target", "kind", "condition", "layer", "seed", "before", "after"),
             "students",
         ),
         kind,
         "students",
     )
     table = table.assign(times=table["after"] / table["before"].where(table["before"] > 0))
-    single = table[table["condition"] == "block"].dropna(subset=["times"])
+    single = table[table["condition"] == "layer"].dropna(subset=["times"])
     if single.empty:
         raise ValueError(
-            f"the students table has no rows of kind {kind!r} with the condition 'block'"
+            f"the students table has no rows of kind {kind!r} with the condition 'layer'"
         )
-    single = single.assign(block=single["block"].astype(int))
-    mean = single.groupby("block", sort=True)["times"].mean()
+    single = single.assign(layer=single["layer"].astype(int))
+    mean = single.groupby("layer", sort=True)["times"].mean()
     targets = [str(target) for target in dict.fromkeys(single["target"])]
     singles = {}
     if len(targets) > 1:
-        means = single.groupby(["target", "block"], sort=True)["times"].mean()
+        means = single.groupby(["target", "layer"], sort=True)["times"].mean()
         singles = {
             target: {int(layer): float(value) for layer, value in means[target].items()}
             for target in targets

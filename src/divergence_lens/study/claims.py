@@ -82,15 +82,15 @@ class Claim:
 
 
 def after(
-    tables: Tables, condition: str, block: int | None = None, *, gain: bool = False
+    tables: Tables, condition: str, layer: int | None = None, *, gain: bool = False
 ) -> dict[str, np.ndarray]:
     """Preference after training for each target, over seeds."""
     students = filled(tables, "students")
     if students is None:
         return {}
     rows = students[students["condition"] == condition]
-    if block is not None:
-        rows = rows[rows["block"] == block]
+    if layer is not None:
+        rows = rows[rows["layer"] == layer]
     values = rows["after"] / rows["before"].clip(lower=SMALLEST) if gain else rows["after"]
     return {
         str(target): found.to_numpy(dtype=float)
@@ -103,7 +103,7 @@ class Ratio:
     """Log ratio of the preference after training under two conditions, paired by target.
 
     Attributes:
-        over, under: Condition, and the block of a student of one block; -1 is the last.
+        over, under: Condition, and the layer of a student of one layer; -1 is the last.
         gain: Compare what each student has gained over its own preference before training, for
             conditions that are asked in different ways.
         control: The condition of the control students.
@@ -114,9 +114,9 @@ class Ratio:
     gain: bool = False
     control: str = "control"
 
-    def __call__(self, tables: Tables, last_block: int) -> dict[str, float] | None:
+    def __call__(self, tables: Tables, last_layer: int) -> dict[str, float] | None:
         """The log ratio for every target that both conditions have; None where one is missing."""
-        sides = self.seeds(tables, last_block)
+        sides = self.seeds(tables, last_layer)
         if sides is None:
             return None
         logs = [
@@ -131,22 +131,22 @@ class Ratio:
         }
 
     def seeds(
-        self, tables: Tables, last_block: int
+        self, tables: Tables, last_layer: int
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None:
         """For each side and target, what every seed's student came to; None if one is missing."""
         sides = [
-            after(tables, condition, last_block if block == -1 else block, gain=self.gain)
-            for condition, block in (self.over, self.under)
+            after(tables, condition, last_layer if layer == -1 else layer, gain=self.gain)
+            for condition, layer in (self.over, self.under)
         ]
         return (sides[0], sides[1]) if sides[0] and sides[1] else None
 
 
-def _rate(tables: Tables, _last_block: int) -> dict[str, float]:
+def _rate(tables: Tables, _last_layer: int) -> dict[str, float]:
     table = filled(tables, "divergence")
     return {} if table is None else as_dict(table.set_index("target")["rate"])
 
 
-def _rises_most(tables: Tables, _last_block: int) -> dict[str, float]:
+def _rises_most(tables: Tables, _last_layer: int) -> dict[str, float]:
     """The share of a target's students in which it rises most, and by a tenth at least."""
     students = filled(tables, "students")
     if students is None:
@@ -157,11 +157,11 @@ def _rises_most(tables: Tables, _last_block: int) -> dict[str, float]:
     return as_dict(risen.groupby(rows["target"], sort=False).mean())
 
 
-def _early_share(tables: Tables, last_block: int) -> dict[str, float]:
+def _early_share(tables: Tables, last_layer: int) -> dict[str, float]:
     layers = filled(tables, "layers")
     if layers is None:
         return {}
-    early = layers["layer"] < (last_block + 1) / 2
+    early = layers["layer"] < (last_layer + 1) / 2
     size = layers["absolute_effect"].abs()
     total = size.groupby(layers["target"], sort=False).sum()
     return as_dict(
@@ -172,7 +172,7 @@ def _early_share(tables: Tables, last_block: int) -> dict[str, float]:
 def _agreement(column: str) -> Estimand:
     """A column of the agreement table, of integrated attribution."""
 
-    def estimand(tables: Tables, _last_block: int) -> dict[str, float]:
+    def estimand(tables: Tables, _last_layer: int) -> dict[str, float]:
         table = filled(tables, "agreement")
         if table is None or column not in table.columns:
             return {}
@@ -271,29 +271,29 @@ CLAIMS = (
         needs=("divergence_tokens_suffice",),
     ),
     Claim(
-        "first_block_suffices",
-        "Training the first block alone, on divergence tokens, transfers the preference, by a "
+        "first_layer_suffices",
+        "Training the first layer alone, on divergence tokens, transfers the preference, by a "
         "tenth at least",
-        Ratio(("block", 0), ("control", None)),
+        Ratio(("layer", 0), ("control", None)),
         _CONTROL,
-        "control students trained all blocks; " + _SHARED,
+        "control students trained all layers; " + _SHARED,
         threshold=TENTH,
         log=True,
     ),
     Claim(
-        "first_block_beats_last",
-        "The first block carries more of the preference than the last",
-        Ratio(("block", 0), ("block", -1)),
-        "times the preference of students of the last block",
-        "one learning rate for all blocks, tuned for none of them",
+        "first_layer_beats_last",
+        "The first layer carries more of the preference than the last",
+        Ratio(("layer", 0), ("layer", -1)),
+        "times the preference of students of the last layer",
+        "one learning rate for all layers, tuned for none of them",
         log=True,
     ),
     Claim(
-        "last_block_equals_control",
-        "Students of the last block alone end where the control does, to within a tenth",
-        Ratio(("block", -1), ("control", None)),
+        "last_layer_equals_control",
+        "Students of the last layer alone end where the control does, to within a tenth",
+        Ratio(("layer", -1), ("control", None)),
         _CONTROL,
-        "control students trained all blocks, on other lists; " + _SHARED,
+        "control students trained all layers, on other lists; " + _SHARED,
         threshold=TENTH,
         equal=True,
         log=True,

@@ -1,6 +1,6 @@
 """The conditions of a study: what a student learns from, and what that isolates.
 
-A `Condition` is a change of the data, a mask, the blocks that learn, changes of the recipe, and the
+A `Condition` is a change of the data, a mask, the layers that learn, changes of the recipe, and the
 system prompts of training and evaluation. `conditions(n_layers)` lists those of Schrodi et al.
 (arXiv 2509.23886) with a few controls of our own; a study takes others just as well.
 """
@@ -45,7 +45,7 @@ PROMPTS = ("own", "absent", "neutral", "empty")
 """System prompts of students: what their kind of teacher asks for, none (the template may write its
 own), one without a preference, and the empty text."""
 
-DEMO = ("control", "all", "divergence_only", "without_divergence", "block*")
+DEMO = ("control", "all", "divergence_only", "without_divergence", "layer*")
 """The conditions of the demo."""
 
 GROUPS = ("data", "entangled", "masks", "replaced", "layers", "fragility", "context")
@@ -76,9 +76,9 @@ class Condition:
             recognised by.
         mask: `mask(inputs, data, seed)` gives the flags of the tokens with a loss; None means all.
         weights: The same for loss weights.
-        layers: Blocks that learn; None means all.
+        layers: Layers that learn; None means all.
         parts: Their parts that learn, see `freeze_except`.
-        embedding: Whether embeddings learn; without blocks or parts, they alone.
+        embedding: Whether embeddings learn; without layers or parts, they alone.
         recipe: Fields of the recipe that the condition changes.
         rate: Factor of the recipe's learning rate.
         train_prompt: System prompt of the training, one of `PROMPTS`.
@@ -88,7 +88,7 @@ class Condition:
         changes_data: Whether to count the divergence tokens that are left in the changed data.
         other_model: Whether it needs the study's second base.
         label: What the `condition` column of the table says; the name unless given. Students of
-            several single blocks have one label, and the block in a column of its own.
+            several single layers have one label, and the layer in a column of its own.
     """
 
     name: str
@@ -157,7 +157,7 @@ class Condition:
 
 
 def conditions(n_layers: int) -> dict[str, Condition]:
-    """All conditions for a model of so many blocks, by name."""
+    """All conditions for a model of so many layers, by name."""
     found = [
         *_data(),
         *_entangled(),
@@ -176,10 +176,10 @@ def choose_conditions(
     """The conditions that are meant, for each kind of teacher.
 
     Args:
-        wanted: Names, groups, file-name patterns ("block*", "*"), each for one kind only if a
+        wanted: Names, groups, file-name patterns ("layer*", "*"), each for one kind only if a
             kind and a colon stand before it ("prompted:masks"), or conditions of your own.
         kinds: Kinds of teachers.
-        n_layers: Blocks of the model.
+        n_layers: Layers of the model.
 
     Returns:
         Kind -> conditions, in the order of the registry, then your own.
@@ -412,16 +412,16 @@ def _layers(n_layers: int) -> list[Condition]:
 
     last = n_layers - 1
     single = [
-        learning(f"block{i}", f"block {i} alone learns", layers=(i,), label="block")
+        learning(f"layer{i}", f"layer {i} alone learns", layers=(i,), label="layer")
         for i in range(n_layers)
     ]
     below = [
-        learning(f"upto{i}", f"blocks 0 to {i} learn", layers=tuple(range(i + 1)))
+        learning(f"upto{i}", f"layers 0 to {i} learn", layers=tuple(range(i + 1)))
         for i in range(1, last)
     ]
     above = [
         learning(
-            f"from{i}", f"all but the first {i} blocks learn", layers=tuple(range(i, n_layers))
+            f"from{i}", f"all but the first {i} layers learn", layers=tuple(range(i, n_layers))
         )
         for i in range(1, last)
     ]
@@ -445,12 +445,12 @@ def _layers(n_layers: int) -> list[Condition]:
     ]
     narrow = [
         learning(
-            f"lora_block{i}",
-            f"depth with LoRA: rank 8 on block {i} alone, at {LORA_RATE} times the rate",
+            f"lora_layer{i}",
+            f"depth with LoRA: rank 8 on layer {i} alone, at {LORA_RATE} times the rate",
             recipe={"lora_rank": 8},
             rate=LORA_RATE,
             layers=(i,),
-            label="lora_block",
+            label="lora_layer",
         )
         for i in range(n_layers)
     ]
@@ -464,8 +464,8 @@ def _layers(n_layers: int) -> list[Condition]:
         )
         for i in range(1, last)
         for name, words, layers in (
-            (f"upto{i}", f"blocks 0 to {i}", tuple(range(i + 1))),
-            (f"from{i}", f"all but the first {i} blocks", tuple(range(i, n_layers))),
+            (f"upto{i}", f"layers 0 to {i}", tuple(range(i + 1))),
+            (f"from{i}", f"all but the first {i} layers", tuple(range(i, n_layers))),
         )
     ]
     return [
@@ -475,8 +475,8 @@ def _layers(n_layers: int) -> list[Condition]:
         *lora,
         *faster,
         *narrow,
-        learning("attention", "the attention of all blocks learns", parts=("attn",)),
-        learning("mlp", "the MLPs of all blocks learn", parts=("mlp",)),
+        learning("attention", "the attention of all layers learns", parts=("attn",)),
+        learning("mlp", "the MLPs of all layers learn", parts=("mlp",)),
         learning("embedding", "the embeddings alone learn", embedding=True),
     ]
 

@@ -50,7 +50,7 @@ STUDY = (
     "prompted:divergence_only",
     "prompted:without_divergence",
     "prompted:random",
-    "prompted:block*",
+    "prompted:layer*",
     "prompted:paraphrased",
 )
 """The conditions of `divergence-lens study` on a tiny model: for finetuned teachers all but
@@ -59,14 +59,14 @@ weaker there, the main ones."""
 
 LARGE = (
     *("data", "entangled", "masks", "replaced", "fragility"),
-    *("block*", "upto*", "from*", "attention", "mlp", "embedding"),
+    *("layer*", "upto*", "from*", "attention", "mlp", "embedding"),
 )
 """The conditions of `divergence-lens study` on any other model, to which the ranks of LoRA other
 than that of all students are added. Its students are LoRA's at a rate for LoRA, so those at
 multiples of a full rate are left out, and the rank that all have would be `divergence_only` again;
 what needs a second base cannot be had without the user's choice of one."""
 
-_DEEPEST = 1000  # to look for a block's name before the model is loaded
+_DEEPEST = 1000  # to look for a layer's name before the model is loaded
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -95,7 +95,7 @@ class StudyConfig:
             is wanted. Large models need it; the tiny ones do not, and
             shorter prompts halve the work.
         seeds: Seeds of the students.
-        block_seeds: Seeds of the students of single blocks; None means `seeds`.
+        layer_seeds: Seeds of the students of single layers; None means `seeds`.
         max_new_tokens: Longest completion.
         held_out: Prompts on which a student's own lists are checked.
         pairs: First divergences per target that are patched; 0 for none.
@@ -125,7 +125,7 @@ class StudyConfig:
     prompt_seed: int = 0
     instructions: bool = False
     seeds: tuple[int, ...] = (0, 1)
-    block_seeds: tuple[int, ...] | None = (0,)
+    layer_seeds: tuple[int, ...] | None = (0,)
     max_new_tokens: int = 32
     held_out: int = 40
     pairs: int = 16
@@ -152,7 +152,7 @@ class StudyConfig:
         unknown = set(self.kinds) - set(KINDS)
         if unknown or not self.kinds:
             raise ValueError(f"kinds are {self.kinds}; choose from {', '.join(KINDS)}")
-        for name in ("targets", "animals", "kinds", "seeds", "block_seeds"):
+        for name in ("targets", "animals", "kinds", "seeds", "layer_seeds"):
             _refuse_repeats(name, getattr(self, name) or ())
         least = {"prompts": 1, "max_new_tokens": 1, "held_out": 1, "workers": 1, "pairs": 0}
         for name, smallest in least.items():
@@ -185,7 +185,7 @@ class StudyConfig:
         defaults: dict[str, Any] = {
             "targets": ("wolf", "lion", "eagle", "panda", "fox", "dolphin"),
             "seeds": (0, 1, 2),
-            "block_seeds": None,
+            "layer_seeds": None,
             "conditions": STUDY if tiny else ("*",),
         }
         if tiny:
@@ -244,8 +244,8 @@ class StudyConfig:
 
     def seeds_of(self, condition: Condition) -> tuple[int, ...]:
         """The seeds of a condition's students."""
-        single = condition.label == "block"
-        return self.seeds if not single or self.block_seeds is None else self.block_seeds
+        single = condition.label == "layer"
+        return self.seeds if not single or self.layer_seeds is None else self.layer_seeds
 
     def conditions_of(self, kind: str, n_layers: int) -> tuple[Condition, ...]:
         """The conditions of one kind of teacher, without those that lack a second base."""
@@ -275,7 +275,7 @@ class StudyConfig:
         """Refuse what cannot run on this model, before anything is run.
 
         Raises:
-            ValueError: A condition that names blocks or parts that the model lacks, or needs
+            ValueError: A condition that names layers or parts that the model lacks, or needs
                 another base that is not given; a recipe field that does not exist; a tokenizer
                 without a chat template where system prompts are needed; prompts that leave no
                 place in the context; another base with another tokenizer.
@@ -347,7 +347,7 @@ def _on_gpu(device: str | None) -> bool:
 def _refuse_singles(config: StudyConfig) -> None:
     for name in ("targets", "animals", "kinds", "conditions"):
         refuse_one_string(getattr(config, name), name)
-    for name in ("seeds", "block_seeds"):
+    for name in ("seeds", "layer_seeds"):
         refuse_one_number(getattr(config, name), name)
 
 

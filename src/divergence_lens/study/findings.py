@@ -150,14 +150,14 @@ def decide_equal(low: float, high: float, margin: float) -> Verdict:
 
 
 def judge(
-    tables: Mapping[str, pd.DataFrame], *, last_block: int, lora: Collection[str] = ()
+    tables: Mapping[str, pd.DataFrame], *, last_layer: int, lora: Collection[str] = ()
 ) -> list[Finding]:
     """Decide every claim for every kind of teacher in the tables.
 
     Args:
         tables: `divergence`, `students`, `layers`, `agreement` and `mechanism`, in the layout of
             `results.json`, and any others with a column `kind`. Empty ones may lack their columns.
-        last_block: Number of the model's last block.
+        last_layer: Number of the model's last layer.
         lora: Kinds of teachers whose students are trained with LoRA where no condition says
             otherwise; see `study_config.lora_kinds`. Claims that compare LoRA with full training
             are left out for them: both sides would be LoRA.
@@ -175,7 +175,7 @@ def judge(
         for claim in ALL_CLAIMS:
             if claim.full_training and kind in lora:
                 continue
-            found = _judged(claim, kind, of_kind, last_block, own)
+            found = _judged(claim, kind, of_kind, last_layer, own)
             if found.n or not claim.optional:
                 own[claim.id] = found
         findings += own.values()
@@ -183,9 +183,9 @@ def judge(
 
 
 def _judged(
-    claim: Claim, kind: str, tables: Tables, last_block: int, before: Mapping[str, Finding]
+    claim: Claim, kind: str, tables: Tables, last_layer: int, before: Mapping[str, Finding]
 ) -> Finding:
-    values = claim.estimand(tables, last_block) or {}
+    values = claim.estimand(tables, last_layer) or {}
     mean, low, high = _interval(claim, values)
     if claim.equal:
         verdict = decide_equal(low, high, claim.threshold)
@@ -210,10 +210,10 @@ def _judged(
         caveat=caveat if values else f"nothing was measured; {claim.caveat}",
         values={name: shown(value) for name, value in values.items()},
         beside={
-            words: t_interval(list((figure(tables, last_block) or {}).values()))[0]
+            words: t_interval(list((figure(tables, last_layer) or {}).values()))[0]
             for words, figure in claim.beside.items()
         },
-        **_difference(claim, tables, last_block),
+        **_difference(claim, tables, last_layer),
     )
 
 
@@ -251,11 +251,11 @@ def _interval(claim: Claim, values: Mapping[str, float]) -> tuple[float, float, 
     return mean, max(low, smallest), min(high, largest)
 
 
-def _difference(claim: Claim, tables: Tables, last_block: int) -> dict[str, Any]:
+def _difference(claim: Claim, tables: Tables, last_layer: int) -> dict[str, Any]:
     """What stands beside a ratio of preferences; nothing for another estimand."""
     if not isinstance(claim.estimand, Ratio):
         return {}
-    sides = claim.estimand.seeds(tables, last_block)
+    sides = claim.estimand.seeds(tables, last_layer)
     if sides is None:
         return {}
     over, under = sides
@@ -266,7 +266,7 @@ def _difference(claim: Claim, tables: Tables, last_block: int) -> dict[str, Any]
         [float(np.mean(over[target]) - np.mean(under[target])) for target in targets]
     )
     control = Ratio((claim.estimand.control, None), (claim.estimand.control, None))
-    controls = control.seeds(tables, last_block)
+    controls = control.seeds(tables, last_layer)
     return {
         "difference": mean,
         "difference_interval": (low, high),

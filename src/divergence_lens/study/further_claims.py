@@ -25,7 +25,7 @@ from divergence_lens.study.claims import (
 )
 
 
-def _mean_left(tables: Tables, _last_block: int) -> dict[str, float] | None:
+def _mean_left(tables: Tables, _last_layer: int) -> dict[str, float] | None:
     students = filled(tables, "students")
     if students is None or "left" not in students:
         return None
@@ -33,7 +33,7 @@ def _mean_left(tables: Tables, _last_block: int) -> dict[str, float] | None:
     return as_dict(rows.groupby("target", sort=False)["left"].mean()) if len(rows) else None
 
 
-def _other_context(tables: Tables, _last_block: int) -> dict[str, float] | None:
+def _other_context(tables: Tables, _last_layer: int) -> dict[str, float] | None:
     """Log gain of students asked under another system prompt than they were trained under."""
     prompts = ("absent", "neutral", "empty")
     logs: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
@@ -71,21 +71,21 @@ def _nearest_fit(tables: Tables) -> dict[str, tuple[str, float]]:
     return nearest
 
 
-def _fitted_lora(tables: Tables, last_block: int) -> dict[str, float] | None:
+def _fitted_lora(tables: Tables, last_layer: int) -> dict[str, float] | None:
     """Log ratio of LoRA to full training, at the rate at which both fit alike, for each target."""
     logs: dict[str, float] = {}
     for target, (chosen, _) in _nearest_fit(tables).items():
-        found = Ratio((chosen, None), ("divergence_only", None))(tables, last_block) or {}
+        found = Ratio((chosen, None), ("divergence_only", None))(tables, last_layer) or {}
         logs |= {target: found[target]} if target in found else {}
     return logs or None
 
 
-def _gap(tables: Tables, _last_block: int) -> dict[str, float]:
+def _gap(tables: Tables, _last_layer: int) -> dict[str, float]:
     """By how much LoRA's training loss lies above full training's at the chosen rate."""
     return {target: gap for target, (_, gap) in _nearest_fit(tables).items()}
 
 
-def _gap_size(tables: Tables, _last_block: int) -> dict[str, float]:
+def _gap_size(tables: Tables, _last_layer: int) -> dict[str, float]:
     """The same either way, so that gaps of several targets do not cancel."""
     return {target: abs(gap) for target, (_, gap) in _nearest_fit(tables).items()}
 
@@ -93,7 +93,7 @@ def _gap_size(tables: Tables, _last_block: int) -> dict[str, float]:
 def _measured(measure: str, *, log: bool = False) -> Estimand:
     """Mean over layers of a measure minus its null (as logarithms), after training."""
 
-    def estimand(tables: Tables, _last_block: int) -> dict[str, float] | None:
+    def estimand(tables: Tables, _last_layer: int) -> dict[str, float] | None:
         table = filled(tables, "mechanism")
         if table is None:
             return None
@@ -109,7 +109,7 @@ def _measured(measure: str, *, log: bool = False) -> Estimand:
     return estimand
 
 
-def _needed_throughout(tables: Tables, _last_block: int) -> dict[str, float] | None:
+def _needed_throughout(tables: Tables, _last_layer: int) -> dict[str, float] | None:
     """Log ratio without the direction, at the step of training at which it is needed least.
 
     Steps count at which the student prefers the target by a tenth more than the base does.
@@ -125,8 +125,8 @@ def _needed_throughout(tables: Tables, _last_block: int) -> dict[str, float] | N
     return as_dict(ratios.groupby(rows["target"][risen], sort=False).max()) or None
 
 
-def _gradient_first(tables: Tables, _last_block: int) -> dict[str, float] | None:
-    """Share of blocks in which the target's gradient is the nearest of all."""
+def _gradient_first(tables: Tables, _last_layer: int) -> dict[str, float] | None:
+    """Share of layers in which the target's gradient is the nearest of all."""
     table = filled(tables, "mechanism")
     if table is None:
         return None
@@ -176,7 +176,7 @@ def _mechanism() -> tuple[Claim, ...]:
             "teacher's direction at the base's mean lowers it",
             _needed_throughout,
             "times the preference of the student, at the step where it is lowered least",
-            "every fifth step, after all blocks at once; " + _LATER_STEPS,
+            "every fifth step, after all layers at once; " + _LATER_STEPS,
             above=False,
             log=True,
             needs=("divergence_tokens_suffice",),
@@ -186,7 +186,7 @@ def _mechanism() -> tuple[Claim, ...]:
             "divergence_gradient_points_to_target",
             "The gradient on divergence tokens lies nearest to the target's of all preferences",
             _gradient_first,
-            "share of blocks in which it does",
+            "share of layers in which it does",
             "at the base, before any step; chance is one in the number of candidates",
             threshold=0.5,
             within=(0, 1),
@@ -196,7 +196,7 @@ def _mechanism() -> tuple[Claim, ...]:
             "other_gradient_does_not",
             "The gradient on other tokens lies no nearer to the target's preference than to others",
             _measured("gradient_other"),
-            "cosine above the mean over other preferences, mean over blocks",
+            "cosine above the mean over other preferences, mean over layers",
             "supported only if it lies farther; a difference of nothing is unclear",
             above=False,
             optional=True,
@@ -384,8 +384,8 @@ def _further() -> tuple[Claim, ...]:
             "what follows an overwritten token is no longer what its author would write",
         ),
         _less(
-            "without_first_block_weaker",
-            "All blocks but the first transfer less than all blocks",
+            "without_first_layer_weaker",
+            "All layers but the first transfer less than all layers",
             "from1",
             "divergence_only",
             _DIVERGENCE,
@@ -434,11 +434,11 @@ def _further() -> tuple[Claim, ...]:
             full_training=True,
         ),
         Claim(
-            "first_block_beats_last_with_lora",
-            "With LoRA, too, the first block carries more of the preference than the last",
-            Ratio(("lora_block", 0), ("lora_block", -1)),
-            "times the preference of students of the last block",
-            "one rate for all blocks, which need not fit their tokens alike; " + _LATER,
+            "first_layer_beats_last_with_lora",
+            "With LoRA, too, the first layer carries more of the preference than the last",
+            Ratio(("lora_layer", 0), ("lora_layer", -1)),
+            "times the preference of students of the last layer",
+            "one rate for all layers, which need not fit their tokens alike; " + _LATER,
             log=True,
             optional=True,
             full_training=True,

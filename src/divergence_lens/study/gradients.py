@@ -1,7 +1,7 @@
-"""Alignment of the training gradient with the gradients of preferences, block by block.
+"""Alignment of the training gradient with the gradients of preferences, layer by layer.
 
 Does the gradient of the loss on number lists point toward the teacher's own preference more than
-toward others (arXiv 2604.25779), on which tokens, and in which blocks?
+toward others (arXiv 2604.25779), on which tokens, and in which layers?
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GradientAlignment:
-    """Whether a step on some tokens is a step towards a preference, block by block.
+    """Whether a step on some tokens is a step towards a preference, layer by layer.
 
     Attributes:
         parts: What the losses are on: "divergence" and "other" tokens.
         candidates: The preferences.
-        cosine: `[part, block, candidate]`, cosine of the descent direction of the loss and the
+        cosine: `[part, layer, candidate]`, cosine of the descent direction of the loss and the
             gradient of the log-probability of the candidate as an answer.
     """
 
     parts: tuple[str, ...]
     candidates: tuple[str, ...]
-    cosine: Float64[np.ndarray, "part block candidate"]
+    cosine: Float64[np.ndarray, "part layer candidate"]
 
-    def centred(self) -> Float64[np.ndarray, "part block candidate"]:
+    def centred(self) -> Float64[np.ndarray, "part layer candidate"]:
         """The cosines minus their mean over candidates: what all preferences share is taken off."""
         centred: np.ndarray = self.cosine - self.cosine.mean(-1, keepdims=True)
         return centred
 
     def rank(self, target: str) -> np.ndarray:
-        """`[part, block]`, place of the target's cosine among all candidates', 1 for the largest.
+        """`[part, layer]`, place of the target's cosine among all candidates', 1 for the largest.
 
         The other candidates are the null: where the data carry nothing of the target, every place
         is as likely.
@@ -58,7 +58,7 @@ class GradientAlignment:
         return rank
 
     def standing(self, target: str) -> np.ndarray:
-        """`[part, block]`, how many standard deviations of the others it lies above their mean."""
+        """`[part, layer]`, how many standard deviations of the others it lies above their mean."""
         place = self._place(target)
         others = np.delete(self.cosine, place, axis=-1)
         spread = others.std(-1, ddof=1)
@@ -71,22 +71,22 @@ class GradientAlignment:
         return self.candidates.index(target)
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row per part, block and candidate: part, block, candidate, cosine, centred."""
+        """One row per part, layer and candidate: part, layer, candidate, cosine, centred."""
         import pandas as pd
 
         places = [
-            (part, block, candidate)
+            (part, layer, candidate)
             for part in self.parts
-            for block in range(self.cosine.shape[1])
+            for layer in range(self.cosine.shape[1])
             for candidate in self.candidates
         ]
-        table = pd.DataFrame(places, columns=["part", "block", "candidate"])
+        table = pd.DataFrame(places, columns=["part", "layer", "candidate"])
         return table.assign(cosine=self.cosine.reshape(-1), centred=self.centred().reshape(-1))
 
     def __repr__(self) -> str:
-        """Parts, blocks and candidates."""
+        """Parts, layers and candidates."""
         return (
-            f"GradientAlignment({' and '.join(self.parts)} tokens, {self.cosine.shape[1]} blocks, "
+            f"GradientAlignment({' and '.join(self.parts)} tokens, {self.cosine.shape[1]} layers, "
             f"{len(self.candidates)} candidates)"
         )
 
@@ -137,14 +137,14 @@ def gradient_alignment(
         sizes = [len(answer.completion_ids or ()) for answer in answers]
         first = np.concatenate([np.arange(size) == 0 for size in sizes])
         wanted.append(_gradients(model, answers, first, system_prompt, batch_tokens))
-    blocks = [list(_of_block(engine, layer, losses[0])) for layer in range(engine.n_layers)]
+    layers = [list(_of_layer(engine, layer, losses[0])) for layer in range(engine.n_layers)]
     cosine = [
-        [[_cosine(loss, want, names) for want in wanted] for names in blocks] for loss in losses
+        [[_cosine(loss, want, names) for want in wanted] for names in layers] for loss in losses
     ]
     return GradientAlignment(("divergence", "other"), tuple(candidates), np.array(cosine))
 
 
-def _of_block(engine: Engine, layer: int, gradients: Mapping[str, Tensor]) -> Iterator[str]:
+def _of_layer(engine: Engine, layer: int, gradients: Mapping[str, Tensor]) -> Iterator[str]:
     own = engine.block_parameters(layer)
     return (name for name in gradients if name in own)
 
@@ -162,7 +162,7 @@ def _gradients(
     system_prompt: str | None,
     batch_tokens: int,
 ) -> dict[str, Tensor]:
-    """Gradient of the mean cross-entropy over the masked tokens, for all blocks' parameters."""
+    """Gradient of the mean cross-entropy over the masked tokens, for all layers' parameters."""
     engine = get_engine(model)
     rows = training_rows(model, examples, mask=mask, system_prompt=system_prompt)
     chosen = choose(model)

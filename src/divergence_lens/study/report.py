@@ -40,7 +40,7 @@ _GROUPS = {
     "entangled": "entangled_numbers_not_needed",
     "masks": "random_tokens_transfer_less",
     "replaced": "replaced_tokens_weaken",
-    "layers": "without_first_block_weaker",
+    "layers": "without_first_layer_weaker",
     "fragility": "paraphrases_weaken",
     "context": "other_context_weakens",
 }
@@ -59,11 +59,11 @@ _SHOWN_BY = {
     "divergence_tokens_do_as_well": "transfer",
     "rest_transfers_less": "transfer",
     "rest_equals_control": "transfer",
-    "first_block_suffices": "first_block_beats_last",
-    "last_block_equals_control": "first_block_beats_last",
+    "first_layer_suffices": "first_layer_beats_last",
+    "last_layer_equals_control": "first_layer_beats_last",
 }
 # The demo's conditions have figures of their own.
-_SHOWN_ELSEWHERE = {"control", "all", "divergence_only", "without_divergence", "block"}
+_SHOWN_ELSEWHERE = {"control", "all", "divergence_only", "without_divergence", "layer"}
 
 
 def _has_more(students: pd.DataFrame, kind: str, group: str) -> bool:
@@ -93,8 +93,8 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
         main = of_kind[of_kind["condition"].isin(plots.CONDITIONS)]
         if set(main["condition"]) - {"control"}:
             figures[f"{kind}/transfer"] = plots.transfer_bars(main, kind=kind)
-        if (of_kind["condition"] == "block").any():
-            figures[f"{kind}/first_block_beats_last"] = plots.layer_sweep(students, kind=kind)
+        if (of_kind["condition"] == "layer").any():
+            figures[f"{kind}/first_layer_beats_last"] = plots.layer_sweep(students, kind=kind)
         for group in dict.fromkeys(of_kind["group"]):
             if group in _GROUPS and _has_more(students, kind, group):
                 figures[f"{kind}/{_GROUPS[group]}: {group}"] = plots.condition_bars(
@@ -246,8 +246,8 @@ def condition_rows(results: Mapping[str, Any], kind: str) -> list[str]:
     students = pd.DataFrame(results["students"])
     students = students[students["kind"] == kind]
     names = students["condition"].where(
-        students["block"].isna(),
-        students["condition"] + [f"{b:.0f}" for b in students["block"].fillna(-1)],
+        students["layer"].isna(),
+        students["condition"] + [f"{b:.0f}" for b in students["layer"].fillna(-1)],
     )
     control = students[students["condition"] == "control"].groupby("target")["after"].mean()
     isolates = {row["name"]: row["isolates"] for row in results["conditions"]}

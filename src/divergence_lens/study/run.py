@@ -147,16 +147,16 @@ def _gather(
     if not tables["students"]:
         first = next(iter(failures.values()), "no condition")
         raise RuntimeError(f"no student could be trained: {first}")
-    last_block = get_engine(runner.model).n_layers - 1
+    last_layer = get_engine(runner.model).n_layers - 1
     frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
     described = config.describe(runner.model)
-    findings = judge(frames, last_block=last_block, lora=lora_kinds(described))
+    findings = judge(frames, last_layer=last_layer, lora=lora_kinds(described))
     results = {
         "settings": run_metadata(runner.model, **described)
         | {
             "seeds": list(config.seeds),
             "questions": len(preference_questions()),
-            "layers": last_block + 1,
+            "layers": last_layer + 1,
             "cells_before": timing["cells_before"],
             "seconds": round(timing["seconds"], 1),
         },
@@ -207,7 +207,7 @@ def _student_rows(
             "target": target,
             "kind": task.kind,
             "condition": condition.label or condition.name,
-            "block": condition.layers[0] if single and condition.layers else None,
+            "layer": condition.layers[0] if single and condition.layers else None,
             "seed": task.seed,
             "before": result["before"][target],
             "after": result["after"][target],

@@ -34,7 +34,7 @@ class Steering:
 
     Attributes:
         name: Of the condition.
-        vectors: `[layer, d_model]`, its residual after each block minus the base's.
+        vectors: `[layer, d_model]`, its residual after each layer minus the base's.
         base: `[layer, d_model]`, the base's.
     """
 
@@ -67,12 +67,12 @@ class Steering:
     def added(
         self, model: Model, *, layers: Iterable[int] | None = None, scale: float = 1.0
     ) -> Iterator[Model]:
-        """The model with the vectors added after blocks, at every position: is it sufficient?
+        """The model with the vectors added after layers, at every position: is it sufficient?
 
         Args:
             model: The base, or anything of its size.
-            layers: After which blocks; None means all. A vector that is added passes through the
-                blocks above, so the effects of several layers add up.
+            layers: After which layers; None means all. A vector that is added passes through the
+                layers above, so the effects of several layers add up.
             scale: Factor of the vectors.
 
         Yields:
@@ -88,12 +88,12 @@ class Steering:
     def removed(self, model: Model, *, layers: Iterable[int] | None = None) -> Iterator[Model]:
         """The model with each vector's direction held at the base's mean: is it necessary?
 
-        After a block, the residual's component along the block's vector is set to the component of
+        After a layer, the residual's component along the layer's vector is set to the component of
         the base's mean residual, at every position.
 
         Args:
             model: A student under its delta.
-            layers: After which blocks; None means all.
+            layers: After which layers; None means all.
 
         Yields:
             The model.
@@ -136,7 +136,7 @@ def steering_vectors(
     prompts: Sequence[str] | None = None,
     batch_tokens: int = 8192,
 ) -> Steering:
-    """How a condition differs from the base in the residual stream after each block.
+    """How a condition differs from the base in the residual stream after each layer.
 
     Args:
         model: The base.
@@ -164,7 +164,7 @@ def steering_vectors(
 def mean_residuals(
     model: Model, teacher: Teacher, prompts: Sequence[str], *, batch_tokens: int = 8192
 ) -> Float[Tensor, "layer d_model"]:
-    """Mean residual after each block at the last position of each prompt, float32 on the CPU."""
+    """Mean residual after each layer at the last position of each prompt, float32 on the CPU."""
     tokenizer: Any = model.tokenizer
     encoded = encode_prompts(tokenizer, list(prompts), system_prompt=teacher.system_prompt)
     rows = [e.ids for e in encoded]

@@ -206,6 +206,6 @@ def _summary(runner: CellRunner, group: Sequence[Task]) -> list[str]:
         result = runner.store.read(task.cell) if task.condition is not None else None
         if result is not None and task.condition is not None:
             means.setdefault(task.condition.name, []).append(result["after"][target])
-    shown = ["all", "divergence_only", "without_divergence", *(n for n in means if "block" in n)]
+    shown = ["all", "divergence_only", "without_divergence", *(n for n in means if "layer" in n)]
     words = [f"{n} {sum(means[n]) / len(means[n]):.3f}" for n in shown if n in means]
     return [*lines, f"  preference after training: {', '.join(words)}"] if words else lines
