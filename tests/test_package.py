@@ -141,7 +141,6 @@ ORDER = (
     "engine",
     "provenance",
     "models",
-    "load_checks",
     "examples",
     "chat",
     "tiny",

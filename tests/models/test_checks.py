@@ -20,8 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from divergence_lens.load_checks import position_switches, sliding_layers
 from divergence_lens.models import load_model
+from divergence_lens.models.positions import position_switches, sliding_layers
 from divergence_lens.tiny import tiny_folder
 from tests.support.models import BACKENDS, chat_tokenizer, random_hf_model
 
@@ -198,7 +198,7 @@ def test_windows_in_other_layers_are_refused_where_no_probe_can_cross_them(monke
     model = noisy(Olmo3ForCausalLM(config))
     assert type(load_model(copy.deepcopy(model), backend="hooked")).__name__ == "HookedTransformer"
     shifted = tuple(not sliding for sliding in sliding_layers(config))
-    monkeypatch.setattr("divergence_lens.models._local_layers", lambda _cfg: shifted)
+    monkeypatch.setattr("divergence_lens.models.reference._local_layers", lambda _cfg: shifted)
     with pytest.raises(ValueError, match="sliding windows into other layers"):
         load_model(model, backend="hooked")
 

@@ -1,187 +1,54 @@
-"""Check that a loaded model computes what its checkpoint says.
+"""Compare a built model with the Hugging Face model that its weights came from.
 
-1. `check_checkpoint_names`: every tensor of the checkpoint became a parameter, and every parameter
-   came from the checkpoint. Transformers fills the gaps with random values and only logs it.
-2. `check_weights`: no parameter is NaN, infinite, or without data.
-3. `Reference`: Hugging Face's own logits, computed before anything wraps or converts the model, and
-   the comparison of whatever was built from it. No model is accepted because it agrees with itself.
+`References.of` runs a probe through the Hugging Face model before anything wraps or converts it.
+`check_hooked` and `check_bridge` run the same probe through the built model. No model is accepted
+because it agrees with itself.
 """
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+
+from divergence_lens.models.positions import (
+    SHORT_WINDOW,
+    position_switches,
+    short_windows,
+    sliding_layers,
+)
 
 _FEWEST_TOKENS = 16
 _MOST_TOKENS = {"cpu": 1024}
 _MOST_TOKENS_ACCELERATOR = 8192
-_SHORT_WINDOW = 8
+# A forward pass takes about 2 operations per parameter and token. A probe takes at most this many:
+# a minute on a CPU that does 70 billion a second, half a second on a GPU that does 200 trillion.
+_MOST_OPERATIONS = {"cpu": 4e12}
+_MOST_OPERATIONS_ACCELERATOR = 1e14
+# Logits are compared at this many positions at most; at a vocabulary of 256,000 and 4,096 tokens
+# all of them would take 4 GB.
+_COMPARED = 64
 # float32 rounding grows with depth and width; conversions that are wrong differ by far more.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _TOLERANCE_HALF = 0.05
-_LISTED = 10
 
 
-def check_checkpoint_names(missing: Iterable[str], unexpected: Iterable[str], *, name: str) -> None:
-    """Refuse a checkpoint whose tensors are not those of the model.
-
-    Args:
-        missing: Parameters that the checkpoint lacks.
-        unexpected: Tensors of the checkpoint that the model lacks.
-        name: The checkpoint, for the message.
-
-    Raises:
-        ValueError: Names the first ten of each kind, and a prefix that explains them.
-    """
-    absent = sorted(missing)
-    extra = sorted(unexpected)
-    if not absent and not extra:
-        return
-    parts = []
-    if absent:
-        parts.append(f"lacks {_listed(absent)}")
-    if extra:
-        parts.append(f"has {_listed(extra)}, which the architecture does not have")
-    prefix = _common_prefix(absent, extra)
-    if prefix is not None:
-        hint = f"every name carries the prefix {prefix!r}: remove it from the checkpoint's names"
-    else:
-        hint = "such weights would be random or ignored; save the model with save_pretrained"
-    raise ValueError(f"the checkpoint {name!r} {' and '.join(parts)}; {hint}")
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:_LISTED])
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} ({shown}{more})"
-
-
-def _common_prefix(missing: list[str], unexpected: list[str]) -> str | None:
-    """The prefix without which every unexpected name is a missing one, if there is one.
-
-    The reverse would not do: tied tensors are missing from the checkpoint in any case.
-    """
-    for wanted in missing:
-        for name in unexpected[:1]:
-            prefix = name.removesuffix(wanted)
-            stripped = {other.removeprefix(prefix) for other in unexpected}
-            if prefix not in {"", name} and stripped <= set(missing):
-                return prefix
-    return None
-
-
-def check_weights(model: nn.Module, name: str) -> None:
-    """Refuse parameters without data and values that are not finite.
-
-    Raises:
-        ValueError: Names the first such parameter.
-    """
-    for parameter_name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"{parameter_name} of {name!r} is on the meta device and has no values; load the "
-                "weights first (from_pretrained without device_map='meta')"
-            )
-        # A sum is finite only if every term is, and needs no mask in memory. In half precision
-        # the sum of finite values can overflow, so a suspect is looked at value by value.
-        if not bool(torch.isfinite(parameter.detach().sum())) and not bool(
-            torch.isfinite(parameter.detach()).all()
-        ):
-            bad = int((~torch.isfinite(parameter.detach())).sum())
-            raise ValueError(
-                f"{parameter_name} of {name!r} holds {bad:,} values that are NaN or infinite; the "
-                "checkpoint is damaged, or its training diverged"
-            )
-
-
-def check_no_pointer(path: str | os.PathLike[str]) -> None:
-    """Refuse a folder whose weights are Git LFS pointers instead of weights.
-
-    Raises:
-        ValueError: Names the file and the command that fetches it.
-    """
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if not entry.name.endswith((".safetensors", ".bin")) or not entry.is_file():
-                continue
-            if entry.stat().st_size > 1024:
-                continue
-            with open(entry.path, "rb") as file:  # noqa: PTH123 - an entry of scandir
-                if file.read(40).startswith(b"version https://git-lfs"):
-                    raise ValueError(
-                        f"{entry.path} is a Git LFS pointer, not weights; run `git lfs pull` there"
-                    )
-
-
-def position_switches(config: Any) -> tuple[int, ...]:
-    """Positions at which a model starts to compute differently: windows, chunks, rope factors.
-
-    Args:
-        config: A Hugging Face configuration.
-
-    Returns:
-        The lengths, ascending, without those at or beyond the context.
-    """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    lengths = []
-    window = getattr(text, "sliding_window", None)
-    # Qwen2 and its like carry a window that not every model uses.
-    if window and any(sliding_layers(config)):
-        lengths.append(int(window))
-    # GPT-Neo's local layers.
-    if "local" in (getattr(text, "attention_layers", None) or ()):
-        lengths.append(int(text.window_size))
-    chunk = getattr(text, "attention_chunk_size", None)
-    if chunk:
-        lengths.append(int(chunk))
-    original = longrope_switch(config)
-    if original:
-        lengths.append(original)
-    context = getattr(text, "max_position_embeddings", None) or float("inf")
-    return tuple(sorted({length for length in lengths if length < context}))
-
-
-def sliding_layers(config: Any) -> tuple[bool, ...]:
-    """For each layer, whether its attention has a sliding window.
-
-    Configurations list the kind of every layer, except where all layers are alike (Mistral).
-    """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    kinds = getattr(text, "layer_types", None)
-    if kinds:
-        return tuple("sliding" in str(kind) for kind in kinds)
-    window = bool(getattr(text, "sliding_window", None))
-    n_layers: int = text.num_hidden_layers
-    return (window and bool(getattr(text, "use_sliding_window", True)),) * n_layers
-
-
-def longrope_switch(config: Any) -> int | None:
-    """The length at which LongRoPE changes the rotation of *every* position, if it does."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    if not isinstance(rope, Mapping):
-        return None
-    kind = rope.get("rope_type") or rope.get("type")
-    if kind not in ("longrope", "su"):
-        return None
-    original = rope.get("original_max_position_embeddings") or getattr(
-        text, "original_max_position_embeddings", None
-    )
-    return int(original) if original else None
+class ConversionError(Exception):
+    """TransformerLens has no faithful HookedTransformer for this architecture."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Hugging Face's logits on a probe, to compare a converted or wrapped model with.
+    """Hugging Face's logits on a probe.
 
     Attributes:
         tokens: The probe.
-        logits: Its logits.
+        positions: The positions at which logits are compared.
+        logits: Hugging Face's logits there.
         tolerance: The largest difference that rounding explains, relative to the largest logit.
         routed: Whether the median position is compared instead of the worst. In half precision a
             mixture of experts sends a token elsewhere where two routing weights tie, and that
@@ -189,7 +56,8 @@ class Reference:
     """
 
     tokens: Int[Tensor, "batch pos"]
-    logits: Float[Tensor, "batch pos d_vocab"]
+    positions: Int[Tensor, " compared"]
+    logits: Float[Tensor, "batch compared d_vocab"]
     tolerance: float
     routed: bool
 
@@ -203,16 +71,15 @@ class Reference:
             shorten: Shorten all windows and chunks, so that a short probe crosses them.
         """
         parameter = next(hf_model.parameters())
-        most = _MOST_TOKENS.get(parameter.device.type, _MOST_TOKENS_ACCELERATOR)
-        switches = position_switches(hf_model.config)
-        near = [length for length in switches if length < most]
-        wanted = max([_FEWEST_TOKENS, *(length + _SHORT_WINDOW for length in near)])
-        context = getattr(hf_model.config, "max_position_embeddings", None) or wanted
-        tokens = _probe(min(wanted, int(context)), _vocabulary(hf_model), parameter.device)
+        tokens = _probe(_probe_length(hf_model), _vocabulary(hf_model), parameter.device)
+        length = tokens.shape[1]
+        positions = torch.linspace(0, length - 1, min(_COMPARED, length)).round().long().unique()
+        positions = positions.to(parameter.device)
         with short_windows(hf_model, shortened=shorten):
-            logits = hf_model(tokens, use_cache=False).logits.float()
+            logits = hf_model(tokens, use_cache=False).logits[:, positions].float()
         return cls(
             tokens,
+            positions,
             logits,
             _TOLERANCE.get(parameter.dtype, _TOLERANCE_HALF),
             parameter.dtype not in _TOLERANCE and _has_experts(hf_model.config),
@@ -220,17 +87,33 @@ class Reference:
 
     @torch.no_grad()
     def difference(self, model: Any) -> float:
-        """The largest difference of the model's logits, relative to the largest logit or 1."""
-        # Told that nothing is padding: a tokenizer that pads on the left would have ids masked.
-        logits = model(self.tokens, attention_mask=torch.ones_like(self.tokens)).float()
+        """Return the largest difference of the model's logits, relative to the largest or 1."""
+        # The mask says that nothing is padding: a tokenizer that pads on the left would have ids
+        # equal to the pad id masked.
+        logits = model(self.tokens, attention_mask=torch.ones_like(self.tokens))
+        logits = logits[:, self.positions].float()  # [batch, compared, d_vocab]
         scale = max(1.0, float(self.logits.abs().max()))
-        by_position = (logits - self.logits).abs().amax(-1)  # [batch, pos]
+        by_position = (logits - self.logits).abs().amax(-1)  # [batch, compared]
         worst = by_position.median() if self.routed else by_position.max()
         return float(worst) / scale
 
     def agrees(self, difference: float) -> bool:
-        """Whether rounding explains a difference; NaN does not pass."""
+        """Return whether rounding explains a difference; NaN does not pass."""
         return difference <= self.tolerance
+
+
+def _probe_length(hf_model: Any) -> int:
+    """Return a length beyond every window, chunk and rotation switch that can be afforded."""
+    device = next(hf_model.parameters()).device.type
+    operations = _MOST_OPERATIONS.get(device, _MOST_OPERATIONS_ACCELERATOR)
+    per_token = 2 * sum(parameter.numel() for parameter in hf_model.parameters())
+    most = min(
+        _MOST_TOKENS.get(device, _MOST_TOKENS_ACCELERATOR), int(operations / max(1, per_token))
+    )
+    near = [length for length in position_switches(hf_model.config) if length < most]
+    wanted = max([_FEWEST_TOKENS, *(length + SHORT_WINDOW for length in near)])
+    context = getattr(hf_model.config, "max_position_embeddings", None) or wanted
+    return min(wanted, int(context))
 
 
 def _has_experts(config: Any) -> bool:
@@ -243,34 +126,106 @@ def _vocabulary(hf_model: Any) -> int:
     return int(embedding.weight.shape[0])
 
 
-def _probe(length: int, vocabulary: int, device: torch.device) -> Int[Tensor, "2 pos"]:
-    """Two rows of unlike ids without a period, so that a wrong position or window shows."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, (2, length), generator=generator).to(device)
+def _probe(length: int, vocabulary: int, device: torch.device) -> Int[Tensor, "batch pos"]:
+    """Draw rows of different ids without a period, so that a wrong position or window shows.
 
-
-@contextmanager
-def short_windows(hf_model: Any, *, shortened: bool) -> Iterator[None]:
-    """Run with sliding windows and chunks of a few tokens, so that a short probe crosses them.
-
-    Windows of thousands of tokens cannot be crossed on a CPU in seconds. Masks are built from the
-    configuration and attention modules keep a copy of the number, so both are replaced for a while.
+    Two rows show results that depend on a neighbor; a long probe has one, which takes half as long.
     """
-    if not shortened:
-        yield
-        return
-    names = ("sliding_window", "attention_chunk_size")
-    changed: list[tuple[Any, str, Any]] = []
-    text = hf_model.config.get_text_config()
-    for owner in (text, *hf_model.modules()):
-        for name in names:
-            value = owner.__dict__.get(name)
-            if isinstance(value, int) and not isinstance(value, bool) and value > _SHORT_WINDOW:
-                changed.append((owner, name, value))
-    try:
-        for owner, name, _ in changed:
-            setattr(owner, name, _SHORT_WINDOW)
-        yield
-    finally:
-        for owner, name, value in changed:
-            setattr(owner, name, value)
+    generator = torch.Generator().manual_seed(0)
+    rows = 2 if length <= _COMPARED else 1
+    return torch.randint(0, vocabulary, (rows, length), generator=generator).to(device)
+
+
+@dataclass
+class References:
+    """Hugging Face's logits before conversion, with and without shortened windows.
+
+    Attributes:
+        plain: The reference with windows as they are.
+        short: The reference with windows of a few positions; None where the plain probe crosses
+            the real ones.
+        windows: Real lengths of the windows that the plain probe does not cross.
+        sliding: For each layer, whether its attention has a sliding window.
+        seconds: Time taken by the probes so far.
+    """
+
+    plain: Reference
+    short: Reference | None
+    windows: tuple[int, ...]
+    sliding: tuple[bool, ...]
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, hf_model: Any) -> "References":
+        """Run the probes through the Hugging Face model."""
+        start = perf_counter()
+        plain = Reference.of(hf_model)
+        length = plain.tokens.shape[1]
+        windows = tuple(n for n in position_switches(hf_model.config) if n >= length)
+        short = Reference.of(hf_model, shorten=True) if windows else None
+        references = cls(plain, short, windows, sliding_layers(hf_model.config))
+        references.seconds = perf_counter() - start
+        return references
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += perf_counter() - start
+
+    def check_hooked(self, model: Any) -> None:
+        """Refuse a HookedTransformer that computes something else, so that a bridge is tried.
+
+        Raises:
+            ConversionError: Says what differs.
+        """
+        with self._timed():
+            difference = self.plain.difference(model)
+        if not self.plain.agrees(difference):
+            raise ConversionError(
+                f"its logits would differ from Hugging Face's by {difference:.3g} of the largest "
+                f"on {self.plain.tokens.shape[1]} tokens"
+            )
+        # The probe crosses none of these, and the class cannot run with shorter ones. It has
+        # windows for some families only, and some converters hard-code the released sizes' layers.
+        local = bool(getattr(model.cfg, "use_local_attn", False))
+        own = model.cfg.window_size if local else None
+        if any(window != own for window in self.windows):
+            raise ConversionError(
+                f"its attention changes at {', '.join(map(str, self.windows))} positions, which "
+                "the conversion does not have"
+            )
+        if self.windows and _local_layers(model.cfg) != self.sliding:
+            raise ConversionError("the conversion puts its sliding windows into other layers")
+
+    def check_bridge(self, bridge: Any, hf_model: Any, name: str) -> None:
+        """Refuse a bridge that computes something else.
+
+        Raises:
+            ValueError: Names the model and the difference.
+        """
+        for reference in (self.plain, self.short):
+            if reference is None:
+                continue
+            shortened = reference is self.short
+            with self._timed(), short_windows(hf_model, shortened=shortened):
+                difference = reference.difference(bridge)
+            if not reference.agrees(difference):
+                adapters = getattr(hf_model, "_hf_peft_config_loaded", False)
+                raise ValueError(
+                    f"{name!r} cannot be a bridge: its logits differ from Hugging Face's by "
+                    f"{difference:.3g} of the largest on {reference.tokens.shape[1]} tokens, where "
+                    f"{reference.tolerance:.3g} is rounding; "
+                    + (
+                        "its adapters are not converted: merge them into the weights first"
+                        if adapters
+                        else "TransformerLens does not convert this architecture faithfully"
+                    )
+                )
+
+
+def _local_layers(cfg: Any) -> tuple[bool, ...]:
+    """Return for each layer of a HookedTransformer whether its attention is local."""
+    return tuple(kind == "local" for kind in cfg.attn_types or ["global"] * cfg.n_layers)

@@ -1,0 +1,34 @@
+"""Load a model, and describe it.
+
+Every public call of the library takes a `HookedTransformer` or a `TransformerBridge`. This package
+builds either from a name, a folder or a Hugging Face model, always without folding or centering
+weights, so that logits and residuals are Hugging Face's own and trained weights can be exported.
+"""
+
+from divergence_lens.models.classes import (
+    HookedTransformer,
+    LensModel,
+    Model,
+    check_model,
+    describe_model,
+    is_hooked,
+    lens_model,
+    model_name,
+)
+from divergence_lens.models.loading import Backend, load_model
+from divergence_lens.models.pretrained import from_pretrained, no_bar
+
+__all__ = [
+    "Backend",
+    "HookedTransformer",
+    "LensModel",
+    "Model",
+    "check_model",
+    "describe_model",
+    "from_pretrained",
+    "is_hooked",
+    "lens_model",
+    "load_model",
+    "model_name",
+    "no_bar",
+]

@@ -1,0 +1,90 @@
+"""The two model classes of TransformerLens, and what the library knows about either."""
+
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+HookedTransformer: Any
+# Importing TransformerLens sets the log level of transformers to "error" for the whole process.
+_verbosity = transformers_logging.get_verbosity()
+try:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError:  # TransformerLens 4 removed it; there, only bridges exist.
+        HookedTransformer = None
+finally:
+    transformers_logging.set_verbosity(_verbosity)
+
+Model: TypeAlias = nn.Module
+"""A `HookedTransformer` or a `TransformerBridge`; `check_model` tells them from other modules."""
+
+
+@runtime_checkable
+class LensModel(Protocol):
+    """The interface that a `HookedTransformer` and a `TransformerBridge` share.
+
+    Both are `nn.Module`s; parts that only some models have are reached by attribute.
+    """
+
+    cfg: Any
+    tokenizer: Any
+    blocks: Any
+    embed: Any
+    unembed: Any
+    training: bool
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a submodule or an attribute of the wrapped model."""
+
+
+def is_hooked(model: object) -> bool:
+    """Return whether `model` is a `HookedTransformer`."""
+    return HookedTransformer is not None and isinstance(model, HookedTransformer)
+
+
+def is_lens_model(model: object) -> bool:
+    """Return whether `model` is a `HookedTransformer` or a `TransformerBridge`."""
+    return is_hooked(model) or isinstance(model, TransformerBridge)
+
+
+def check_model(model: object) -> None:
+    """Refuse anything but a `HookedTransformer` or a `TransformerBridge`.
+
+    Raises:
+        TypeError: `model` is something else, a plain Hugging Face model for instance.
+    """
+    if not is_lens_model(model):
+        raise TypeError(
+            f"expected a HookedTransformer or a TransformerBridge, got {type(model).__name__}; "
+            "pass it through divergence_lens.load_model first"
+        )
+
+
+def lens_model(model: Model) -> LensModel:
+    """Return the model itself, typed by the parts that both classes have."""
+    return cast("LensModel", model)
+
+
+def model_name(model: Model) -> str:
+    """Return the name that `model` was loaded under."""
+    return str(getattr(lens_model(model).cfg, "model_name", type(model).__name__))
+
+
+def describe_model(model: Model) -> str:
+    """Describe a model in one line: its class, device and precision, and whether norms are folded.
+
+    Raises:
+        TypeError: `model` is not a TransformerLens model.
+    """
+    check_model(model)
+    parameter = next(model.parameters())
+    precision = str(parameter.dtype).removeprefix("torch.")
+    norm = str(getattr(lens_model(model).cfg, "normalization_type", ""))
+    folded = norm.endswith("Pre")
+    return (
+        f"{model_name(model)}: {type(model).__name__}, {precision} on {parameter.device.type}, "
+        f"{'norms folded into the weights' if folded else 'weights as they were trained'}"
+    )
