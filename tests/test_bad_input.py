@@ -526,10 +526,24 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
         "2",
     ),
     (
-        "an answer of several tokens",
-        lambda k: from_prompts(k, answers=["owl cat"]),
+        "a metric of one's own on answers of several tokens",
+        lambda k: dl.causal_mediation(
+            k.model, from_prompts(k, answers=["owl cat"]), metric=lambda x, _: x[:, 0]
+        ),
         ValueError,
-        "owl cat",
+        "pair 0 has an answer or foil of several tokens",
+    ),
+    (
+        "an answer without a token",
+        lambda k: from_prompts(k, answers=[""]),
+        ValueError,
+        "the answer '' has no token",
+    ),
+    (
+        "an answer with a negative id",
+        lambda k: from_tokens(answers=[[5, -3]]),
+        ValueError,
+        "negative token id -3",
     ),
     (
         "an answer that no token is",

@@ -257,7 +257,7 @@ def test_a_metric_can_be_any_function_of_the_logits(model_of):
 
     def difference(logits, index):
         rows = torch.arange(len(logits))
-        return logits[rows, pairs.answers[index]] - logits[rows, pairs.foils[index]]
+        return logits[rows, pairs.answers[index, 0]] - logits[rows, pairs.foils[index, 0]]
 
     mine = causal_mediation(model, pairs, metric=difference)
     assert mine.metric == "difference"

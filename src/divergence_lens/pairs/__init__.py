@@ -1,9 +1,10 @@
 """Inputs to patching: clean and corrupted token rows, aligned by position."""
 
 from divergence_lens.pairs.alignment import BIAS, DIVERGENCE, PAIR_SEGMENTS, TEXT, align
+from divergence_lens.pairs.answers import NO_TOKEN, without_padding
 from divergence_lens.pairs.disagreements import check_tokenizers
 from divergence_lens.pairs.inputs import Rows, weights_key
-from divergence_lens.pairs.pairs import NO_TOKEN, Pairs
+from divergence_lens.pairs.pairs import Pairs
 
 __all__ = [
     "BIAS",
@@ -16,4 +17,5 @@ __all__ = [
     "align",
     "check_tokenizers",
     "weights_key",
+    "without_padding",
 ]

@@ -103,25 +103,6 @@ def both_system_prompts(
     return left, right
 
 
-def token_ids(tokenizer: Any, tokens: Sequence[str | int] | None, name: str) -> list[int] | None:
-    """Convert one token per pair, each an id or a text of exactly one token, to ids."""
-    return None if tokens is None else [_token_id(tokenizer, token, name) for token in tokens]
-
-
-def _token_id(tokenizer: Any, token: str | int, name: str) -> int:
-    if isinstance(token, int):
-        return token
-    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise ValueError(
-            f"the {name} {token!r} is {len(ids)} tokens ({[tokenizer.decode([i]) for i in ids]}), "
-            "not one; give the id of its first token, or a text that is one token"
-        )
-    if ids[0] == tokenizer.unk_token_id:
-        raise ValueError(f"the {name} {token!r} is not in the tokenizer's vocabulary")
-    return int(ids[0])
-
-
 def check_count(name: str, got: int, expected: int) -> None:
     """Refuse an argument that does not have one entry per pair."""
     if got != expected:

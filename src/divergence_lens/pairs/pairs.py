@@ -21,6 +21,14 @@ from divergence_lens.chat import encode_prompt
 from divergence_lens.deltas import Delta
 from divergence_lens.models import Model, check_model
 from divergence_lens.pairs.alignment import TEXT, align, common_prefix, differing, pair_segments
+from divergence_lens.pairs.answers import (
+    Answers,
+    TokenRows,
+    answer_ids,
+    answer_tokens,
+    check_answers,
+    without_padding,
+)
 from divergence_lens.pairs.disagreements import first_disagreements, second_teacher
 from divergence_lens.pairs.inputs import (
     Rows,
@@ -29,7 +37,6 @@ from divergence_lens.pairs.inputs import (
     check_count,
     cut_after,
     teacher_per_pair,
-    token_ids,
     token_labels,
     weights_key,
 )
@@ -38,9 +45,6 @@ from divergence_lens.teachers import Teacher
 
 if TYPE_CHECKING:
     import pandas as pd
-
-NO_TOKEN = -1
-"""Stored as the answer or foil where none was given: a metric may need neither."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,8 +58,10 @@ class Pairs:
     Attributes:
         clean: Token ids of each clean row, on the CPU; the last one is the target position.
         corrupted: Token ids of each corrupted row; the last one is its target position.
-        answers: `[pairs]`, the token that the clean run is expected to predict, or `NO_TOKEN`.
-        foils: `[pairs]`, the token that the corrupted run is expected to predict, or `NO_TOKEN`.
+        answers: `[pairs, tokens]`, the tokens that the clean run is expected to predict after the
+            target position: one, or several. `NO_TOKEN` fills shorter rows on the right, and all
+            of the row of a pair without an answer.
+        foils: `[pairs, foil_tokens]`, the tokens that the corrupted run is expected to predict.
         segments: For each clean row one name per position, of `PAIR_SEGMENTS`: `bias` where a
             system prompt differs between the sides, `divergence` at the target position.
         alignment: For each clean row and position, the corresponding corrupted position, or -1
@@ -63,6 +69,8 @@ class Pairs:
         clean_teacher: The teacher of the clean run; its delta or model, if it has one, is applied.
         corrupted_teacher: The teacher of the corrupted run.
         labels: For each clean row one string per token, for axes and tables.
+        answer_labels: For each answer one string per token, which shows how it was tokenized.
+        foil_labels: For each foil one string per token.
 
     Raises:
         ValueError: If the fields do not fit each other, an answer equals its foil, or the two
@@ -71,13 +79,15 @@ class Pairs:
 
     clean: tuple[Int64[Tensor, " _"], ...]
     corrupted: tuple[Int64[Tensor, " _"], ...]
-    answers: Int64[Tensor, " pairs"]
-    foils: Int64[Tensor, " pairs"]
+    answers: Int64[Tensor, "pairs tokens"]
+    foils: Int64[Tensor, "pairs foil_tokens"]
     segments: tuple[tuple[str, ...], ...]
     alignment: tuple[Int64[np.ndarray, " _"], ...]
     clean_teacher: tuple[Teacher | None, ...]
     corrupted_teacher: tuple[Teacher | None, ...]
     labels: tuple[tuple[str, ...], ...]
+    answer_labels: tuple[tuple[str, ...], ...]
+    foil_labels: tuple[tuple[str, ...], ...]
 
     def __post_init__(self) -> None:
         n = len(self.clean)
@@ -92,11 +102,14 @@ class Pairs:
             "clean_teacher",
             "corrupted_teacher",
             "labels",
+            "answer_labels",
+            "foil_labels",
         ):
             if len(getattr(self, name)) != n:
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} entries, but clean has {n} rows"
                 )
+        check_answers(self.answers, self.foils)
         for i in range(n):
             self._check(i)
 
@@ -109,16 +122,6 @@ class Pairs:
                 raise ValueError(
                     f"the {name} row of pair {i} holds the negative token id {int(row.min())}"
                 )
-        answer, foil = int(self.answers[i]), int(self.foils[i])
-        if answer == foil != NO_TOKEN:
-            raise ValueError(
-                f"answer and foil of pair {i} are the same token id {answer}, so the metric is "
-                "always zero; give another foil"
-            )
-        if min(answer, foil) < NO_TOKEN:
-            raise ValueError(
-                f"pair {i} has the negative token id {min(answer, foil)} as answer or foil"
-            )
         for name in ("segments", "alignment", "labels"):
             if len(getattr(self, name)[i]) != len(clean):
                 raise ValueError(
@@ -144,8 +147,8 @@ class Pairs:
         clean: Rows,
         corrupted: Rows,
         *,
-        answers: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
-        foils: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
+        answers: TokenRows | None = None,
+        foils: TokenRows | None = None,
         target_position: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
         corrupted_target_position: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
         pad_id: int | None = None,
@@ -159,9 +162,9 @@ class Pairs:
         Args:
             clean: Rows of token ids, as one `[rows, pos]` tensor or one sequence per row.
             corrupted: Rows of the other side; their lengths may differ from the clean rows'.
-            answers: One token id per pair; None for metrics that need none, such as `kl` or your
-                own.
-            foils: One token id per pair, or None.
+            answers: For each pair a token id or a sequence of token ids, which follow the target
+                position; None for metrics that need none, such as `kl` or your own.
+            foils: For each pair a token id or a sequence of them, or None.
             target_position: Position in each clean row whose logits predict the answer; the last
                 token if not given. The row is cut after it.
             corrupted_target_position: Target position in each corrupted row. If not given, the last
@@ -196,10 +199,8 @@ class Pairs:
         left = cut_after(left, target_position, "clean")
         right = cut_after(right, corrupted_target_position, "corrupted")
         n = len(left)
-        answers = [NO_TOKEN] * n if answers is None else answers
-        foils = [NO_TOKEN] * n if foils is None else foils
-        check_count("answers", len(answers), n)
-        check_count("foils", len(foils), n)
+        answer_rows = answer_tokens(answers, n, "answers")  # [pairs, tokens]
+        foil_rows = answer_tokens(foils, n, "foils")  # [pairs, tokens]
         if segments is None:
             segments = [[TEXT] * len(row) for row in left]
         check_count("segments", len(segments), n)
@@ -207,8 +208,8 @@ class Pairs:
         return cls(
             clean=left,
             corrupted=right,
-            answers=torch.as_tensor(answers, dtype=torch.int64).reshape(-1).cpu(),
-            foils=torch.as_tensor(foils, dtype=torch.int64).reshape(-1).cpu(),
+            answers=answer_rows,
+            foils=foil_rows,
             segments=tuple(
                 pair_segments(i, segments[i], left[i], right[i], alignment[i]) for i in range(n)
             ),
@@ -216,6 +217,10 @@ class Pairs:
             clean_teacher=teacher_per_pair(clean_teacher, n, "clean_teacher"),
             corrupted_teacher=teacher_per_pair(corrupted_teacher, n, "corrupted_teacher"),
             labels=tuple(token_labels(tokenizer, row.tolist()) for row in left),
+            answer_labels=tuple(
+                token_labels(tokenizer, ids) for ids in without_padding(answer_rows)
+            ),
+            foil_labels=tuple(token_labels(tokenizer, ids) for ids in without_padding(foil_rows)),
         )
 
     @classmethod
@@ -225,15 +230,15 @@ class Pairs:
         *,
         clean: Sequence[str],
         corrupted: Sequence[str] | None = None,
-        answers: Sequence[str | int] | None = None,
-        foils: Sequence[str | int] | None = None,
+        answers: Answers | None = None,
+        foils: Answers | None = None,
         system_prompt: str | None = None,
         corrupted_system_prompt: str | None = None,
         clean_teacher: Teacher | None = None,
         corrupted_teacher: Teacher | None = None,
         chat: bool = True,
     ) -> "Pairs":
-        """Build pairs from texts; the answer is the first token after the prompt.
+        """Build pairs from texts; the answer follows the prompt.
 
         The sides may differ in their text, in their system prompt, in their weights, or in all:
         `clean_teacher=Teacher("base"), corrupted_teacher=Teacher("tuned", model=other)` compares
@@ -243,9 +248,12 @@ class Pairs:
             model: Its tokenizer and chat template encode the prompts.
             clean: One user message per pair, or the plain text if `chat` is False.
             corrupted: Prompts of the other side; the clean texts if not given.
-            answers: One token per pair: its id, or a text that is exactly one token. None for
-                metrics that need none, such as `kl` or your own.
-            foils: One token per pair, like `answers`.
+            answers: One text per pair, of one token or more; or a token id, or a sequence of ids.
+                None for metrics that need none, such as `kl` or your own. A text is tokenized in
+                its context, right after the prompt: as the template writes an assistant's text,
+                or without a template as the continuation of the prompt, with a space between two
+                words ("is" and "Paris"; see `answer_labels` for the tokens).
+            foils: Like `answers`; an answer and its foil may differ in their numbers of tokens.
             system_prompt: System prompt of the clean side, and of the corrupted side unless
                 `corrupted_system_prompt` is given.
             corrupted_system_prompt: System prompt of the corrupted side.
@@ -259,9 +267,10 @@ class Pairs:
             The pairs, in the order given.
 
         Raises:
-            ValueError: If counts differ, an answer is not one known token, a system prompt is given
-                without a chat template or together with a teacher, a teacher's model has another
-                tokenizer, or the pairs are not valid.
+            ValueError: If counts differ, an answer holds an unknown token, merges with the prompt
+                or is tokenized differently on the two sides, a system prompt is given without a
+                chat template or together with a teacher, a teacher's model has another tokenizer,
+                or the pairs are not valid.
         """
         check_model(model)
         tokenizer: Any = model.tokenizer
@@ -290,11 +299,12 @@ class Pairs:
             [encoded(prompt, system) for prompt in prompts]
             for prompts, system in zip((clean, corrupted), system_prompts, strict=True)
         )
+        contexts = None if chat and tokenizer.chat_template else (clean, corrupted)
         return cls.from_tokens(
             [ids for ids, _ in left],
             [ids for ids, _ in right],
-            answers=token_ids(tokenizer, answers, "answer"),
-            foils=token_ids(tokenizer, foils, "foil"),
+            answers=answer_ids(tokenizer, answers, contexts, "answer"),
+            foils=answer_ids(tokenizer, foils, contexts, "foil"),
             segments=[names for _, names in left],
             clean_teacher=clean_teacher,
             corrupted_teacher=corrupted_teacher,
@@ -371,13 +381,15 @@ class Pairs:
         return Pairs(
             clean=tuple(self.clean[i] for i in chosen),
             corrupted=tuple(self.corrupted[i] for i in chosen),
-            answers=self.answers[chosen],
-            foils=self.foils[chosen],
+            answers=answer_tokens(self.answers[chosen], len(chosen), "answers"),
+            foils=answer_tokens(self.foils[chosen], len(chosen), "foils"),
             segments=tuple(self.segments[i] for i in chosen),
             alignment=tuple(self.alignment[i] for i in chosen),
             clean_teacher=tuple(self.clean_teacher[i] for i in chosen),
             corrupted_teacher=tuple(self.corrupted_teacher[i] for i in chosen),
             labels=tuple(self.labels[i] for i in chosen),
+            answer_labels=tuple(self.answer_labels[i] for i in chosen),
+            foil_labels=tuple(self.foil_labels[i] for i in chosen),
         )
 
     def first_difference(self, i: int) -> int:
@@ -394,15 +406,17 @@ class Pairs:
         return min(length, len(clean) - 1, len(corrupted) - 1)
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row per pair: lengths, answer, foil, teachers, positions without counterpart."""
+        """One row per pair: lengths, tokens of answer and foil, teachers, missing positions."""
         import pandas as pd
 
         return pd.DataFrame(
             {
                 "length": [len(row) for row in self.clean],
                 "corrupted_length": [len(row) for row in self.corrupted],
-                "answer": self.answers.tolist(),
-                "foil": self.foils.tolist(),
+                "answer": list(self.answer_labels),
+                "answer_ids": without_padding(self.answers),
+                "foil": list(self.foil_labels),
+                "foil_ids": without_padding(self.foils),
                 "clean_teacher": [t.name if t else None for t in self.clean_teacher],
                 "corrupted_teacher": [t.name if t else None for t in self.corrupted_teacher],
                 "first_difference": [self.first_difference(i) for i in range(len(self))],
@@ -411,15 +425,18 @@ class Pairs:
         )
 
     def __repr__(self) -> str:
-        """The number of pairs, the length of the longest row, and the teachers."""
+        """The number of pairs, the length of the longest row and answer, and the teachers."""
         names = {t.name for t in (*self.clean_teacher, *self.corrupted_teacher) if t is not None}
         among = f", teachers {', '.join(sorted(names))}" if names else ""
         longest = max(len(row) for row in self.clean)
-        return f"Pairs({len(self)} pairs of up to {longest} tokens{among})"
+        tokens = max(map(len, (*self.answer_labels, *self.foil_labels)))
+        answers = f", answers of up to {tokens} tokens" if tokens > 1 else ""
+        return f"Pairs({len(self)} pairs of up to {longest} tokens{answers}{among})"
 
     def _repr_html_(self) -> str:
         differs = [
             [*differing(*rows)[:-1], True]
             for rows in zip(self.clean[:5], self.corrupted[:5], self.alignment[:5], strict=True)
         ]
-        return pairs_html(len(self), self.labels[:5], self.segments[:5], differs)
+        answers = (self.answer_labels[:5], self.foil_labels[:5])
+        return pairs_html(len(self), self.labels[:5], self.segments[:5], differs, answers)

@@ -9,6 +9,7 @@ def pairs_html(
     labels: Sequence[Sequence[str]],
     segments: Sequence[Sequence[str]],
     underlined: Sequence[Sequence[bool]],
+    answers: tuple[Sequence[Sequence[str]], Sequence[Sequence[str]]],
 ) -> str:
     """Show the clean rows of the first pairs, with their marked tokens underlined.
 
@@ -17,6 +18,7 @@ def pairs_html(
         labels: The tokens of each shown row.
         segments: The segment of each token, shown as its tooltip.
         underlined: Which tokens to underline.
+        answers: The tokens of each shown row's answer, and those of its foil.
     """
     rows = []
     for i, columns in enumerate(zip(labels, segments, underlined, strict=True)):
@@ -26,9 +28,20 @@ def pairs_html(
             f"{escape(label)}</span>"
             for label, segment, marked in zip(*columns, strict=True)
         )
-        rows.append(f"<tr><td>{i}</td><td style='text-align:left'>{cells}</td></tr>")
+        left = "<td style='text-align:left'>"
+        shown = "".join(f"{left}{_boxes(side[i])}</td>" for side in answers)
+        rows.append(f"<tr><td>{i}</td>{left}{cells}</td>{shown}</tr>")
+    heads = "".join(f"<th>{name}</th>" for name in ("pair", "clean row", "answer", "foil"))
     return (
         f"<p>{count} pairs; differing tokens and the target position are underlined"
         f"{f' (first {len(rows)} shown)' if len(rows) < count else ''}</p>"
-        f"<table><tr><th>pair</th><th>clean row</th></tr>{''.join(rows)}</table>"
+        f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
+    )
+
+
+def _boxes(tokens: Sequence[str]) -> str:
+    """Tokens in frames, so that spaces and the borders between tokens are visible."""
+    return "".join(
+        f'<span style="white-space:pre;border:1px solid #bbb">{escape(token)}</span>'
+        for token in tokens
     )

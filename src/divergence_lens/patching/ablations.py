@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
+from torch.nn.functional import pad
 
 from divergence_lens._utils.batching import pad_right
 from divergence_lens._utils.memory import run_halved
@@ -74,7 +75,7 @@ class _SiteMeans:
         self._counts = torch.zeros(len(slots), device=engine.device)
 
         def add(chosen: list[int]) -> None:
-            chunk, teacher, _ = build_chunk(request, chosen, engine)
+            chunk, teacher, _ = build_chunk(request, chosen, engine, continued=False)
             with weights(teacher, model) as clean_model:
                 run = traced_pass(
                     get_engine(clean_model, causal=False),
@@ -118,7 +119,9 @@ class _SiteMeans:
 
     def states(self, chunk: Chunk, base: Trace) -> dict[str, list[Tensor]]:
         """The means by site and layer, `[batch, pos, ...]`, at each position of the chunk."""
-        slots = self._present_and_slots(chunk)[1]
+        slots = self._present_and_slots(chunk)[1]  # [batch, prompt pos]
+        # Answers of several tokens continue the rows; no position of theirs is patched.
+        slots = pad(slots, (0, chunk.base.shape[1] - slots.shape[1]))  # [batch, pos]
         return {
             site: [
                 self._means[site, layer][slots].to(activation.dtype)

@@ -6,10 +6,11 @@ four margins at each boundary. They separate three effects: that of the upper la
 the lower layers alone, and their interaction. After Zhou (2026, arXiv 2605.07284).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from html import escape
+from itertools import groupby
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,8 +29,9 @@ from divergence_lens.deltas import Delta
 from divergence_lens.engine import Engine, get_engine
 from divergence_lens.models import Model, model_name
 from divergence_lens.pairs import Pairs, check_tokenizers
-from divergence_lens.patching.metrics import check_tokens, finite
-from divergence_lens.patching.trace import target_logits
+from divergence_lens.patching.metrics import bind, check_tokens, finite, row_readings
+from divergence_lens.patching.readings import Readings
+from divergence_lens.patching.trace import logits_at, states_at
 from divergence_lens.provenance import run_metadata
 from divergence_lens.teachers import Teacher
 
@@ -46,7 +48,8 @@ class CrossPatch:
     """The four margins of two models, at every boundary between two blocks.
 
     A margin is logit(answer) - logit(foil) at the target position, where the answer is model a's
-    token and the foil is model b's. At boundary l, blocks 0 to l - 1 (and the embeddings) are the
+    token and the foil is model b's; with several tokens each, it is the difference of their summed
+    log-probabilities. At boundary l, blocks 0 to l - 1 (and the embeddings) are the
     lower model's and blocks l and up (and the unembedding) the upper model's; so at
     boundary 0 only the embeddings are the lower model's, and at the last boundary only the final
     norm and the unembedding are the upper model's.
@@ -218,8 +221,6 @@ def cross_patch(
             return nullcontext(model_a)
         return nullcontext(other) if b is None else b.applied(model_a)
 
-    order = sorted(range(len(pairs)), key=lambda i: (-len(pairs.clean[i]), i))
-    size = max(1, batch_rows // boundaries)
     names = (model_name(model_a), "delta" if isinstance(model_b, Delta) else model_name(model_b))
     finished: list[int] = []
 
@@ -229,34 +230,64 @@ def cross_patch(
         return CrossPatch(margins[rows], names, metadata)
 
     with (
-        tqdm(total=len(order), desc="cross-patch", unit="pair", disable=not progress) as bar,
-        partial_on_interrupt("cross_patch", finished, len(order), "pairs", partial),
+        tqdm(total=len(pairs), desc="cross-patch", unit="pair", disable=not progress) as bar,
+        partial_on_interrupt("cross_patch", finished, len(pairs), "pairs", partial),
     ):
-        for first in range(0, len(order), size):
-            chosen = order[first : first + size]
-            rows = [pairs.clean[i] for i in chosen]
-            tokens = pad_right(rows, engine.device)
-            target = torch.tensor([len(row) - 1 for row in rows], device=engine.device)
-            answers, foils = (ids[chosen].to(engine.device) for ids in (pairs.answers, pairs.foils))
-            states = []
-            for which in (0, 1):
-                with half(which) as model:
-                    states.append(_residuals(get_engine(model), tokens))
-            for upper in (0, 1):
-                with half(upper) as model:
-                    for lower in (0, 1):
-                        logits = _logits_by_boundary(
-                            get_engine(model), tokens, states[lower], target
-                        )
-                        index = answers.repeat(boundaries), foils.repeat(boundaries)
-                        at = torch.arange(len(logits), device=logits.device)  # [boundaries * batch]
-                        margin = logits[at, index[0]] - logits[at, index[1]]
-                        which_run = f"{'ab'[lower]}'s lower under {'ab'[upper]}'s upper half"
-                        finite(margin, torch.tensor(chosen).repeat(boundaries), which_run)
-                        margins[chosen, :, lower, upper] = margin.view(boundaries, -1).T.cpu()
+        for chosen in _batches(pairs, max(1, batch_rows // boundaries)):
+            margins[chosen] = _margins(pairs, chosen, half)
             finished += chosen
             bar.update(len(chosen))
     return CrossPatch(margins, names, run_metadata(model_a, names=list(names)))
+
+
+def _batches(pairs: Pairs, size: int) -> Iterator[list[int]]:
+    """Pairs of similar length; those with several tokens each are in batches of their own."""
+    several = [bool(row_readings("logit_difference", pairs, i)) for i in range(len(pairs))]
+    order = sorted(range(len(pairs)), key=lambda i: (several[i], -len(pairs.clean[i]), i))
+    for _, group in groupby(order, key=several.__getitem__):
+        members = list(group)
+        for first in range(0, len(members), size):
+            yield members[first : first + size]
+
+
+def _margins(
+    pairs: Pairs, chosen: list[int], half: Callable[[int], AbstractContextManager[Model]]
+) -> Float32[np.ndarray, "pairs boundaries 2 2"]:
+    """The margins of some pairs; `half(0)` and `half(1)` apply the weights of a model."""
+    with half(0) as model:
+        engine = get_engine(model)
+    by_pair = [row_readings("logit_difference", pairs, i) for i in chosen]
+    readings = Readings.of_pairs(by_pair, engine.device)
+    indices = torch.tensor(chosen, device=engine.device)
+    if readings is not None:
+        indices = indices[readings.owner]
+    rows = [pairs.clean[i] for i in indices.tolist()]
+    target = torch.tensor([len(row) - 1 for row in rows], device=engine.device)
+    if readings is not None:
+        rows = readings.continued(rows)
+    tokens = pad_right(rows, engine.device)  # [batch, pos]
+    measure = bind("logit_difference", pairs, indices, readings=readings)
+    states = []
+    for which in (0, 1):
+        with half(which) as model:
+            states.append(_residuals(get_engine(model), tokens))
+    boundaries = len(states[0])
+    repeated = torch.arange(len(rows), device=engine.device).repeat(boundaries)
+    margins = np.zeros((len(chosen), boundaries, 2, 2), dtype=np.float32)
+    for upper in (0, 1):
+        with half(upper) as model:
+            engine = get_engine(model)
+            for lower in (0, 1):
+                x = _last_by_boundary(engine, tokens, states[lower])
+                at = states_at(x, target[repeated], repeated, readings)
+                margin = measure(logits_at(engine, at), repeated)  # [boundaries * batch]
+                which_run = f"{'ab'[lower]}'s lower under {'ab'[upper]}'s upper half"
+                finite(margin, indices[repeated], which_run)
+                margin = margin.view(boundaries, -1).T  # [batch, boundary]
+                if readings is not None:
+                    margin = readings.merged(margin)[: readings.pairs]
+                margins[:, :, lower, upper] = margin.cpu()
+    return margins
 
 
 def _residuals(
@@ -270,19 +301,18 @@ def _residuals(
     return states
 
 
-def _logits_by_boundary(
+def _last_by_boundary(
     engine: Engine,
     tokens: Int64[Tensor, "batch pos"],
     states: Sequence[Float[Tensor, "batch pos d_model"]],
-    target: Int64[Tensor, " batch"],
-) -> Float[Tensor, "rows d_vocab"]:
-    """Logits at the targets, continued from each boundary; the lowest boundary comes first."""
+) -> Float[Tensor, "rows pos d_model"]:
+    """The last residual, continued from each boundary; the lowest boundary comes first."""
     run = engine.begin(tokens[:1])  # a pass needs the number of positions, not the tokens
     x = states[0]
     for layer in range(engine.n_layers):
         # The states of the next boundary join as new rows: [(layer + 2) * batch, pos, d_model].
         x = torch.cat([engine.block(layer, x, run), states[layer + 1]])
-    return target_logits(engine, x, target.repeat(len(states)))
+    return x
 
 
 def _check(a: Engine, b: Engine, pairs: Pairs, batch_rows: int) -> None:
@@ -302,10 +332,13 @@ def _check(a: Engine, b: Engine, pairs: Pairs, batch_rows: int) -> None:
                 f"the two rows of pair {i} are not the same tokens; cross-patching needs one "
                 "shared prefix; build the pairs with Pairs.from_disagreements"
             )
-        if len(clean) > a.n_ctx or int(clean.max()) >= a.d_vocab:
+        readings = row_readings("logit_difference", pairs, i)
+        length = len(clean) + max([0, *(len(reading.continuation) for reading in readings)])
+        largest = int(torch.cat([clean, pairs.answers[i], pairs.foils[i]]).max())
+        if length > a.n_ctx or largest >= a.d_vocab:
             raise ValueError(
-                f"pair {i} has {len(clean)} tokens with ids up to {int(clean.max())}; the model "
-                f"holds {a.n_ctx} tokens and a vocabulary of {a.d_vocab}"
+                f"pair {i} has {length} tokens, with its answer, and ids up to {largest}; the "
+                f"model holds {a.n_ctx} tokens and a vocabulary of {a.d_vocab}"
             )
 
 

@@ -61,6 +61,8 @@ class Effects:
         corrupted_metric: `[pairs]`, the metric of the unpatched corrupted run.
         segments: One name per position of each clean row.
         labels: One string per token of each clean row.
+        answer_labels: One string per token of each pair's answer, which shows how it was tokenized.
+        foil_labels: One string per token of each pair's foil.
         verified: Agreement with exactly computed cells, if requested.
         metadata: Settings and versions; JSON-able.
     """
@@ -74,6 +76,8 @@ class Effects:
     corrupted_metric: Float32[np.ndarray, " pairs"]
     segments: tuple[tuple[str, ...], ...]
     labels: tuple[tuple[str, ...], ...]
+    answer_labels: tuple[tuple[str, ...], ...] = ()
+    foil_labels: tuple[tuple[str, ...], ...] = ()
     verified: Agreement | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -133,6 +137,8 @@ class Effects:
             corrupted_metric=self.corrupted_metric[chosen],
             segments=tuple(self.segments[i] for i in chosen),
             labels=labels,
+            answer_labels=tuple(self.answer_labels[i] for i in chosen if self.answer_labels),
+            foil_labels=tuple(self.foil_labels[i] for i in chosen if self.foil_labels),
             verified=None,
             metadata=metadata,
         )
@@ -360,6 +366,8 @@ class Effects:
                 "metric": self.metric,
                 "segments": self.segments,
                 "labels": self.labels,
+                "answer_labels": self.answer_labels,
+                "foil_labels": self.foil_labels,
                 "verified": None if self.verified is None else agreement_to_json(self.verified),
                 "metadata": self.metadata,
             },
@@ -386,6 +394,8 @@ class Effects:
             metric=header["metric"],
             segments=tuple(tuple(row) for row in header["segments"]),
             labels=tuple(tuple(row) for row in header["labels"]),
+            answer_labels=tuple(tuple(row) for row in header["answer_labels"]),
+            foil_labels=tuple(tuple(row) for row in header["foil_labels"]),
             verified=None if verified is None else agreement_from_json(verified),
             metadata=header["metadata"],
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from divergence_lens.engine import Engine, Pass, SiteFunction
 from divergence_lens.patching.relp import relevance_rules
-from divergence_lens.patching.trace import Chunk, Trace, logits_at, traced_pass
+from divergence_lens.patching.trace import Chunk, Trace, logits_at, states_at, traced_pass
 
 Method = Literal["gradient", "integrated", "integrated-inputs", "qk", "graddrop", "atp*", "relp"]
 """The methods of `attribution_patch`."""
@@ -118,11 +118,11 @@ class RecordedTrace(Trace):
 
     Attributes:
         record: The pass over the positions from the first difference on.
-        live: The last residual at the targets, with its graph.
+        live: The last residual at the states that are read, with its graph.
     """
 
     record: RecordedPass
-    live: Float[Tensor, "batch d_model"]
+    live: Float[Tensor, "states d_model"]
 
 
 def recorded_base_run(
@@ -155,7 +155,7 @@ def recorded_base_run(
         state = run.resid if noise is None else run.resid + noise[:, first:].to(run.resid.dtype)
         resid = record.forward(state, run)
         rows = torch.arange(len(tokens), device=tokens.device)
-        live = resid[-1][rows, chunk.base_target - first]  # [batch, d_model]
+        live = states_at(resid[-1], chunk.base_target - first, rows, chunk.readings)
         with torch.no_grad():
             logits = logits_at(engine, live)
     resid = [one.detach() for one in resid]

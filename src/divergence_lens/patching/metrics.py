@@ -7,11 +7,12 @@ from types import CodeType
 from typing import Literal, TypeAlias
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from divergence_lens.engine import Engine
-from divergence_lens.pairs import NO_TOKEN, Pairs
+from divergence_lens.pairs import NO_TOKEN, Pairs, without_padding
+from divergence_lens.patching.readings import Reading, Readings, readings_of
 
 MetricFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Metric: TypeAlias = (
@@ -74,6 +75,13 @@ def check_metric(metric: Metric, pairs: Pairs) -> None:
         ValueError: Names the known metrics, or the pair.
     """
     if callable(metric):
+        several = _several_tokens(pairs.answers) | _several_tokens(pairs.foils)
+        if bool(several.any()):
+            raise ValueError(
+                f"pair {int(several.nonzero()[0])} has an answer or foil of several tokens, but a "
+                "metric of your own gets the logits at the target position alone; use "
+                "metric='logit_difference', or give answers and foils of one token or none"
+            )
         return
     if metric not in _READS:
         raise ValueError(
@@ -85,13 +93,42 @@ def check_metric(metric: Metric, pairs: Pairs) -> None:
         check_tokens(pairs, name, f"metric={metric!r}", instead)
 
 
+def _several_tokens(rows: Int64[Tensor, "pairs tokens"]) -> Bool[Tensor, " pairs"]:
+    return (rows != NO_TOKEN).sum(1) > 1
+
+
+def row_readings(metric: Metric, pairs: Pairs, i: int) -> tuple[Reading, ...]:
+    """The one or two rows that the metric reads of pair `i`; empty if it reads one position.
+
+    Only then the metric is a function of the logits at the target position, as `bind` describes.
+    """
+    reads = _READS[metric] if isinstance(metric, str) else ()
+    answer, foil = (
+        without_padding(getattr(pairs, name)[i : i + 1])[0] if name in reads else []
+        for name in ("answers", "foils")
+    )
+    return readings_of(answer, foil) if max(len(answer), len(foil)) > 1 else ()
+
+
+def name_on(metric: Metric, pairs: Pairs) -> str:
+    """The name of `metric` in results on these pairs.
+
+    For answers of several tokens, `logit_difference` is a difference of summed log-probabilities
+    and has that name. With one token each, the two are equal.
+    """
+    if metric == "logit_difference":
+        several = _several_tokens(pairs.answers) | _several_tokens(pairs.foils)
+        return "log_probability_difference" if bool(several.any()) else metric
+    return metric_name(metric)
+
+
 def check_tokens(pairs: Pairs, name: str, what: str, instead: str = "") -> None:
     """Refuse pairs without the `answers` or `foils` that `what` reads.
 
     Raises:
         ValueError: Names the first such pair.
     """
-    without = (getattr(pairs, name) == NO_TOKEN).nonzero()
+    without = (getattr(pairs, name)[:, 0] == NO_TOKEN).nonzero()
     if len(without):
         raise ValueError(
             f"pair {int(without[0])} has no {name.removesuffix('s')}, which {what} reads; give "
@@ -103,13 +140,22 @@ def bind(
     metric: Metric,
     pairs: Pairs,
     indices: Int64[Tensor, " batch"],
-    clean_logits: Float[Tensor, "batch d_vocab"],
+    clean_logits: Float[Tensor, "states d_vocab"] | None = None,
+    readings: Readings | None = None,
 ) -> MetricFunction:
-    """Bind the metric to a chunk, as a function of (logits, chunk rows) in float32."""
-    device = clean_logits.device
+    """Bind the metric to a chunk, as a function of (logits, chunk rows) in float32.
+
+    Only `kl` needs the logits of the clean run.
+    With `readings`, it takes the logits at all positions read of these rows, and the metric of a
+    pair is the sum over its rows.
+    """
+    if readings is not None:
+        return partial(_of_readings, metric, readings)
     # `check_metric` refused metrics that read a missing answer or foil.
-    answers, foils = (ids.to(device)[indices] for ids in (pairs.answers, pairs.foils))
-    reference = clean_logits.detach().log_softmax(-1) if metric == "kl" else None
+    answers, foils = (ids[:, 0].to(indices.device)[indices] for ids in (pairs.answers, pairs.foils))
+    reference: Tensor | None = None
+    if metric == "kl" and clean_logits is not None:
+        reference = clean_logits.detach().log_softmax(-1)
 
     def measure(logits: Tensor, rows: Tensor) -> Tensor:
         def at(values: Tensor, tokens: Tensor) -> Tensor:
@@ -130,6 +176,23 @@ def bind(
         return (expected.exp() * (expected - logits.log_softmax(-1))).sum(-1)
 
     return measure
+
+
+def _of_readings(
+    metric: Metric,
+    readings: Readings,
+    logits: Float[Tensor, "states d_vocab"],
+    rows: Int64[Tensor, " rows"],
+) -> Float[Tensor, " rows"]:
+    """The share of each row in the metric of its pair."""
+    answer, foil = readings.log_probabilities(logits, rows)  # [rows] each
+    if metric == "probability_difference":
+        # A side that is not read on this row has the log-probability 0, but not probability 1.
+        has_answer, has_foil = (
+            side[rows, 0] != NO_TOKEN for side in (readings.answers, readings.foils)
+        )
+        return torch.where(has_answer, answer.exp(), 0.0) - torch.where(has_foil, foil.exp(), 0.0)
+    return answer - foil  # `log_probability` reads no foil
 
 
 def finite(

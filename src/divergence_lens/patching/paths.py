@@ -19,7 +19,7 @@ from divergence_lens.patching.gradients import (
 )
 from divergence_lens.patching.query_key import QueryKey
 from divergence_lens.patching.relp import relevance_rules
-from divergence_lens.patching.trace import PatchingRun, logits_at
+from divergence_lens.patching.trace import PatchingRun, logits_at, states_at
 
 
 class AttributionPass:
@@ -66,6 +66,7 @@ class AttributionPass:
             inside = site not in ("resid_pre", "resid_post")
             passes = max(1, layers - 1) if inside else layers
             every = torch.stack([one[site] for one in dropped])  # [pass, layer, batch, pos, ...]
+            every = self.chunk.merged(every, 2)  # magnitudes of a pair's two rows do not add up
             result[site] = torch.sign(every.sum(0)) * every.abs().sum(0) / passes
         return result
 
@@ -82,8 +83,8 @@ class AttributionPass:
             resid = record.forward(state, self._begin(), rows)[-1]
             self._prepare(record, rows, corrected=False)
             at = self.chunk.base_target[rows] - self.first
-            at_target = resid[torch.arange(len(resid), device=resid.device), at]
-            for site, part in record.backward(self._metric(at_target, rows)).items():
+            read = states_at(resid, at, rows, self.chunk.readings)
+            for site, part in record.backward(self._metric(read, rows)).items():
                 # [layer, nodes * batch, pos, ...] -> [layer, batch, pos, ...]
                 mean = part.unflatten(1, (len(alphas), len(self.rows))).sum(1) / steps
                 result[site] = result[site] + mean if site in result else mean
@@ -146,8 +147,8 @@ class AttributionPass:
 
     def _from_state(
         self, site: str, layer: int, state: Float[Tensor, "rows pos ..."], rows: Tensor
-    ) -> Float[Tensor, "rows d_model"]:
-        """The last residual at the targets if the site of `layer` holds `state`."""
+    ) -> Float[Tensor, "states d_model"]:
+        """The last residual at the states that are read if the site of `layer` holds `state`."""
         run = self._begin()
         if site == "resid_pre":
             x, above = state, layer
@@ -158,17 +159,20 @@ class AttributionPass:
             with self.engine.hooked([(layer, site, lambda _: state)]):
                 x, above = self.engine.block(layer, below, run, rows=rows), layer + 1
         at = self.chunk.base_target[rows] - self.first
-        if above == self.engine.n_layers:
-            return x[torch.arange(len(x), device=x.device), at]
-        for upper in range(above, self.engine.n_layers - 1):
+        readings, last = self.chunk.readings, self.engine.n_layers - 1
+        for upper in range(above, last):
             x = self.engine.block(upper, x, run, rows=rows)
-        return self.engine.last_block(x, run, at, rows=rows)
+        if above <= last and readings is None:
+            return self.engine.last_block(x, run, at, rows=rows)
+        if above <= last:
+            x = self.engine.block(last, x, run, rows=rows)
+        return states_at(x, at, rows, readings)
 
     def _begin(self) -> Pass:
         # A pass needs the number of positions, not the tokens, so one row is enough.
         return self.engine.begin(self.chunk.base[:1, self.first :], self.past)
 
-    def _metric(self, resid: Float[Tensor, "rows d_model"], rows: Tensor) -> Float[Tensor, ""]:
+    def _metric(self, resid: Float[Tensor, "states d_model"], rows: Tensor) -> Float[Tensor, ""]:
         """The sum of the metrics; each depends on its own row only, so gradients do not mix."""
         metric = self.run.measure(logits_at(self.engine, resid), rows)
         if not metric.requires_grad:

@@ -15,7 +15,8 @@ from divergence_lens.models import Model
 from divergence_lens.pairs import PAIR_SEGMENTS, Pairs
 from divergence_lens.patching.corruption import Corruption, EmbeddingNoise
 from divergence_lens.patching.effects import Direction
-from divergence_lens.patching.metrics import Metric, check_metric
+from divergence_lens.patching.metrics import Metric, check_metric, name_on, row_readings
+from divergence_lens.patching.readings import Reading
 from divergence_lens.teachers import Teacher
 
 Span = Literal["position", "segment", "all"]
@@ -68,6 +69,15 @@ class PatchingRequest:
     def labels(self) -> tuple[tuple[str, ...], ...]:
         """For each pair, the label of each cell: its token, or its segment."""
         return self.pairs.labels if self.span == "position" else self.columns
+
+    @cached_property
+    def metric_name(self) -> str:
+        """The name of the metric in results."""
+        return name_on(self.metric, self.pairs)
+
+    def readings(self, i: int) -> tuple[Reading, ...]:
+        """The rows that continue pair `i`, one or two; none if one position is read."""
+        return row_readings(self.metric, self.pairs, i)
 
     def teachers(self, i: int) -> tuple[Teacher | None, Teacher | None]:
         """The teachers whose weights the clean and the corrupted run of pair `i` use."""
@@ -128,7 +138,7 @@ def validate(model: Model, request: PatchingRequest, *, batch_rows: int) -> Engi
             )
     _check_models(engine, request.pairs)
     for i in range(len(request.pairs)):
-        _check_rows(engine, request.pairs, i)
+        _check_rows(engine, request, i)
         _check_weights(engine, request.pairs, i)
         if request.noise:
             request.noise.where(request.pairs.segments[i])
@@ -186,11 +196,20 @@ def _check_weights(engine: Engine, pairs: Pairs, i: int) -> None:
         )
 
 
-def _check_rows(engine: Engine, pairs: Pairs, i: int) -> None:
+def _check_rows(engine: Engine, request: PatchingRequest, i: int) -> None:
+    pairs = request.pairs
+    readings = request.readings(i)
+    if readings and not engine.causal:
+        raise ValueError(
+            f"the answer or foil of pair {i} has several tokens, but this model attends in both "
+            "directions and would read them at the target position; give one token each"
+        )
+    added = max([0, *(len(reading.continuation) for reading in readings)])
     for name, row in (("clean", pairs.clean[i]), ("corrupted", pairs.corrupted[i])):
-        if len(row) > engine.n_ctx:
+        if len(row) + added > engine.n_ctx:
+            answer = f" and its answer {added} more" if added else ""
             raise ValueError(
-                f"the {name} row of pair {i} has {len(row)} tokens, "
+                f"the {name} row of pair {i} has {len(row)} tokens{answer}, "
                 f"but the model's context holds {engine.n_ctx}"
             )
         if int(row.max()) >= engine.d_vocab:
@@ -198,9 +217,9 @@ def _check_rows(engine: Engine, pairs: Pairs, i: int) -> None:
                 f"the {name} row of pair {i} holds token id {int(row.max())}, "
                 f"but the model's vocabulary has {engine.d_vocab}"
             )
-    for name, token in (("answer", pairs.answers[i]), ("foil", pairs.foils[i])):
-        if int(token) >= engine.d_vocab:
+    for name, tokens in (("answer", pairs.answers[i]), ("foil", pairs.foils[i])):
+        if int(tokens.max()) >= engine.d_vocab:
             raise ValueError(
-                f"the {name} of pair {i} is token id {int(token)}, "
+                f"the {name} of pair {i} is token id {int(tokens.max())}, "
                 f"but the model's vocabulary has {engine.d_vocab}"
             )

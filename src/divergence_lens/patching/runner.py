@@ -33,7 +33,6 @@ from divergence_lens.patching.metrics import (
     MetricFunction,
     bind,
     finite,
-    metric_name,
     metric_values,
 )
 from divergence_lens.patching.request import ALL, PatchingRequest
@@ -103,7 +102,7 @@ def run_patching(
     pairs, sites, engine = request.pairs, request.sites, get_engine(model, causal=False)
     settings = {
         "direction": request.direction,
-        "metric": metric_name(request.metric),
+        "metric": request.metric_name,
         "corruption": str(request.corruption),
         "span": request.span,
         **settings,
@@ -117,9 +116,8 @@ def run_patching(
     finished: list[int] = []
 
     def effects(rows: Sequence[int], **more: Any) -> dict[str, Effects]:
-        columns, labels = (
-            tuple(texts[i] for i in rows) for texts in (request.columns, request.labels)
-        )
+        texts = (request.columns, request.labels, pairs.answer_labels, pairs.foil_labels)
+        columns, labels, answers, foils = (tuple(one[i] for i in rows) for one in texts)
         width = max(map(len, columns))
         # A slice is a view; a list of all rows would copy the arrays.
         index = slice(None) if len(rows) == len(pairs) else rows
@@ -131,11 +129,13 @@ def run_patching(
                 site=site,
                 method=method,
                 direction=request.direction,
-                metric=metric_name(request.metric),
+                metric=request.metric_name,
                 clean_metric=base if noising else source,
                 corrupted_metric=source if noising else base,
                 segments=columns,
                 labels=labels,
+                answer_labels=answers,
+                foil_labels=foils,
                 metadata=run_metadata(model, site=site, **settings, **more),
             )
             for site in sites
@@ -217,6 +217,7 @@ class _ChunkRunner:
                 chunk.source,
                 chunk.source_target,
                 request.sites,
+                readings=chunk.readings,
                 noise=source_noise,
             )
         with weights(base_teacher, self._model) as base_model:
@@ -227,21 +228,25 @@ class _ChunkRunner:
                     chunk.base,
                     chunk.base_target,
                     request.sites,
+                    readings=chunk.readings,
                     noise=base_noise,
                     store=True,
                 )
             else:
                 base = self._base_run(engine, chunk, base_noise)
             clean_logits = base.logits if chunk.noising else source.logits
-            measure = bind(request.metric, request.pairs, chunk.indices, clean_logits)
+            measure = bind(
+                request.metric, request.pairs, chunk.indices, clean_logits, chunk.readings
+            )
             of_base, of_source = _baselines(measure, chunk, base.logits, source.logits)
             if ablation is not None:
                 chunk, source = ablation(chunk, base, source)
             chunk = _with_members(chunk, request)
             values = self._compute(PatchingRun(engine, chunk, base, source, measure, of_base))
         for site in request.sites:
-            _write(self._arrays[site], chunk, values[site])
-        self._arrays[_METRICS][chosen] = torch.stack([of_base, of_source], 1).cpu().numpy()
+            _write(self._arrays[site], chunk, chunk.merged(values[site], 1))
+        metrics = chunk.merged(torch.stack([of_base, of_source], 1))  # [batch, 2]
+        self._arrays[_METRICS][chosen] = metrics[: chunk.pairs].cpu().numpy()
         return len(chosen)
 
 
@@ -266,7 +271,7 @@ def _identity(model: Model, request: PatchingRequest, settings: Mapping[str, Any
     ]
     digest.update(json.dumps(record, sort_keys=True).encode())
     for row in (*pairs.clean, *pairs.corrupted, pairs.answers, pairs.foils):
-        digest.update(f"{len(row)} ".encode() + row.numpy().tobytes())
+        digest.update(f"{list(row.shape)} ".encode() + row.numpy().tobytes())
     for alignment in pairs.alignment:
         digest.update(alignment.tobytes())
     return digest.hexdigest()
@@ -275,8 +280,8 @@ def _identity(model: Model, request: PatchingRequest, settings: Mapping[str, Any
 def _baselines(
     measure: MetricFunction,
     chunk: Chunk,
-    base: Float[Tensor, "batch d_vocab"],
-    source: Float[Tensor, "batch d_vocab"],
+    base: Float[Tensor, "states d_vocab"],
+    source: Float[Tensor, "states d_vocab"],
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """The metric of the unpatched base and source runs; refuses NaN and infinity."""
     rows = torch.arange(len(chunk.indices), device=base.device)
@@ -306,9 +311,10 @@ def _with_members(chunk: Chunk, request: PatchingRequest) -> Chunk:
 def _write(values: np.ndarray, chunk: Chunk, result: Float[Tensor, "layer batch col ..."]) -> None:
     """Write a chunk's values into the whole run's array, moved from base to clean positions."""
     array = result.float().cpu().numpy()
-    values[chunk.indices.cpu().numpy()] = np.nan
+    indices = chunk.indices[: chunk.pairs].tolist()
+    values[indices] = np.nan
     clean = chunk.clean.cpu().numpy()
-    for row, pair in enumerate(chunk.indices.tolist()):
+    for row, pair in enumerate(indices):
         if chunk.members is None:
             here = np.flatnonzero(clean[row] >= 0)
             values[pair][:, clean[row][here]] = array[:, row, here]

@@ -12,7 +12,8 @@ algorithm for one chunk of pairs:
    block's output at those positions only.
 3. For a fixed position p, one *staggered* pass over positions p to target covers all layers: it
    starts at the lowest patched layer, and the row of a deeper layer joins when the pass reaches
-   that layer.
+   that layer. If the answer has several tokens, they continue the row, and the pass extends over
+   them (see `readings`).
 
 Keys and values reach later positions, so their rows join at the input of the patched block and are
 patched by a hook inside it, as are the further layers of a window. If attention goes in both
@@ -33,7 +34,7 @@ from divergence_lens._utils.memory import halved
 from divergence_lens.engine import Pass
 from divergence_lens.patching.metrics import finite
 from divergence_lens.patching.request import Cells
-from divergence_lens.patching.trace import Chunk, PatchingRun, logits_at
+from divergence_lens.patching.trace import Chunk, PatchingRun, logits_at, states_at
 
 # Neighboring positions share a pass of up to this many tokens: the overhead of a call is about the
 # arithmetic of 1024 tokens, and the positions added by sharing are few compared with that.
@@ -226,7 +227,10 @@ class StaggeredPasses:
         assert base.past is not None
         first = int(rows.start.min())
         targets = chunk.base_target[rows.batch]
-        stop = int(targets.max()) + 1
+        readings = chunk.readings
+        # After the target, only the positions of an answer of several tokens are read.
+        ends = targets if readings is None else targets + readings.count[rows.batch] - 1
+        stop = int(ends.max()) + 1
         # A pass needs the number of positions, not the tokens, so one row is enough.
         run = engine.begin(chunk.base[:1, first:stop], base.past.upto(first) if first else None)
         patched = self._members(rows, first, stop)
@@ -252,16 +256,16 @@ class StaggeredPasses:
                 break
             active = rows[:running]
             hooks = self._block_hooks(layer, active, patched, first, head)
-            if layer == engine.n_layers - 1 and not hooks:
+            if layer == engine.n_layers - 1 and not hooks and readings is None:
                 at = (targets - first)[:running]  # only the target position is read
                 done = [engine.last_block(x, run, at, rows=active.batch)]
                 x = x[:0]
             else:
                 with engine.hooked(hooks):
                     x = engine.block(layer, x, run, rows=active.batch)
-        # Rows that joined after the last block are read here.
-        late = torch.arange(len(x), device=x.device)
-        done.append(x[late, (targets - first)[len(rows) - len(x) :]])  # [late, d_model]
+        # Rows that joined after the last block are read here (and all rows of several positions).
+        late = len(rows) - len(x)
+        done.append(states_at(x, (targets - first)[late:], rows.batch[late:], readings))
         metric = self.run.measure(logits_at(engine, torch.cat(done)), rows.batch)
         return rows, finite(metric, chunk.indices[rows.batch], "a patched run")
 

@@ -20,6 +20,7 @@ from divergence_lens.engine import Engine, KeyValues, SiteFunction
 from divergence_lens.models import Model
 from divergence_lens.pairs import weights_key
 from divergence_lens.patching.metrics import MetricFunction
+from divergence_lens.patching.readings import Readings
 from divergence_lens.patching.request import PatchingRequest
 from divergence_lens.teachers import Teacher
 
@@ -29,7 +30,7 @@ class Chunk:
     """Some pairs, padded on the right. The base run is patched with states of the source run.
 
     Attributes:
-        indices: `[batch]`, the numbers of the pairs.
+        indices: `[batch]`, the numbers of the pairs. With `readings`, a pair may have two rows.
         base: Tokens of the base run.
         source: Tokens of the source run.
         base_target: Target position of each base row.
@@ -41,6 +42,8 @@ class Chunk:
         noise: Added to the embeddings of the corrupted run, if given.
         members: For each cell of a row the base positions that it covers; None if each cell covers
             one position.
+        readings: The tokens that are read, if answers or foils have several; rows are then
+            continued with them after the target position.
     """
 
     indices: Int64[Tensor, " batch"]
@@ -54,6 +57,12 @@ class Chunk:
     noising: bool
     noise: Float[Tensor, "batch _ d_model"] | None = None
     members: Bool[Tensor, "batch column pos"] | None = None
+    readings: Readings | None = None
+
+    @property
+    def pairs(self) -> int:
+        """The number of pairs. Their first rows come first."""
+        return len(self.indices) if self.readings is None else self.readings.pairs
 
     @cached_property
     def differs(self) -> Bool[Tensor, "batch pos"]:
@@ -73,6 +82,10 @@ class Chunk:
         """Source activations at each base position; arbitrary where there is no counterpart."""
         rows = torch.arange(len(activations), device=activations.device)[:, None]
         return activations[rows, self.counterpart.clamp(min=0)]  # [batch, pos, ...]
+
+    def merged(self, values: Float[Tensor, "..."], axis: int = 0) -> Float[Tensor, "..."]:
+        """Add the values of each pair's second row to those of its first; see `Readings`."""
+        return values if self.readings is None else self.readings.merged(values, axis)
 
     def any_of(self, positions: Bool[Tensor, "*more batch pos"]) -> Bool[Tensor, "*more batch col"]:
         """Cells that cover at least one of `positions`."""
@@ -102,13 +115,13 @@ class Trace:
         resid: `resid_pre` of layer 0; with `store=True`, `resid_pre` of every layer and then the
             last `resid_post`.
         past: Keys and values of all positions; None unless stored.
-        logits: `[batch, d_vocab]` at the targets, float32.
+        logits: At the states that are read, one per row unless the chunk has `readings`, float32.
     """
 
     sites: dict[str, list[Tensor]]
     resid: list[Tensor]
     past: KeyValues | None
-    logits: Float[Tensor, "batch d_vocab"]
+    logits: Float[Tensor, "states d_vocab"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,7 @@ class PatchingRun:
         base: Trace of the run that is patched.
         source: Trace of the run whose states are patched in; an ablation replaces its sites.
         measure: The metric.
-        base_metric: `[batch]`, the metric of the unpatched base run.
+        base_metric: `[batch]`, each row's share in the metric of the unpatched base run.
     """
 
     engine: Engine
@@ -143,6 +156,7 @@ def traced_pass(
     target: Int64[Tensor, " batch"],
     sites: Sequence[str],
     *,
+    readings: Readings | None = None,
     noise: Float[Tensor, "batch pos d_model"] | None = None,
     store: bool = False,
 ) -> Trace:
@@ -164,16 +178,37 @@ def traced_pass(
     if store:
         resid.append(x)
     past = run.key_values() if store else None
-    return Trace(activations, resid, past, target_logits(engine, x, target))
+    return Trace(activations, resid, past, target_logits(engine, x, target, readings))
 
 
 def target_logits(
     engine: Engine,
     resid: Float[Tensor, "batch pos d_model"],
     target: Int64[Tensor, " batch"],
-) -> Float[Tensor, "batch d_vocab"]:
-    """Logits of each row at its target position; no other position is normalized or unembedded."""
-    return logits_at(engine, resid[torch.arange(len(resid), device=resid.device), target])
+    readings: Readings | None = None,
+) -> Float[Tensor, "states d_vocab"]:
+    """Logits of a chunk's rows at the positions read; no other is normalized or unembedded."""
+    rows = torch.arange(len(resid), device=resid.device)
+    return logits_at(engine, states_at(resid, target, rows, readings))
+
+
+def states_at(
+    resid: Float[Tensor, "rows pos d_model"],
+    target: Int64[Tensor, " rows"],
+    rows: Int64[Tensor, " rows"],
+    readings: Readings | None,
+) -> Float[Tensor, "states d_model"]:
+    """States at the target position of each row, or at all positions read.
+
+    Args:
+        resid: A residual.
+        target: The target position of each row.
+        rows: The row of the chunk that each is a run of.
+        readings: The chunk's readings.
+    """
+    if readings is not None:
+        return readings.states(resid, target, rows)
+    return resid[torch.arange(len(resid), device=resid.device), target]
 
 
 def logits_at(
@@ -200,6 +235,8 @@ def groups_of_pairs(request: PatchingRequest, engine: Engine, size: int) -> list
     by_weights: dict[tuple[object, ...], list[int]] = {}
     for i in range(len(pairs)):
         key: tuple[object, ...] = tuple(weights_key(t) for t in request.teachers(i))
+        # Pairs of one token each are measured from the logits at the target position alone.
+        key += (bool(request.readings(i)),)
         if not engine.causal:
             key += (len(pairs.clean[i]), len(request.corrupted(i)[0]))
         by_weights.setdefault(key, []).append(i)
@@ -211,13 +248,23 @@ def groups_of_pairs(request: PatchingRequest, engine: Engine, size: int) -> list
 
 
 def build_chunk(
-    request: PatchingRequest, chosen: list[int], engine: Engine
+    request: PatchingRequest, chosen: list[int], engine: Engine, *, continued: bool = True
 ) -> tuple[Chunk, Teacher | None, Teacher | None]:
-    """Build the chunk of some pairs; also return the teachers of its base and its source run."""
+    """Build the chunk of some pairs; also return the teachers of its base and its source run.
+
+    With `continued=False`, the rows end at their target position, and nothing can be read after it.
+    """
     pairs, device, noising = request.pairs, engine.device, request.direction == "noising"
+    by_pair = [request.readings(i) if continued else () for i in chosen]
+    readings = Readings.of_pairs(by_pair, device)
+    if readings is not None:
+        chosen = [chosen[i] for i in readings.owner.tolist()]
     clean = [pairs.clean[i] for i in chosen]
     corrupted, alignments = zip(*(request.corrupted(i) for i in chosen), strict=True)
     base, source = (clean, corrupted) if noising else (corrupted, clean)
+    base_target, source_target = ([len(row) - 1 for row in side] for side in (base, source))
+    if readings is not None:
+        base, source = readings.continued(base), readings.continued(source)
     width = max(len(row) for row in base)
     counterpart = np.full((len(chosen), width), -1, dtype=np.int64)  # [batch, pos]
     to_clean = counterpart.copy()  # [batch, pos]
@@ -230,21 +277,31 @@ def build_chunk(
         else:
             counterpart[row, other] = to_clean[row, other] = here
     start = [request.start(i) if engine.causal else 0 for i in chosen]
-    noise = request.noise
     chunk = Chunk(
         indices=torch.tensor(chosen, device=device),
         base=pad_right(base, device),
         source=pad_right(source, device),
-        base_target=torch.tensor([len(row) - 1 for row in base], device=device),
-        source_target=torch.tensor([len(row) - 1 for row in source], device=device),
+        base_target=torch.tensor(base_target, device=device),
+        source_target=torch.tensor(source_target, device=device),
         counterpart=torch.from_numpy(counterpart).to(device),
         clean=torch.from_numpy(to_clean).to(device),
         start=torch.tensor(start, device=device),
         noising=noising,
-        noise=None
-        if noise is None
-        else pad_right([noise.draw(engine, pairs.clean[i], pairs.segments[i]) for i in chosen]),
+        noise=_noise(request, chosen, engine, width),
+        readings=readings,
     )
     teachers = request.teachers(chosen[0])
     base_teacher, source_teacher = teachers if noising else teachers[::-1]
     return chunk, base_teacher, source_teacher
+
+
+def _noise(
+    request: PatchingRequest, chosen: list[int], engine: Engine, width: int
+) -> Float[Tensor, "batch pos d_model"] | None:
+    """The noise on the embeddings of each row, which is zero after the target position."""
+    if request.noise is None:
+        return None
+    pairs = request.pairs
+    drawn = [request.noise.draw(engine, pairs.clean[i], pairs.segments[i]) for i in chosen]
+    noise = pad_right(drawn)  # [batch, longest, d_model]
+    return torch.nn.functional.pad(noise, (0, 0, 0, width - noise.shape[1]))
