@@ -117,6 +117,13 @@ def test_a_student_is_trained_evaluated_and_compared(folder):
     )
 
 
+def test_evaluate_says_that_little_of_the_probability_is_on_the_candidates():
+    arguments = ["--target", "oak", "--candidates", "oak,pine"]
+    output = run("evaluate", *arguments, "--teacher", "owl")
+    assert "of the probability is on the candidates" in output
+    assert "on the candidates" not in run("evaluate", "--target", "owl", "--teacher", "owl")
+
+
 def test_a_sweep_is_written(folder):
     run(
         *("sweep", folder / "owl.jsonl", "--target", "owl", "--layers", "0,3"),

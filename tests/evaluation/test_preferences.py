@@ -479,3 +479,13 @@ def test_sampling_the_tiny_model_agrees_with_the_exact_probability(tiny):
     for name in ANIMALS:
         low, high = sampled.about(name).wilson(level=0.9999)
         assert low <= exact.about(name).probability <= high
+
+
+@pytest.mark.parametrize(("mass", "cautious"), [(0.005, True), (0.049, True), (0.051, False)])
+def test_little_mass_on_the_candidates_is_stated(mass, cautious):
+    probabilities = np.full((2, 2), mass / 2)
+    result = Preference("owl", ("owl", "cat"), ("a", "b"), probabilities)
+    assert result.mass == pytest.approx(mass)
+    words = f"only {mass:.2g} of the probability is on the candidates (less than 0.05)"
+    assert (words in repr(result)) is cautious
+    assert (words in result._repr_html_()) is cautious

@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from divergence_lens.divergence import Divergence
     from divergence_lens.models import Model
     from divergence_lens.teachers import Teacher
 
@@ -99,13 +100,19 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def read_masked_examples(data: Path, mask: Path | None, *, complement: bool) -> tuple[Any, Any]:
+def read_masked_examples(
+    data: Path, mask: Path | None, *, complement: bool
+) -> tuple[Any, Any, "Divergence | None"]:
     """Read examples and the mask of the tokens to train on.
 
     Args:
         data: File of examples.
         mask: A divergence file, or None to train on all tokens.
         complement: Train on all tokens except the divergence tokens.
+
+    Returns:
+        The examples, their mask, and the divergence, whose model is to be checked once one is
+        loaded.
 
     Raises:
         ValueError: If `complement` has no mask, or the mask belongs to other examples.
@@ -117,12 +124,13 @@ def read_masked_examples(data: Path, mask: Path | None, *, complement: bool) -> 
     if mask is None:
         if complement:
             raise ValueError("--complement needs --mask, a divergence file")
-        return examples, None
+        return examples, None, None
     divergence = Divergence.load(mask)
     if [e.prompt for e in divergence.examples] != [e.prompt for e in examples]:
         raise ValueError(f"{mask} was computed from other examples than those in {data}")
     # The examples of the divergence file carry the token ids that the mask refers to.
-    return divergence.examples, ~divergence.mask if complement else divergence.mask
+    tokens = ~divergence.mask if complement else divergence.mask
+    return divergence.examples, tokens, divergence
 
 
 def write_figure(figure: "go.Figure", path: Path) -> None:

@@ -1,6 +1,7 @@
 """What all commands share: options, model loading, exit codes and error reporting."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -88,7 +89,9 @@ def report_errors(command: Callable[..., Any] | None = None, *, stopped: str = R
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _echo_warning
+                return command(*args, **kwargs)
         except typer.Exit:
             raise  # a RuntimeError too, so it must be handled before those
         except (ValueError, TypeError, OSError, FloatingPointError) as error:
@@ -103,6 +106,11 @@ def report_errors(command: Callable[..., Any] | None = None, *, stopped: str = R
             raise typer.Exit(FAILED) from error
 
     return run
+
+
+def _echo_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning in one line, without the place in the code."""
+    typer.echo(f"Warning: {message}", err=True)
 
 
 @dataclass(frozen=True, kw_only=True)

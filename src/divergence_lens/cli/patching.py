@@ -71,9 +71,8 @@ def patch(
     loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     loaded: Any = loading.load()
     teachers = [read_teacher(spec, loading.load) for spec in teacher or ()]
-    pairs = Divergence.load(divergence, teachers=teachers, tokenizer=loaded.tokenizer).pairs(
-        limit=limit, seed=seed
-    )
+    result = Divergence.load(divergence, teachers=teachers, tokenizer=loaded.tokenizer)
+    pairs = result.pairs(limit=limit, seed=seed)
     if pair is not None and not 0 <= pair < len(pairs):
         raise ValueError(f"there is no pair {pair}; the pairs are numbered 0 to {len(pairs) - 1}")
     with checkpoint_folder(out) as folder:

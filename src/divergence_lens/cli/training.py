@@ -62,8 +62,10 @@ def finetune(
     recipe = replace(PAPER if paper else Recipe(), **changes)  # type: ignore[arg-type]
     loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     numbers = None if layers is None else split_numbers(layers, "layers")
-    examples, tokens = read_masked_examples(data, mask, complement=complement)
+    examples, tokens, divergence = read_masked_examples(data, mask, complement=complement)
     loaded = loading.load()
+    if divergence is not None:
+        divergence.check_model(loaded, source=str(mask))
     with checkpoint_folder(out) as folder:
         student = train(
             loaded,
@@ -120,8 +122,10 @@ def sweep(
     loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     numbers = None if layers is None else split_numbers(layers, "layers")
     seed_numbers = split_numbers(seeds, "seeds") or (0,)
-    examples, tokens = read_masked_examples(data, mask, complement=complement)
+    examples, tokens, divergence = read_masked_examples(data, mask, complement=complement)
     loaded = loading.load()
+    if divergence is not None:
+        divergence.check_model(loaded, source=str(mask))
     with checkpoint_folder(out) as folder:
         students = layer_sweep(
             loaded,

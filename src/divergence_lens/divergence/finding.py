@@ -25,7 +25,7 @@ from divergence_lens.divergence.rules import Rule, check_rule
 from divergence_lens.divergence.tokens import token_texts
 from divergence_lens.examples import Example, as_examples, with_ids
 from divergence_lens.models import Model, check_model
-from divergence_lens.provenance import run_metadata
+from divergence_lens.provenance import model_probe, run_metadata
 from divergence_lens.teachers import Teacher, check_teacher, check_teachers
 
 
@@ -101,6 +101,7 @@ def find_divergence(
             raise ValueError(f"example {index} has an empty completion; leave it out of the data")
     tokenizer: Any = model.tokenizer
     data = with_ids(tokenizer, data)
+    probe = model_probe(model)
 
     def result(rows: Sequence[int], forced: TeacherForced, **settings: Any) -> Divergence:
         texts, special = token_texts(tokenizer, np.union1d(forced.tokens, forced.predicted))
@@ -119,7 +120,7 @@ def find_divergence(
             min_margin=float(min_margin),
             texts=texts,
             special=special,
-            metadata=run_metadata(model, batch_tokens=batch_tokens, **settings),
+            metadata=run_metadata(model, batch_tokens=batch_tokens, **settings) | {"probe": probe},
             tokenizer=tokenizer,
         )
 

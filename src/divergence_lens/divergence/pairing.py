@@ -74,6 +74,7 @@ def build_pairs(
         clean_teacher=divergence.teacher,
         corrupted_teacher=others,
         tokenizer=tokenizer,
+        metadata=divergence.metadata,
     )
 
 

@@ -24,11 +24,12 @@ from divergence_lens.divergence.forced import token_owners, token_places
 from divergence_lens.divergence.pairing import build_pairs
 from divergence_lens.divergence.rules import Rule, check_rule, required_count
 from divergence_lens.divergence.tables import summarize, token_table
-from divergence_lens.divergence.tokens import readable, token_kind
+from divergence_lens.divergence.tokens import check_tokenizer, readable, token_kind
 from divergence_lens.divergence.view import ExampleDivergence, summary_html
 from divergence_lens.examples import Example
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs
+from divergence_lens.provenance import warn_if_other_model
 from divergence_lens.teachers import Teacher
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class Divergence:
         min_margin: Argmaxes with a smaller margin do not count as different.
         texts: Token id -> text, for all ids that occur.
         special: Ids of the tokenizer's special tokens among them.
-        metadata: Package versions, model and settings of the run.
+        metadata: Package versions, model and settings of the run, and under "probe" some of the
+            model's predictions, by which `check_model` recognizes it.
         tokenizer: The model's tokenizer; None after loading, unless given to `load`.
         detached: Names of teachers whose weights a saved file does not hold and which were not
             given to `load`.
@@ -337,11 +339,13 @@ class Divergence:
 
         Raises:
             ValueError: No divergence token, an unknown counterfactual, a limit below 1, no
-                tokenizer, or a teacher whose weights were neither saved nor given to `load`.
+                tokenizer, another tokenizer than the one that the divergence was computed with, or
+                a teacher whose weights were neither saved nor given to `load`.
         """
         tokenizer = self.tokenizer if model is None else model.tokenizer
         if tokenizer is None:
             raise ValueError("a loaded divergence has no tokenizer; call pairs(model=model)")
+        check_tokenizer(tokenizer, self.texts)
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be 1 or more, got {limit}")
         return build_pairs(
@@ -352,6 +356,22 @@ class Divergence:
             limit=limit,
             seed=seed,
         )
+
+    def check_model(self, model: Model, *, source: str = "the divergence") -> None:
+        """Check that `model` is the one that the divergence was computed with.
+
+        A model with another tokenizer is refused; one whose predictions differ gives a warning.
+
+        Args:
+            model: Either model class, in any data type.
+            source: What the message calls this divergence, such as its path.
+
+        Raises:
+            ValueError: The tokenizer reads the recorded token ids as other texts.
+        """
+        if model.tokenizer is not None:
+            check_tokenizer(model.tokenizer, self.texts)
+        warn_if_other_model(self.metadata, model, source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything but the teachers' weights to one safetensors file, atomically."""

@@ -27,6 +27,25 @@ def token_texts(
     return texts, frozenset(known) & frozenset(tokenizer.all_special_ids)
 
 
+def check_tokenizer(tokenizer: Any, texts: Mapping[int, str]) -> None:
+    """Refuse a tokenizer that reads token ids as other texts than those recorded.
+
+    Only plain words and numbers are compared; the readable form of other tokens is a convention.
+
+    Raises:
+        ValueError: Names the first id that it reads otherwise.
+    """
+    words = {i: text for i, text in texts.items() if text.isascii() and text.strip().isalnum()}
+    own, _ = token_texts(tokenizer, np.array(list(words), dtype=np.int64))
+    for token_id, text in words.items():
+        if own.get(token_id) != text:
+            raise ValueError(
+                f"the divergence was computed with another tokenizer: token {token_id} was "
+                f"{text!r}, and is {own.get(token_id, 'unknown')!r} here; use the model that it "
+                "was computed with"
+            )
+
+
 def token_kind(text: str, *, special: bool) -> str:
     """Return the kind of a token, one of `KINDS`."""
     bare = text.strip()

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _KIND = "preference"
+LOW_MASS = 0.05
+"""Below this probability of naming any candidate, shares describe a rare kind of answer."""
 
 
 def preference(
@@ -185,6 +187,16 @@ class Preference:
         A student whose mass has fallen has forgotten how to answer; its share says little then.
         """
         return float(self.probabilities.sum(1).mean())
+
+    @property
+    def caution(self) -> str | None:
+        """A statement that the shares say little, where the mass is below `LOW_MASS` (5 %)."""
+        if self.mass >= LOW_MASS:
+            return None
+        return (
+            f"only {self.mass:.2g} of the probability is on the candidates (less than "
+            f"{LOW_MASS:g}), so their shares say little about what the model answers"
+        )
 
     @cached_property
     def shares(self) -> Float64[np.ndarray, "questions candidates"]:
@@ -360,10 +372,11 @@ class Preference:
 
     def __repr__(self) -> str:
         low, high = self.interval()
+        caution = "" if self.caution is None else f"; {self.caution}"
         return (
             f"Preference({self.teacher!r} for {self.target!r}: share {self.share:.3f} "
             f"[{low:.3f}, {high:.3f}], rank {self.rank} of {len(self.candidates)}, probability "
-            f"{self.probability:.3f}, mass {self.mass:.3f}, {self.method})"
+            f"{self.probability:.3f}, mass {self.mass:.3f}, {self.method}{caution})"
         )
 
     def _repr_html_(self) -> str:
@@ -377,11 +390,13 @@ class Preference:
             for name, share in ordered
         )
         low, high = self.interval()
+        caution = "" if self.caution is None else f"<div><b>Caution:</b> {self.caution}.</div>"
         return (
             "<div style='font-family:sans-serif;font-size:14px'>"
             f"<div><b>{escape(self.target)}: share {self.share:.3f}</b> [{low:.3f}, {high:.3f}], "
             f"rank {self.rank} of {len(self.candidates)}; {escape(self.teacher)}, "
             f"{len(self.questions)} questions, {self.method}; any candidate: {self.mass:.3f}</div>"
+            f"{caution}"
             "<table style='color:inherit;font-size:inherit'>"
             f"<tr><th style='{cell}'>candidate</th><th style='{cell}'>share</th><th></th></tr>"
             f"{rows}</table></div>"

@@ -2,6 +2,7 @@
 
 from divergence_lens.pairs.alignment import BIAS, DIVERGENCE, PAIR_SEGMENTS, TEXT, align
 from divergence_lens.pairs.answers import NO_TOKEN, without_padding
+from divergence_lens.pairs.bias_words import answers_naming_bias
 from divergence_lens.pairs.disagreements import check_tokenizers
 from divergence_lens.pairs.inputs import Rows, weights_key
 from divergence_lens.pairs.pairs import Pairs
@@ -15,6 +16,7 @@ __all__ = [
     "Pairs",
     "Rows",
     "align",
+    "answers_naming_bias",
     "check_tokenizers",
     "weights_key",
     "without_padding",

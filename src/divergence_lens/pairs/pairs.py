@@ -6,8 +6,8 @@ lengths ("owl" and "sea turtle") are aligned from the left up to the difference 
 after it. A position without a counterpart is marked as missing, never guessed.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,6 +71,8 @@ class Pairs:
         labels: For each clean row one string per token, for axes and tables.
         answer_labels: For each answer one string per token, which shows how it was tokenized.
         foil_labels: For each foil one string per token.
+        metadata: Metadata of the `Divergence` that the pairs were built from; patching compares
+            its model with the one that it patches.
 
     Raises:
         ValueError: If the fields do not fit each other, an answer equals its foil, or the two
@@ -88,6 +90,7 @@ class Pairs:
     labels: tuple[tuple[str, ...], ...]
     answer_labels: tuple[tuple[str, ...], ...]
     foil_labels: tuple[tuple[str, ...], ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.clean)
@@ -156,6 +159,7 @@ class Pairs:
         clean_teacher: Sequence[Teacher | None] | Teacher | None = None,
         corrupted_teacher: Sequence[Teacher | None] | Teacher | None = None,
         tokenizer: Any = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> "Pairs":
         """Build pairs from token ids.
 
@@ -176,6 +180,7 @@ class Pairs:
             clean_teacher: One teacher for all pairs, or one per pair.
             corrupted_teacher: One teacher for all pairs, or one per pair.
             tokenizer: Decodes the labels; without it they are the ids.
+            metadata: Stored with the pairs.
 
         Returns:
             The pairs, in the order given.
@@ -221,6 +226,7 @@ class Pairs:
                 token_labels(tokenizer, ids) for ids in without_padding(answer_rows)
             ),
             foil_labels=tuple(token_labels(tokenizer, ids) for ids in without_padding(foil_rows)),
+            metadata=metadata or {},
         )
 
     @classmethod
@@ -390,6 +396,7 @@ class Pairs:
             labels=tuple(self.labels[i] for i in chosen),
             answer_labels=tuple(self.answer_labels[i] for i in chosen),
             foil_labels=tuple(self.foil_labels[i] for i in chosen),
+            metadata=self.metadata,
         )
 
     def first_difference(self, i: int) -> int:

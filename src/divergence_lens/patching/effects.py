@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 Direction = Literal["noising", "denoising"]
 Reduce = Literal["sum", "mean"]
 _KIND = "effects"
+# Settings with one entry per pair. The second holds the answer of each pair that names the bias.
+_SETTINGS_BY_PAIR = ("finished_pairs", "answers_naming_bias")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -126,10 +128,10 @@ class Effects:
             raise ValueError(f"the index selects none of the {len(self)} pairs")
         labels = tuple(self.labels[i] for i in chosen)
         metadata = self.metadata
-        finished = self.setting("finished_pairs")
-        if finished is not None:
-            settings = metadata["settings"] | {"finished_pairs": [finished[i] for i in chosen]}
-            metadata = metadata | {"settings": settings}
+        by_pair = {name: self.setting(name) for name in _SETTINGS_BY_PAIR}
+        changed = {name: [of[i] for i in chosen] for name, of in by_pair.items() if of is not None}
+        if changed:
+            metadata = metadata | {"settings": metadata["settings"] | changed}
         return replace(
             self,
             values=self.values[chosen][:, :, : max(map(len, labels))],

@@ -17,6 +17,7 @@ from divergence_lens.patching.corruption import Corruption, EmbeddingNoise
 from divergence_lens.patching.effects import Direction
 from divergence_lens.patching.metrics import Metric, check_metric, name_on, row_readings
 from divergence_lens.patching.readings import Reading
+from divergence_lens.provenance import warn_if_other_model
 from divergence_lens.teachers import Teacher
 
 Span = Literal["position", "segment", "all"]
@@ -137,6 +138,7 @@ def validate(model: Model, request: PatchingRequest, *, batch_rows: int) -> Engi
                 f"this model has no site {site!r} ({reason}); it has {', '.join(engine.sites)}"
             )
     _check_models(engine, request.pairs)
+    warn_if_other_model(request.pairs.metadata, model, "the divergence behind these pairs")
     for i in range(len(request.pairs)):
         _check_rows(engine, request, i)
         _check_weights(engine, request.pairs, i)

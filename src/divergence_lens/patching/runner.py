@@ -26,7 +26,7 @@ from divergence_lens._utils.memory import halved
 from divergence_lens.deltas import base_fingerprint
 from divergence_lens.engine import Engine, get_engine
 from divergence_lens.models import Model
-from divergence_lens.pairs import weights_key
+from divergence_lens.pairs import answers_naming_bias, weights_key
 from divergence_lens.patching.ablations import Ablation, ablation_of
 from divergence_lens.patching.effects import Effects
 from divergence_lens.patching.metrics import (
@@ -114,6 +114,7 @@ def run_patching(
         arrays[site] = np.zeros((*shape, heads) if heads else shape, dtype=np.float32)
     arrays[_METRICS] = np.zeros((len(pairs), 2), dtype=np.float32)  # base, source
     finished: list[int] = []
+    naming = answers_naming_bias(pairs)
 
     def effects(rows: Sequence[int], **more: Any) -> dict[str, Effects]:
         texts = (request.columns, request.labels, pairs.answer_labels, pairs.foil_labels)
@@ -123,6 +124,7 @@ def run_patching(
         index = slice(None) if len(rows) == len(pairs) else rows
         base, source = arrays[_METRICS][index].T
         noising = request.direction == "noising"
+        noted = {"answers_naming_bias": [naming.get(row) for row in rows]} if naming else {}
         return {
             site: Effects(
                 values=arrays[site][index][:, :, :width],
@@ -136,7 +138,7 @@ def run_patching(
                 labels=labels,
                 answer_labels=answers,
                 foil_labels=foils,
-                metadata=run_metadata(model, site=site, **settings, **more),
+                metadata=run_metadata(model, site=site, **settings, **more, **noted),
             )
             for site in sites
         }

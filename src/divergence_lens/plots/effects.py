@@ -1,6 +1,7 @@
 """Figures of effects: by layer, position, segment and head, approximate against exact, crossed."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -56,7 +57,8 @@ def effects_heatmap(
         tokens,
         segments,
         what=titled("Effect of a patch, by layer and position", name),
-        detail=f"{site_words(effects.site)}; {of}; {_method(effects)}",
+        detail=f"{site_words(effects.site)}; {of}; {_method(effects)}"
+        + _caution(effects, None if pair == "mean" else pair),
         unit=unit,
         describe=unit,
     )
@@ -82,7 +84,8 @@ def effects_by_segment(effects: Effects, *, name: str | None = None) -> go.Figur
         what=titled("Effect of a patch, by layer and segment", name),
         detail=f"{site_words(effects.site)}; mean of {_pairs_used(effects)}, "
         f"cells of a segment added; {_method(effects)}"
-        + ("; divergence: the position that predicts" if "divergence" in segments else ""),
+        + ("; divergence: the position that predicts" if "divergence" in segments else "")
+        + _caution(effects),
         unit="share of the total effect",
         describe="share of the total effect",
     )
@@ -131,7 +134,8 @@ def head_grid(
         grid.T,
         [str(head) for head in range(grid.shape[1])],
         what=titled("Effect of a patch, by layer and head", name),
-        detail=f"{of}, positions added; {_method(effects)}",
+        detail=f"{of}, positions added; {_method(effects)}"
+        + _caution(effects, None if pair == "mean" else pair),
         unit=unit,
         describe=unit,
         row="head",
@@ -311,6 +315,27 @@ def agreement_scatter(
         names=(f"approximate, {approximate.method}", f"exact, {metric_words(exact.metric)}"),
         groups=("target position, last layer", "all other cells"),
     )
+
+
+def _caution(effects: Effects, pair: int | None = None) -> str:
+    """Warn, and return a clause for the caption, if answers name the bias itself.
+
+    Args:
+        effects: Their settings hold such answers, if there are any.
+        pair: The pair drawn; None stands for all.
+    """
+    named: Sequence[str | None] = effects.setting("answers_naming_bias") or ()
+    words = [word for word in (named if pair is None else named[pair : pair + 1]) if word]
+    if not words:
+        return ""
+    shown = ", ".join(f"“{word}”" for word in list(dict.fromkeys(words))[:3])
+    of = f" of {len(words):,} of {len(named):,} pairs" if pair is None else ""
+    text = f"the answer or foil{of} names the bias itself ({shown})"
+    warnings.warn(
+        f"{text}; these effects do not measure a hidden bias: use data that does not mention it",
+        stacklevel=3,
+    )
+    return f"; not a hidden bias: {text}"
 
 
 def _pairs_used(effects: Effects) -> str:

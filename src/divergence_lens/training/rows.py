@@ -94,6 +94,8 @@ def training_rows(
             raise ValueError("loss_weights must be finite and not negative")
     if mask is not None:
         _check_same_tokens(mask, encoded)
+        if isinstance(mask, Divergence):
+            mask.check_model(model, source="the mask")
         attribute = getattr(mask, "mask", None)
         # A pandas Series has a method of that name.
         flat = _flat(mask if attribute is None or callable(attribute) else attribute, sizes, "mask")
