@@ -65,7 +65,7 @@ def test_float64_is_not_rounded_on_the_way(backend):
     hf_model.double()
     with torch.no_grad():
         for parameter in hf_model.parameters():  # digits that float32 does not have
-            parameter += 1e-10 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=1e-10)
         expected = hf_model(TOKENS).logits
         model = load_model(hf_model, backend=backend)
         torch.testing.assert_close(model(TOKENS), expected, atol=1e-12, rtol=1e-12)

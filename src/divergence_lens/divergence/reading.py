@@ -387,11 +387,12 @@ def refuse_dropout(model: Model) -> None:
 
 def _check_fits(engine: Engine, prompts: _Prompts, forced: TeacherForced, teacher: Teacher) -> None:
     ids = forced.tokens
-    if ids.min() < 0 or ids.max() >= engine.d_vocab:
-        place = int(np.flatnonzero((ids < 0) | (ids >= engine.d_vocab))[0])
+    # Every completion token is predicted, so it must be an id that the model predicts.
+    if ids.min() < 0 or ids.max() >= engine.d_vocab_out:
+        place = int(np.flatnonzero((ids < 0) | (ids >= engine.d_vocab_out))[0])
         raise ValueError(
             f"example {forced.example_of(place)} has the token id {ids[place]}, but the model of "
-            f"teacher {teacher.name!r} has {engine.d_vocab:,} tokens; check that it was written "
+            f"teacher {teacher.name!r} has {engine.d_vocab_out:,} tokens; check that it was written "
             "with the same tokenizer"
         )
     totals = prompts.lengths + np.diff(forced.offsets)

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from divergence_lens.engine.equivalence import fused_difference, fused_tolerance
+from divergence_lens.engine.equivalence import OwnPass, fused_tolerance
 from divergence_lens.engine.fused import FusedBlocks
 from divergence_lens.engine.passes import KeyValues, Pass
 from divergence_lens.engine.sites import (
@@ -42,7 +42,9 @@ class Engine(ABC):
 
     Attributes:
         model: The model.
-        n_layers, n_heads, n_kv_heads, d_model, d_head, d_vocab, n_ctx: Its sizes.
+        n_layers, n_heads, d_model, d_head, n_ctx: Its sizes.
+        d_vocab: Number of ids that it reads.
+        d_vocab_out: Number of ids that it predicts, the width of its logits.
         causal: Whether no position attends to a later one.
     """
 
@@ -54,10 +56,13 @@ class Engine(ABC):
         cfg = self._lens.cfg
         self.n_layers: int = cfg.n_layers
         self.n_heads: int = cfg.n_heads
-        self.n_kv_heads: int = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         self.d_model: int = cfg.d_model
         self.d_head: int = cfg.d_head
         self.d_vocab: int = cfg.d_vocab
+        # -1 stands for the same number in TransformerLens.
+        self.d_vocab_out: int = max(getattr(cfg, "d_vocab_out", -1), -1)
+        if self.d_vocab_out < 0:
+            self.d_vocab_out = cfg.d_vocab
         self.n_ctx: int = cfg.n_ctx
         parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
         self._absent = {"resid_mid"} if parallel else set()
@@ -78,6 +83,11 @@ class Engine(ABC):
         except (AttributeError, KeyError):
             return False
         return True
+
+    @property
+    def n_kv_heads(self) -> int:
+        """The number of key and value heads, fewer than `n_heads` where queries are grouped."""
+        return getattr(self._lens.cfg, "n_key_value_heads", None) or self.n_heads
 
     @property
     def device(self) -> torch.device:
@@ -130,7 +140,14 @@ class Engine(ABC):
         fast = self._fast
         use_fast = fast is not None and fast.fit_unembed()
         logits = fast.unembed(hidden) if fast is not None and use_fast else self._unembed(hidden)
-        return _soft_cap(logits, self._lens.cfg)
+        return self.soft_cap(logits)
+
+    def soft_cap(
+        self, logits: Float[Tensor, "*batch d_vocab"]
+    ) -> Float[Tensor, "*batch d_vocab"]:
+        """Apply the model's cap on logits, if it has one: cap * tanh(logits / cap)."""
+        cap = getattr(self._lens.cfg, "output_logits_soft_cap", None)
+        return logits if cap is None or cap <= 0 else cap * torch.tanh(logits / cap)
 
     # -- passes -----------------------------------------------------------------------------
 
@@ -427,12 +444,16 @@ class Engine(ABC):
         return mid if site == "resid_mid" else plain
 
     @torch.no_grad()
-    def use_fused_blocks(self) -> None:
-        """Use the fused blocks from now on, if each computes what the model's own block does."""
+    def use_fused_blocks(self, own: OwnPass) -> None:
+        """Use the fused blocks from now on, if each computes what the model's own block does.
+
+        Args:
+            own: The probe, run through the model's own blocks.
+        """
         fused = FusedBlocks.of(self, self._lens, hooked=is_hooked(self.model))
         if fused is None or not all(map(fused.fit, range(self.n_layers))):
             return
-        difference = fused_difference(self, fused)
+        difference = own.fused_difference(fused)
         # A broken block may give NaN, which is not greater than anything.
         if difference <= fused_tolerance(self.dtype):
             self._fast = fused
@@ -444,7 +465,3 @@ class Engine(ABC):
             difference,
         )
 
-
-def _soft_cap(logits: Tensor, cfg: Any) -> Tensor:
-    cap = getattr(cfg, "output_logits_soft_cap", None)
-    return logits if cap is None or cap <= 0 else cap * torch.tanh(logits / cap)

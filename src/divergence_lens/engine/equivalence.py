@@ -1,9 +1,12 @@
 """Comparisons made before an engine is used: with the model's own forward, and of fused blocks.
 
-1. `pass_difference` compares a pass block by block with the model's own forward.
-2. `fused_difference` compares each fused block with the model's own block on the same residual.
+1. `OwnPass.run` runs a probe block by block through the model's own blocks.
+2. `OwnPass.difference` compares its logits with those of the model's own forward.
+3. `OwnPass.fused_difference` compares each fused block with the model's own block on the same
+   residual.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +18,11 @@ from divergence_lens.models import Model, lens_model
 if TYPE_CHECKING:
     from divergence_lens.engine.base import Engine
     from divergence_lens.engine.fused import FusedBlocks
-    from divergence_lens.engine.passes import KeyValues
+    from divergence_lens.engine.passes import Pass
+
+# The largest accepted `OwnPass.difference`.
+_PASS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+_PASS_TOLERANCE_HALF = 0.05
 
 # The largest accepted `fused_difference`. Both forms of a block do the same products in another
 # order, so their updates differ by rounding: a few hundred units of float32 (6e-8 each), more where
@@ -25,84 +32,135 @@ if TYPE_CHECKING:
 _FUSED_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 _FUSED_TOLERANCE_HALF = 0.05  # one unit of bfloat16 is 0.004
 
+_PROBE_TOKENS = 6
+
+
+def pass_tolerance(dtype: torch.dtype) -> float:
+    """Return the largest `OwnPass.difference` that counts as rounding."""
+    return _PASS_TOLERANCE.get(dtype, _PASS_TOLERANCE_HALF)
+
 
 def fused_tolerance(dtype: torch.dtype) -> float:
     """Return the largest `fused_difference` that counts as rounding."""
     return _FUSED_TOLERANCE.get(dtype, _FUSED_TOLERANCE_HALF)
 
 
-def probe_tokens(model: Model) -> Int[Tensor, "2 6"]:
-    """Return two rows with different ids, which reveal results that depend on a row."""
+def probe_tokens(model: Model) -> Int[Tensor, "2 pos"]:
+    """Return two rows of different ids, which reveal results that depend on a row.
+
+    A row has six tokens, or as many as the context holds.
+    """
+    cfg = lens_model(model).cfg
     device = next(model.parameters()).device
-    first = torch.arange(6, device=device)
-    return torch.stack([first * 3, first * 5 + 1]) % int(lens_model(model).cfg.d_vocab)  # [2, 6]
+    first = torch.arange(min(_PROBE_TOKENS, int(cfg.n_ctx)), device=device)
+    return torch.stack([first * 3, first * 5 + 1]) % int(cfg.d_vocab)  # [2, pos]
 
 
-@torch.no_grad()
-def pass_difference(engine: "Engine", own: Float[Tensor, "2 pos d_vocab"]) -> float:
-    """Compare a pass block by block with the model's own logits of `probe_tokens`.
+@dataclass(frozen=True)
+class _Piece:
+    """One piece of the probe, run through the model's own blocks.
 
-    A causal model's pass is run in two pieces, with other and more rows than the pass began with,
+    Attributes:
+        run: The pass.
+        start: Position of its first token in the probe.
+        rows: The rows of the probe that it holds.
+        resid: The residual before each block and after the last, `[row, pos, d_model]`.
+        logits: `[row, pos, d_vocab]`, before the soft cap.
+    """
+
+    run: "Pass"
+    start: int
+    rows: Tensor
+    resid: list[Tensor]
+    logits: Tensor
+
+
+class OwnPass:
+    """The probe, run block by block through the model's own blocks.
+
+    A causal model's probe is run in two pieces, the second with more and other rows than the first,
     as patching does.
-
-    Returns:
-        The greatest difference, relative to the greatest logit or 1.
     """
-    tokens = probe_tokens(engine.model)
-    rows = torch.tensor([1, 0, 1], device=engine.device)
-    start, past, compared = 0, None, []
-    if engine.causal:
-        start = 2
-        hidden, past = engine.prefill(tokens[:, :start])
-        compared.append((engine.unembed(hidden), own[:, :start]))
-    run = engine.begin(tokens[:, start:], past)
-    resid = run.resid[rows]  # [3, pos, d_model]
-    for layer in range(engine.n_layers):
-        resid = engine.block(layer, resid, run, rows=rows)
-    compared.append((engine.unembed(engine.norm(resid)), own[rows, start:]))
-    scale = max(1.0, float(own.float().abs().max()))
-    return max(float((a.float() - b.float()).abs().max()) for a, b in compared) / scale
 
+    def __init__(self, engine: "Engine", pieces: list[_Piece]) -> None:
+        self._engine, self._pieces = engine, pieces
 
-@torch.no_grad()
-def fused_difference(engine: "Engine", fused: "FusedBlocks") -> float:
-    """Compare every fused block with the model's own block on the same residual.
+    @classmethod
+    @torch.no_grad()
+    def run(cls, engine: "Engine") -> "OwnPass":
+        """Run the probe."""
+        tokens = probe_tokens(engine.model)
+        length = tokens.shape[1]
+        # A context of one token has no second piece, and a bidirectional pass cannot be divided.
+        cut = min(2, length - 1) if engine.causal else 0
+        pieces: list[_Piece] = []
+        past = None
+        for start, stop in ((0, cut), (cut, length)):
+            if start == stop:
+                continue
+            run = engine.begin(tokens[:, start:stop], past, keep=engine.causal)
+            rows = torch.tensor([0, 1] if stop < length else [1, 0, 1], device=engine.device)
+            resid = [run.resid[rows]]  # [row, pos, d_model]
+            for layer in range(engine.n_layers):
+                resid.append(engine.block(layer, resid[-1], run, rows=rows))
+            logits = engine._unembed(engine.norm(resid[-1]))  # noqa: SLF001 - before the soft cap
+            pieces.append(_Piece(run, start, rows, resid, logits))
+            if stop < length:
+                past = run.key_values()
+        return cls(engine, pieces)
 
-    Comparing final logits instead would not do: each block amplifies the rounding of those before
-    it, so a tolerance that fits 4 blocks rejects a correct model of 30. Here every block starts
-    from the residual of the model's own blocks, and rounding does not accumulate. The tokens run
-    in two pieces, without and with past keys and values, and all positions and the last ones
-    alone are compared. The unembedding and the stored keys and values are compared as well.
+    @torch.no_grad()
+    def difference(self, own: Float[Tensor, "2 pos d_vocab"]) -> float:
+        """Compare with the model's own logits of `probe_tokens`.
 
-    Returns:
-        The greatest difference, relative to the update of its block (see `_update_difference`) or,
-        for logits, keys and values, to their greatest magnitude.
-    """
-    tokens = probe_tokens(engine.model)
-    past: KeyValues | None = None
-    differences: list[float] = []
-    for part in (tokens[:, :2], tokens[:, 2:]):
-        run = engine.begin(part, past, keep=True)
-        resid = run.resid  # [2, pos, d_model]
-        for layer in range(engine.n_layers):
-            own = engine.block(layer, resid, run)  # [2, pos, d_model]
-            stored = run.stored[layer]
-            for since in (0, 1):
-                fast = fused.block(layer, resid, run, since)  # [2, pos - since, d_model]
-                differences.append(_update_difference(resid[:, since:], own[:, since:], fast))
-            differences += map(_relative_difference, stored, run.stored[layer])
-            run.stored[layer] = stored
-            resid = own
-        hidden = engine.norm(resid)
-        plain = engine._unembed(hidden)  # noqa: SLF001 - the model's own unembedding
-        differences.append(_relative_difference(plain, fused.unembed(hidden)))
-        past = run.key_values()
-    # A NaN is not greater than anything, so max() could miss it.
-    return float(torch.tensor(differences).max())
+        Returns:
+            The largest difference, relative to the largest logit or 1.
+        """
+        scale = max(1.0, float(own.float().abs().max()))
+        differences = []
+        for piece in self._pieces:
+            logits = self._engine.soft_cap(piece.logits).float()
+            expected = own[piece.rows, piece.start : piece.start + logits.shape[1]].float()
+            differences.append((logits - expected).abs().max())
+        # A NaN is not greater than anything, so Python's max() could miss it.
+        return float(torch.stack(differences).max()) / scale
+
+    @torch.no_grad()
+    def fused_difference(self, fused: "FusedBlocks") -> float:
+        """Compare every fused block with the model's own block on the same residual.
+
+        Comparing final logits instead would not do: each block amplifies the rounding of those
+        before it, so a tolerance that fits 4 blocks rejects a correct model of 30. Here every block
+        starts from the residual of the model's own blocks, and rounding does not accumulate. Blocks
+        are compared without and with past keys and values; of the last block, the last positions
+        alone are compared as well (`Engine.final` computes no others). So are the unembedding and
+        the stored keys and values.
+
+        Returns:
+            The largest difference, relative to the update of its block (see `_update_difference`)
+            or, for logits, keys and values, to their largest magnitude.
+        """
+        differences: list[float] = []
+        last = self._engine.n_layers - 1
+        for piece in self._pieces:
+            run = piece.run
+            run.rows = piece.rows
+            for layer, (resid, own) in enumerate(zip(piece.resid, piece.resid[1:], strict=False)):
+                stored = run.stored[layer]
+                length = resid.shape[1]
+                for since in {0, length - 1} if layer == last else {0}:
+                    fast = fused.block(layer, resid, run, since)  # [row, pos - since, d_model]
+                    differences.append(_update_difference(resid[:, since:], own[:, since:], fast))
+                    differences += map(_relative_difference, stored, run.stored[layer])
+                run.stored[layer] = stored
+        piece = self._pieces[0]
+        hidden = self._engine.norm(piece.resid[-1])
+        differences.append(_relative_difference(piece.logits, fused.unembed(hidden)))
+        return float(torch.tensor(differences).max())
 
 
 def _update_difference(resid: Tensor, own: Tensor, fast: Tensor) -> float:
-    """Return the greatest |fast - own|, relative to the block's greatest update at that position.
+    """Return the largest |fast - own|, relative to the block's largest update at that position.
 
     The final additions round to the precision of the residual, which can be much larger than the
     update (massive activations: Sun et al., arXiv 2402.17762). So 4 units in the last place of each
@@ -111,8 +169,8 @@ def _update_difference(resid: Tensor, own: Tensor, fast: Tensor) -> float:
     """
     allowed = 4 * torch.finfo(own.dtype).eps * torch.maximum(resid.abs(), own.abs()).double()
     resid, own, fast = resid.double(), own.double(), fast.double()
-    excess = ((fast - own).abs() - allowed).clamp(min=0.0).amax(-1)  # [batch, pos]
-    update = (own - resid).abs().amax(-1)  # [batch, pos]
+    excess = ((fast - own).abs() - allowed).clamp(min=0.0).amax(-1)  # [row, pos]
+    update = (own - resid).abs().amax(-1)  # [row, pos]
     return float((excess / update.clamp(min=torch.finfo(torch.float32).tiny)).max())
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from divergence_lens._utils.memory import is_out_of_memory
 from divergence_lens.engine.base import Engine
 from divergence_lens.engine.bridge import BridgeEngine
-from divergence_lens.engine.equivalence import pass_difference, probe_tokens
+from divergence_lens.engine.equivalence import OwnPass, pass_tolerance, probe_tokens
 from divergence_lens.engine.hooked import HookedEngine
 from divergence_lens.models import Model, check_model, is_hooked, lens_model, model_name
 
@@ -41,7 +41,8 @@ def get_engine(model: Model, *, causal: bool = True) -> Engine:
     try:
         own = _own_logits(model)
         engine = HookedEngine(model) if is_hooked(model) else BridgeEngine(model)
-        difference = pass_difference(engine, own)
+        own_pass = OwnPass.run(engine)
+        difference = own_pass.difference(own)
     except (RuntimeError, IndexError, TypeError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
@@ -53,19 +54,19 @@ def get_engine(model: Model, *, causal: bool = True) -> Engine:
             ) from error
         raise _not_supported(model, f"its blocks cannot be run one by one ({error})") from error
     # A broken pass may give NaN, which is not greater than anything.
-    if not difference <= (1e-4 if wide else 0.05):
+    if not difference <= pass_tolerance(dtype):
         raise _not_supported(
             model,
             "its blocks, run one by one, give other logits than its own forward (relative "
             f"difference {difference:.2g})",
         )
-    engine.use_fused_blocks()
+    engine.use_fused_blocks(own_pass)
     object.__setattr__(model, _ENGINE, engine)
     return engine
 
 
 @torch.no_grad()
-def _own_logits(model: Model) -> Float[Tensor, "2 6 d_vocab"]:
+def _own_logits(model: Model) -> Float[Tensor, "2 pos d_vocab"]:
     tokens = probe_tokens(model)
     # The mask says that nothing is padding: a bridge would otherwise mask ids equal to the pad id.
     logits: Tensor = model(tokens, attention_mask=torch.ones_like(tokens))

@@ -120,6 +120,8 @@ class FusedBlocks(ABC):
 
     def fit(self, layer: int) -> bool:
         """Whether nobody would notice: nothing learns, is dropped out or hooked in the block."""
+        if self._ungrouped:
+            return False
         if torch.is_grad_enabled() and (
             torch.is_autocast_enabled(self._engine.device.type)
             or any(map(_takes_gradients, self._modules[layer]))
@@ -133,6 +135,11 @@ class FusedBlocks(ABC):
 
     def _unseen(self, modules: list[nn.Module]) -> bool:
         return not (self._lens.training or any(map(_is_watched, modules)))
+
+    @property
+    def _ungrouped(self) -> bool:
+        """Whether the model repeats keys and values for every query head before it stores them."""
+        return self._engine.n_kv_heads != self._kv_heads
 
     def unembed(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Logits of normed hidden states, before any soft cap."""

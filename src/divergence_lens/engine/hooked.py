@@ -43,6 +43,13 @@ class HookedEngine(Engine):
             self._absent |= {"mlp_out", "resid_mid"}
         self._positions = kind == "standard"
 
+    @property
+    def n_kv_heads(self) -> int:
+        """The number of key and value heads; `n_heads` while the model ungroups them."""
+        if getattr(self._lens.cfg, "ungroup_grouped_query_attention", False):
+            return self.n_heads
+        return super().n_kv_heads
+
     def _begin(self, run: Pass, tokens: Tensor) -> Tensor:
         model = self._lens
         resid: Tensor = model.hook_embed(model.embed(tokens))

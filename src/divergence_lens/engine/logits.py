@@ -28,7 +28,7 @@ _GROUP = 64
 def chunk_rows(engine: Engine) -> int:
     """How many positions to unembed at a time."""
     elements = _CHUNK_ELEMENTS.get(engine.device.type, _CHUNK_ELEMENTS_ACCELERATOR)
-    return max(1, elements // engine.d_vocab)
+    return max(1, elements // engine.d_vocab_out)
 
 
 def read_hidden(

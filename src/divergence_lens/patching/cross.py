@@ -318,7 +318,7 @@ def _last_by_boundary(
 def _check(a: Engine, b: Engine, pairs: Pairs, batch_rows: int) -> None:
     if batch_rows < 1:
         raise ValueError(f"batch_rows is {batch_rows}; at least 1 row is needed")
-    shapes = [(e.n_layers, e.d_model, e.d_vocab) for e in (a, b)]
+    shapes = [(e.n_layers, e.d_model, e.d_vocab_out) for e in (a, b)]
     if shapes[0] != shapes[1]:
         raise ValueError(
             "states can only be patched into a model of the same shape; layers, d_model and "

@@ -61,7 +61,7 @@ def metric_values(metric: Metric, pairs: int, engine: Engine) -> list[str]:
         return []
     indices = torch.arange(min(pairs, _PROBES))
     draw = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(len(indices), engine.d_vocab, generator=draw)
+    logits = 3 * torch.randn(len(indices), engine.d_vocab_out, generator=draw)
     logits, indices = logits.to(engine.device), indices.to(engine.device)
     with torch.no_grad():
         values = _checked(metric(logits, indices), logits, metric_name(metric))

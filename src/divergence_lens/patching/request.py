@@ -171,8 +171,9 @@ def _check_models(engine: Engine, pairs: Pairs) -> None:
     if any(m.training for m in models):
         raise ValueError("the model is in training mode; call model.eval() first")
     for other in (get_engine(model, causal=False) for model in models):
-        shape = (engine.n_layers, engine.n_heads, engine.d_model, engine.d_vocab)
-        other_shape = (other.n_layers, other.n_heads, other.d_model, other.d_vocab)
+        shape, other_shape = (
+            (one.n_layers, one.n_heads, one.d_model, one.d_vocab_out) for one in (engine, other)
+        )
         if shape != other_shape:
             raise ValueError(
                 "states can only be patched into a model of the same shape; layers, heads, d_model "
@@ -220,8 +221,8 @@ def _check_rows(engine: Engine, request: PatchingRequest, i: int) -> None:
                 f"but the model's vocabulary has {engine.d_vocab}"
             )
     for name, tokens in (("answer", pairs.answers[i]), ("foil", pairs.foils[i])):
-        if int(tokens.max()) >= engine.d_vocab:
+        if int(tokens.max()) >= engine.d_vocab_out:
             raise ValueError(
                 f"the {name} of pair {i} is token id {int(tokens.max())}, "
-                f"but the model's vocabulary has {engine.d_vocab}"
+                f"but the model predicts ids below {engine.d_vocab_out}"
             )

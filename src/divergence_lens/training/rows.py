@@ -210,10 +210,11 @@ def _padded(
         tokens[row, : len(sequence)] = sequence
         # Position k predicts token k + 1.
         loss_weights[row, start - 1 : start - 1 + len(own)] = own
-    if tokens.min() < 0 or tokens.max() >= engine.d_vocab:
+    largest = tokens[:, 1:][loss_weights > 0].max()
+    if tokens.min() < 0 or tokens[:, :-1].max() >= engine.d_vocab or largest >= engine.d_vocab_out:
         raise ValueError(
             f"token ids run from {tokens.min()} to {tokens.max()}, the vocabulary has "
-            f"{engine.d_vocab}: do the completions come from another tokenizer?"
+            f"{engine.d_vocab_out}: do the completions come from another tokenizer?"
         )
     padded = torch.from_numpy(tokens).to(engine.device)
     first_loss = min(start for start, _ in learned) - 1

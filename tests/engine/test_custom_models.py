@@ -1,0 +1,148 @@
+"""TransformerLens's own models, built from a configuration, against their own forward and hooks."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import divergence_lens as dl
+from divergence_lens.engine import get_engine
+from tests.support.models import BACKENDS
+
+pytestmark = pytest.mark.skipif(
+    "hooked" not in BACKENDS, reason="TransformerLens 4 has no HookedTransformer"
+)
+
+
+def build(**changes: Any) -> Any:
+    """A small random HookedTransformer; every bias and norm weight is random as well."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    sizes = {"n_layers": 2, "d_model": 16, "n_ctx": 12, "d_head": 8, "n_heads": 4, "d_vocab": 30}
+    options = {"act_fn": "relu", "d_mlp": 32, "seed": 1, "normalization_type": "LN"}
+    model = HookedTransformer(HookedTransformerConfig(**{**sizes, **options, **changes}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise, alpha=0.3 if parameter.ndim == 1 else 0.2)
+    return model.eval()
+
+
+def rows(model: Any, n: int, length: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.cfg.d_vocab, (n, length), generator=generator)
+
+
+@torch.no_grad()
+def patched_by_hand(
+    model: Any, clean: torch.Tensor, corrupted: torch.Tensor, target: int, answer: int, foil: int
+) -> np.ndarray:
+    """Noising of resid_post at every layer and position, with `run_with_hooks`."""
+
+    def metric(logits: torch.Tensor) -> float:
+        return float(logits[0, target, answer] - logits[0, target, foil])
+
+    _, cache = model.run_with_cache(corrupted[None])
+    base = metric(model(clean[None]))
+    grid = np.zeros((model.cfg.n_layers, len(clean)))
+    for layer in range(model.cfg.n_layers):
+        name = f"blocks.{layer}.hook_resid_post"
+        for position in range(len(clean)):
+
+            def patch(state, hook, name=name, position=position):  # noqa: ARG001
+                state[:, position] = cache[name][:, position]
+                return state
+
+            grid[layer, position] = (
+                metric(model.run_with_hooks(clean[None], fwd_hooks=[(name, patch)])) - base
+            )
+    return grid
+
+
+@pytest.mark.parametrize("n_ctx", [1, 2, 3, 5])
+def test_contexts_shorter_than_the_probe_work(n_ctx):
+    model = dl.load_model(build(n_ctx=n_ctx))
+    engine = get_engine(model)
+    tokens = rows(model, 3, n_ctx)
+    with torch.no_grad():
+        torch.testing.assert_close(engine.unembed(engine.final(tokens)), model(tokens))
+    clean, corrupted = rows(model, 2, n_ctx, seed=1)
+    pairs = dl.Pairs.from_tokens([clean], [corrupted], answers=[7], foils=[11])
+    exact = dl.causal_mediation(model, pairs, site="resid_post")
+    expected = patched_by_hand(model, clean, corrupted, n_ctx - 1, 7, 11)
+    np.testing.assert_allclose(exact.values[0], expected, atol=1e-5)
+    fast = dl.attribution_patch(model, pairs, site="resid_post", method="integrated", steps=64)
+    np.testing.assert_allclose(fast.values[0], expected, atol=0.1 * np.abs(expected).max())
+
+
+def modular_addition() -> Any:
+    """The shape of Nanda et al.'s modular addition (arXiv 2301.05217), p = 23: `a b =` -> `c`."""
+    return build(
+        n_layers=1,
+        n_ctx=3,
+        d_vocab=24,
+        d_vocab_out=23,
+        normalization_type=None,
+        attn_only=False,
+    )
+
+
+def test_a_model_may_predict_other_ids_than_it_reads():
+    model = modular_addition()
+    clean, corrupted = torch.tensor([3, 5, 23]), torch.tensor([4, 5, 23])
+    pairs = dl.Pairs.from_tokens([clean], [corrupted], answers=[8], foils=[9])
+    effects = dl.causal_mediation(model, pairs, site="resid_post", metric="log_probability")
+    with torch.no_grad():
+        expected = model(clean[None]).log_softmax(-1)[0, -1, 8]
+    np.testing.assert_allclose(effects.clean_metric[0], float(expected), rtol=1e-5)
+    grid = dl.causal_mediation(model, pairs, site="resid_post").values[0]
+    np.testing.assert_allclose(
+        grid, patched_by_hand(model, clean, corrupted, 2, 8, 9), atol=1e-5
+    )
+    refused = dl.Pairs.from_tokens([clean], [corrupted], answers=[23], foils=[9])
+    with pytest.raises(ValueError, match="answer of pair 0 is token id 23, but the model predicts"):
+        dl.causal_mediation(model, refused)
+
+
+def test_ungrouped_keys_and_values_are_patched_for_each_query_head():
+    model = build(n_key_value_heads=2, positional_embedding_type="rotary", rotary_dim=8)
+    clean, corrupted = rows(model, 2, 5)
+    pairs = dl.Pairs.from_tokens([clean], [corrupted], answers=[7], foils=[11])
+    grouped = dl.causal_mediation(model, pairs, site="v")
+    model.set_ungroup_grouped_query_attention(True)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(corrupted[None])
+        base = model(clean[None])[0, -1]
+    for site in ("v", "k"):
+        values = dl.causal_mediation(model, pairs, site=site).values  # [1, layer, pos, head]
+        assert values.shape == (1, 2, 5, 4)
+        for layer, position, head in ((0, 1, 0), (0, 4, 3), (1, 2, 1), (1, 0, 2)):
+            name = f"blocks.{layer}.attn.hook_{site}"
+
+            def patch(state, hook, at=position, head=head, name=name):  # noqa: ARG001
+                state[:, at, head] = cache[name][:, at, head]
+                return state
+
+            with torch.no_grad():
+                logits = model.run_with_hooks(clean[None], fwd_hooks=[(name, patch)])[0, -1]
+            expected = float((logits[7] - logits[11]) - (base[7] - base[11]))
+            np.testing.assert_allclose(values[0, layer, position, head], expected, atol=1e-5)
+    fast = dl.attribution_patch(model, pairs, site="v", method="gradient")
+    assert fast.values.shape == (1, 2, 5, 4)
+    model.set_ungroup_grouped_query_attention(False)
+    again = dl.causal_mediation(model, pairs, site="v")
+    np.testing.assert_array_equal(again.values, grouped.values)
+
+
+@pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_result", "use_hook_mlp_in"])
+def test_further_hook_points_change_no_number(flag):
+    model = build()
+    clean, corrupted = rows(model, 2, 5)
+    pairs = dl.Pairs.from_tokens([clean], [corrupted], answers=[7], foils=[11])
+    before = dl.causal_mediation(model, pairs, site="z").values
+    getattr(model, f"set_{flag}")(True)
+    after = dl.causal_mediation(model, pairs, site="z").values
+    np.testing.assert_allclose(after, before, atol=1e-5)
+    getattr(build(), f"set_{flag}")(True)
