@@ -333,7 +333,9 @@ class _Pair:
     @torch.no_grad()
     def compare(self, delta: "Delta", folder: Path) -> None:
         """Refuse a checkpoint whose logits differ from the student's."""
-        tokens = torch.arange(min(12, self.engine.n_ctx))[None] * 7 % self.engine.d_vocab  # [1, pos]
+        tokens = (
+            torch.arange(min(12, self.engine.n_ctx))[None] * 7 % self.engine.d_vocab
+        )  # [1, pos]
         with delta.applied(self.model):
             ours = self.engine.unembed(self.engine.final(tokens)).float()
         with no_bar(hidden=True):

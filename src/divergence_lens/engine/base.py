@@ -142,9 +142,7 @@ class Engine(ABC):
         logits = fast.unembed(hidden) if fast is not None and use_fast else self._unembed(hidden)
         return self.soft_cap(logits)
 
-    def soft_cap(
-        self, logits: Float[Tensor, "*batch d_vocab"]
-    ) -> Float[Tensor, "*batch d_vocab"]:
+    def soft_cap(self, logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:
         """Apply the model's cap on logits, if it has one: cap * tanh(logits / cap)."""
         cap = getattr(self._lens.cfg, "output_logits_soft_cap", None)
         return logits if cap is None or cap <= 0 else cap * torch.tanh(logits / cap)
@@ -464,4 +462,3 @@ class Engine(ABC):
             model_name(self.model),
             difference,
         )
-
