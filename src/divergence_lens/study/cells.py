@@ -168,7 +168,7 @@ class CellStore:
         try:
             mode = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
             fcntl.lockf(descriptor, mode, 1, place)
-        except LayeringIOError:
+        except BlockingIOError:
             yield False
             return
         self._held.add(cell.key)
