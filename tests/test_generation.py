@@ -255,16 +255,16 @@ def test_a_stopped_call_resumes_from_its_checkpoints_with_the_same_result(
         )
 
     undisturbed = call()
-    decoded, run = [], generation._Decoding.run
+    decoded, decode = [], generation._decode
 
-    def counted(self):
+    def counted(decoder, engine, numbers, *arguments, **options):
         if len(decoded) == 2 and monkeypatched:
             raise KeyboardInterrupt
-        decoded.append(len(self._states))
-        return run(self)
+        decoded.append(len(numbers))
+        return decode(decoder, engine, numbers, *arguments, **options)
 
     monkeypatched = True
-    monkeypatch.setattr(generation._Decoding, "run", counted)
+    monkeypatch.setattr(generation, "_decode", counted)
     with pytest.raises(Interrupted):
         call(tmp_path / "run")
     stored, monkeypatched = sorted((tmp_path / "run").iterdir()), False

@@ -1,11 +1,9 @@
 """Generate completions: batched greedy and sampled decoding with a key-value cache.
 
-1. Sort the prompts by length and batch them by a token budget. No batch is ever padded.
-2. Prefill a batch up to the length of its shortest prompt; ids that all its prompts begin with
-   (a system prompt) are run once.
-3. Decode one position per pass. Rows with longer prompts read their remaining prompt tokens while
-   the others already generate, so that all rows are at the same position.
-4. Drop a row from the batch when its completion ends.
+1. Sort the prompts by length and divide them into balanced batches under a token budget.
+2. Read a batch's prompts; ids that they all begin with (a system prompt) are read once.
+3. Choose a token for every row, drop the rows whose completion has ended, and extend the others
+   by one position (`engine.decoder`), until no row is left.
 """
 
 import hashlib
@@ -13,7 +11,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,14 +21,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from divergence_lens._utils.batching import ascending_batches, shared_prefix
+from divergence_lens._utils.batching import balanced_batches
 from divergence_lens._utils.checkpoints import Checkpoints
 from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.memory import run_halved
 from divergence_lens._utils.validation import refuse_one_string
 from divergence_lens.chat import check_length, decode, encode_prompts, stop_ids
 from divergence_lens.deltas import base_fingerprint
-from divergence_lens.engine import Engine, KeyValues, get_engine
+from divergence_lens.engine import Decoder, Engine, get_engine
 from divergence_lens.examples import Example
 from divergence_lens.models import Model, check_model
 from divergence_lens.provenance import run_metadata
@@ -108,6 +105,7 @@ def generate(
         engine = get_engine(active)
         for number, prompt in enumerate(encoded):
             check_length(prompt, engine.n_ctx, new_tokens=1, row=number)
+        decoder = engine.decoder()
         sampler = _Sampler(temperature, top_p, seed, prompts, max_new_tokens)
         completions: dict[int, tuple[int, ...]] = {}
 
@@ -128,16 +126,24 @@ def generate(
         ):
 
             def complete(batch: list[int]) -> None:
-                states = [_Row(row, rows[row]) for row in batch]
-                decoding = _Decoding(engine, states, sampler, stops=stops, limit=max_new_tokens)
-                for row, ids in decoding.run():
+                completed = _decode(
+                    decoder,
+                    engine,
+                    batch,
+                    [rows[row] for row in batch],
+                    sampler,
+                    stops=stops,
+                    limit=max_new_tokens,
+                )
+                for row, ids in completed:
                     bar.update(row not in completions)
                     completions[row] = ids
 
             lengths = np.array([len(row) + max_new_tokens for row in rows], dtype=np.int64)
-            # A token of spread costs its batch a step; a further batch up to max_new_tokens.
-            spread = max(1, max_new_tokens // 2)
-            batches = ascending_batches(lengths, batch_tokens, spread=spread)
+            # In lockstep, a token of spread costs its batch a step; a further batch costs up to
+            # max_new_tokens.
+            spread = None if decoder.ragged else max(1, max_new_tokens // 2)
+            batches = balanced_batches(lengths, batch_tokens, spread=spread)
             for number, members in enumerate(batches):
                 batch = members.tolist()
                 stored = None if checkpoints is None else checkpoints.load(number)
@@ -198,101 +204,39 @@ def _check_settings(
         raise ValueError(f"batch_tokens must be 1 or more, got {batch_tokens}")
 
 
-class _Decoding:
-    """Decoding of one batch, whose rows are all at the same position."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        states: "list[_Row]",
-        sampler: "_Sampler",
-        *,
-        stops: frozenset[int],
-        limit: int,
-    ) -> None:
-        self._engine, self._states, self._sampler = engine, states, sampler
-        self._stops, self._limit = stops, limit
-
-    def run(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Yield (row number, completion) as completions end."""
-        hidden, past = self._start()
-        position = past.length
-        while True:
-            tokens = self._next(hidden, position)
-            active = []
-            for i, state in enumerate(self._states):
-                if self._ended(state, position):
-                    yield state.number, tuple(state.written)
-                else:
-                    active.append(i)
-            if not active:
-                return
-            if len(active) < len(self._states):
-                self._states = [self._states[i] for i in active]
-                index = torch.tensor(active, device=self._engine.device)
-                tokens, past = tokens[index], past.select(index)
-            hidden, past = self._engine.extend(tokens[:, None], past)  # [batch, 1, d_model]
-            position += 1
-
-    def _start(self) -> tuple[Float[Tensor, "batch pos d_model"], KeyValues]:
-        """Read as much as the shortest prompt is long; what all begin with, once."""
-        shortest = len(self._states[0].prompt)
-        prompts = torch.tensor(
-            [state.prompt[:shortest] for state in self._states], device=self._engine.device
-        )
-        # The last position is left for the batch: its hidden states are needed for every row.
-        shared = min(shared_prefix([state.prompt for state in self._states]), shortest - 1)
-        if len(self._states) == 1 or not shared:
-            return self._engine.prefill(prompts)
-        _, past = self._engine.prefill(prompts[:1, :shared])
-        return self._engine.extend(prompts[:, shared:], past)
-
-    def _next(
-        self, hidden: Float[Tensor, "batch pos d_model"], position: int
-    ) -> Int[Tensor, " batch"]:
-        """Return every row's token at `position`: from its prompt, or newly chosen."""
-        tokens = torch.tensor(
-            [
-                state.prompt[position] if position < len(state.prompt) else 0
-                for state in self._states
-            ],
-            device=hidden.device,
-        )
-        writing = [i for i, state in enumerate(self._states) if position >= len(state.prompt)]
-        if not writing:
-            return tokens
-        index = torch.tensor(writing, device=hidden.device)
-        logits = self._engine.unembed(hidden[index, -1]).float()
-        if not bool(torch.isfinite(logits).all()):
-            bad = next(
-                i for i, row in zip(writing, logits, strict=True) if not row.isfinite().all()
-            )
+def _decode(
+    decoder: Decoder,
+    engine: Engine,
+    numbers: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    sampler: "_Sampler",
+    *,
+    stops: frozenset[int],
+    limit: int,
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Decode one batch; yield (prompt's number, completion) as completions end."""
+    written: list[list[int]] = [[] for _ in prompts]
+    rows, hidden = decoder.start(prompts, limit)
+    while rows:
+        logits = engine.unembed(hidden).float()  # [row, d_vocab]
+        # One NaN or infinity makes the sum one, and a sum is many times faster than a test of each.
+        if not bool(logits.sum(-1).isfinite().all()) and not bool(logits.isfinite().all()):
+            bad = int(logits.isfinite().all(-1).logical_not().nonzero()[0])
             raise ValueError(
-                f"the logits after prompt {self._states[bad].number} are not all numbers; load the "
+                f"the logits after prompt {numbers[rows[bad]]} are not all numbers; load the "
                 "model in a wider dtype, or check its weights"
             )
-        steps = [(self._states[i].number, len(self._states[i].written)) for i in writing]
-        chosen = self._sampler.choose(logits, steps)
-        tokens[index] = chosen
-        for i, token in zip(writing, chosen.tolist(), strict=True):
-            self._states[i].written.append(token)
-        return tokens
-
-    def _ended(self, state: "_Row", position: int) -> bool:
-        if not state.written:
-            return False
-        # The token at `position` may be the last one that fits the context.
-        full = len(state.written) == self._limit or position + 1 == self._engine.n_ctx
-        return full or state.written[-1] in self._stops
-
-
-@dataclass
-class _Row:
-    """A prompt and the ids generated for it so far."""
-
-    number: int
-    prompt: Sequence[int]
-    written: list[int] = field(default_factory=list)
+        chosen = sampler.choose(logits, [(numbers[row], len(written[row])) for row in rows])
+        ended = set()
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            written[row].append(token)
+            full = (
+                len(written[row]) == limit or len(prompts[row]) + len(written[row]) == engine.n_ctx
+            )
+            if full or token in stops:
+                ended.add(row)
+                yield numbers[row], tuple(written[row])
+        rows, hidden = decoder.step(chosen, ended)
 
 
 class _Sampler:

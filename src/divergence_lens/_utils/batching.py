@@ -54,6 +54,25 @@ def ascending_batches(
         start = end
 
 
+def balanced_batches(
+    lengths: Int64[np.ndarray, " rows"], budget: int, *, spread: int | None = None
+) -> list[np.ndarray]:
+    """Row numbers in as many batches as `ascending_batches` makes, of about equal padded tokens.
+
+    A small last batch would take almost as long as a full one.
+    """
+    batches = list(ascending_batches(lengths, budget, spread=spread))
+    low, high = 1, budget  # the smallest budget that needs no more batches lies in (low, high]
+    while high - low > max(1, budget // 100):
+        middle = (low + high) // 2
+        smaller = list(ascending_batches(lengths, middle, spread=spread))
+        if len(smaller) > len(batches):
+            low = middle
+        else:
+            high, batches = middle, smaller
+    return batches
+
+
 def shared_prefix(rows: Sequence[Any]) -> int:
     """Number of ids that all rows begin with."""
     first = np.asarray(rows[0])

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from divergence_lens.engine.decoding import Decoder, LockstepDecoder
 from divergence_lens.engine.equivalence import OwnPass, fused_tolerance
 from divergence_lens.engine.fused import FusedBlocks
 from divergence_lens.engine.passes import KeyValues, Pass
@@ -29,6 +30,7 @@ from divergence_lens.engine.sites import (
     SITES,
     registered_sites,
 )
+from divergence_lens.engine.static import StaticDecoder
 from divergence_lens.models import LensModel, Model, is_hooked, lens_model, model_name
 
 _log = logging.getLogger(__name__)
@@ -284,6 +286,16 @@ class Engine(ABC):
         run = self.begin(tokens, past, keep=True)
         hidden = self.final_from(run.resid, 0, run)
         return hidden, run.key_values()
+
+    def decoder(self) -> Decoder:
+        """Return a decoder for batches of prompts: static if nothing observes the blocks.
+
+        It may copy parameters, so make a new one after they have changed.
+        """
+        fused = self._fast
+        if fused is None or self._functions or torch.is_grad_enabled() or not fused.fit_decoding():
+            return LockstepDecoder(self)
+        return StaticDecoder(self, fused)
 
     @torch.no_grad()
     def activations(

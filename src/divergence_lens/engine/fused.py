@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -99,6 +99,19 @@ class FusedBlocks(ABC):
         """The parameters that make logits of normed hidden states."""
 
     @abstractmethod
+    def embed(
+        self, tokens: Int[Tensor, " tokens"], positions: Int[Tensor, " tokens"]
+    ) -> Float[Tensor, "tokens d_model"]:
+        """`resid_pre` of block 0, for tokens at any positions."""
+
+    @abstractmethod
+    def rotary_tables(self, length: int) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines [pos, rotary_dim] of the first positions; None without rotation."""
+
+    @abstractmethod
+    def _embed_modules(self) -> list[nn.Module]: ...
+
+    @abstractmethod
     def _angles(self, layer: int, run: "Pass", length: int) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines [pos, rotary_dim] of the last `length` positions, or None."""
 
@@ -133,6 +146,11 @@ class FusedBlocks(ABC):
         """Likewise for the unembedding, where no gradient is taken at all."""
         return not torch.is_grad_enabled() and self._unseen(self._unembed_modules)
 
+    def fit_decoding(self) -> bool:
+        """Whether nobody would notice that rows of unequal length are computed together."""
+        layers = range(self._engine.n_layers)
+        return self._unseen(self._embed_modules()) and all(map(self.fit, layers))
+
     def _unseen(self, modules: list[nn.Module]) -> bool:
         return not (self._lens.training or any(map(_is_watched, modules)))
 
@@ -149,30 +167,52 @@ class FusedBlocks(ABC):
         self, layer: int, resid: Float[Tensor, "batch pos d_model"], run: "Pass", since: int = 0
     ) -> Float[Tensor, "batch asked d_model"]:
         """`resid_post` of a block, at the positions from `since` on."""
-        weights, graph = self.weights_of(layer), torch.is_grad_enabled()
-        activation = (_IN_A_GRAPH if graph else _ACTIVATIONS)[self._activation]
-        batch, length = resid.shape[:2]
-        normed = self._norm(resid, weights.norm_1)
-        asked = normed[:, since:]
-        if len(weights.qkv) == 1 and not since:
-            heads = _affine(normed, weights.qkv[0]).view(batch, length, -1, self._engine.d_head)
-            query, key, value = heads.split(
-                [self._engine.n_heads, self._kv_heads, self._kv_heads], dim=2
-            )
-        else:
-            query, key, value = (
-                _affine(x, w).view(*x.shape[:2], -1, self._engine.d_head)
-                for x, w in zip((asked, normed, normed), self._apart(weights.qkv), strict=True)
-            )
+        weights, length = self.weights_of(layer), resid.shape[1]
+        query, key, value = self.project(resid, weights, slice(since, None) if since else None)
         angles = self._angles(layer, run, length)
         turned = key
         if angles is not None:
             cos, sin = angles
-            query = _rotated(query, cos[since:], sin[since:])
-            turned = _rotated(key, cos, sin)
+            query = rotated(query, cos[since:], sin[since:])
+            turned = rotated(key, cos, sin)
         keys, values = self._join(layer, run, key, value, turned)
-        mixed = self._attend(query, keys, values, run)
-        resid = resid[:, since:] + _affine(mixed.flatten(2), weights.out)
+        mixed = self._attend(query, keys, values, run)  # [batch, asked, head, d_head]
+        return self.update(resid[:, since:], mixed, weights)
+
+    def project(
+        self,
+        resid: Float[Tensor, "*batch pos d_model"],
+        weights: Weights,
+        asked: slice | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [*batch, pos, head, d_head] before rotation.
+
+        `asked` selects the positions whose queries are needed; None for all.
+        """
+        normed = self._norm(resid, weights.norm_1)
+        if len(weights.qkv) == 1 and asked is None:
+            heads = _affine(normed, weights.qkv[0]).unflatten(-1, (-1, self._engine.d_head))
+            query, key, value = heads.split(
+                [self._engine.n_heads, self._kv_heads, self._kv_heads], dim=-2
+            )
+        else:
+            chosen = normed if asked is None else normed[..., asked, :]
+            query, key, value = (
+                _affine(x, w).unflatten(-1, (-1, self._engine.d_head))
+                for x, w in zip((chosen, normed, normed), self._apart(weights.qkv), strict=True)
+            )
+        return query, key, value
+
+    def update(
+        self,
+        resid: Float[Tensor, "*batch d_model"],
+        mixed: Float[Tensor, "*batch head d_head"],
+        weights: Weights,
+    ) -> Float[Tensor, "*batch d_model"]:
+        """The rest of a block after its attention: `resid_post`."""
+        graph = torch.is_grad_enabled()
+        activation = (_IN_A_GRAPH if graph else _ACTIVATIONS)[self._activation]
+        resid = resid + _affine(mixed.flatten(-2), weights.out)
         normed = self._norm(resid, weights.norm_2)
         inner = _affine(normed, weights.up)
         if weights.gate is None:
@@ -268,6 +308,20 @@ class _FusedHooked(FusedBlocks):
     def unembedding(self) -> Affine:
         return self._lens.unembed.W_U, self._lens.unembed.b_U
 
+    def embed(
+        self, tokens: Int[Tensor, " tokens"], positions: Int[Tensor, " tokens"]
+    ) -> Float[Tensor, "tokens d_model"]:
+        embeddings = self._lens.embed.W_E[tokens]
+        return embeddings if self._rotary else embeddings + self._lens.pos_embed.W_pos[positions]
+
+    def rotary_tables(self, length: int) -> tuple[Tensor, Tensor] | None:
+        return self._table(0, 0, length) if self._rotary else None
+
+    def _embed_modules(self) -> list[nn.Module]:
+        lens = self._lens
+        learned = [] if self._rotary else [lens.pos_embed, lens.hook_pos_embed]
+        return [lens.embed, lens.hook_embed, *learned]
+
     def _table(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         attn = self._lens.blocks[layer].attn
         return attn.rotary_cos[start:stop], attn.rotary_sin[start:stop]
@@ -282,13 +336,13 @@ class _FusedHooked(FusedBlocks):
         if run.keep:
             key, value = run.join(layer, key, value)
             if self._rotary:
-                key = _rotated(key, *self._table(layer, 0, key.shape[1]))
+                key = rotated(key, *self._table(layer, 0, key.shape[1]))
             return key, value
         if run.past is None or not run.offset:
             return turned, value
         before = run.past.keys[layer]
         if self._rotary:
-            before = _rotated(before, *self._table(layer, 0, run.offset))
+            before = rotated(before, *self._table(layer, 0, run.offset))
         return (
             torch.cat([run.rows_of(before, len(key)), turned], 1),
             torch.cat([run.rows_of(run.past.values[layer], len(value)), value], 1),
@@ -327,6 +381,32 @@ class _FusedBridge(FusedBlocks):
 
     def unembedding(self) -> Affine:
         return _linear(self._lens.unembed)
+
+    def embed(
+        self, tokens: Int[Tensor, " tokens"], positions: Int[Tensor, " tokens"]
+    ) -> Float[Tensor, "tokens d_model"]:
+        decoder = self._lens.original_model.base_model
+        if self._gpt2:
+            return _inside(decoder.wte)(tokens) + _inside(decoder.wpe)(positions)
+        embeddings: Tensor = _inside(decoder.embed_tokens)(tokens)
+        return embeddings
+
+    def rotary_tables(self, length: int) -> tuple[Tensor, Tensor] | None:
+        if self._gpt2:
+            return None
+        run = self._engine.begin(torch.zeros(1, length, dtype=torch.long))
+        return self._angles(0, run, length)
+
+    def fit_decoding(self) -> bool:
+        # These scale the angles by the length of the sequence, so no table holds for all lengths.
+        rotary = getattr(self._lens.original_model.base_model, "rotary_emb", None)
+        scaled = getattr(rotary, "rope_type", "default") in {"dynamic", "longrope"}
+        return not scaled and super().fit_decoding()
+
+    def _embed_modules(self) -> list[nn.Module]:
+        decoder = self._lens.original_model.base_model
+        names = ("wte", "wpe") if self._gpt2 else ("embed_tokens",)
+        return [m for name in names for m in getattr(decoder, name).modules()]
 
     def _angles(self, layer: int, run: "Pass", length: int) -> tuple[Tensor, Tensor] | None:
         if self._gpt2:
@@ -393,11 +473,11 @@ def _affine(x: Tensor, affine: Affine) -> Tensor:
     return F.linear(x, matrix.T, bias)
 
 
-def _rotated(
-    x: Float[Tensor, "batch pos head d_head"],
+def rotated(
+    x: Float[Tensor, "*batch pos head d_head"],
     cos: Float[Tensor, "pos rotary"],
     sin: Float[Tensor, "pos rotary"],
-) -> Float[Tensor, "batch pos head d_head"]:
+) -> Float[Tensor, "*batch pos head d_head"]:
     """Rotary position embedding of the first `rotary` numbers of each head, halves as pairs."""
     width = cos.shape[-1]
     half = width // 2
