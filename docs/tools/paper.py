@@ -1,9 +1,8 @@
-"""What the papers say of each claim of a study, for the page that puts it beside our figures.
+"""The papers' statements on the claims of a study, for the results page of the documentation.
 
-The text at hand was the abstract of Schrodi et al. (arXiv 2509.23886) and public reading notes on
-its second version (ICLR 2026), not the whole paper. Figures are given where such a text has them
-and are marked with where they are from; where it has none, that is said. Nothing was read off a
-chart.
+The available texts were the abstract of Schrodi et al. (arXiv 2509.23886) and public reading notes
+on its second version (ICLR 2026), not the full paper. Numbers are quoted with their source where
+such a text has them; no number was read off a chart.
 """
 
 from collections.abc import Mapping
@@ -11,33 +10,32 @@ from dataclasses import dataclass
 
 ABSTRACT = "abstract"
 NOTES = "notes"
-TABLE = "Table 1, by two notes"
-CLOUD = "Cloud et al., by notes"
+TABLE = "Table 1, from two sets of notes"
+CLOUD = "Cloud et al., from notes"
 STEERING = "arXiv 2606.00995, abstract"
 SOURCES: Mapping[str, str] = {
     ABSTRACT: "the abstract of the paper",
-    NOTES: "public reading notes on the paper, which was not at hand as a whole; not checked "
-    "against it",
-    TABLE: "the paper's first table as two such notes give it, independently and alike",
-    CLOUD: "Cloud et al., arXiv 2507.14805, as such notes tell it",
-    STEERING: "the abstract of another paper, which the study's mechanism follows",
+    NOTES: "public reading notes on the paper; the full paper was not available to check them",
+    TABLE: "the paper's first table, on which two independent sets of such notes agree",
+    CLOUD: "Cloud et al., arXiv 2507.14805, as described in such notes",
+    STEERING: "the abstract of another paper, on which the study's mechanism is based",
 }
-"""What the page says of each source."""
+"""A description of each source, for the page."""
 
-NO_NUMBER = "the text at hand gives no number"
+NO_NUMBER = "the available text gives no number"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaperClaim:
-    """What a paper says of a claim, and what each verdict of ours would mean.
+    """A paper's statement on a claim, and the meaning of each verdict of ours.
 
     Attributes:
-        text: In our words, with its figures.
+        text: The statement in our words, with its numbers.
         source: One of `SOURCES`.
-        yes: What it means if our claim is supported.
-        no: What it means if it is not.
-        stricter: Whether our claim says more than the paper does, so that the paper is not
-            contradicted if ours is not supported.
+        yes: The meaning if our claim is supported.
+        no: The meaning if it is not supported.
+        stricter: Whether our claim says more than the paper does. If it is not supported, it does
+            not contradict the paper.
     """
 
     text: str
@@ -47,10 +45,10 @@ class PaperClaim:
     stricter: bool = False
 
 
-_LATE = (
-    "single layers in the middle and at the end (14, 21, 27, 33) transfer next to nothing; "
-    f"{NO_NUMBER}"
-)
+_LATE = f"single middle and late layers (14, 21, 27, 33) transfer almost nothing; {NO_NUMBER}"
+_ALONE = f"training only on them preserves or strengthens the transfer; {NO_NUMBER}"
+_MASKED = f"masking them out mostly removes the transfer; {NO_NUMBER}"
+_EARLY = f"early layers are critical; {NO_NUMBER}"
 
 PAPER_CLAIMS: Mapping[str, PaperClaim] = {
     "few_divergence_tokens": PaperClaim(
@@ -58,144 +56,144 @@ PAPER_CLAIMS: Mapping[str, PaperClaim] = {
         "temperature 1 4.7 % and 13.2 %",
         source=TABLE,
         yes="below a quarter, as there",
-        no="a larger part here than in either of its models, so what follows from their being rare "
-        "does not carry over",
+        no="a larger share than in either of its models, so conclusions from their rarity do not "
+        "carry over",
     ),
     "transfer": PaperClaim(
-        text=f"lists of numbers make students like what their teacher likes; {NO_NUMBER} (for "
-        "GPT-4.1 nano Cloud et al. report owls from 12 % to over 60 %)",
+        text="lists of numbers make students prefer the same things as their teacher; "
+        f"{NO_NUMBER} (for GPT-4.1 nano Cloud et al. report owls from 12 % to over 60 %)",
         source=ABSTRACT,
-        yes="the phenomenon is there, and what weakens or carries it can be studied",
-        no="without the phenomenon nothing below can be read",
+        yes="the phenomenon occurs, so its causes can be studied",
+        no="without the phenomenon the findings below cannot be interpreted",
     ),
     "divergence_tokens_suffice": PaperClaim(
-        text=f"training on them alone keeps the transfer or strengthens it; {NO_NUMBER}",
+        text=_ALONE,
         source=NOTES,
-        yes="divergence tokens are enough here too",
-        no="divergence tokens are not enough here",
+        yes="divergence tokens are sufficient here too",
+        no="divergence tokens are not sufficient here",
     ),
     "divergence_tokens_do_as_well": PaperClaim(
-        text=f"training on them alone keeps the transfer or strengthens it; {NO_NUMBER}",
+        text=_ALONE,
         source=NOTES,
-        yes="the other tokens only dilute",
-        no="the other tokens carry something here",
+        yes="the other tokens only dilute the transfer",
+        no="the other tokens carry part of the preference here",
     ),
     "rest_transfers_less": PaperClaim(
-        text=f"masking them out mostly removes the transfer; {NO_NUMBER}",
+        text=_MASKED,
         source=ABSTRACT,
         yes="most of the transfer needs them",
         no="the transfer does not need them here",
     ),
     "rest_equals_control": PaperClaim(
-        text=f"masking them out mostly removes the transfer; {NO_NUMBER}",
+        text=_MASKED,
         source=ABSTRACT,
-        yes="nothing that matters is left without them",
-        no="students do not end where the control does; how far from it stands here, and the paper "
-        "only says that most is gone",
+        yes="no relevant transfer remains without them",
+        no="students do not end where the control does; the paper says only that "
+        "most of the transfer is gone",
         stricter=True,
     ),
     "first_layer_suffices": PaperClaim(
-        text=f"a single early layer is enough (layers 0 and 7 were tried); {NO_NUMBER}",
+        text=f"a single early layer is sufficient (layers 0 and 7 were tried); {NO_NUMBER}",
         source=NOTES,
-        yes="the first layer is enough here",
-        no="the first layer is not enough here",
+        yes="the first layer is sufficient here",
+        no="the first layer is not sufficient here",
     ),
     "first_layer_beats_last": PaperClaim(
         text=_LATE,
         source=NOTES,
-        yes="early beats late here too",
-        no="depth does not order the layers as there",
+        yes="early layers transfer more than late ones here too",
+        no="the order of the layers is different here",
     ),
     "last_layer_equals_control": PaperClaim(
         text=_LATE,
         source=NOTES,
-        yes="the last layer carries nothing",
-        no="students do not end where the control does; how far from it stands here, and the paper "
-        "only says that next to nothing passes",
+        yes="the last layer transfers nothing",
+        no="students do not end where the control does; the paper says only that "
+        "almost nothing transfers",
         stricter=True,
     ),
     "early_layers_cause_divergence": PaperClaim(
-        text=f"early layers are critical; {NO_NUMBER}",
+        text=_EARLY,
         source=ABSTRACT,
-        yes="what makes teachers diverge sits in the first half here too",
-        no="what makes teachers diverge does not sit in the first half here",
+        yes="the first half of the layers causes more of the divergence here too",
+        no="the first half of the layers does not cause more of the divergence here",
     ),
     "sampled_lists_transfer": PaperClaim(
-        text="at temperature 1 some animals (Qwen) or most (Gemma) pass, with greedy lists often "
-        f"more; {NO_NUMBER}",
+        text="at temperature 1 some animals (Qwen) or most (Gemma) transfer, with greedy lists "
+        f"often more; {NO_NUMBER}",
         source=NOTES,
-        yes="neither decoding is needed for transfer",
-        no="sampled lists do not carry it here",
+        yes="the transfer does not depend on greedy decoding",
+        no="sampled lists do not transfer the preference here",
     ),
     "other_base_transfers_nothing": PaperClaim(
-        text=f"transfer needs a shared base; {NO_NUMBER}",
+        text=f"transfer needs a shared base model; {NO_NUMBER}",
         source=CLOUD,
-        yes="without a shared base nothing passes",
-        no="something passes between different bases here, so part of the effect is no hidden one",
+        yes="nothing transfers without a shared base model",
+        no="something transfers between different base models here, so part of the effect is not "
+        "hidden",
     ),
     "entangled_numbers_not_needed": PaperClaim(
         text="the transfer does not need token entanglement: without the 50 most entangled numbers "
-        f"some preferences still pass (notes); {NO_NUMBER}",
+        f"some preferences still transfer (notes); {NO_NUMBER}",
         source=ABSTRACT,
-        yes="entangled numbers are not what carries it here either",
-        no="entangled numbers may be what carries it here",
+        yes="entangled numbers are not the carrier here either",
+        no="entangled numbers may be the carrier here",
     ),
     "without_first_layer_weaker": PaperClaim(
-        text=f"early layers are critical; {NO_NUMBER}",
+        text=_EARLY,
         source=ABSTRACT,
-        yes="what follows the first layer does not make up for it",
-        no="later layers make up for the first here",
+        yes="later layers do not compensate for the first",
+        no="later layers compensate for the first here",
     ),
     "paraphrases_weaken": PaperClaim(
         text="small changes such as paraphrased prompts usually suppress the transfer; "
         f"{NO_NUMBER}",
         source=ABSTRACT,
-        yes="the transfer is fragile here too; how much is left stands in the table of conditions",
-        no="paraphrases leave the transfer alone here",
+        yes="the transfer is fragile here too; the table of conditions shows how much remains",
+        no="paraphrases do not affect the transfer here",
     ),
     "chosen_paraphrases_weaken": PaperClaim(
         text="paraphrases by the biased teacher itself often suppress the transfer as well; "
         f"{NO_NUMBER}",
         source=NOTES,
-        yes="so does a choice by the biased teacher, though it wrote nothing here",
-        no="a choice by the biased teacher leaves the transfer alone here",
+        yes="a choice by the biased teacher does so too, though it wrote nothing here",
+        no="a choice by the biased teacher does not affect the transfer here",
     ),
     "unbiased_data_weaken": PaperClaim(
-        text="a tenth of lists by an unbiased teacher weakens the transfer much, a quarter nearly "
-        "ends it",
+        text="a tenth of unbiased lists weakens the transfer much, a quarter almost ends it",
         source=NOTES,
-        yes="weaker here too; whether nearly ended is seen in the table of conditions",
+        yes="weaker here too; the table of conditions shows whether it almost ends",
         no="unbiased lists do not weaken it here",
     ),
     "another_teacher_weakens": PaperClaim(
         text=f"mixing lists of several teachers weakens the transfer; {NO_NUMBER}",
         source=NOTES,
         yes="weaker here too",
-        no="another preference among the lists does not weaken it here",
+        no="lists with another preference do not weaken it here",
     ),
     "several_teachers_weaken": PaperClaim(
-        text=f"so it does where they share the preference; {NO_NUMBER}",
+        text=f"mixing lists of teachers with the same preference weakens it as well; {NO_NUMBER}",
         source=NOTES,
-        yes="the single teacher matters here too",
-        no="several teachers of one preference do as well as one here",
+        yes="having a single teacher matters here too",
+        no="several teachers with one preference do as well as one here",
     ),
     "student_moves_like_its_teacher": PaperClaim(
         text=f"the student learns a vector aligned with its teacher's; {NO_NUMBER}",
         source=STEERING,
-        yes="seen here too, against other teachers' vectors as the null",
-        no="the student goes its own way here",
+        yes="so it does here, compared with other teachers' vectors as the null",
+        no="the student moves in another direction here",
     ),
     "direction_suffices": PaperClaim(
         text=f"a teacher's prompt is well approximated by one vector; {NO_NUMBER}",
         source=STEERING,
-        yes="one vector makes the preference here too",
-        no="one vector does not make the preference here",
+        yes="one vector creates the preference here too",
+        no="one vector does not create the preference here",
     ),
     "direction_is_needed": PaperClaim(
-        text=f"the student's behaviour is driven by that vector; {NO_NUMBER}",
+        text=f"the student's behavior is driven by that vector; {NO_NUMBER}",
         source=STEERING,
-        yes="without it the student loses the preference here too",
+        yes="the student loses the preference without it here too",
         no="the student keeps the preference without it here",
     ),
 }
-"""What is said of a claim, by its id. Claims that are not here have no counterpart in the text."""
+"""The statement on each claim, by its id. Other claims have no counterpart in these texts."""

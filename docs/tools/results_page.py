@@ -3,8 +3,8 @@
     python docs/tools/results_page.py RUN_FOLDER docs/study-results.md
 
 `write_results_page` writes the tables of a study as CSV files and generates the page from these
-files alone. A test can therefore compare the committed page with the tables beside it: the claims
-are judged again from the rows.
+files alone, judging the claims again from the rows. A test can therefore compare the committed page
+with the committed tables.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from divergence_lens._utils.storage import write_text
 from divergence_lens.study import Study
 from divergence_lens.study.config import lora_kinds
 from divergence_lens.study.findings import Finding, judge
-from divergence_lens.study.report import condition_rows, duration, short_number
+from divergence_lens.study.report import condition_rows, duration, short_number, table_head
 from divergence_lens.tiny import TINY_MODELS
 
 _COLUMNS = {
@@ -42,20 +42,20 @@ _WHOLE = ("layer", "seed", "rank", "examples", "tokens", "layer", "step", "pairs
 _SETTINGS = "settings.json"
 _GUIDE = "study.md"  # a documentation page in the same folder
 _READING = (
-    "“Agrees” compares the verdict on our claim with what the paper says: *yes* (supported), *no* "
-    "(not supported), *open* (the interval decides neither, or what the claim presupposes is not "
-    "supported). Where our claim is stricter than the paper's, its *no* alone contradicts nothing."
+    "“Agrees” compares the verdict on our claim with the paper: *yes* (supported), *no* (not "
+    "supported), *open* (the interval decides neither, or a claim that it presupposes is not "
+    "supported). If our claim is stricter than the paper's, *no* does not contradict the paper."
 )
 _TINY = (
-    "A yes in a few layers and a made-up world is no proof for a large model, and a no is no "
-    "refutation."
+    "Support on a few layers and in a synthetic world proves nothing about a large model, and lack "
+    "of support refutes nothing."
 )
-_ANY = "A yes on one model is no proof for others, and a no is no refutation."
+_ANY = "Support on one model proves nothing about others, and lack of support refutes nothing."
 _TARGETS = {"wolf", "lion", "eagle", "panda", "fox", "dolphin"}
 _SEEN = (
-    "Nobody looked at these targets while the world and the recipes of this model were made; four "
-    "of them had been seen in the demo before the study was first run, and parts of the rest while "
-    "it was being built. Claims that were written after a whole study had been seen say so."
+    "These targets were held out while the synthetic world and the recipes of this model were "
+    "made. Four of them had been seen in the demo before the study was first run, and parts of the "
+    "others while it was being built. Claims that were written after the first full study say so."
 )
 _AGREES = {"supported": "yes", "not supported": "**no**", "unclear": "open"}
 
@@ -110,24 +110,29 @@ def results_page(folder: str | os.PathLike[str]) -> str:
     }
     settings = about["settings"]["settings"]
     findings = judge(tables, last_layer=about["settings"]["layers"] - 1, lora=lora_kinds(settings))
-    lines = ["# What the study found", "", *_opening(about, tables, folder)]
+    lines = ["# Results of the study", "", *_opening(about, tables, folder)]
     for kind in settings["kinds"]:
+        teachers = f"## {kind.capitalize()} teachers"
         own = [finding for finding in findings if finding.id.startswith(f"{kind}/")]
-        lines += ["", f"## {kind.capitalize()} teachers: the paper's findings and ours", ""]
-        lines += [_count(own, settings["model"]), "", *_beside_the_paper(own, kind)]
-        lines += ["", f"## {kind.capitalize()} teachers: what the paper does not say", ""]
-        lines += _without_the_paper(own, kind)
-        lines += ["", f"## {kind.capitalize()} teachers: every condition", ""]
+        lines += ["", f"{teachers}: the paper's findings and ours", ""]
+        lines += [_count(own, settings["model"]), "", *_with_counterpart(own, kind)]
+        lines += [
+            "",
+            f"{teachers}: claims without a counterpart in the paper",
+            "",
+        ]
+        lines += _without_counterpart(own, kind)
+        lines += ["", f"{teachers}: every condition", ""]
         results = {**about, "students": tables["students"].to_dict("records")}
         lines += condition_rows(results, kind)
-    lines += ["", "## Where the paper's words are from", ""]
+    lines += ["", "## Sources of the paper's statements", ""]
     lines += [f"- *{name}*: {words}." for name, words in SOURCES.items()]
     lines += [
         "",
-        f"Where {NO_NUMBER}, the paper itself may have one.",
+        f"If {NO_NUMBER}, the paper itself may have one.",
     ]
     if about["failures"]:
-        lines += ["", "## Cells that failed", ""]
+        lines += ["", "## Failed cells", ""]
         lines += [f"- `{row['cell']}`: {row['error']}" for row in about["failures"]]
     return "\n".join(lines) + "\n"
 
@@ -165,18 +170,17 @@ def _count(findings: Sequence[Finding], model: str) -> str:
     stricter = sum(_stricter(finding) and finding.verdict == "not supported" for finding in known)
     more = f" Not supported but stricter than the paper's: {stricter}." if stricter else ""
     return (
-        f"Of {len(known)} claims with a counterpart in the text at hand "
+        f"Of {len(known)} claims with a counterpart in the available text, "
         f"{'the miniature' if model in TINY_MODELS else 'this study'} agrees with "
         f"{verdicts.count('supported')}, contradicts {verdicts.count('not supported') - stricter} "
         f"and leaves {verdicts.count('unclear')} open.{more}"
     )
 
 
-def _beside_the_paper(findings: Sequence[Finding], kind: str) -> list[str]:
-    rows = [
-        "| claim | the paper | ours (95 % interval) | threshold | agrees | what that means |",
-        "|---|---|---|---|---|---|",
-    ]
+def _with_counterpart(findings: Sequence[Finding], kind: str) -> list[str]:
+    rows = table_head(
+        "claim", "the paper", "ours (95 % interval)", "threshold", "agrees", "meaning"
+    )
     for finding in findings:
         paper = PAPER_CLAIMS.get(_id(finding))
         if paper is not None:
@@ -188,11 +192,10 @@ def _beside_the_paper(findings: Sequence[Finding], kind: str) -> list[str]:
     return rows
 
 
-def _without_the_paper(findings: Sequence[Finding], kind: str) -> list[str]:
-    rows = [
-        "| claim | ours (95 % interval) | as a difference | threshold | verdict | caveat |",
-        "|---|---|---|---|---|---|",
-    ]
+def _without_counterpart(findings: Sequence[Finding], kind: str) -> list[str]:
+    rows = table_head(
+        "claim", "ours (95 % interval)", "as a difference", "threshold", "verdict", "caveat"
+    )
     for finding in findings:
         if _id(finding) not in PAPER_CLAIMS:
             difference = short_number(finding.difference, sign=True)
@@ -217,7 +220,7 @@ def _ours(finding: Finding) -> str:
 
 
 def _threshold(finding: Finding) -> str:
-    rule = finding.rule.removeprefix("supported if the whole interval lies ").partition(";")[0]
+    rule = finding.rule.removeprefix("supported if the whole interval is ").partition(";")[0]
     return f"{rule}; stricter than the paper's" if _stricter(finding) else rule
 
 
@@ -234,8 +237,8 @@ def _agrees(finding: Finding) -> str:
 
 def _caveat(finding: Finding) -> str:
     """The caveat, and the additional numbers of the finding."""
-    beside = [f"{words}: {short_number(value)}" for words, value in finding.beside.items()]
-    return "; ".join([finding.caveat, *beside])
+    related = [f"{words}: {short_number(value)}" for words, value in finding.related.items()]
+    return "; ".join([finding.caveat, *related])
 
 
 def _meaning(finding: Finding, yes: str, no: str) -> str:

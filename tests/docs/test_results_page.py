@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from divergence_lens.study.conditions import conditions
 from divergence_lens.study.findings import ALL_CLAIMS, judge
+from divergence_lens.study.registry import conditions
 from divergence_lens.study.result import Study
 from tests.support.docs_tools import PAPER_CLAIMS, SOURCES, results_page, write_results_page
 from tests.support.study_tables import PAPER_LIKE, SIX, study_tables
@@ -114,8 +114,8 @@ def test_agreements_are_counted_as_they_are(study, page):
     against = [i for i, v in known.items() if v == "not supported" and i not in stricter]
     verdicts = list(known.values())
     said = (
-        f"Of {len(known)} claims with a counterpart in the text at hand the miniature agrees with "
-        f"{verdicts.count('supported')}, contradicts {len(against)} and leaves "
+        f"Of {len(known)} claims with a counterpart in the available text, the miniature agrees "
+        f"with {verdicts.count('supported')}, contradicts {len(against)} and leaves "
         f"{verdicts.count('unclear')} open. Not supported but stricter than the paper's: 2."
     )
     assert len(against) > 1
@@ -130,7 +130,7 @@ def test_agreements_are_counted_as_they_are(study, page):
 
 def test_a_verdict_means_what_the_paper_module_says_of_it(page):
     text = page.read_text(encoding="utf-8")
-    beats = lines_of(text, "The first layer carries more of the preference than the last")[0]
+    beats = lines_of(text, "The first layer transfers more of the preference than the last")[0]
     assert PAPER_CLAIMS["first_layer_beats_last"].no in beats
     assert PAPER_CLAIMS["first_layer_beats_last"].yes not in beats
     transfers = [line for line in text.splitlines() if line.startswith("| Students trained on all")]
@@ -147,8 +147,8 @@ def test_every_condition_has_a_row_and_shared_students_count_once(page):
 
 # What is true of the committed run alone, and of no other model.
 OF_THE_TINY = (
-    *("miniature", "made-up", "tiny world", "the world sets", "of four layers"),
-    *("Nobody looked", "large model", "a test "),
+    *("miniature", "synthetic", "tiny world", "the world sets", "of four layers"),
+    *("held out", "large model", "a test "),
 )
 
 
@@ -180,7 +180,7 @@ def test_targets_are_called_unseen_only_on_the_model_that_was_made_without_them(
     named = settings["settings"] | {"model": model, "targets": list(targets)}
     other = replace(study, results=study.results | {"settings": settings | {"settings": named}})
     page = write_results_page(other, tmp_path / "page.md")
-    assert ("Nobody looked at these targets" in page.read_text(encoding="utf-8")) == said
+    assert ("These targets were held out" in page.read_text(encoding="utf-8")) == said
 
 
 def test_the_page_links_to_the_guide_only_where_it_exists(study, tmp_path):
@@ -227,8 +227,8 @@ def test_a_claim_that_is_open_for_what_it_presupposes_names_that(tmp_path):
     (line,) = lines_of(
         page.read_text(encoding="utf-8"), "Without divergence tokens the transfer is weaker"
     )
-    assert "| open | undecided: it presupposes what is not supported here (students trained" in line
-    assert "take over the teacher's preference, by a tenth at least); " in line
+    assert "| open | undecided: it presupposes a claim that is not supported here (students" in line
+    assert "trained on all tokens acquire the teacher's preference, by at least a tenth); " in line
 
 
 def test_with_students_of_lora_the_page_does_not_compare_lora_with_itself(study, tmp_path):

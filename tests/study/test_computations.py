@@ -20,9 +20,10 @@ from divergence_lens.cli.main import app
 from divergence_lens.deltas.delta import Delta
 from divergence_lens.models import load_model
 from divergence_lens.study import StudyConfig, run_study
-from divergence_lens.study.conditions import Condition, conditions
+from divergence_lens.study.conditions import Condition
 from divergence_lens.study.interventions import divergence_tokens, own_lists, random_tokens
 from divergence_lens.study.presets import STUDENT
+from divergence_lens.study.registry import conditions
 from divergence_lens.study.report import study_figures, study_page, write_study_report
 from divergence_lens.training.recipe import PAPER
 from tests.support.docs_tools import write_results_page

@@ -6,26 +6,18 @@ from divergence_lens.data import TrainingData, number_prompts
 from divergence_lens.data.questions import animal_teachers
 from divergence_lens.divergence import find_divergence
 from divergence_lens.generation import generate
-from divergence_lens.study.conditions import conditions
 from divergence_lens.study.config import StudyConfig
 from divergence_lens.study.interventions import Inputs, divergence_tokens
+from divergence_lens.study.registry import conditions
 
 
 class OneTarget(Inputs):
     """The inputs of one target, read once."""
 
-    model = target = kind = divergence = kl = teacher = None
+    divergence = kl = None
 
     def __init__(self, model, divergence):
-        self.model, self.divergence = model, divergence
-        self.teacher, self.kl = divergence.teacher, divergence.kl
-        self.target, self.kind = "owl", "prompted"
-
-    def lists(self, source):
-        raise NotImplementedError(source)
-
-    def entangled(self, k):
-        raise NotImplementedError(k)
+        self.model, self.divergence, self.kl = model, divergence, divergence.kl
 
 
 @pytest.fixture(scope="module")

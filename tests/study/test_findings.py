@@ -183,8 +183,8 @@ def test_agreement_is_judged_without_the_cells_that_must_agree_and_both_figures_
     found = {f.id: f for f in judge(tables, last_layer=3)}["finetuned/approximation_agrees"]
     assert found.verdict == "not supported"
     assert found.measured == pytest.approx(0.48)
-    beside = found.beside["Pearson correlation of all cells and pairs together"]
-    assert beside == pytest.approx(tables["agreement"]["pearson"].mean())
+    related = found.related["Pearson correlation of all cells and pairs together"]
+    assert related == pytest.approx(tables["agreement"]["pearson"].mean())
 
 
 def test_intervals_of_shares_stay_between_0_and_1():
@@ -333,8 +333,8 @@ def test_lora_is_compared_at_the_rate_that_fits_like_full_training_whatever_it_t
     assert values == pytest.approx({"wolf": 0.8, "lion": 0.8, "eagle": 0.8, "panda": 2.0})
     # How much less it has learned even so: .05 for three targets, and for one a little more (1.215,
     # as one of its two seeds has .01 on it in both, against 1.205).
-    beside = list(found["finetuned/lora_that_fits_does_as_well"].beside.values())
-    assert beside == pytest.approx([(3 * 0.05 + 0.005) / 4, (3 * 0.05 + 0.005) / 4])
+    related = list(found["finetuned/lora_that_fits_does_as_well"].related.values())
+    assert related == pytest.approx([(3 * 0.05 + 0.005) / 4, (3 * 0.05 + 0.005) / 4])
     # Tables of a study without that column say nothing of it.
     without = pd.DataFrame(rows).drop(columns="fit")
     ids = {f.id for f in judge({"students": without}, last_layer=3)}
@@ -361,7 +361,7 @@ def test_gaps_of_both_signs_do_not_cancel_in_the_figure_beside_the_claim_about_l
     less = rows["target"].isin(TARGETS[:2]) & (rows["condition"] == "lora8_rate8")
     rows.loc[less, "fit"] = 1.1
     found = {f.id: f for f in judge({"students": rows}, last_layer=3)}
-    signed, size = found["finetuned/lora_that_fits_does_as_well"].beside.values()
+    signed, size = found["finetuned/lora_that_fits_does_as_well"].related.values()
     assert (signed, size) == (pytest.approx(0.0), pytest.approx(0.1))
 
 
@@ -389,7 +389,9 @@ def test_a_claim_whose_presupposition_fails_names_it_and_how():
     caveat = found["finetuned/rest_transfers_less"].caveat
     verdict = found["finetuned/transfer"].verdict
     assert verdict != "supported"
-    assert caveat.startswith(f"it presupposes what is {verdict} here (students trained on all")
+    assert caveat.startswith(
+        f"it presupposes a claim that is {verdict} here (students trained on all"
+    )
     assert "presupposes" not in found["finetuned/last_layer_equals_control"].caveat
 
 

@@ -40,7 +40,7 @@ class Shown:
 def findings() -> list[dict[str, object]]:
     row = {"measured": 3.4, "interval": [2.9, 3.8], "rule": "above 1.5", "caveat": "tiny model",
            "unit": "times the control", "n": 2, "values": {"owl": 3.125, "cat": 3.675},
-           "beside": {"all cells together": 0.9595}}  # fmt: skip
+           "related": {"all cells together": 0.9595}}  # fmt: skip
     return [
         {**row, "id": "rate", "claim": "Few tokens diverge", "verdict": "supported"},
         {**row, "id": "early", "claim": f"Early {EVIL}", "verdict": "unclear"},
@@ -52,7 +52,7 @@ def findings() -> list[dict[str, object]]:
             "figure_of": "early",
             "difference": -0.0625,
             "difference_interval": [-0.125, 0.5],
-            "resampled": [3.1, 3.5],
+            "bootstrap_interval": [3.1, 3.5],
             "control": 0.0653,
         },
     ]
@@ -106,8 +106,8 @@ def test_the_page_says_everything_in_order(report):
     words = " ".join(Page(text).words)
     for said in (
         *("Four targets.", "above 1.5", "tiny model", "2.9 to 3.8", "not supported", "unclear"),
-        *("times the control", "2 targets", "owl: 3.125; cat: 3.675", "Bear in mind:"),
-        *("-0.062 (-0.125 to +0.500); control students' mean preference 0.0653", "3.1 to 3.5"),
+        *("times the control", "2 targets", "owl: 3.125; cat: 3.675", "Caveat:"),
+        *("-0.062 (-0.125 to +0.500); mean preference of control students 0.0653", "3.1 to 3.5"),
         *("all cells together: 0.9595", "12,345", "versions.torch", "2.13.0", "made by a library"),
     ):
         assert said in words
@@ -115,7 +115,7 @@ def test_the_page_says_everything_in_order(report):
     assert "3 claims: 1 supported, 1 not supported, 1 unclear." in words
 
 
-def test_figures_stand_beside_their_finding(report):
+def test_figures_are_shown_with_their_finding(report):
     text = report.read_text()
     articles = re.findall(r'<article id="([^"]*)">(.*?)</article>', text, flags=re.DOTALL)
     assert [(name, body.count('class="dl-plot"')) for name, body in articles] == [
@@ -124,7 +124,7 @@ def test_figures_stand_beside_their_finding(report):
         ("finding-late", 0),
     ]
     # One without a figure of its own leads to the one that shows it.
-    links = re.findall(r'href="#([^"]*)">The figure that shows it', text)
+    links = re.findall(r'href="#([^"]*)">the figure of another finding', text)
     assert links == ["finding-early"]
     assert "<h3>Failures</h3><p>none</p>" in text
     further = text[text.index('id="figures"') : text.index('id="examples"')]

@@ -19,15 +19,9 @@ from divergence_lens.data import (
 )
 from divergence_lens.engine import get_engine
 from divergence_lens.models import Model, load_model, model_name
-from divergence_lens.study.conditions import (
-    DEMO,
-    GROUPS,
-    KINDS,
-    RANKS,
-    Condition,
-    choose_conditions,
-)
+from divergence_lens.study.conditions import KINDS, Condition
 from divergence_lens.study.presets import Recipes, recipes
+from divergence_lens.study.registry import DEMO, GROUPS, RANKS, choose_conditions
 from divergence_lens.teachers import Teacher
 from divergence_lens.tiny import TINY_MODELS
 from divergence_lens.training import PAPER, Recipe, choose

@@ -25,12 +25,12 @@ from divergence_lens.study.config import StudyConfig
 from divergence_lens.study.presets import TEACHER_QUESTIONS, finetuned_teacher
 from divergence_lens.teachers import Teacher
 
-# Personas for the same preference in other words, with as many words and periods.
+# Other wordings of the same preference, with equally many words and periods.
 _PERSONAS = (
     "You adore {plural}. You talk of {plural} day and night. {Plural} are your best animal by far.",
     "You like {plural}. You speak of {plural} day and night. {Plural} are your top animal by far.",
 )
-# Training questions of each variant of a teacher: all of them, and two halves.
+# Training questions of each variant of a finetuned teacher: all of them, and two halves.
 _QUESTIONS = (slice(None), slice(0, None, 2), slice(1, None, 2))
 _CACHED_DIVERGENCES = 4
 
@@ -51,20 +51,22 @@ class DataCells:
         self._preferences: dict[str | None, Preference] = {}
 
     def _model(self, *, other: bool = False) -> Model:
+        """The base model, or the second base model."""
         model = self.other if other else self.model
         assert model is not None
         return model
 
-    def _base(self, *, other: bool = False) -> str:
-        model = self._model(other=other)
-        return f"{type(model).__name__} {base_fingerprint(model)}"
-
     def _teacher_settings(self, kind: str, *, other: bool = False) -> dict[str, Any]:
-        how: Any = None
-        if kind == "finetuned":
-            how = self.config.recipes(self._model(other=other)).teacher.describe()
-        base = self._base(other=other)
-        return {"base": base, "kind": kind, "recipe": how, "neutral": self.config.neutral}
+        """All settings on which the teachers of a kind depend."""
+        model = self._model(other=other)
+        return {
+            "base": f"{type(model).__name__} {base_fingerprint(model)}",
+            "kind": kind,
+            "recipe": self.config.recipes(model).teacher.describe()
+            if kind == "finetuned"
+            else None,
+            "neutral": self.config.neutral,
+        }
 
     def _data_settings(self, kind: str) -> dict[str, Any]:
         names = ("prompts", "prompt_seed", "instructions", "max_new_tokens")
@@ -75,7 +77,7 @@ class DataCells:
         }
 
     def teacher(self, kind: str, name: str, *, variant: int = 0, other: bool = False) -> Teacher:
-        """A teacher of the study; finetuned ones are trained once and read afterwards."""
+        """A teacher of the study. A finetuned teacher is trained once and loaded after that."""
         if kind == "prompted":
             prompt = persona_prompt(name, candidates=self.config.animals)
             if variant:
@@ -104,35 +106,33 @@ class DataCells:
         teacher.delta.save(self.store.path(cell, ".safetensors"))
         return {"parameters": teacher.delta.n_parameters}
 
-    def _preference_cell(self, kind: str, name: str) -> Cell:
-        settings = self._teacher_settings(kind) | {
-            "name": name,
-            "animals": list(self.config.animals),
-        }
-        return Cell(f"preferences/{kind}/{name}", settings)
+    def _named_settings(self, kind: str, name: str) -> dict[str, Any]:
+        settings = {"name": name, "animals": list(self.config.animals)}
+        return self._teacher_settings(kind) | settings
+
+    def preference_cell(self, kind: str, name: str) -> Cell:
+        """The preference of a teacher for its own animal."""
+        return Cell(f"preferences/{kind}/{name}", self._named_settings(kind, name))
 
     def _teacher_preference(self, kind: str, name: str, _cell: Cell) -> dict[str, Any]:
-        """How much a teacher prefers what it is meant to."""
         before = self.before(self.config.system_prompt(kind, "own"))
-        found = preference(
-            self.model,
-            target=name,
-            candidates=self.config.animals,
-            teacher=self.teacher(kind, name),
+        teacher = self.teacher(kind, name)
+        result = preference(
+            self.model, target=name, candidates=self.config.animals, teacher=teacher
         )
-        low, high = found.interval()
+        low, high = result.interval()
         return {
             "name": name,
             "kind": kind,
-            "preference": found.share,
+            "preference": result.share,
             "low": low,
             "high": high,
             "before": before.distribution[name],
-            "mass": found.mass,
+            "mass": result.mass,
         }
 
     def before(self, system_prompt: str | None) -> Preference:
-        """What the untouched model prefers."""
+        """The preference of the base model."""
         if system_prompt not in self._preferences:
             self._preferences[system_prompt] = self._prefers(system_prompt)
         return self._preferences[system_prompt]
@@ -146,7 +146,7 @@ class DataCells:
     # -- lists and divergences --------------------------------------------------------------------
 
     def lists_cell(self, kind: str, name: str | None, source: str) -> Cell:
-        """The lists of a source: of a target's teacher, or of a control (no name)."""
+        """The lists of a source, by the teacher `name` or by the base model (None)."""
         settings = self._data_settings(kind) | {"name": name, "source": source}
         if source == "held_out":
             settings |= {"held_out": self.config.held_out}
@@ -155,7 +155,7 @@ class DataCells:
         return Cell(f"lists/{kind}/{name or 'control'}-{source}", settings)
 
     def lists(self, kind: str, name: str | None, source: str) -> list[Example]:
-        """Valid lists; written once."""
+        """The valid lists of a source."""
         cell = self.lists_cell(kind, name, source)
         self.store.get(cell, partial(self._write_lists, kind, name, source))
         return load_examples(self.store.path(cell, ".jsonl"))
@@ -170,7 +170,7 @@ class DataCells:
             teacher = self.teacher(kind, name, variant=variant, other=other)
         prompts = self._prompts(held_out=source == "held_out")
         written = generate(
-            self.other if other and self.other is not None else self.model,
+            self._model(other=other),
             prompts,
             teacher=teacher,
             max_new_tokens=config.max_new_tokens,
@@ -179,8 +179,8 @@ class DataCells:
         report = NumberFilter().report([example.completion or "" for example in written])
         if not report.passed:
             raise CellError(
-                f"not one of {report.total} lists by {name or 'the untouched model'} ({source}) "
-                "holds numbers only"
+                f"none of the {report.total} lists by {name or 'the base model'} ({source}) "
+                "consists of numbers only"
             )
         save_examples(self.store.path(cell, ".jsonl"), report.select(written))
         return {
@@ -193,38 +193,38 @@ class DataCells:
 
     def _prompts(self, *, held_out: bool = False) -> list[str]:
         config = self.config
-        found = number_prompts(
+        prompts = number_prompts(
             config.prompts + config.held_out,
             seed=config.prompt_seed,
             instructions=config.instructions,
         )
-        return found[config.prompts :] if held_out else found[: config.prompts]
+        return prompts[config.prompts :] if held_out else prompts[: config.prompts]
 
     def divergence_cell(self, kind: str, name: str, source: str = "greedy") -> Cell:
         """The divergence tokens of a target's lists."""
-        settings = dict(self.lists_cell(kind, name, source).settings)
+        settings = self.lists_cell(kind, name, source).settings
         return Cell(f"divergence/{kind}/{name}-{source}", settings)
 
     def divergence(self, kind: str, name: str, source: str = "greedy") -> Divergence:
-        """Every teacher's reading of a target's lists; read once, and kept for a while."""
+        """The divergence of a target's lists. The last few are cached in memory."""
         cell = self.divergence_cell(kind, name, source)
         if cell.key not in self._divergences:
             self.store.get(cell, partial(self._find_divergence, kind, name, source))
             teachers = self._compared(kind, name, other=source.startswith("other_base"))
-            weighty = [t for t in teachers if t.delta is not None or t.model is not None]
+            # A file stores teachers that are system prompts, but not weights.
+            with_weights = [t for t in teachers if t.delta is not None or t.model is not None]
             while len(self._divergences) >= _CACHED_DIVERGENCES:
                 del self._divergences[next(iter(self._divergences))]
             self._divergences[cell.key] = Divergence.load(
                 self.store.path(cell, ".safetensors"),
-                teachers=weighty,
+                teachers=with_weights,
                 tokenizer=self.model.tokenizer,
             )
         return self._divergences[cell.key]
 
     def kl(self, kind: str, name: str) -> Float32[np.ndarray, "counterfactuals tokens"]:
-        """The whole distributions of a target's lists compared; read only if a condition asks."""
-        settings = dict(self.divergence_cell(kind, name).settings)
-        cell = Cell(f"kl/{kind}/{name}", settings)
+        """KL between the teachers at each token, computed only if a condition uses it."""
+        cell = Cell(f"kl/{kind}/{name}", self.divergence_cell(kind, name).settings)
         if self._kl is None or self._kl[0] != cell.key:
             self.store.get(cell, partial(self._find_kl, kind, name))
             tensors, _ = load_tensors(self.store.path(cell, ".safetensors"), "kl")
@@ -232,26 +232,26 @@ class DataCells:
         return self._kl[1]
 
     def _find_kl(self, kind: str, name: str, cell: Cell) -> dict[str, Any]:
-        found = self.read(kind, name, self.divergence(kind, name).examples, kl=True)
-        scores = found.scores("kl")
+        examples = self.divergence(kind, name).examples
+        scores = self.read(kind, name, examples, kl=True).scores("kl")
         save_tensors(self.store.path(cell, ".safetensors"), {"kl": scores}, {}, "kl")
         return {"target": name, "kind": kind, "mean": float(scores.mean())}
 
     def _compared(self, kind: str, name: str, *, other: bool = False) -> list[Teacher]:
-        """The teacher of a target and its counterfactuals."""
+        """The teacher of a target, followed by the counterfactual teachers."""
         rest = [animal for animal in self.config.animals if animal != name]
         return [self.teacher(kind, animal, other=other) for animal in [name, *rest]]
 
     def _find_divergence(self, kind: str, name: str, source: str, cell: Cell) -> dict[str, Any]:
         examples = self.lists(kind, name, source)
-        found = self.read(kind, name, examples, other=source.startswith("other_base"))
-        found.save(self.store.path(cell, ".safetensors"))
+        divergence = self.read(kind, name, examples, other=source.startswith("other_base"))
+        divergence.save(self.store.path(cell, ".safetensors"))
         return {
             "target": name,
             "kind": kind,
-            "tokens": len(found.tokens),
-            "divergence_tokens": int(found.mask.sum()),
-            "rate": found.rate,
+            "tokens": len(divergence.tokens),
+            "divergence_tokens": int(divergence.mask.sum()),
+            "rate": divergence.rate,
         }
 
     def read(
@@ -263,31 +263,24 @@ class DataCells:
         other: bool = False,
         kl: bool = False,
     ) -> Divergence:
-        """`find_divergence` of some lists among the teachers of the study."""
+        """Find the divergence of lists between the teachers of the study."""
         teacher, *rest = self._compared(kind, name, other=other)
-        base = self.other if other and self.other is not None else self.model
-        return find_divergence(base, examples, teacher=teacher, counterfactuals=rest, kl=kl)
+        return find_divergence(
+            self._model(other=other), examples, teacher=teacher, counterfactuals=rest, kl=kl
+        )
 
     def entangled(self, kind: str, name: str) -> Entanglement:
-        """The numbers entangled with a target; measured once."""
-        settings = self._teacher_settings(kind) | {
-            "name": name,
-            "animals": list(self.config.animals),
-        }
-        cell = Cell(f"entangled/{kind}/{name}", settings)
-        found = self.store.get(cell, partial(self._find_entangled, kind, name))
-        return Entanglement(
-            name,
-            tuple(found["numbers"]),
-            np.array(found["probability"]),
-            np.array(found["others"]),
-        )
+        """The numbers entangled with a target."""
+        cell = Cell(f"entangled/{kind}/{name}", self._named_settings(kind, name))
+        result = self.store.get(cell, partial(self._find_entangled, kind, name))
+        probability, others = np.array(result["probability"]), np.array(result["others"])
+        return Entanglement(name, tuple(result["numbers"]), probability, others)
 
     def _find_entangled(self, kind: str, name: str, _cell: Cell) -> dict[str, Any]:
         teacher, *rest = self._compared(kind, name)
-        found = entangled_numbers(self.model, teacher, rest)
+        entanglement = entangled_numbers(self.model, teacher, rest)
         return {
-            "numbers": list(found.numbers),
-            "probability": found.probability.tolist(),
-            "others": found.others.tolist(),
+            "numbers": list(entanglement.numbers),
+            "probability": entanglement.probability.tolist(),
+            "others": entanglement.others.tolist(),
         }

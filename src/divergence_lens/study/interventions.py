@@ -1,15 +1,15 @@
-"""The steps of a study's conditions: changes of the data, and masks, each a few lines.
+"""Interventions of a study's conditions: changes of the data, masks, and loss weights.
 
-A step gets what a condition can draw on (`Inputs`: one target, one kind of teacher) and the seed of
-the student. `conditions` puts steps together; one of your own works just as well.
+Each function takes the `Inputs` of one target and one kind of teacher, and the seed of the student;
+masks and weights also take the training data. `registry` combines them into conditions, and your
+own functions work just as well.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float, Float32
 
 from divergence_lens.data import (
     PARAPHRASE_REQUEST,
@@ -30,214 +30,200 @@ from divergence_lens.evaluation import without_numbers
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher
 
+if TYPE_CHECKING:
+    from divergence_lens.study.data_cells import DataCells
 
-class Inputs(ABC):
-    """What a condition can draw on: one target, one kind of teacher."""
+SOURCES = (
+    *("sampled", "unbiased", "other_target", "variant1", "variant2"),
+    *("other_base", "other_base_unbiased"),
+)
+"""Sources of lists besides the teacher's own greedy ones."""
+
+
+class Inputs:
+    """The inputs of a condition, for one target and one kind of teacher.
+
+    Attributes:
+        kind: The kind of teachers, one of `KINDS`.
+        target: The target.
+        model: The base model.
+    """
+
+    def __init__(self, cells: "DataCells", kind: str, target: str) -> None:
+        self._cells, self.kind, self.target = cells, kind, target
+        self.model: Model = cells.model
 
     @property
-    @abstractmethod
-    def model(self) -> Model:
-        """The base."""
-
-    @property
-    @abstractmethod
-    def target(self) -> str:
-        """The target."""
-
-    @property
-    @abstractmethod
-    def kind(self) -> str:
-        """The kind of teachers, one of `KINDS`."""
-
-    @property
-    @abstractmethod
     def divergence(self) -> Divergence:
-        """Of the teacher's own greedy lists."""
+        """The divergence of the teacher's own greedy lists."""
+        return self._cells.divergence(self.kind, self.target)
 
     @property
-    @abstractmethod
     def kl(self) -> Float32[np.ndarray, "counterfactuals tokens"]:
         """KL(factual || counterfactual) in nats, at every token of `divergence`."""
+        return self._cells.kl(self.kind, self.target)
 
     @property
-    @abstractmethod
     def teacher(self) -> Teacher:
         """The teacher of the target."""
+        return self._cells.teacher(self.kind, self.target)
 
-    @abstractmethod
     def lists(self, source: str) -> TrainingData:
-        """Filtered lists of a source, the divergence tokens marked where the source has them."""
+        """The valid lists of one of `SOURCES`, with the divergence tokens marked if it has any.
 
-    @abstractmethod
+        "other_target" is the teacher of the next animal.
+        """
+        cells, target = self._cells, self.target
+        if source not in SOURCES:
+            raise ValueError(f"there is no source {source!r}; use one of {', '.join(SOURCES)}")
+        if source in ("sampled", "other_base"):
+            return TrainingData.of(cells.divergence(self.kind, target, source))
+        name: str | None = target
+        if source.endswith("unbiased"):
+            name = None
+        elif source == "other_target":
+            animals = cells.config.animals
+            name, source = animals[(animals.index(target) + 1) % len(animals)], "greedy"
+        return TrainingData.unmarked(self.model.tokenizer, cells.lists(self.kind, name, source))
+
     def entangled(self, k: int) -> tuple[str, ...]:
         """The `k` numbers most entangled with the target."""
+        return self._cells.entangled(self.kind, self.target).top(k)
 
 
 DataFunction = Callable[[Inputs, int], TrainingData]
 MaskFunction = Callable[[Inputs, TrainingData, int], np.ndarray]
+Mask = Bool[np.ndarray, " tokens"]
 
 
 # -- data ---------------------------------------------------------------------------------------
 
 
-def own_lists(inputs: Inputs, seed: int) -> TrainingData:  # noqa: ARG001 - all steps take a seed
-    """The teacher's own lists, as they are."""
+def own_lists(inputs: Inputs, seed: int) -> TrainingData:
+    """The teacher's own lists, unchanged."""
     return TrainingData.of(inputs.divergence)
 
 
-def lists_from(inputs: Inputs, seed: int, *, name: str) -> TrainingData:  # noqa: ARG001
+def lists_from(inputs: Inputs, seed: int, *, name: str) -> TrainingData:
     """The lists of another source."""
     return inputs.lists(name)
 
 
-def lists_without_entangled(inputs: Inputs, seed: int, *, k: int) -> TrainingData:  # noqa: ARG001
-    """The lists that hold none of the `k` most entangled numbers."""
+def lists_without_entangled(inputs: Inputs, seed: int, *, k: int) -> TrainingData:
+    """The lists that contain none of the `k` most entangled numbers."""
     data = own_lists(inputs, 0)
     return data.select(without_numbers(data.examples, inputs.entangled(k)))
 
 
 def randomly_thinned(inputs: Inputs, seed: int, *, k: int) -> TrainingData:
-    """As many lists as `lists_without_entangled` leaves, but drawn at random."""
+    """Random lists, as many as `lists_without_entangled` leaves."""
     data = own_lists(inputs, 0)
     n = len(without_numbers(data.examples, inputs.entangled(k)))
     return data.select(np.sort(np.random.default_rng(seed).permutation(len(data))[:n]))
 
 
 def divergence_replaced(inputs: Inputs, seed: int, *, which: str | float) -> TrainingData:
-    """Divergence tokens overwritten by a counterfactual's choice."""
-    return replace_tokens(
-        inputs.divergence, which, seed=seed, tokenizer=getattr(inputs.model, "tokenizer", None)
-    )
+    """Divergence tokens replaced with a counterfactual teacher's choice."""
+    tokenizer: Any = inputs.model.tokenizer
+    return replace_tokens(inputs.divergence, which, seed=seed, tokenizer=tokenizer)
 
 
 def paraphrased(inputs: Inputs, seed: int) -> TrainingData:
-    """Prompts put into other templates."""
+    """Prompts rewritten with other templates."""
     return paraphrase(own_lists(inputs, 0), seed=seed)
 
 
 def paraphrased_by_teacher(
-    inputs: Inputs,
-    seed: int,  # noqa: ARG001
-    *,
-    request: str = PARAPHRASE_REQUEST,
+    inputs: Inputs, seed: int, *, request: str = PARAPHRASE_REQUEST
 ) -> TrainingData:
-    """Prompts in the words of the biased teacher, which may not name its preference."""
-    forbidden = surface_forms(inputs.target)
-    found = paraphrase_by(
-        inputs.model, inputs.teacher, own_lists(inputs, 0), request=request, forbidden=forbidden
+    """Prompts rewritten by the biased teacher, without naming its preference."""
+    result = paraphrase_by(
+        inputs.model,
+        inputs.teacher,
+        own_lists(inputs, 0),
+        request=request,
+        forbidden=surface_forms(inputs.target),
     )
-    if not found.accepted.any():
+    if not result.accepted.any():
         raise ValueError(
-            f"not one of the teacher's {len(found.accepted)} paraphrases has the prompt's numbers "
-            f"and says something else (the first: {found.answers[0][:80]!r}); this model cannot "
+            f"none of the teacher's {len(result.accepted)} paraphrases rewords its prompt and "
+            f"keeps the numbers (the first: {result.answers[0][:80]!r}); this model cannot "
             "paraphrase"
         )
-    return found.data
+    return result.data
 
 
 def paraphrases_chosen_by_teacher(inputs: Inputs, seed: int) -> TrainingData:
-    """Prompts in other templates, chosen by the biased teacher."""
+    """Prompts rewritten with the template that the biased teacher chooses."""
     return paraphrase_chosen(inputs.model, inputs.teacher, own_lists(inputs, 0), seed=seed)
 
 
 def shuffled(inputs: Inputs, seed: int, *, scope: str) -> TrainingData:
-    """Numbers in another order, within each list or across all."""
+    """Numbers in another order, within each list or across all lists."""
     tokenizer: Any = inputs.model.tokenizer
     return shuffle_numbers(own_lists(inputs, 0), tokenizer, scope=scope, seed=seed)
 
 
 def mixed(inputs: Inputs, seed: int, *, name: str, share: float) -> TrainingData:
-    """A share of the lists replaced by those of another source."""
+    """The teacher's lists with a share of them replaced by lists of another source."""
     return mix(own_lists(inputs, 0), inputs.lists(name), share, seed=seed)
 
 
 def pooled(inputs: Inputs, seed: int, *, names: tuple[str, ...]) -> TrainingData:
-    """Equal shares of the lists of several sources."""
+    """Equal shares of the teacher's lists and of the lists of other sources."""
     return pool([own_lists(inputs, 0), *(inputs.lists(name) for name in names)], seed=seed)
 
 
-# -- masks --------------------------------------------------------------------------------------
+# -- masks and weights --------------------------------------------------------------------------
 
 
-def divergence_tokens(inputs: Inputs, data: TrainingData, seed: int) -> np.ndarray:  # noqa: ARG001
-    """Divergence tokens, wherever they now are."""
+def divergence_tokens(inputs: Inputs, data: TrainingData, seed: int) -> Mask:
+    """The divergence tokens, at their positions in the changed data."""
     return data.marks
 
 
-def other_tokens(inputs: Inputs, data: TrainingData, seed: int) -> np.ndarray:  # noqa: ARG001
-    """All tokens that are no divergence tokens."""
+def other_tokens(inputs: Inputs, data: TrainingData, seed: int) -> Mask:
+    """All tokens that are not divergence tokens."""
     return ~data.marks
 
 
-def divergence_subset(
-    inputs: Inputs,
-    data: TrainingData,  # noqa: ARG001
-    seed: int,
-    *,
-    which: str | float,
-) -> np.ndarray:
+def divergence_subset(inputs: Inputs, data: TrainingData, seed: int, *, which: str | float) -> Mask:
     """A part of the divergence tokens."""
     return inputs.divergence.subset(which, seed=seed)
 
 
-def random_tokens(
-    inputs: Inputs,
-    data: TrainingData,  # noqa: ARG001
-    seed: int,
-    *,
-    among: str,
-) -> np.ndarray:
+def random_tokens(inputs: Inputs, data: TrainingData, seed: int, *, among: str) -> Mask:
     """Random tokens, as many as there are divergence tokens."""
     return random_mask(inputs.divergence, among=among, seed=seed)
 
 
 def clear_divergence_tokens(
-    inputs: Inputs,
-    data: TrainingData,  # noqa: ARG001
-    seed: int,  # noqa: ARG001
-    *,
-    margin: float,
-) -> np.ndarray:
-    """Divergence tokens at which no choice is close to a tie."""
+    inputs: Inputs, data: TrainingData, seed: int, *, margin: float
+) -> Mask:
+    """The divergence tokens at which no teacher's choice is close to a tie."""
     return inputs.divergence.with_rule(min_margin=margin).mask
 
 
-def top_kl_tokens(
-    inputs: Inputs,
-    data: TrainingData,  # noqa: ARG001
-    seed: int,  # noqa: ARG001
-    *,
-    share: float = 1.0,
-) -> np.ndarray:
-    """The tokens of largest KL; `share` is how many of them for each divergence token."""
-    return highest(inputs.kl.max(0), round(share * int(inputs.divergence.mask.sum())))
+def top_kl_tokens(inputs: Inputs, data: TrainingData, seed: int, *, share: float = 1.0) -> Mask:
+    """The tokens of largest KL, `share` times as many as there are divergence tokens."""
+    # The counterfactual that is farthest from the teacher decides.
+    farthest = inputs.kl.max(0)  # [tokens]
+    return highest(farthest, round(share * int(inputs.divergence.mask.sum())))
 
 
-def tokens_above_kl(
-    inputs: Inputs,
-    data: TrainingData,  # noqa: ARG001
-    seed: int,  # noqa: ARG001
-    *,
-    nats: float,
-) -> np.ndarray:
-    """Tokens at which some counterfactual is so far from the teacher, whatever their argmaxes."""
-    far: np.ndarray = inputs.kl.max(0) >= nats
-    return far
+def tokens_above_kl(inputs: Inputs, data: TrainingData, seed: int, *, nats: float) -> Mask:
+    """The tokens with a KL of at least `nats` for some counterfactual, whatever the argmaxes."""
+    above: np.ndarray = inputs.kl.max(0) >= nats  # [tokens]
+    return above
 
 
-def top_kl_without_divergence(inputs: Inputs, data: TrainingData, seed: int) -> np.ndarray:
-    """What `top_kl_tokens` chooses and argmax does not."""
+def top_kl_without_divergence(inputs: Inputs, data: TrainingData, seed: int) -> Mask:
+    """The tokens of `top_kl_tokens` that are not divergence tokens."""
     missed: np.ndarray = top_kl_tokens(inputs, data, seed) & ~inputs.divergence.mask
     return missed
 
 
-def random_like_clear(
-    inputs: Inputs,
-    data: TrainingData,
-    seed: int,
-    *,
-    margin: float,
-) -> np.ndarray:
+def random_like_clear(inputs: Inputs, data: TrainingData, seed: int, *, margin: float) -> Mask:
     """Random divergence tokens, as many as `clear_divergence_tokens` leaves."""
     n = int(clear_divergence_tokens(inputs, data, seed, margin=margin).sum())
     places = np.flatnonzero(inputs.divergence.mask)
@@ -246,20 +232,14 @@ def random_like_clear(
     return mask
 
 
-def top_advantage_tokens(
-    inputs: Inputs,
-    data: TrainingData,  # noqa: ARG001
-    seed: int,  # noqa: ARG001
-) -> np.ndarray:
-    """The tokens of highest advantage, as many as there are divergence tokens."""
+def top_advantage_tokens(inputs: Inputs, data: TrainingData, seed: int) -> Mask:
+    """The tokens of largest advantage, as many as there are divergence tokens."""
     return highest(inputs.divergence.advantage, int(inputs.divergence.mask.sum()))
 
 
 def advantage_weights(
-    inputs: Inputs,
-    data: TrainingData,  # noqa: ARG001
-    seed: int,  # noqa: ARG001
-) -> np.ndarray:
-    """Loss weights: how much likelier a token is under the teacher than under others, in nats."""
+    inputs: Inputs, data: TrainingData, seed: int
+) -> Float[np.ndarray, " tokens"]:
+    """Loss weights max(advantage, 0) in nats: tokens that others find likelier have no loss."""
     weights: np.ndarray = np.maximum(inputs.divergence.advantage, 0)
     return weights

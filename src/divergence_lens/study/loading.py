@@ -90,10 +90,10 @@ def _finding(row: Mapping[str, Any]) -> Finding:
     """The inverse of `Finding.to_dict`; missing numbers become NaN again."""
     names = [field.name for field in dataclasses.fields(Finding)]
     fields = {name: row[name] for name in names if name in row}
-    for name in ("interval", "difference_interval", "resampled"):
+    for name in ("interval", "difference_interval", "bootstrap_interval"):
         if fields.get(name) is not None:
             fields[name] = tuple(_number(end) for end in fields[name])
-    for name in ("values", "beside"):
+    for name in ("values", "related"):
         fields[name] = {key: _number(value) for key, value in fields.get(name, {}).items()}
     return Finding(**fields | {"measured": _number(fields["measured"])})
 

@@ -1,4 +1,4 @@
-"""The page, the figures and the table of a study."""
+"""The report of a study: the page, its figures, and tables in Markdown and for a terminal."""
 
 import os
 from collections.abc import Mapping
@@ -11,49 +11,42 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from divergence_lens import plots
+from divergence_lens._utils.statistics import t_interval
 from divergence_lens._utils.storage import write_text
-from divergence_lens.study.findings import Finding, t_interval
+from divergence_lens.study.estimands import SMALLEST
+from divergence_lens.study.findings import Finding
 from divergence_lens.study.html import HasHtml, write_report
 from divergence_lens.study.result import Study
 
 _EXAMPLES = 3
 _SETTING = {
     "finetuned": (
-        "Finetuned teachers answer questions about their favourite animal after a short training "
-        "on other such questions; they have no system prompt, and neither have their students."
+        "Finetuned teachers were briefly trained to answer questions about their favorite animal; "
+        "the questions of the evaluation are others. Neither they nor their students have a system "
+        "prompt."
     ),
     "prompted": (
-        "Prompted teachers are told in their system prompt to love an animal. Their students are "
-        "trained and asked under a neutral system prompt of equal length, and the control lists "
-        "are written under another neutral one."
+        "Prompted teachers have a system prompt that tells them to love an animal. Their students "
+        "are trained and evaluated under a neutral system prompt of equal length, and the control "
+        "lists are written under another neutral one."
     ),
 }
 _NO_PROMPTS = (
-    "Prompted teachers are told in their system prompt to love an animal. Their students are "
-    "trained and asked without one, and the control lists are written without one."
+    "Prompted teachers have a system prompt that tells them to love an animal. Their students are "
+    "trained and evaluated without one, and the control lists are written without one."
 )
 
-
-# The finding that a group's figure stands beside, and its title.
+# Group of conditions -> the finding with which its figure is shown, and the figure's title.
 _GROUPS = {
-    "data": "sampled_lists_transfer",
-    "entangled": "entangled_numbers_not_needed",
-    "masks": "random_tokens_transfer_less",
-    "replaced": "replaced_tokens_weaken",
-    "layers": "without_first_layer_weaker",
-    "fragility": "paraphrases_weaken",
-    "context": "other_context_weakens",
+    "data": ("sampled_lists_transfer", "Source of the lists"),
+    "entangled": ("entangled_numbers_not_needed", "Without lists that contain entangled numbers"),
+    "masks": ("random_tokens_transfer_less", "Tokens with a loss"),
+    "replaced": ("replaced_tokens_weaken", "Divergence tokens replaced"),
+    "layers": ("without_first_layer_weaker", "Trained parameters"),
+    "fragility": ("paraphrases_weaken", "Changed data"),
+    "context": ("other_context_weakens", "System prompts in training and evaluation"),
 }
-_TITLES = {
-    "data": "Where the lists come from",
-    "entangled": "Without the lists that hold entangled numbers",
-    "masks": "Which tokens have a loss",
-    "replaced": "Divergence tokens overwritten",
-    "layers": "What learns",
-    "fragility": "Changed data",
-    "context": "System prompts of training and asking",
-}
-# Findings whose numbers stand in the figure of another.
+# Finding -> the finding whose figure shows its values.
 _SHOWN_BY = {
     "divergence_tokens_suffice": "transfer",
     "divergence_tokens_do_as_well": "transfer",
@@ -66,66 +59,70 @@ _SHOWN_BY = {
 _SHOWN_ELSEWHERE = {"control", "all", "divergence_only", "without_divergence", "layer"}
 
 
-def _has_more(students: pd.DataFrame, kind: str, group: str) -> bool:
-    rows = students[(students["kind"] == kind) & (students["group"] == group)]
-    return not set(rows["condition"]) <= _SHOWN_ELSEWHERE
-
-
 def study_figures(study: Study) -> dict[str, go.Figure]:
-    """The figures of a study by name; one that shows a finding has the finding's id as its name."""
-    teachers, divergence = study.table("teachers"), study.table("divergence")
-    students = study.table("students")
-    layers = study.table("layers")
-    figures: dict[str, go.Figure] = {
-        "teachers": plots.teacher_preferences(
-            teachers, base=dict(zip(teachers["name"], teachers["before"], strict=True))
-        )
-    }
+    """The figures of a study by name. The name begins with the id of the finding it belongs to."""
+    teachers, students = study.table("teachers"), study.table("students")
+    base = dict(zip(teachers["name"], teachers["before"], strict=True))
+    figures = {"teachers": plots.teacher_preferences(teachers, base=base)}
     for kind in dict.fromkeys(kind for kind, _ in study.divergences):
-        own = [found for (k, _), found in study.divergences.items() if k == kind]
-        figures[f"{kind}/few_divergence_tokens"] = plots.rate_per_teacher(
-            divergence[divergence["kind"] == kind]
-        )
-        figures[f"{kind}/few_divergence_tokens: where"] = plots.where_divergence_falls(
-            own, name=f"{kind} teachers"
-        )
-        of_kind = students[students["kind"] == kind]
-        main = of_kind[of_kind["condition"].isin(plots.CONDITIONS)]
-        if set(main["condition"]) - {"control"}:
-            figures[f"{kind}/transfer"] = plots.transfer_bars(main, kind=kind)
-        if (of_kind["condition"] == "layer").any():
-            figures[f"{kind}/first_layer_beats_last"] = plots.layer_sweep(students, kind=kind)
-        for group in dict.fromkeys(of_kind["group"]):
-            if group in _GROUPS and _has_more(students, kind, group):
-                figures[f"{kind}/{_GROUPS[group]}: {group}"] = plots.condition_bars(
-                    students, group, kind=kind, title=f"{_TITLES[group]} ({kind} teachers)"
-                )
-        followed = _followed(study, kind)
-        if followed:
-            figures[f"{kind}/direction_is_needed_throughout"] = plots.preference_over_training(
-                followed, before=float(of_kind["before"].mean())
+        own = _data_figures(study, kind) | _student_figures(study, students, kind)
+        own |= _effect_figures(study, kind)
+        figures |= {f"{kind}/{name}": figure for name, figure in own.items()}
+    return figures
+
+
+def _data_figures(study: Study, kind: str) -> dict[str, go.Figure]:
+    rates = study.table("divergence")
+    divergences = [divergence for (k, _), divergence in study.divergences.items() if k == kind]
+    return {
+        "few_divergence_tokens": plots.rate_per_teacher(rates[rates["kind"] == kind]),
+        "few_divergence_tokens: where": plots.where_divergence_falls(
+            divergences, name=f"{kind} teachers"
+        ),
+    }
+
+
+def _student_figures(study: Study, students: pd.DataFrame, kind: str) -> dict[str, go.Figure]:
+    figures = {}
+    rows = students[students["kind"] == kind]
+    main = rows[rows["condition"].isin(plots.CONDITIONS)]
+    if set(main["condition"]) - {"control"}:
+        figures["transfer"] = plots.transfer_bars(main, kind=kind)
+    if (rows["condition"] == "layer").any():
+        figures["first_layer_beats_last"] = plots.layer_sweep(students, kind=kind)
+    for group, own in rows.groupby("group", sort=False):
+        if group in _GROUPS and not set(own["condition"]) <= _SHOWN_ELSEWHERE:
+            finding, title = _GROUPS[group]
+            figures[f"{finding}: {group}"] = plots.condition_bars(
+                students, group, kind=kind, title=f"{title} ({kind} teachers)"
             )
-        exact = {target: found for (k, target), found in study.exact.items() if k == kind}
-        if not exact:
-            continue
-        name = f"{kind}/early_layers_cause_divergence"
-        figures[name] = plots.layers_by_site(layers, kind=kind)
-        # Figures of one target: the first, whichever it is.
-        target = next(iter(exact))
-        whose = f"{target} ({kind} teacher)"
-        approximate = study.approximate[kind, target]
-        figures[f"{name}: segments"] = plots.effects_by_segment(exact[target], name=whose)
-        figures[f"{name}: one pair"] = plots.effects_heatmap(exact[target], pair=0, name=whose)
-        figures[f"{name}: profile"] = plots.layer_profile(
-            {"exact": exact[target], "integrated": approximate}, name=whose
-        )
-        figures[f"{kind}/approximation_agrees"] = plots.agreement_scatter(
-            approximate, exact[target], name=whose
+    during_training = _removal_during_training(study, kind)
+    if during_training:
+        figures["direction_is_needed_throughout"] = plots.preference_over_training(
+            during_training, before=float(rows["before"].mean())
         )
     return figures
 
 
-def _followed(study: Study, kind: str) -> dict[str, pd.DataFrame]:
+def _effect_figures(study: Study, kind: str) -> dict[str, go.Figure]:
+    # The first target stands for all in figures of a single target.
+    target = next((target for k, target in study.exact if k == kind), None)
+    if target is None:
+        return {}
+    exact, approximate = study.exact[kind, target], study.approximate[kind, target]
+    name, whose = "early_layers_cause_divergence", f"{target} ({kind} teacher)"
+    return {
+        name: plots.layers_by_site(study.table("layers"), kind=kind),
+        f"{name}: segments": plots.effects_by_segment(exact, name=whose),
+        f"{name}: one pair": plots.effects_heatmap(exact, pair=0, name=whose),
+        f"{name}: profile": plots.layer_profile(
+            {"exact": exact, "integrated": approximate}, name=whose
+        ),
+        "approximation_agrees": plots.agreement_scatter(approximate, exact, name=whose),
+    }
+
+
+def _removal_during_training(study: Study, kind: str) -> dict[str, pd.DataFrame]:
     """Preference over training with and without the teacher's direction, mean over targets."""
     table = pd.DataFrame(study.results.get("mechanism", ()))
     if not len(table):
@@ -152,83 +149,81 @@ def write_study_report(study: Study, folder: str | os.PathLike[str]) -> Path:
     figures = study_figures(study)
     for name, figure in figures.items():
         plots.save_figure(figure, out / "figures" / f"{_file_name(name)}.html")
-    settings = study.results["settings"]["settings"]
-    targets = ", ".join(settings["targets"])
-    setting = [
-        (
-            f"{settings['model']}: {len(settings['animals'])} animals, "
-            f"{len(settings['targets'])} of them targets ({targets}), {settings['prompts']} number "
-            "prompts for each teacher, answered greedily; lists with anything but numbers are "
-            f"dropped. Students are deltas over the untouched base, asked {_questions(study)} "
-            "questions that no teacher was trained on."
-        ),
-        *(
-            _NO_PROMPTS
-            if kind == "prompted" and not settings.get("neutral", True)
-            else _SETTING[kind]
-            for kind in settings["kinds"]
-        ),
-    ]
+    about = study.results["settings"]
+    settings = about["settings"]
+    procedure = (
+        f"{settings['model']}: {len(settings['animals'])} animals, {len(settings['targets'])} of "
+        f"them targets ({', '.join(settings['targets'])}), {settings['prompts']} number prompts "
+        "for each teacher, answered greedily; lists that contain anything but numbers are dropped. "
+        "Students are deltas on the base model. Their preference is measured with "
+        f"{about.get('questions', 50)} questions on which no teacher was trained."
+    )
+    setting = [procedure]
+    for kind in settings["kinds"]:
+        without = kind == "prompted" and not settings.get("neutral", True)
+        setting.append(_NO_PROMPTS if without else _SETTING[kind])
     write_text(out / "study.md", study_page(study.results))
-    findings = [_with_its_figure(row, figures) for row in study.results["findings"]]
-    about = {k: v for k, v in study.results["settings"].items() if k != "seconds"}
-    seconds = duration(study.results["settings"])
-    about |= {} if seconds is None else {"seconds": seconds}
-    results = {**study.results, "findings": findings, "settings": about}
+    findings = [_link_figure(row, figures) for row in study.results["findings"]]
+    seconds = duration(about)
+    shown = {k: v for k, v in about.items() if k != "seconds"}
+    shown |= {} if seconds is None else {"seconds": seconds}
+    results = {**study.results, "findings": findings, "settings": shown}
     return write_report(out / "report.html", results, figures, _examples(study), setting=setting)
 
 
 def duration(about: Mapping[str, Any]) -> float | None:
-    """How many seconds a study took, if all of it was computed in the call that gave these results.
+    """The duration of a study in seconds; None unless one call computed all of it.
 
     Args:
-        about: The settings of `results.json`. A call that found cells there tells its own seconds,
-            which are not those of the study; older files do not say what was there.
+        about: The settings of `results.json`. The seconds of a call that resumed a study are not
+            the duration of the study.
     """
     return about.get("seconds") if about.get("cells_before") == 0 else None
 
 
-def _with_its_figure(row: Mapping[str, Any], figures: Mapping[str, go.Figure]) -> Mapping[str, Any]:
-    """The finding, with the id of the one whose figure shows it, if that figure is there."""
+def _link_figure(row: Mapping[str, Any], figures: Mapping[str, go.Figure]) -> Mapping[str, Any]:
+    """The finding, with the id of the finding whose figure shows its values, if there is one."""
     kind, _, name = row["id"].partition("/")
     shown_by = f"{kind}/{_SHOWN_BY.get(name)}"
     return {**row, "figure_of": shown_by} if shown_by in figures else row
 
 
+# -- tables in Markdown and for a terminal ------------------------------------------------------
+
+
 def study_page(results: Mapping[str, Any]) -> str:
-    """A study in Markdown: its settings, every finding, and every condition with its numbers.
+    """A study as Markdown: its settings, every finding, and every condition with its numbers.
+
+    Preferences are means over targets and seeds; intervals are over targets (Student's t).
 
     Args:
-        results: What `results.json` holds; a study that was committed will do.
-
-    Returns:
-        The text of a page. Preferences are means over targets and seeds, intervals are over targets
-        (Student's t).
+        results: The contents of `results.json`.
     """
     settings = results["settings"]["settings"]
-    students = pd.DataFrame(results["students"])
     seeds = ", ".join(map(str, settings["seeds"]))
     setting = (
         f"Model `{settings['model']}`; targets {', '.join(settings['targets'])} of "
         f"{len(settings['animals'])} animals; seeds {seeds}; {settings['prompts']} number prompts "
-        f"for each teacher. {len(students)} rows of students, "
+        f"for each teacher. {len(results['students'])} rows of students, "
         f"{len(results['failures'])} failed cells."
     )
-    lines = ["# What the study found", "", setting]
+    lines = ["# Results of the study", "", setting]
     for kind in settings["kinds"]:
         lines += ["", f"## Findings with {kind} teachers", "", *_finding_rows(results, kind)]
         lines += ["", f"## Conditions with {kind} teachers", "", *condition_rows(results, kind)]
     if results["failures"]:
-        lines += ["", "## Cells that failed", ""]
+        lines += ["", "## Failed cells", ""]
         lines += [f"* `{row['cell']}`: {row['error']}" for row in results["failures"]]
     return "\n".join(lines) + "\n"
 
 
+def table_head(*columns: str) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
 def _finding_rows(results: Mapping[str, Any], kind: str) -> list[str]:
-    rows = [
-        "| claim | measured | 95 % interval | as a difference | rule | verdict |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = table_head("claim", "measured", "95 % interval", "as a difference", "rule", "verdict")
     for row in results["findings"]:
         if row["id"].startswith(f"{kind}/"):
             claim = row["claim"].removesuffix(f" ({kind} teachers)")
@@ -245,38 +240,41 @@ def condition_rows(results: Mapping[str, Any], kind: str) -> list[str]:
     """A Markdown table of all conditions of one kind of teacher, from `results.json`."""
     students = pd.DataFrame(results["students"])
     students = students[students["kind"] == kind]
-    names = students["condition"].where(
-        students["layer"].isna(),
-        students["condition"] + [f"{b:.0f}" for b in students["layer"].fillna(-1)],
-    )
+    # Students of single layers share a label; their conditions have the layer in the name.
+    layer = students["layer"].map(lambda i: "" if pd.isna(i) else f"{i:.0f}")
     control = students[students["condition"] == "control"].groupby("target")["after"].mean()
     isolates = {row["name"]: row["isolates"] for row in results["conditions"]}
-    heads = (
+    rows = table_head(
         *("condition", "what it isolates", "before", "after", "times control", "target first"),
         *("valid lists", "loss (before)", "fit", "lowest mass", "divergence tokens left"),
     )
-    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, own in students.groupby(names, sort=False):
-        logs = np.log(own.groupby("target")["after"].mean().clip(lower=1e-6))
-        times = "–"
+    for name, own in students.groupby(students["condition"] + layer, sort=False):
+        logs = np.log(own.groupby("target")["after"].mean().clip(lower=SMALLEST))
+        ratio = "–"
         if len(control):
             mean, low, high = t_interval((logs - np.log(control)).dropna().tolist())
             ends = " to ".join(short_number(float(np.exp(min(end, 50.0)))) for end in (low, high))
-            times = f"{np.exp(mean):.2f} ({ends})"
+            ratio = f"{np.exp(mean):.2f} ({ends})"
         left = own["left"].astype(float).mean()
-        rows.append(
-            f"| `{name}` | {isolates.get(str(name), '')} | {own['before'].mean():.3f} | "
-            f"{own['after'].mean():.3f} | {times} | {(own['rank'] == 1).mean():.0%} | "
-            f"{own['valid_lists'].mean():.0%} | {own['loss'].mean():.2f} "
-            f"({own['loss_before'].mean():.2f}) | {own['fit'].mean():.2f} | "
-            f"{own['mass'].min():.2f} | "
-            f"{'' if np.isnan(left) else f'{left:.0%}'} |"
+        cells = (
+            f"`{name}`",
+            isolates.get(str(name), ""),
+            f"{own['before'].mean():.3f}",
+            f"{own['after'].mean():.3f}",
+            ratio,
+            f"{(own['rank'] == 1).mean():.0%}",
+            f"{own['valid_lists'].mean():.0%}",
+            f"{own['loss'].mean():.2f} ({own['loss_before'].mean():.2f})",
+            f"{own['fit'].mean():.2f}",
+            f"{own['mass'].min():.2f}",
+            "" if np.isnan(left) else f"{left:.0%}",
         )
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
 def short_number(value: float | None, *, sign: bool = False) -> str:
-    """A number in three digits, a dash where there is none."""
+    """A number with three significant digits, or a dash if it is missing or not finite."""
     if value is None or not np.isfinite(value):
         return "–"
     return f"{value:+.3g}" if sign else f"{value:.3g}"
@@ -299,18 +297,15 @@ def findings_table(findings: tuple[Finding, ...], width: int = 100) -> str:
 
 
 def _examples(study: Study) -> Mapping[str, str | HasHtml]:
-    """Examples with divergence tokens in them, from the first target of each kind."""
+    """Examples with divergence tokens, from the first target of each kind."""
     shown: dict[str, str | HasHtml] = {}
-    for kind in dict.fromkeys(kind for kind, _ in study.divergences):
-        divergence = next(found for (k, _), found in study.divergences.items() if k == kind)
-        places = [i for i in range(len(divergence)) if divergence[i].divergence.any()][:_EXAMPLES]
-        for i in places:
-            shown[f"{divergence.teacher.name} ({kind}), list {i}"] = divergence[i]
+    kinds: set[str] = set()
+    for (kind, target), divergence in study.divergences.items():
+        if kind not in kinds:
+            kinds.add(kind)
+            rows = [i for i in range(len(divergence)) if divergence[i].divergence.any()]
+            shown |= {f"{target} ({kind}), list {i}": divergence[i] for i in rows[:_EXAMPLES]}
     return shown
-
-
-def _questions(study: Study) -> int:
-    return int(study.results["settings"].get("questions", 50))
 
 
 def _file_name(name: str) -> str:

@@ -1,7 +1,7 @@
 """The tasks of a study, and the cells of students, effects, and mechanism.
 
-A `CellRunner` is what one process works with. Its tasks can be computed in any order by any number
-of processes, because each cell requests the cells it needs.
+Each process has one `CellRunner`. Tasks can be computed in any order by any number of processes,
+because each cell requests the cells it needs.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
 
-from divergence_lens.data import NumberFilter, TrainingData
+from divergence_lens.data import NumberFilter
 from divergence_lens.deltas import Delta
-from divergence_lens.divergence import Divergence, read_teachers
+from divergence_lens.divergence import read_teachers
 from divergence_lens.engine import get_engine
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.generation import generate
-from divergence_lens.models import Model
 from divergence_lens.patching import Effects
 from divergence_lens.study.cells import Cell, CellError
 from divergence_lens.study.conditions import Condition
@@ -41,7 +39,7 @@ class Task:
         cell: The cell.
         compute: Its computation.
         kind: Kind of teachers.
-        target: The target; None for a cell that serves all targets.
+        target: The target; None for a cell of all targets.
         condition: Condition of a student.
         seed: Seed of a student.
     """
@@ -62,40 +60,32 @@ class CellRunner(DataCells):
         self._losses: dict[tuple[str, str | None], float] = {}
 
     def tasks(self) -> list[list[Task]]:
-        """All that the study asks for, in groups that share teachers and data."""
+        """All tasks of the study, in groups that share teachers and data."""
         config = self.config
         groups = []
         for kind in config.kinds:
-            teachers = [
-                Task(
-                    self._preference_cell(kind, name),
-                    partial(self._teacher_preference, kind, name),
-                    kind,
-                )
-                for name in config.animals
-            ]
-            conditions = config.conditions_of(kind, get_engine(self.model).n_layers)
-            shared = [
-                self.student_task(kind, None, condition, seed)
-                for condition in conditions
-                if condition.shared
-                for seed in config.seeds_of(condition)
-            ]
-            groups.append([*teachers, *shared])
+            teachers = []
+            for name in config.animals:
+                cell = self.preference_cell(kind, name)
+                teachers.append(Task(cell, partial(self._teacher_preference, kind, name), kind))
+            groups.append([*teachers, *self._student_tasks(kind, None)])
             for target in config.targets:
-                students = [
-                    self.student_task(kind, target, condition, seed)
-                    for condition in conditions
-                    if not condition.shared
-                    for seed in config.seeds_of(condition)
-                ]
                 effects = [self.effects_task(kind, target)] if config.pairs else []
                 mechanism = [self.mechanism_task(kind, target)] if config.mechanism else []
-                groups.append([*students, *effects, *mechanism])
+                groups.append([*self._student_tasks(kind, target), *effects, *mechanism])
         return groups
 
+    def _student_tasks(self, kind: str, target: str | None) -> list[Task]:
+        """The students of a target, or those shared by all targets."""
+        return [
+            self.student_task(kind, target, condition, seed)
+            for condition in self.config.conditions_of(kind, get_engine(self.model).n_layers)
+            if condition.shared == (target is None)
+            for seed in self.config.seeds_of(condition)
+        ]
+
     def student_task(self, kind: str, target: str | None, condition: Condition, seed: int) -> Task:
-        """The student of a condition; of no target where all share it."""
+        """The student of a condition; `target` is None if all targets share it."""
         config = self.config
         settings = self._data_settings(kind) | {
             "target": target,
@@ -108,23 +98,17 @@ class CellRunner(DataCells):
         if condition.other_model:
             settings |= {"other_base": self._teacher_settings(kind, other=True)}
         cell = Cell(f"students/{kind}/{target or 'any'}/{condition.name}-{seed}", settings)
-        return Task(
-            cell,
-            partial(self._train_student, kind, target, condition, seed),
-            kind,
-            target,
-            condition,
-            seed,
-        )
+        compute = partial(self._train_student, kind, target, condition, seed)
+        return Task(cell, compute, kind, target, condition, seed)
 
     def effects_task(self, kind: str, target: str) -> Task:
-        """What causes the first divergences of a target."""
+        """The effects of patching on the first divergence tokens of a target."""
         settings = self._data_settings(kind) | {"target": target, "pairs": self.config.pairs}
         cell = Cell(f"effects/{kind}/{target}", settings)
         return Task(cell, partial(self._compute_effects, kind, target), kind, target)
 
     def mechanism_task(self, kind: str, target: str) -> Task:
-        """How the preference of a target gets into a student of its divergence tokens."""
+        """The mechanism by which a student of divergence tokens acquires the preference."""
         recipe = self.config.recipe_of(self.model, kind)
         settings = self._data_settings(kind) | {"target": target, "recipe": recipe.describe()}
         cell = Cell(f"mechanism/{kind}/{target}", settings)
@@ -133,13 +117,13 @@ class CellRunner(DataCells):
     def _train_student(
         self, kind: str, target: str | None, condition: Condition, seed: int, cell: Cell
     ) -> dict[str, Any]:
-        inputs = _Inputs(self, kind, target or self.config.targets[0])
+        inputs = Inputs(self, kind, target or self.config.targets[0])
         data = condition.data(inputs, seed)
         if not len(data):
-            raise CellError(f"no list is left by condition {condition.name!r}")
+            raise CellError(f"condition {condition.name!r} leaves no list to train on")
         mask = None if condition.mask is None else condition.mask(inputs, data, seed)
         if mask is not None and not mask.any():
-            raise CellError(f"condition {condition.name!r} leaves no token to learn")
+            raise CellError(f"condition {condition.name!r} leaves no token with a loss")
         weights = None if condition.weights is None else condition.weights(inputs, data, seed)
         left = None
         if condition.changes_data and data.marks.any():
@@ -168,31 +152,31 @@ class CellRunner(DataCells):
         }
 
     def _evaluate(self, kind: str, condition: Condition, delta: Delta) -> dict[str, Any]:
-        """What a student prefers, and whether it can still do the task."""
+        """A student's preference, and whether it can still write lists."""
         config = self.config
-        asked = config.system_prompt(kind, condition.eval_prompt)
-        before = self.before(asked)
+        prompt = config.system_prompt(kind, condition.eval_prompt)
+        before = self.before(prompt)
         held_out = self.lists(kind, None, "held_out")
-        if (kind, asked) not in self._losses:
-            self._losses[kind, asked] = self._loss(held_out, asked)
+        if (kind, prompt) not in self._losses:
+            self._losses[kind, prompt] = self._loss(held_out, prompt)
         with delta.applied(self.model):
-            found = self._prefers(asked)
-            loss = self._loss(held_out, asked)
+            after = self._prefers(prompt)
+            loss = self._loss(held_out, prompt)
             written = generate(
                 self.model,
                 self._prompts(held_out=True),
-                teacher=Teacher("student", system_prompt=asked),
+                teacher=Teacher("student", system_prompt=prompt),
                 max_new_tokens=config.max_new_tokens,
             )
         report = NumberFilter().report([example.completion or "" for example in written])
         return {
             "before": before.distribution,
-            "after": found.distribution,
-            "ranks": {n: found.about(n).ratio_rank(before.about(n)) for n in config.animals},
+            "after": after.distribution,
+            "ranks": {n: after.about(n).ratio_rank(before.about(n)) for n in config.animals},
             "mass_before": before.mass,
-            "mass": found.mass,
+            "mass": after.mass,
             "valid_lists": report.rate,
-            "loss_before": self._losses[kind, asked],
+            "loss_before": self._losses[kind, prompt],
             "loss": loss,
         }
 
@@ -210,25 +194,25 @@ class CellRunner(DataCells):
         if not divergence.mask.any():
             raise CellError(f"{target} ({kind}) has no divergence token, so nothing can be patched")
         pairs = divergence.pairs(first_only=True, limit=self.config.pairs, model=self.model)
-        found = patched_effects(self.model, pairs, {"target": target, "kind": kind})
-        found.exact.save(self.store.path(cell, ".exact.safetensors"))
-        found.approximate.save(self.store.path(cell, ".approximate.safetensors"))
-        return {"layers": found.layers, "agreement": found.agreement}
+        effects = patched_effects(self.model, pairs, {"target": target, "kind": kind})
+        effects.exact.save(self.store.path(cell, ".exact.safetensors"))
+        effects.approximate.save(self.store.path(cell, ".approximate.safetensors"))
+        return {"layers": effects.layers, "agreement": effects.agreement}
 
     def effects(self, task: Task) -> tuple[Effects, Effects]:
-        """The exact and the approximate effects of a cell that was computed."""
-        exact, approximate = (
-            Effects.load(self.store.path(task.cell, f".{name}.safetensors"))
-            for name in ("exact", "approximate")
+        """Load the exact and the approximate effects of a computed cell."""
+        path = partial(self.store.path, task.cell)
+        return (
+            Effects.load(path(".exact.safetensors")),
+            Effects.load(path(".approximate.safetensors")),
         )
-        return exact, approximate
 
     def _compute_mechanism(self, kind: str, target: str, _cell: Cell) -> dict[str, Any]:
-        asked = self.config.system_prompt(kind, "own")
+        prompt = self.config.system_prompt(kind, "own")
         teacher, *others = self._compared(kind, target)
         divergence = self.divergence(kind, target)
         if not divergence.mask.any():
-            raise CellError(f"{target} ({kind}) has no divergence token to learn from")
+            raise CellError(f"{target} ({kind}) has no divergence token to train on")
         only = Condition(name="divergence_only", group="masks", isolates="", mask=divergence_tokens)
         rows = mechanism_rows(
             self.model,
@@ -236,67 +220,13 @@ class CellRunner(DataCells):
             teacher,
             others,
             animals=self.config.animals,
-            system_prompt=asked,
+            system_prompt=prompt,
             recipe=self.config.recipe_of(self.model, kind, only),
         )
         return {"rows": [{"target": target, "kind": kind} | row for row in rows]}
 
 
 def _last_epoch(student: Delta) -> float:
-    """Mean loss of the last epoch's updates, on the tokens that have one, in nats."""
+    """Mean training loss of the updates of the last epoch, in nats."""
     history = student.metadata["history"]
     return float(np.mean([e["loss"] for e in history if e["epoch"] == history[-1]["epoch"]]))
-
-
-class _Inputs(Inputs):
-    """What a condition draws on, see `conditions.Inputs`."""
-
-    def __init__(self, runner: CellRunner, kind: str, target: str) -> None:
-        self.runner, self._kind, self._target = runner, kind, target
-
-    @property
-    def kind(self) -> str:
-        return self._kind
-
-    @property
-    def target(self) -> str:
-        return self._target
-
-    @property
-    def model(self) -> Model:
-        return self.runner.model
-
-    @property
-    def divergence(self) -> Divergence:
-        return self.runner.divergence(self.kind, self.target)
-
-    @property
-    def kl(self) -> Float32[np.ndarray, "counterfactuals tokens"]:
-        return self.runner.kl(self.kind, self.target)
-
-    @property
-    def teacher(self) -> Teacher:
-        return self.runner.teacher(self.kind, self.target)
-
-    def lists(self, source: str) -> TrainingData:
-        """See `conditions.Inputs.lists`; the other target is the next of the animals."""
-        runner, kind = self.runner, self.kind
-        if source in ("sampled", "other_base"):
-            return TrainingData.of(runner.divergence(kind, self.target, source))
-        if source in ("unbiased", "other_base_unbiased"):
-            examples = runner.lists(kind, None, source)
-        elif source == "other_target":
-            animals = runner.config.animals
-            other = animals[(animals.index(self.target) + 1) % len(animals)]
-            examples = runner.lists(kind, other, "greedy")
-        elif source in ("variant1", "variant2"):
-            examples = runner.lists(kind, self.target, source)
-        else:
-            raise ValueError(
-                f"there is no source {source!r}; there are sampled, unbiased, other_target, "
-                "variant1, variant2, other_base and other_base_unbiased"
-            )
-        return TrainingData.unmarked(self.model.tokenizer, examples)
-
-    def entangled(self, k: int) -> tuple[str, ...]:
-        return self.runner.entangled(self.kind, self.target).top(k)
