@@ -135,6 +135,7 @@ ORDER = (
     "data",
     "divergence",
     "generation",
+    "patterns",
     "pairs",
     "teachers",
     "deltas",
