@@ -19,7 +19,6 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 REFUSED = {
     "Falcon, ALiBi": "its logits differ from Hugging Face's",
     "MPT": "its blocks cannot be run one by one",
-    "Granite": "its blocks, run one by one, give other logits",
     "Cohere": "its logits differ from Hugging Face's",
     "Cohere 2": "its logits differ from Hugging Face's",
     "HunYuan": "its logits differ from Hugging Face's",

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from divergence_lens.engine.equivalence import OwnPass, fused_tolerance
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.engine.fused import FusedBlocks
 from divergence_lens.models import load_model
@@ -257,3 +258,37 @@ def test_a_sliding_window_is_not_fused(backend, calls):
             pytest.skip("this class does not know the window itself")
         torch.testing.assert_close(logits, hf(TOKENS).logits, atol=1e-4, rtol=1e-4)
     assert calls == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen2"])
+def test_trained_models_are_fused_in_every_precision(name, dtype, backend, calls):
+    model = load_model(name, backend=backend, dtype=dtype)
+    engine = get_engine(model)
+    calls.clear()
+    with torch.no_grad():
+        engine.final(TOKENS)
+    assert calls == list(range(engine.n_layers))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fault", ["norm", "rotation", "gate"])
+def test_a_wrong_fused_block_is_rejected_in_every_precision(fault, dtype, backend):
+    model = load_model("tiny-qwen2", backend=backend, dtype=dtype)
+    engine = get_engine(model)
+    own, fused = OwnPass.run(engine), FusedBlocks.of(engine, model, hooked=backend == "hooked")
+    weights_of, angles = fused.weights_of, fused._angles
+    if fault == "rotation":
+        fused._angles = lambda *args: tuple(part.roll(1, 0) for part in angles(*args))
+    else:
+
+        def wrong(layer):
+            weights = weights_of(layer)
+            if layer != 2:
+                return weights
+            if fault == "norm":
+                return dataclasses.replace(weights, norm_2=(None, None))
+            return dataclasses.replace(weights, gate=(weights.gate[0].roll(1, 1), None))
+
+        fused.weights_of = wrong
+    assert not own.fused_difference(fused) <= fused_tolerance(dtype)

@@ -41,6 +41,12 @@ _LONGROPE = {
 }
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 64, "bos_token_id": 1, "eos_token_id": 2}
 _QWEN_WINDOW = {"use_sliding_window": True, "max_window_layers": 1, **_WINDOW}
+_MULTIPLIERS = {
+    "logits_scaling": 4.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+}
 _EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -108,17 +114,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMo 1": ("Olmo", _LLAMA_LIKE),
     "OLMo 2": ("Olmo2", _LLAMA_LIKE),
     "OLMo 3": ("Olmo3", {**_LLAMA_LIKE, **_WINDOW}),
-    "Granite": (
-        "Granite",
-        {
-            **_LLAMA_LIKE,
-            "logits_scaling": 4.0,
-            "residual_multiplier": 0.5,
-            "attention_multiplier": 0.2,
-            "embedding_multiplier": 3.0,
-        },
-    ),
-    "Granite-MoE": ("GraniteMoe", {**_LLAMA_LIKE, "num_local_experts": 4}),
+    "Granite": ("Granite", {**_LLAMA_LIKE, **_MULTIPLIERS}),
+    "Granite-MoE": ("GraniteMoe", {**_LLAMA_LIKE, **_MULTIPLIERS, "num_local_experts": 4}),
     "StableLM": ("StableLm", _LLAMA_LIKE),
     "StarCoder2": ("Starcoder2", _LLAMA_LIKE),
     "Cohere": ("Cohere", {**_LLAMA_LIKE, "logit_scale": 0.25}),

@@ -65,6 +65,12 @@ class BridgeEngine(Engine):
             self._absent.add("resid_mid")
         points = self._lens.hook_dict
         self._absent |= {s for s in PER_HEAD if f"blocks.0.{hook_point_of(s)}" not in points}
+        config = self._lens.original_model.config
+        # Granite scales what attention and MLP add: resid_mid is not resid_pre + attn_out.
+        if getattr(config, "residual_multiplier", 1.0) != 1.0:
+            self._absent.add("resid_mid")
+        # Granite divides the logits by this number after the unembedding.
+        self._logits_divisor = float(getattr(config, "logits_scaling", None) or 1.0)
         self._in_tuple = self._blocks_return_tuples()
 
     @torch.no_grad()
@@ -146,7 +152,7 @@ class BridgeEngine(Engine):
 
     def _unembed(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._lens.unembed(hidden)
-        return logits
+        return logits if self._logits_divisor == 1.0 else logits / self._logits_divisor
 
     def block_parameters(self, layer: int) -> dict[str, nn.Parameter]:
         """Return the parameters that a block computes with, by their Hugging Face names."""

@@ -12,6 +12,7 @@ attention and MLP, learned or rotary positions, query groups, gated or plain MLP
 is compared with the model's own blocks before it is used; other models go without.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,13 +37,16 @@ Scaling = tuple[Tensor | None, Tensor | None]
 """What a norm multiplies by and adds, [d_model] each."""
 
 
+_GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
+
+
 def _gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh form; on a CPU through the sigmoid, which takes half the time."""
     if x.device.type != "cpu":
         return F.gelu(x, approximate="tanh")
     # 0.5 (1 + tanh(u)) = sigmoid(2 u), with u = sqrt(2 / pi) (x + 0.044715 x^3)
     inner = x * x
-    return inner.mul_(0.07135481282).add_(1.5957691216).mul_(x).sigmoid_().mul_(x)
+    return inner.mul_(0.044715 * _GELU_SLOPE).add_(_GELU_SLOPE).mul_(x).sigmoid_().mul_(x)
 
 
 def _silu(x: Tensor) -> Tensor:
