@@ -99,6 +99,22 @@ def test_rows_pick_their_own_past(pair, tokens):
     _close(engine.final(tokens[rows, 9:], past.select(rows)), engine.norm(resid))
 
 
+def test_each_branch_of_a_tree_is_a_plain_continuation(pair, tokens):
+    """Hugging Face runs the path to each node as a row of its own."""
+    hf_model, engine = pair
+    parents = (-1, 0, 1, 0, -1, 4)
+    ids = torch.tensor([[5, 9, 9, 30, 31, 2], [7, 1, 8, 8, 3, 60]])
+    starts = tokens[:2, :11]
+    _, past = engine.prefill(starts)
+    found = engine.unembed(engine.branch(ids, parents, past))
+    paths: list[list[int]] = []
+    for node, parent in enumerate(parents):
+        paths.append([*(paths[parent] if parent >= 0 else []), node])
+        with torch.no_grad():
+            logits = hf_model(torch.cat([starts, ids[:, paths[node]]], 1)).logits
+        _close(found[:, node], logits[:, -1])
+
+
 def test_a_pass_can_start_at_any_block(pair, tokens):
     _, engine = pair
     states = engine.activations(tokens)["resid_pre"]

@@ -101,6 +101,19 @@ def test_a_pass_behind_a_past_gives_the_last_positions(family, since, rows, back
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", FUSED)
+def test_a_tree_is_one_fused_pass(family, backend, calls):
+    """Each node once, whatever the number of branches."""
+    engine = get_engine(build(family, backend)[1])
+    _, past = engine.prefill(TOKENS)
+    calls.clear()
+    before = dataclasses.replace(engine.work)
+    engine.branch(torch.tensor([[1, 2, 3], [4, 5, 6]]), (-1, 0, 0), past)
+    assert calls == [0, 1, 2]
+    added = engine.work.positions - before.positions, engine.work.fused - before.fused
+    assert added == (3 * 2 * 3, 3 * 2 * 3)
+
+
 def test_keys_and_values_go_on_where_a_pass_ended(backend):
     hf, model = build("qwen2", backend)
     engine = get_engine(model)

@@ -172,6 +172,23 @@ def test_exact_is_the_product_along_each_form(model, backend):
             assert found.probabilities[row, column] == pytest.approx(total, rel=1e-4)
 
 
+def test_each_beginning_of_a_form_is_computed_once_per_question(model):
+    """The questions' common start once, the rest of each question, and the tree of all forms."""
+    names, engine = ("owl", "cat", "wolf"), get_engine(model)
+    prompts = [encode_prompt(model.tokenizer, question).ids for question in QUESTIONS[:6]]
+    same = next(n for n, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
+    shared = same if same >= 16 else 0
+    rest = max(map(len, prompts)) - shared  # the questions are one padded batch
+    forms, _ = _answers.form_ids(model.tokenizer, names)
+    nodes = {ids[:end] for ids in forms for end in range(1, len(ids) + 1)}
+    assert len(nodes) < sum(map(len, forms))
+    positions, unembedded = engine.work.positions, engine.work.unembedded
+    preference(model, target="owl", candidates=names, questions=QUESTIONS[:6])
+    added = engine.work.positions - positions
+    assert added == engine.n_layers * (shared + 6 * (rest + len(nodes)))
+    assert engine.work.unembedded - unembedded == 6 * (1 + len(nodes))
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 50, 700])
 def test_batches_change_nothing(batch_tokens, model):
     questions = list(QUESTIONS[:8])

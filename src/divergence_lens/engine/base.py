@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from divergence_lens.engine.decoding import Decoder, LockstepDecoder
 from divergence_lens.engine.equivalence import OwnPass, fused_tolerance
 from divergence_lens.engine.fused import FusedBlocks
-from divergence_lens.engine.passes import KeyValues, Pass
+from divergence_lens.engine.passes import KeyValues, Pass, Work
 from divergence_lens.engine.sites import (
     INNER,
     OUTSIDE_HOOKS,
@@ -48,6 +48,7 @@ class Engine(ABC):
         d_vocab: Number of ids that it reads.
         d_vocab_out: Number of ids that it predicts, the width of its logits.
         causal: Whether no position attends to a later one.
+        work: The number of positions computed so far, and how many of them in fused blocks.
     """
 
     position_axis: int
@@ -72,6 +73,7 @@ class Engine(ABC):
         self._functions: dict[tuple[int, str], list[SiteFunction]] = {}
         self._block_input: Tensor | None = None
         self._fast: FusedBlocks | None = None
+        self.work = Work()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -139,6 +141,7 @@ class Engine(ABC):
 
     def unembed(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Return the logits of normed hidden states, including the soft cap."""
+        self.work.unembedded += hidden.shape[:-1].numel()
         fast = self._fast
         use_fast = fast is not None and fast.fit_unembed()
         logits = fast.unembed(hidden) if fast is not None and use_fast else self._unembed(hidden)
@@ -152,7 +155,12 @@ class Engine(ABC):
     # -- passes -----------------------------------------------------------------------------
 
     def begin(
-        self, tokens: Int[Tensor, "batch pos"], past: KeyValues | None = None, *, keep: bool = False
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        past: KeyValues | None = None,
+        *,
+        keep: bool = False,
+        depths: Int[Tensor, "pos"] | None = None,
     ) -> Pass:
         """Start a pass over `tokens`, which follow `past`.
 
@@ -160,14 +168,17 @@ class Engine(ABC):
             tokens: Right padded or unpadded ids.
             past: Keys and values of the preceding positions; a single row is used for every row.
             keep: Store the keys and values of this pass, too (`run.key_values()`).
+            depths: Number of tokens between the past and each token, where they do not follow one
+                another (see `branch`).
 
         Raises:
             ValueError: More positions than the context holds, or ids outside the vocabulary.
         """
         offset = past.length if past is not None else 0
-        if offset + tokens.shape[1] > self.n_ctx:
+        length = offset + (tokens.shape[1] if depths is None else int(depths.max()) + 1)
+        if length > self.n_ctx:
             raise ValueError(
-                f"{offset + tokens.shape[1]} tokens do not fit the context of {self.n_ctx}; "
+                f"{length} tokens do not fit the context of {self.n_ctx}; "
                 "shorten the prompt or the completion"
             )
         tokens = tokens.to(self.device)
@@ -177,6 +188,7 @@ class Engine(ABC):
                 f"the vocabulary has {self.d_vocab}: do they come from another tokenizer?"
             )
         run = Pass(past, keep=keep, position_axis=self.position_axis)
+        run.positions = None if depths is None else offset + depths
         run.resid = self._begin(run, tokens)
         return run
 
@@ -205,6 +217,7 @@ class Engine(ABC):
     def _with_sites(self, layer: int, resid: Tensor, run: Pass) -> Tensor:
         resid = self._apply(layer, "resid_pre", resid)
         self._block_input = resid
+        self.work.positions += resid.shape[:2].numel()
         try:
             out = self._block(layer, resid, run)
         finally:
@@ -265,6 +278,7 @@ class Engine(ABC):
         fused = self._fused(last)
         if fused is None or any((last, site) in self._functions for site in SITES):
             return self.norm(self.block(last, resid, run)[:, since:])
+        self.work.positions += resid.shape[:2].numel()
         # No later block attends to this one's output, so only the requested positions are computed.
         return self.norm(fused.block(last, resid, run, since))
 
@@ -296,6 +310,47 @@ class Engine(ABC):
         if fused is None or self._functions or torch.is_grad_enabled() or not fused.fit_decoding():
             return LockstepDecoder(self)
         return StaticDecoder(self, fused)
+
+    @torch.no_grad()
+    def branch(
+        self, tokens: Int[Tensor, "batch node"], parents: Sequence[int], past: KeyValues
+    ) -> Float[Tensor, "batch node d_model"]:
+        """Run `final` on a tree of tokens that follow each row of `past`.
+
+        Continuations with the same first tokens share the computation of those. With fused blocks,
+        one pass runs all nodes: the mask lets a node attend to the past, its ancestors and itself,
+        and its position is that of its depth. Otherwise one pass runs the nodes of each depth, each
+        on a copy of its parent's keys and values.
+
+        Args:
+            tokens: The token of each node.
+            parents: The index of each node's parent, which comes before it; -1 after the past.
+            past: Keys and values of the preceding positions, one row per row of `tokens`.
+        """
+        depths: list[int] = []
+        for parent in parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        if self._fast is not None and all(map(self._fast.fit, range(self.n_layers))):
+            run = self.begin(tokens, past, depths=torch.tensor(depths, device=self.device))
+            run.allow_ancestors(parents, self.dtype)
+            return self.final_from(run.resid, 0, run)
+        batch, n_nodes = tokens.shape
+        hidden: Tensor | None = None
+        level, stored = [-1], past
+        for depth in range(max(depths) + 1):
+            nodes = [node for node in range(n_nodes) if depths[node] == depth]
+            place = torch.tensor([level.index(parents[node]) for node in nodes], device=self.device)
+            # Rows are sorted by row of the past, then by node of the level.
+            first = torch.arange(batch, device=self.device)[:, None] * len(level)  # [batch, 1]
+            parent_rows = (first + place).flatten()  # [batch * nodes of the level]
+            stored = stored.select(parent_rows)
+            states, stored = self.extend(tokens[:, nodes].reshape(-1, 1), stored)
+            if hidden is None:
+                hidden = states.new_empty(batch, n_nodes, states.shape[-1])
+            hidden[:, nodes] = states.reshape(batch, len(nodes), -1)
+            level = nodes
+        assert hidden is not None
+        return hidden
 
     @torch.no_grad()
     def activations(

@@ -87,8 +87,9 @@ class BridgeEngine(Engine):
 
     def _begin(self, run: Pass, tokens: Tensor) -> Tensor:
         cached = {"past_key_values": _BridgeCache(run)} if run.keep or run.offset else {}
+        placed = {} if run.positions is None else {"position_ids": run.positions[None]}
         with self._recorders(run):
-            self._decoder(tokens, use_cache=bool(cached), **cached)
+            self._decoder(tokens, use_cache=bool(cached), **cached, **placed)
         first, _ = run.calls[0]
         embeddings: Tensor = first[0]
         batch = tokens.shape[0]

@@ -165,13 +165,16 @@ class FusedBlocks(ABC):
 
     def unembed(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Logits of normed hidden states, before any soft cap."""
-        return _affine(hidden, self.unembedding())
+        matrix, bias = self.unembedding()
+        # Bridges add a bias of zeros to models without one, which costs a pass over the logits.
+        return _affine(hidden, (matrix, bias if bias is not None and bool(bias.any()) else None))
 
     def block(
         self, layer: int, resid: Float[Tensor, "batch pos d_model"], run: "Pass", since: int = 0
     ) -> Float[Tensor, "batch asked d_model"]:
         """`resid_post` of a block, at the positions from `since` on."""
         weights, length = self.weights_of(layer), resid.shape[1]
+        self._engine.work.fused += resid.shape[:2].numel()
         query, key, value = self.project(resid, weights, slice(since, None) if since else None)
         angles = self._angles(layer, run, length)
         turned = key
@@ -331,7 +334,12 @@ class _FusedHooked(FusedBlocks):
         return attn.rotary_cos[start:stop], attn.rotary_sin[start:stop]
 
     def _angles(self, layer: int, run: "Pass", length: int) -> tuple[Tensor, Tensor] | None:
-        return self._table(layer, run.offset, run.offset + length) if self._rotary else None
+        if not self._rotary:
+            return None
+        if run.positions is None:
+            return self._table(layer, run.offset, run.offset + length)
+        attn = self._lens.blocks[layer].attn
+        return attn.rotary_cos[run.positions], attn.rotary_sin[run.positions]
 
     def _join(
         self, layer: int, run: "Pass", key: Tensor, value: Tensor, turned: Tensor

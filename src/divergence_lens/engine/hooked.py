@@ -54,7 +54,12 @@ class HookedEngine(Engine):
         model = self._lens
         resid: Tensor = model.hook_embed(model.embed(tokens))
         if self._positions:
-            resid = resid + model.hook_pos_embed(model.pos_embed(tokens, run.offset))
+            added = (
+                model.pos_embed(tokens, run.offset)
+                if run.positions is None
+                else model.pos_embed.W_pos[run.positions].expand_as(resid)  # [batch, pos, d_model]
+            )
+            resid = resid + model.hook_pos_embed(added)
         return resid
 
     def _block(self, layer: int, resid: Tensor, run: Pass) -> Tensor:

@@ -1,6 +1,6 @@
 """The state of a forward pass: its embeddings, and the keys and values before and after it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,21 @@ class KeyValues:
         return self._map(lambda stored: stored.expand(batch, *stored.shape[1:]))
 
 
+@dataclass
+class Work:
+    """What an engine has computed since it was built; benchmarks check that no more was necessary.
+
+    Attributes:
+        positions: Positions that went through a block, summed over blocks and rows.
+        fused: Those of them that went through a fused block.
+        unembedded: Positions whose logits were computed.
+    """
+
+    positions: int = 0
+    fused: int = 0
+    unembedded: int = 0
+
+
 class Pass:
     """A forward pass in progress.
 
@@ -68,6 +83,7 @@ class Pass:
         offset: Absolute position of the first token of `resid`.
         rows: For each row of the residual, its row in the past; None if they are the same.
         calls: The arguments that Hugging Face's decoder passes to each block (bridges only).
+        positions: Absolute positions of the tokens where they do not follow one another.
         masks: Attention masks by shape, shared by the fused blocks of this pass.
         stored: The keys and values stored so far, by layer.
     """
@@ -77,6 +93,7 @@ class Pass:
         self.past = past
         self.keep = keep
         self.rows: Tensor | None = None
+        self.positions: Tensor | None = None
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.masks: dict[tuple[int, int], Tensor] = {}
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
@@ -86,6 +103,18 @@ class Pass:
     def offset(self) -> int:
         """Absolute position of the pass's first token."""
         return self.past.length if self.past is not None else 0
+
+    def allow_ancestors(self, parents: Sequence[int], dtype: torch.dtype) -> None:
+        """Let each position attend to the past, its ancestors and itself, in the fused blocks."""
+        device, n_nodes = self.resid.device, len(parents)
+        allowed = torch.zeros(n_nodes, n_nodes, dtype=torch.bool)  # [query node, key node]
+        for node, parent in enumerate(parents):
+            if parent >= 0:
+                allowed[node] = allowed[parent]
+            allowed[node, node] = True
+        mask = torch.zeros(n_nodes, self.offset + n_nodes, dtype=dtype)
+        mask[:, self.offset :].masked_fill_(~allowed, -torch.inf)
+        self.masks[mask.shape[0], mask.shape[1]] = mask.to(device)
 
     def key_values(self) -> KeyValues:
         """Return the keys and values of the past and of this pass, after all blocks have run.

@@ -4,6 +4,8 @@ An answer counts for a candidate if it begins with one of its surface forms as a
 exact method runs the tokens of every form after every question, on the question's keys and values:
 
     p(form) = prod_k p(token k | question, tokens before k) * p(the next token ends the word)
+
+Forms that begin with the same tokens are branches of one tree, and a tree is one short pass.
 """
 
 import os
@@ -14,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from divergence_lens._utils.batching import length_batches, pad_right
+from divergence_lens._utils.batching import length_batches, pad_right, shared_prefix
 from divergence_lens._utils.interrupts import discard_partial
-from divergence_lens._utils.memory import halved, run_halved
+from divergence_lens._utils.memory import run_halved
 from divergence_lens.chat import decode, encode_completions, encode_prompts, stop_ids
 from divergence_lens.data import read_answer, surface_forms
-from divergence_lens.engine import Engine, KeyValues, chunk_rows, get_engine
+from divergence_lens.engine import Engine, KeyValues, chunk_rows, get_engine, in_chunks
 from divergence_lens.generation import generate
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher
@@ -30,8 +32,11 @@ from divergence_lens.teachers import Teacher
 # Extra tokens of a sampled answer beyond the longest form, to see where its word ends.
 _SLACK = 2
 
-# Number of cached positions that take as much memory as one position of a forward pass.
-_KEPT_PER_TOKEN = 4
+# Number of stored positions that take as much memory as one position of a forward pass.
+_STORED_PER_TOKEN = 4
+
+# A shared prefix shorter than this saves less than the extra pass costs.
+_SHORTEST_PREFIX = 16
 
 # How byte-level and SentencePiece tokenizers write the space before a word.
 _SPACES = frozenset("Ġ▁")
@@ -203,115 +208,126 @@ def form_events(
 ) -> Float64[np.ndarray, "questions forms"]:
     """Compute the probability that an answer begins with each form and that the word ends there.
 
-    Where no token can continue a word (a tokenizer of whole words) and every form is one token, a
-    padded batch of the questions suffices. Otherwise questions of equal length are batched, and
-    every form is run after each of them, on the question's keys and values.
+    1. Run the tokens that all questions begin with once, and the rest of the questions as padded
+       batches on those keys and values. The last hidden states give every form's first token.
+    2. Run the tree of all forms on the keys and values of each question; forms that begin with the
+       same tokens share them. This gives the later tokens and the end of the word. Where no token
+       can continue a word (a tokenizer of whole words) and every form is one token, one padded
+       batch of the whole questions is enough.
     """
+    tree = _FormTree.of(forms, continues)
     lengths = np.array([len(ids) for ids in prompts])
+    shared = min(shared_prefix(prompts), int(lengths.min()) - 1)
+    prefix: KeyValues | None = None
+    # Without a tree (small models with whole words), the prefix costs less than one more pass.
+    if tree is not None and shared >= _SHORTEST_PREFIX and len(prompts) > 1:
+        _, prefix = engine.prefill(torch.tensor([prompts[0][:shared]], device=engine.device))
+    else:
+        shared = 0
     first = torch.tensor([ids[0] for ids in forms], device=engine.device)
     events = np.zeros((len(prompts), len(forms)))
-    if not continues.any() and all(len(ids) == 1 for ids in forms):
 
-        def at_end(part: np.ndarray) -> None:
-            hidden = engine.final(pad_right([prompts[q] for q in part], engine.device))
-            last = hidden[torch.arange(len(part)), torch.from_numpy(lengths[part] - 1)]
-            events[part] = _log_softmax(engine, last)[:, first].double().exp().cpu().numpy()
+    def read(part: np.ndarray) -> None:
+        rows = pad_right([prompts[question][shared:] for question in part], engine.device)
+        past: KeyValues | None = None
+        if tree is None:
+            hidden = engine.final(rows, prefix)  # [questions, pos, d_model]
+        else:
+            hidden, past = engine.extend(rows, prefix)
+        ends = torch.from_numpy(lengths[part] - shared - 1)
+        last = hidden[torch.arange(len(part)), ends]  # [questions, d_model]
+        logp = engine.unembed(last).float().log_softmax(-1)[:, first].double().cpu()
+        if tree is not None and past is not None:
+            # A node's position depends on the length of the question, so equal lengths run at once.
+            for length in sorted(set(lengths[part].tolist())):
+                group = np.flatnonzero(lengths[part] == length)
+                # The keys and values of the questions take memory, too.
+                size = max(1, batch_tokens // (len(tree.tokens) + length // _STORED_PER_TOKEN))
+                for chosen in np.split(group, range(size, len(group), size)):
+                    index = torch.from_numpy(chosen).to(engine.device)
+                    logp[chosen] += _log_rest(engine, past.select(index).upto(length), tree).cpu()
+        events[part] = logp.exp().numpy()
 
-        for batch in length_batches(lengths, batch_tokens):
-            run_halved(batch, at_end)
-        return events
-    readings = _FormReadings.of(forms, continues, engine.device)
-
-    def behind(part: np.ndarray) -> None:
-        hidden, past = engine.prefill(pad_right([prompts[q] for q in part], engine.device))
-        logp = _log_softmax(engine, hidden[:, -1])[:, first]
-        parts = halved(range(len(forms)), lambda part: _log_rest(engine, past, readings[part]))
-        logp = logp + torch.cat(list(parts), 1)
-        events[part] = logp.double().exp().cpu().numpy()
-
-    for length in np.unique(lengths):
-        group = np.flatnonzero(lengths == length)
-        # The keys and values of a question are repeated for each form and take memory, too.
-        row_tokens = readings.tokens.shape[1] + int(length) // _KEPT_PER_TOKEN
-        size = max(1, batch_tokens // (len(forms) * row_tokens))
-        for batch in np.split(group, range(size, len(group), size)):
-            run_halved(batch, behind)
+    for batch in length_batches(lengths - shared, batch_tokens):
+        run_halved(batch, read)
     return events
 
 
 @dataclass(frozen=True)
-class _FormReadings:
-    """Tokens of all forms to run after a question, and the positions to read.
+class _FormTree:
+    """The tokens of all forms as a tree: one node for each distinct beginning of a form.
 
     Attributes:
-        tokens: Every form, padded on the right.
-        form: The form that each reading belongs to.
-        place: Its position in the form.
-        target: The id that must follow there, or -1 where the word must end.
-        ends: Which ids end a word.
+        tokens: The last token of each node's beginning.
+        parents: The index of each node's parent, which comes before it; -1 for first tokens.
+        targets: The ids that can follow each node in a form, padded with 0.
+        readings: For each form, the columns of `[nodes * (1 + children)]` to add up: the end of
+            the word (column 0 of its last node) and the later tokens (other columns of the nodes
+            before it). Padded with the number of columns.
+        ends: 1 for the ids that end a word, otherwise 0.
     """
 
-    tokens: Int64[Tensor, "forms width"]
-    form: Int64[Tensor, " readings"]
-    place: Int64[Tensor, " readings"]
-    target: Int64[Tensor, " readings"]
-    ends: Bool[Tensor, " d_vocab"]
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    targets: Int64[np.ndarray, "nodes children"]
+    readings: Int64[np.ndarray, "forms width"]
+    ends: Float32[np.ndarray, " d_vocab"]
 
     @classmethod
-    def of(
-        cls, forms: list[tuple[int, ...]], continues: np.ndarray, device: torch.device
-    ) -> "_FormReadings":
-        readings = [
-            (row, place, following)
-            for row, ids in enumerate(forms)
-            for place, following in enumerate((*ids[1:], -1))
-        ]
-        form, place, target = torch.tensor(readings, device=device).T
+    def of(cls, forms: list[tuple[int, ...]], continues: np.ndarray) -> "_FormTree | None":
+        """Build the tree, or return None if the first token of each form tells all."""
+        if not continues.any() and all(len(ids) == 1 for ids in forms):
+            return None
+        nodes = sorted({ids[:end] for ids in forms for end in range(1, len(ids) + 1)})
+        place = {beginning: index for index, beginning in enumerate(nodes)}
+        parents = [place.get(beginning[:-1], -1) for beginning in nodes]
+        children: list[list[int]] = [[] for _ in nodes]
+        for node, parent in enumerate(parents):
+            if parent >= 0:
+                children[parent].append(node)
+        width = 1 + max(map(len, children))
+        targets = np.zeros((len(nodes), width - 1), dtype=np.int64)
+        column = np.zeros(len(nodes), dtype=np.int64)  # where each node is read after its parent
+        for parent, members in enumerate(children):
+            targets[parent, : len(members)] = [nodes[node][-1] for node in members]
+            column[members] = parent * width + 1 + np.arange(len(members))
+        readings = np.full((len(forms), max(map(len, forms))), len(nodes) * width)
+        for row, ids in enumerate(forms):
+            readings[row, 0] = place[ids] * width
+            later = [column[place[ids[:end]]] for end in range(2, len(ids) + 1)]
+            readings[row, 1 : len(ids)] = later
         return cls(
-            tokens=pad_right(forms, device),
-            form=form,
-            place=place,
-            target=target,
-            ends=torch.from_numpy(~continues).to(device),
-        )
-
-    def __getitem__(self, forms: range) -> "_FormReadings":
-        """Select a range of forms."""
-        chosen = (self.form >= forms.start) & (self.form < forms.stop)
-        return _FormReadings(
-            tokens=self.tokens[forms.start : forms.stop],
-            form=self.form[chosen] - forms.start,
-            place=self.place[chosen],
-            target=self.target[chosen],
-            ends=self.ends,
+            tokens=tuple(beginning[-1] for beginning in nodes),
+            parents=tuple(parents),
+            targets=targets,
+            readings=readings,
+            ends=(~continues).astype(np.float32),
         )
 
 
 def _log_rest(
-    engine: Engine, past: KeyValues, steps: _FormReadings
-) -> Float[Tensor, "questions forms"]:
+    engine: Engine, past: KeyValues, tree: _FormTree
+) -> Float64[Tensor, "questions forms"]:
     """Compute the log-probability of the rest of each form and of the word's end."""
-    n_questions, n_forms = past.batch, len(steps.tokens)
-    questions = torch.arange(n_questions, device=engine.device).repeat_interleave(n_forms)
-    hidden = engine.final(steps.tokens.repeat(n_questions, 1), past=past.select(questions))
-    by_question = rearrange(hidden, "(question form) pos d -> question form pos d", form=n_forms)
-    at_readings = by_question[:, steps.form, steps.place]  # [questions, readings, d_model]
-    flat = rearrange(at_readings, "question reading d -> (question reading) d")
-    target = steps.target.repeat(n_questions)
-    size = chunk_rows(engine)
-    parts = []
-    for at in range(0, len(flat), size):
-        logp = _log_softmax(engine, flat[at : at + size])
-        wanted = target[at : at + size]
-        read = logp.gather(-1, wanted.clamp(min=0)[:, None])[:, 0]
-        at_end = wanted < 0
-        read[at_end] = logp[at_end][:, steps.ends].logsumexp(-1)
-        parts.append(read)
-    total = torch.zeros(n_questions, n_forms, device=engine.device)
-    return total.index_add(1, steps.form, torch.cat(parts).reshape(n_questions, -1))
+    tokens = torch.tensor(tree.tokens, device=engine.device)
+    hidden = engine.branch(tokens.expand(past.batch, -1), tree.parents, past)
+    flat = rearrange(hidden, "question node d_model -> (question node) d_model")
+    targets = torch.from_numpy(tree.targets).to(engine.device).repeat(past.batch, 1)
+    ends = torch.from_numpy(tree.ends).to(engine.device)
 
+    def read(rows: slice) -> Float64[Tensor, "rows columns"]:
+        # softmax = exp(logits - top) / sum(exp(logits - top)), in the memory of the logits.
+        logits = engine.unembed(flat[rows]).float()  # [rows, d_vocab]
+        logits.sub_(logits.amax(-1, keepdim=True))
+        following = logits.gather(-1, targets[rows])  # [rows, children]
+        weights = logits.exp_()
+        at_end = (weights @ ends).log()[:, None]  # [rows, 1]
+        total = weights.sum(-1, keepdim=True).log()
+        return torch.cat([at_end, following], 1).double() - total.double()
 
-def _log_softmax(
-    engine: Engine, hidden: Float[Tensor, "rows d_model"]
-) -> Float[Tensor, "rows d_vocab"]:
-    return engine.unembed(hidden).float().log_softmax(-1)
+    read_rows = torch.cat(in_chunks(len(flat), chunk_rows(engine), read))
+    by_question = rearrange(
+        read_rows, "(question node) column -> question (node column)", node=len(tree.tokens)
+    )
+    padded = torch.nn.functional.pad(by_question, (0, 1))  # the added column is 0
+    return padded[:, torch.from_numpy(tree.readings).to(engine.device)].sum(-1)
