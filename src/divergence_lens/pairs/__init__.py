@@ -6,6 +6,7 @@ from divergence_lens.pairs.bias_words import answers_naming_bias
 from divergence_lens.pairs.disagreements import check_tokenizers
 from divergence_lens.pairs.inputs import Rows, weights_key
 from divergence_lens.pairs.pairs import Pairs
+from divergence_lens.pairs.view import token_boxes
 
 __all__ = [
     "BIAS",
@@ -18,6 +19,7 @@ __all__ = [
     "align",
     "answers_naming_bias",
     "check_tokenizers",
+    "token_boxes",
     "weights_key",
     "without_padding",
 ]

@@ -14,7 +14,7 @@ NO_TOKEN = -1
 """Fills rows of answers and foils; a metric may need neither, so a whole row may be empty."""
 
 TokenRows: TypeAlias = (
-    Int64[Tensor, " pairs"] | Int64[Tensor, "pairs tokens"] | Sequence[int | Sequence[int] | None]
+    Int64[Tensor, " pairs"] | Int64[Tensor, "pairs _"] | Sequence[int | Sequence[int] | None]
 )
 Answers: TypeAlias = Sequence[str | int | Sequence[int]]
 
@@ -22,7 +22,7 @@ Answers: TypeAlias = Sequence[str | int | Sequence[int]]
 _PUNCTUATION = frozenset(",.;:!?)")
 
 
-def answer_tokens(rows: TokenRows | None, n: int, name: str) -> Int64[Tensor, "pairs tokens"]:
+def answer_tokens(rows: TokenRows | None, n: int, name: str) -> Int64[Tensor, "pairs longest"]:
     """Convert one id or sequence of ids per pair to a matrix, padded with `NO_TOKEN`.
 
     Raises:

@@ -29,7 +29,7 @@ def pairs_html(
             for label, segment, marked in zip(*columns, strict=True)
         )
         left = "<td style='text-align:left'>"
-        shown = "".join(f"{left}{_boxes(side[i])}</td>" for side in answers)
+        shown = "".join(f"{left}{token_boxes(side[i])}</td>" for side in answers)
         rows.append(f"<tr><td>{i}</td>{left}{cells}</td>{shown}</tr>")
     heads = "".join(f"<th>{name}</th>" for name in ("pair", "clean row", "answer", "foil"))
     return (
@@ -39,7 +39,7 @@ def pairs_html(
     )
 
 
-def _boxes(tokens: Sequence[str]) -> str:
+def token_boxes(tokens: Sequence[str]) -> str:
     """Tokens in frames, so that spaces and the borders between tokens are visible."""
     return "".join(
         f'<span style="white-space:pre;border:1px solid #bbb">{escape(token)}</span>'

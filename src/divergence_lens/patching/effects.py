@@ -25,7 +25,7 @@ from divergence_lens._utils.indexing import Index, row_numbers
 from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.statistics import bootstrap_interval, resampled_means
 from divergence_lens._utils.storage import load_tensors, save_tensors
-from divergence_lens.pairs import PAIR_SEGMENTS
+from divergence_lens.pairs import PAIR_SEGMENTS, token_boxes
 from divergence_lens.patching.agreement import (
     Agreement,
     agreement_from_json,
@@ -425,12 +425,19 @@ class Effects:
             int(np.isnan(self.values[i, :, : len(row)]).sum()) for i, row in enumerate(self.labels)
         )
         checked = self.verified._repr_html_() if self.verified is not None else ""
+        sides = ((self.answer_labels, "answers"), (self.foil_labels, "foils"))
+        answers = "".join(
+            f"<p>{name}: {' '.join(map(token_boxes, labels[:5]))}"
+            f"{' (first 5)' if len(labels) > 5 else ''}</p>"
+            for labels, name in sides
+            if any(labels)
+        )
         return (
             f"<p><b>effects</b> of {escape(self.site)}, {self.direction}, {escape(self.method)}, "
             f"on {escape(self.metric)}: {shape} (pairs, layers, positions"
             f"{', heads' if self.values.ndim == 4 else ''}), {missing} cells missing; "
             f"mean total effect {float(self.total.mean()):.3f}, "
-            f"{int(self.near_zero().sum())} pairs with a total near zero</p>{checked}"
+            f"{int(self.near_zero().sum())} pairs with a total near zero</p>{checked}{answers}"
             f"<p>strongest cells</p>{strongest}"
         )
 
