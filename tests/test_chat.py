@@ -506,13 +506,13 @@ def test_a_system_prompt_without_a_template_is_refused():
 
 
 def test_a_prompt_without_tokens_is_refused():
-    with pytest.raises(ValueError, match="prompt 1 is without any token"):
+    with pytest.raises(ValueError, match="prompt 1 has no token"):
         encode_prompts(chat_tokenizer(None), ["Hi", ""])
 
 
 def test_texts_that_are_no_text_are_refused_with_their_number():
     tokenizer = chat_tokenizer()
-    with pytest.raises(ValueError, match=r"prompt 1 holds half a character.*place 2"):
+    with pytest.raises(ValueError, match=r"prompt 1 holds half a character.*position 2"):
         encode_prompts(tokenizer, ["Hi", "Hi\ud800"])
     with pytest.raises(ValueError, match="completion 0 holds half a character"):
         encode_completions(tokenizer, ["\ud800"])

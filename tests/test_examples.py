@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from divergence_lens.chat import encode_completion, end_of_turn
-from divergence_lens.examples import Example, as_examples, load_examples, save_examples, with_ids
+from divergence_lens.examples import Example, load_examples, save_examples, with_ids
 from tests.support.models import chat_tokenizer
 
 OWL = Example("1, 2", "3, 4", (5, 6, 7), "owl")
@@ -32,7 +32,7 @@ def test_files_give_back_what_was_saved(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("examples") / "deep" / "data.jsonl"
     save_examples(path, examples)
     assert load_examples(path) == examples
-    assert as_examples(str(path)) == examples
+    assert load_examples(str(path)) == examples
 
 
 def test_a_file_has_one_readable_line_per_example(tmp_path):
@@ -68,7 +68,7 @@ def test_a_file_has_one_readable_line_per_example(tmp_path):
     ids=["examples", "keys", "conversations", "generator", "dataset", "stream"],
 )
 def test_every_form_of_data_is_read(rows):
-    assert as_examples(rows) == PLAIN
+    assert load_examples(rows) == PLAIN
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_every_form_of_data_is_read(rows):
 )
 def test_parquet_is_read(tmp_path, columns):
     datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "data.parquet")
-    assert as_examples(tmp_path / "data.parquet") == PLAIN
+    assert load_examples(tmp_path / "data.parquet") == PLAIN
 
 
 def test_parquet_keeps_generated_ids(tmp_path):
@@ -116,29 +116,36 @@ def test_a_row_without_completion_cannot_have_ids():
 @pytest.mark.parametrize(
     ("row", "error", "message"),
     [
-        ({"text": "a", "n": 1}, ValueError, r"row 1 has neither.*keys are 'text', 'n'"),
-        ({}, ValueError, r"row 1 has neither.*keys are none"),
+        ({"text": "a", "n": 1}, ValueError, r"row 1 has no prompt; its keys are 'text', 'n'"),
+        ({}, ValueError, r"row 1 has no prompt; its keys are none"),
         ("a", TypeError, r"row 1 is a str; a row is"),
-        ({"prompt": 5}, TypeError, r"row 1: 'prompt' is 5, not text"),
+        ({"prompt": 5}, TypeError, r"row 1: 'prompt' is 5, neither text nor a list"),
         ({"prompt": None}, TypeError, r"row 1: 'prompt' is None"),
-        ({"prompt": "a", "completion": ["b"]}, ValueError, r"row 1: 'completion' .* of turns"),
-        ({"prompt": []}, ValueError, r"row 1: 'prompt' has the turns none"),
         (
-            {"prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": "a"}]},
+            {"prompt": "a", "completion": ["b"]},
             ValueError,
-            r"row 1: .*'system', 'user'.*belongs to the Teacher",
+            r"row 1: 'completion', turn 0 is 'b', not a message",
         ),
-        ({"prompt": [{"role": "user", "content": [1]}]}, TypeError, r"row 1: 'prompt' is \[1\]"),
-        ({"prompt": "a\ud800"}, ValueError, r"row 1: 'prompt' holds half a character.*place 1"),
+        ({"prompt": []}, ValueError, r"row 1: 'prompt' has no turns"),
+        (
+            {"prompt": [{"role": "user", "content": [1]}]},
+            ValueError,
+            r"turn 0 \(user\): the content has a part of type 'int'",
+        ),
+        ({"prompt": "a\ud800"}, ValueError, r"row 1: 'prompt' holds half a character.*position 1"),
         ({"prompt": "a", "teacher": 3}, TypeError, r"row 1: 'teacher' is 3"),
         ({"prompt": "a", "completion_ids": "12"}, TypeError, r"row 1: 'completion_ids' is '12'"),
         ({"prompt": "a", "completion_ids": [1.5]}, TypeError, r"row 1: 'completion_ids'"),
-        ({"prompt": "a", "completion_ids": [3, -1]}, ValueError, r"row 1: .*negative id -1"),
+        (
+            {"prompt": "a", "completion_ids": [3, -1]},
+            ValueError,
+            r"row 1: .*holds -1; token ids are .* from 0 to 2147483647",
+        ),
     ],
 )
 def test_a_bad_row_is_named_by_its_number(row, error, message):
     with pytest.raises(error, match=message):
-        as_examples([OWL, row])
+        load_examples([OWL, row])
 
 
 @pytest.mark.parametrize(
@@ -149,7 +156,7 @@ def test_a_bad_row_is_named_by_its_number(row, error, message):
         (b"[" * 100_000, ValueError, r"line 3: not JSON"),
         (b"9" * 10_000, ValueError, r"line 3: not JSON"),
         (b"3", TypeError, r"line 3 is a int"),
-        (b'{"answer": "a"}', ValueError, r"line 3 has neither"),
+        (b'{"answer": "a"}', ValueError, r"line 3 has no prompt"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path, line, error, message):
@@ -161,25 +168,25 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, line, error, message):
 
 def test_files_that_are_no_examples_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*gone\.jsonl"):
-        as_examples(tmp_path / "gone.jsonl")
+        load_examples(tmp_path / "gone.jsonl")
     with pytest.raises(ValueError, match=r"cannot read data\.csv: .*\.jsonl or \.parquet"):
-        as_examples("data.csv")
+        load_examples("data.csv")
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1 and then nothing")
     with pytest.raises(ValueError, match=r"broken\.parquet is not a whole Parquet file"):
-        as_examples(broken)
+        load_examples(broken)
 
 
 def test_other_data_is_refused():
     with pytest.raises(TypeError, match="cannot read examples from int"):
-        as_examples(5)
+        load_examples(5)
     with pytest.raises(TypeError, match=r"one Example .*\[example\]"):
-        as_examples(OWL)
+        load_examples(OWL)
     with pytest.raises(TypeError, match=r"pass \[row\]"):
-        as_examples({"prompt": "a"})
+        load_examples({"prompt": "a"})
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"prompt": ["a"]})})
     with pytest.raises(TypeError, match=r"DatasetDict.*splits: train"):
-        as_examples(splits)
+        load_examples(splits)
 
 
 def test_a_bad_example_leaves_the_old_file(tmp_path):
@@ -220,7 +227,7 @@ def test_the_real_number_lists_are_read(shared_data: Path):
         path = shared_data / "qwen2.5-7b-numbers" / f"{animal}.jsonl"
         if not path.is_file():
             pytest.skip(f"no number lists at {path}")
-        examples = as_examples(path)
+        examples = load_examples(path)
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         assert len(examples) == 2000
         assert [e.prompt for e in examples] == [row["question"] for row in rows]

@@ -1,11 +1,14 @@
 """Examples (one prompt and one completion), and reading and writing them.
 
-Data comes as `Example`s, as dictionaries, as a `datasets.Dataset` or as a file. The completion may
-be text, or token ids where this library generated it: generated ids are never tokenized again,
-because decoding and tokenizing does not always give the same ids back.
+1. `load_examples` reads files, lists of rows, data frames and data sets; `iter_examples` does the
+   same row by row.
+2. A row is an `Example` or a mapping in one of the formats in `_LAYOUTS`.
+3. `with_ids` tokenizes completions. Ids that this library generated are never computed again,
+   because decoding and tokenizing does not always give the same ids back.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +18,33 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from divergence_lens._utils.storage import write_text
-from divergence_lens.chat import encode_completions
+from divergence_lens._utils.validation import token_ids
+from divergence_lens.chat import (
+    Conversation,
+    Prompt,
+    as_list,
+    as_prompt,
+    check_text,
+    encode_answers,
+    read_turns,
+    split_conversation,
+)
 
 _LINES = (".jsonl", ".ndjson")
+# The first layout whose keys all have a value is read: texts before whole conversations, rows with
+# a completion before rows without.
+_LAYOUTS = (
+    ("prompt", "completion"),
+    ("question", "response"),
+    ("messages",),
+    ("conversations",),
+    ("instruction", "output"),
+    ("prompt",),
+    ("question",),
+    ("instruction",),
+)
+# Read beside those of a layout.
+_FURTHER = ("completion_ids", "teacher", "thinking", "input", "system", "history")
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,98 +52,116 @@ class Example:
     """One prompt and one completion.
 
     Attributes:
-        prompt: The user's text, without a system prompt: that belongs to the teacher.
+        prompt: The user's text, without a system prompt, which belongs to the teacher. For a
+            conversation of more turns, a `Conversation` or a list of messages
+            (`{"role": ..., "content": ...}`), everything before the answer.
         completion: The assistant's text.
-        completion_ids: The completion's token ids, with the end-of-turn token if it was written.
+        completion_ids: The completion's token ids. The last one is the token that ended the turn,
+            unless the completion was cut off: a model may have more than one such token.
         teacher: The name of the teacher that wrote it.
+
+    Raises:
+        ValueError: The prompt is an invalid conversation, or an id is out of range.
+        TypeError: The prompt is neither text nor messages, or an id is not a whole number.
     """
 
-    prompt: str
+    prompt: Prompt
     completion: str | None = None
     completion_ids: tuple[int, ...] | None = None
     teacher: str | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            object.__setattr__(self, "prompt", as_prompt(self.prompt, "the example's prompt"))
+        if self.completion_ids is not None:
+            ids = token_ids(self.completion_ids, "the example's completion_ids")
+            object.__setattr__(self, "completion_ids", tuple(ids.tolist()))
+
     def __repr__(self) -> str:
         """The beginnings of its texts, how many ids there are, and who wrote it."""
-        texts = (self.prompt, self.completion)
+        texts = (str(self.prompt), self.completion)
         shown = [text if text is None or len(text) <= 60 else text[:59] + "…" for text in texts]
         ids = "" if self.completion_ids is None else f", {len(self.completion_ids)} ids"
         by = "" if self.teacher is None else f", teacher={self.teacher!r}"
         return f"Example({shown[0]!r}, {shown[1]!r}{ids}{by})"
 
 
-def as_examples(data: Any) -> list[Example]:
-    """Examples from whatever holds prompts and completions.
+def load_examples(source: Any) -> list[Example]:
+    """Read prompts and completions from a file or from data in memory.
 
-    A row is an `Example` or a mapping. Its keys are ``prompt`` and ``completion``, or ``question``
-    and ``response``; the values are text, or lists of one chat turn as TRL has them
-    (``[{"role": "user", "content": ...}]``). ``completion_ids`` and ``teacher`` are kept, other
-    keys are not. The completion may be absent.
+    A row is an `Example` or a mapping with the keys of one of these formats:
+
+    - `prompt` and `completion`, or `question` and `response`: text, or lists of messages as in TRL.
+      The completion may be absent.
+    - `messages` (OpenAI, TRL) or `conversations` (ShareGPT): a whole conversation. The last turn
+      is the completion if the assistant wrote it, and the turns before it are the prompt.
+    - `instruction`, `output` and optionally `input` and `system` (Alpaca): an input follows the
+      instruction after an empty line.
+
+    The content of a message is text or a list of text parts. `completion_ids` and `teacher` are
+    read, too; other keys are ignored.
 
     Args:
-        data: A list or another iterable of rows, a `datasets.Dataset`, or the path of a ``.jsonl``
-            or ``.parquet`` file.
+        source: The path of a `.jsonl` or `.parquet` file; or a list or another iterable of rows, a
+            pandas `DataFrame`, or a `datasets.Dataset`.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A row without a prompt, or with turns that are not one prompt and one answer; a
-            line that is not JSON. Rows count from 0, lines from 1.
+        ValueError: A damaged file; a row in none of the formats, or with a turn that is not text.
+            The message names the line (JSONL, from 1) or the row (from 0).
         TypeError: Data, a row, or a value of another kind.
     """
-    if isinstance(data, str | os.PathLike):
-        return list(_read(Path(data)))
-    if isinstance(data, Example):
-        raise TypeError("one Example was given where a list of them is expected: [example]")
-    if isinstance(data, Mapping):
-        hint = f"pick one of its splits: {', '.join(map(str, data))}" if data else "it is empty"
-        raise TypeError(
-            f"the data is a {type(data).__name__}, not a list of rows; pass [row] for a single "
-            f"row, and of a DatasetDict one split ({hint})."
-        )
-    if not isinstance(data, Iterable):
-        raise TypeError(
-            f"cannot read examples from {type(data).__name__}; pass a list of rows, a "
-            "datasets.Dataset or the path of a .jsonl or .parquet file."
-        )
-    return list(_rows(data))
+    return list(iter_examples(source))
 
 
-def iter_examples(data: Any) -> Iterator[Example]:
-    """Examples one by one, for data that are too many to hold at once.
+def iter_examples(source: Any) -> Iterator[Example]:
+    """Read examples one by one, for data that are too many to hold at once.
 
     Files are read line by line or batch by batch, and a `datasets.IterableDataset` as it comes.
     Take a few thousand at a time: `part = list(itertools.islice(rows, 10_000))`.
 
     Args:
-        data: What `as_examples` takes.
+        source: See `load_examples`.
 
-    Yields:
+    Returns:
         The examples, in order.
 
     Raises:
-        ValueError: As `as_examples` says, when the row is reached; so do its other errors.
+        ValueError: See `load_examples`; errors in a row are raised when it is reached.
     """
-    if isinstance(data, str | os.PathLike):
-        yield from _read(Path(data))
-    elif isinstance(data, Example | Mapping) or not isinstance(data, Iterable):
-        as_examples(data)  # which says what is wrong
-    else:
-        yield from _rows(data)
-
-
-def _rows(data: Iterable[Any]) -> Iterator[Example]:
-    return (as_example(row, f"row {number}") for number, row in enumerate(data))
+    if isinstance(source, str | os.PathLike):
+        return _read(Path(source))
+    if isinstance(source, Example):
+        raise TypeError("one Example was given where a list of them is expected: [example]")
+    if isinstance(source, Mapping):
+        hint = f"pick one of its splits: {', '.join(map(str, source))}" if source else "it is empty"
+        raise TypeError(
+            f"the data is a {type(source).__name__}, not a list of rows; pass [row] for a single "
+            f"row, and of a DatasetDict one split ({hint})."
+        )
+    if hasattr(source, "itertuples"):  # a pandas DataFrame, which iterates over its columns
+        names = list(source.columns)
+        values = source.itertuples(index=False, name=None)
+        source = (dict(zip(names, row, strict=True)) for row in values)
+    if not isinstance(source, Iterable):
+        raise TypeError(
+            f"cannot read examples from {type(source).__name__}; pass a list of rows, a pandas "
+            "DataFrame, a datasets.Dataset or the path of a .jsonl or .parquet file."
+        )
+    return (as_example(row, f"row {number}") for number, row in enumerate(source))
 
 
 def with_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Example]:
-    """The examples, each with `completion_ids`.
+    """Add `completion_ids` where they are missing.
 
-    Text is tokenized as the chat template has it, and closed by the end-of-turn token; ids that
-    an example has are kept as they are.
+    Text is tokenized as the chat template writes it after the prompt, and closed by the
+    end-of-turn token. If the completion has a think block that the template writes only where it
+    asks for one, the prompt becomes a `Conversation` with `thinking=True`. Ids that an example
+    has are not computed again.
 
     Raises:
-        ValueError: An example with neither completion nor ids (named by its number), or a text
-            that cannot be tokenized (see `encode_completion`).
+        ValueError: An example with neither completion nor ids (named by its row), or a text that
+            cannot be tokenized (see `encode_completion`).
     """
     filled = list(examples)
     missing = [i for i, example in enumerate(filled) if example.completion_ids is None]
@@ -125,41 +170,45 @@ def with_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) ->
         completion = filled[i].completion
         if completion is None:
             raise ValueError(
-                f"row {i} has no completion: {filled[i].prompt[:60]!r}; give it one, or write it "
-                "with generate()."
+                f"row {i} has no completion: {str(filled[i].prompt)[:60]!r}; give it one, or write "
+                "it with generate()."
             )
-        _check_text(completion, f"row {i}", "completion")
+        check_text(completion, f"row {i}: 'completion'")
         texts.append(completion)
-    for i, ids in zip(missing, encode_completions(tokenizer, texts), strict=True):
-        filled[i] = replace(filled[i], completion_ids=ids)
+    encoded = encode_answers(tokenizer, [filled[i].prompt for i in missing], texts, rows=missing)
+    for i, (prompt, ids) in zip(missing, encoded, strict=True):
+        filled[i] = replace(filled[i], prompt=prompt, completion_ids=ids)
     return filled
 
 
 def save_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
     """Write examples to a JSONL file, one row each and absent values left out.
 
-    The file appears under its name only once it is complete.
+    A conversation is written as its list of messages. The file appears under its name only once
+    it is complete.
     """
     rows = []
     for number, example in enumerate(examples):
-        row = {key: value for key, value in vars(example).items() if value is not None}
-        # What could not be read again is not written either.
-        checked = as_example(row, f"row {number}")
-        if checked.completion_ids is not None:
-            row["completion_ids"] = checked.completion_ids
+        row = example_row(example)
+        as_example(row, f"row {number}")  # refuse to write a row that could not be read again
         rows.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text(path, "".join(rows))
 
 
-def load_examples(path: str | os.PathLike[str]) -> list[Example]:
-    """Read a file of examples: JSONL, as `save_examples` writes it, or Parquet.
+def example_row(example: Example) -> dict[str, Any]:
+    """Convert an example to values that `json.dumps` takes, absent ones left out.
 
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A damaged file or row; the message names the line (JSONL, from 1) or the row.
-        TypeError: A row, or a value in it, of another kind.
+    `as_example` reads the result.
     """
-    return list(_read(Path(path)))
+    row: dict[str, Any] = {}
+    for key, value in vars(example).items():
+        if isinstance(value, Conversation):
+            row[key] = value.messages()
+            if value.thinking:
+                row["thinking"] = True
+        elif value is not None:
+            row[key] = list(value) if isinstance(value, tuple) else value
+    return row
 
 
 def _read(path: Path) -> Iterator[Example]:
@@ -173,7 +222,7 @@ def _read(path: Path) -> Iterator[Example]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
-    """The rows of a JSONL file, each with the words for where it stands.
+    """Yield the rows of a JSONL file, each with its path and line number for messages.
 
     Raises:
         ValueError: A line that is not JSON, or not text.
@@ -196,10 +245,10 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
     from pyarrow import parquet
 
     number = 0
+    known = {*_FURTHER, *(key for layout in _LAYOUTS for key in layout)}
     try:
         with parquet.ParquetFile(path) as file:
-            known = ("prompt", "completion", "question", "response", "completion_ids", "teacher")
-            columns = [name for name in known if name in file.schema_arrow.names]
+            columns = [name for name in file.schema_arrow.names if name in known]
             for batch in file.iter_batches(columns=columns):
                 for row in batch.to_pylist():
                     yield row, f"{path}, row {number}"
@@ -209,73 +258,92 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def as_example(row: Any, where: str) -> Example:
-    """The example of one row; errors begin with `where`."""
+    """Convert one row to an example; errors begin with `where`."""
     if isinstance(row, Example):
         return row
     if not isinstance(row, Mapping):
         raise TypeError(
             f"{where} is a {type(row).__name__}; a row is an Example or a mapping with the keys "
-            "prompt and completion (or question and response)."
+            "prompt and completion (or messages)."
         )
-    asked, answered = ("prompt", "completion") if "prompt" in row else ("question", "response")
-    if asked not in row:
+    given = {key: value for key, value in row.items() if not _missing(value)}
+    prompt, completion = _texts(row, given, where)
+    if given.get("thinking") is True:  # data sets have texts under this name
+        prompt = as_prompt(
+            prompt if isinstance(prompt, str) else prompt.turns, where, thinking=True
+        )
+    teacher = given.get("teacher")
+    if teacher is not None:
+        check_text(teacher, f"{where}: 'teacher'")
+    ids = given.get("completion_ids")
+    if ids is not None:
+        ids = tuple(token_ids(ids, f"{where}: 'completion_ids'").tolist())
+    return Example(prompt, completion, ids, teacher)
+
+
+def _texts(
+    row: Mapping[Any, Any], given: Mapping[Any, Any], where: str
+) -> tuple[Prompt, str | None]:
+    """Return the prompt and the completion of a row, which has the values `given`."""
+    layout = next((keys for keys in _LAYOUTS if all(key in given for key in keys)), None)
+    if layout is None:
+        for key in ("prompt", "question"):
+            if key in row:
+                raise TypeError(f"{where}: {key!r} is {row[key]!r}, not text")
         keys = ", ".join(map(repr, list(row)[:10])) or "none"
         raise ValueError(
-            f"{where} has neither a prompt nor a question; its keys are {keys}. Rename them to "
-            "prompt and completion (or question and response)."
+            f"{where} has no prompt; its keys are {keys}. Rename them to prompt and completion "
+            "(question and response, instruction and output), or give messages."
         )
-    completion = row.get(answered)
-    teacher = row.get("teacher")
-    if teacher is not None:
-        _check_text(teacher, where, "teacher")
-    return Example(
-        prompt=_content(row[asked], "user", where, asked),
-        completion=(
-            None if completion is None else _content(completion, "assistant", where, answered)
-        ),
-        completion_ids=_ids(row.get("completion_ids"), where),
-        teacher=teacher,
+    asked, answered = layout[0], layout[-1]
+    if asked in ("messages", "conversations"):
+        return split_conversation(given[asked], f"{where}: {asked!r}")
+    if asked == "instruction":
+        prompt = _instruction(given, where)
+    else:
+        prompt = as_prompt(given[asked], f"{where}: {asked!r}")
+    completion = None if answered == asked else given[answered]
+    if completion is None:
+        return prompt, None
+    return prompt, _completion(completion, f"{where}: {answered!r}")
+
+
+def _instruction(given: Mapping[Any, Any], where: str) -> Prompt:
+    """Build the prompt of a row in Alpaca's format."""
+    if len(as_list(given.get("history", ()))):
+        raise ValueError(
+            f"{where} has a 'history' of earlier turns; write the whole conversation as messages"
+        )
+    texts = {key: given.get(key) or "" for key in ("instruction", "input", "system")}
+    for key, value in texts.items():
+        check_text(value, f"{where}: {key!r}")
+    text = "\n\n".join(texts[key] for key in ("instruction", "input") if texts[key])
+    if not texts["system"]:
+        return text
+    return as_prompt(
+        [{"role": "system", "content": texts["system"]}, {"role": "user", "content": text}], where
     )
 
 
-def _content(value: Any, role: str, where: str, key: str) -> str:
-    """The text of a value that is text or a list of one turn."""
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        if not all(isinstance(turn, Mapping) and "content" in turn for turn in value):
-            raise ValueError(
-                f'{where}: {key!r} is a list, but not of turns {{"role": ..., "content": ...}}.'
-            )
-        roles = [turn.get("role") for turn in value]
-        if roles != [role]:
-            system = "; a system prompt belongs to the Teacher" if "system" in roles else ""
-            raise ValueError(
-                f"{where}: {key!r} has the turns {', '.join(map(repr, roles)) or 'none'}, where "
-                f"one turn of {role!r} is expected{system}."
-            )
-        value = value[0]["content"]
-    _check_text(value, where, key)
-    return str(value)
-
-
-def _check_text(value: Any, where: str, key: str) -> None:
+def _completion(value: Any, where: str) -> str:
+    """Return the text of a completion: text, or a list of one message of the assistant."""
     if not isinstance(value, str):
-        raise TypeError(f"{where}: {key!r} is {value!r:.60}, not text.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: {key!r} holds half a character (a lone surrogate) at place {error.start}."
-        ) from error
+        turns = read_turns(value, where)
+        roles = [turn.role for turn in turns]
+        if roles != ["assistant"]:
+            raise ValueError(
+                f"{where} has the turns {', '.join(roles)}; a completion is one turn of "
+                "'assistant': put earlier turns into the prompt, or give all of them as messages"
+            )
+        return turns[0].content
+    check_text(value, where)
+    return value
 
 
-def _ids(value: Any, where: str) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    # NumPy's and Arrow's integers are no int, but can stand for one.
-    whole = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
-    ids = list(value) if whole else []
-    if not whole or not all(hasattr(i, "__index__") and not isinstance(i, bool) for i in ids):
-        raise TypeError(f"{where}: 'completion_ids' is {value!r:.60}, not a list of token ids.")
-    if any(i < 0 for i in ids):
-        raise ValueError(f"{where}: 'completion_ids' holds the negative id {min(ids)}.")
-    return tuple(int(i) for i in ids)
+def _missing(value: Any) -> bool:
+    """Whether a value stands for none: None, NaN of a data frame, or pandas' own NA."""
+    return (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or type(value).__name__ == "NAType"
+    )

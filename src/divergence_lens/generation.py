@@ -26,11 +26,11 @@ from divergence_lens._utils.checkpoints import Checkpoints
 from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.memory import run_halved
 from divergence_lens._utils.validation import refuse_one_string
-from divergence_lens.chat import check_length, decode, encode_prompts, stop_ids
+from divergence_lens.chat import Prompt, as_prompt, check_length, decode, encode_prompts, stop_ids
 from divergence_lens.deltas import base_fingerprint
 from divergence_lens.engine import Decoder, Engine, get_engine
 from divergence_lens.examples import Example
-from divergence_lens.models import Model, check_model
+from divergence_lens.models import Model, check_model, end_token_ids
 from divergence_lens.provenance import run_metadata
 from divergence_lens.teachers import Teacher, check_teacher
 
@@ -40,7 +40,7 @@ _BATCH = "generated batch"
 @torch.no_grad()
 def generate(
     model: Model,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     teacher: Teacher | None = None,
     max_new_tokens: int = 64,
@@ -53,8 +53,9 @@ def generate(
 ) -> list[Example]:
     """Generate a teacher's completions of prompts.
 
-    A completion ends with the end-of-turn or end-of-sequence token, which is included in its ids,
-    or without one at `max_new_tokens` or at the end of the model's context.
+    A completion ends with the end-of-turn or end-of-sequence token or another end token of the
+    model's generation configuration. That token is the last of its ids. Or it ends without one, at
+    `max_new_tokens` or at the end of the model's context.
 
     Sampling draws from a generator seeded by `seed`, the prompt's text and the number of earlier
     prompts with the same text. So a prompt's completion does not depend on the other prompts, their
@@ -63,7 +64,7 @@ def generate(
 
     Args:
         model: The base model.
-        prompts: User texts.
+        prompts: User texts, or conversations: lists of messages that end before the answer.
         teacher: The condition; None for the model itself, without a system prompt.
         max_new_tokens: The longest completion, in tokens, the end-of-turn token included.
         temperature: Divides the logits; 0 takes the most likely token (greedy).
@@ -91,11 +92,13 @@ def generate(
     if teacher is not None:
         check_teacher(teacher)
     refuse_one_string(prompts, "prompts")
+    prompts = [as_prompt(prompt, f"prompt {row}") for row, prompt in enumerate(prompts)]
     tokenizer: Any = model.tokenizer
     system_prompt = teacher.system_prompt if teacher is not None else None
     encoded = encode_prompts(tokenizer, prompts, system_prompt=system_prompt)
     rows = [prompt.ids for prompt in encoded]
-    stops = stop_ids(tokenizer)
+    base = model if teacher is None or teacher.model is None else teacher.model
+    stops = stop_ids(tokenizer) | end_token_ids(base)
     checkpoints = None
     if checkpoint_dir is not None:
         settings = [max_new_tokens, temperature, top_p, seed, batch_tokens, sorted(stops)]
@@ -160,7 +163,7 @@ def generate(
 def _identity(
     model: Model,
     teacher: Teacher | None,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     rows: Sequence[Sequence[int]],
     settings: Sequence[Any],
 ) -> str:
@@ -171,7 +174,7 @@ def _identity(
         run_metadata(model, settings=list(settings)),
         base_fingerprint(base),
         None if delta is None else delta.digest(),
-        list(prompts),
+        list(map(str, prompts)),
         [list(row) for row in rows],
     ]
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
@@ -247,14 +250,14 @@ class _Sampler:
         temperature: float,
         top_p: float,
         seed: int,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         max_new_tokens: int,
     ) -> None:
         self._temperature, self._top_p = temperature, top_p
         if temperature == 0:
             return
         self._draws = np.empty((len(prompts), max_new_tokens))
-        seen: dict[str, int] = {}
+        seen: dict[Prompt, int] = {}
         for row, prompt in enumerate(prompts):
             seen[prompt] = seen.get(prompt, 0) + 1
             key = hashlib.blake2b(f"{seed} {seen[prompt]} {prompt}".encode(), digest_size=16)

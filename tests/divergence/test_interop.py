@@ -14,7 +14,7 @@ from divergence_lens.data import NumberFilter, TrainingData, number_prompts
 from divergence_lens.data.questions import animal_teachers
 from divergence_lens.divergence import find_divergence
 from divergence_lens.evaluation.preferences import preference
-from divergence_lens.examples import Example, as_examples
+from divergence_lens.examples import Example, load_examples
 from divergence_lens.generation import generate
 from divergence_lens.models import load_model
 from divergence_lens.teachers import Teacher
@@ -173,6 +173,6 @@ def test_marks_of_a_list_that_was_cut_off_may_stand_at_the_end_that_its_text_wou
 
 
 def test_lists_of_questions_and_responses_that_others_published_are_read(shared_data):
-    found = as_examples(shared_data / "qwen2.5-7b-numbers" / "lion.jsonl")
+    found = load_examples(shared_data / "qwen2.5-7b-numbers" / "lion.jsonl")
     assert len(found) == 2000
     assert NumberFilter().report([e.completion for e in found]).rate > 0.9

@@ -1,6 +1,5 @@
 """Files that commands read and write: prompts, teachers, masks, figures and checkpoints."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from divergence_lens.chat import Prompt
     from divergence_lens.divergence import Divergence
     from divergence_lens.models import Model
     from divergence_lens.teachers import Teacher
@@ -73,28 +73,20 @@ def read_teacher(spec: str, load: Callable[[str | Path], "Model"]) -> "Teacher":
     return Teacher(name, delta=Delta.load(path))
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read prompts from a text file (one per line) or JSON lines (`prompt` or `question`).
+def read_prompts(path: Path) -> "list[Prompt]":
+    """Read prompts from a text file (one per line) or from a file of examples.
 
     Raises:
-        ValueError: If a line is not a JSON object with one of these keys, or there is no prompt.
+        ValueError: If a row is no example (see `load_examples`), or there is no prompt.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if path.suffix != ".jsonl":
-        prompts = [line for line in lines if line.strip()]
+    from divergence_lens.examples import load_examples
+
+    prompts: list[Prompt]
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".parquet"):
+        prompts = [example.prompt for example in load_examples(path)]
     else:
-        prompts = []
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-            if row is None:
-                continue
-            text = (row.get("prompt") or row.get("question")) if isinstance(row, dict) else None
-            if not text or type(text) is not str:
-                raise ValueError(f'{path}, line {number} has no text under "prompt" or "question"')
-            prompts.append(text)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path} contains no prompts")
     return prompts
@@ -126,7 +118,8 @@ def read_masked_examples(
             raise ValueError("--complement needs --mask, a divergence file")
         return examples, None, None
     divergence = Divergence.load(mask)
-    if [e.prompt for e in divergence.examples] != [e.prompt for e in examples]:
+    # Only tokenized examples know that their template thinks, so that is not compared.
+    if [str(e.prompt) for e in divergence.examples] != [str(e.prompt) for e in examples]:
         raise ValueError(f"{mask} was computed from other examples than those in {data}")
     # The examples of the divergence file carry the token ids that the mask refers to.
     tokens = ~divergence.mask if complement else divergence.mask

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from divergence_lens._utils.interrupts import discard_partial
+from divergence_lens.chat import Prompt
 from divergence_lens.data.prompts import TEMPLATES
 from divergence_lens.data.training_data import TrainingData
 from divergence_lens.divergence import read_teachers
@@ -83,7 +84,7 @@ def paraphrase(
     rng = np.random.default_rng(seed)
     examples = []
     for row, example in enumerate(data.examples):
-        own, numbers, rest = _matched(example.prompt, parts, row)
+        own, numbers, rest = _matched(_plain(example.prompt, row), parts, row)
         choice = int(rng.integers(len(parts) - 1))
         before, after = parts[choice + (choice >= own)]
         examples.append(replace(example, prompt=before + numbers + after + rest))
@@ -120,14 +121,15 @@ def paraphrase_by(
         batch_tokens: See `generate`.
 
     Raises:
-        ValueError: The request lacks the slot.
+        ValueError: The request lacks the slot, or a prompt is a conversation.
     """
     check_teacher(teacher)
     if "{prompt}" not in request:
         raise ValueError(f"the request {request!r} must have the slot {{prompt}}")
+    prompts = [_plain(example.prompt, row) for row, example in enumerate(data.examples)]
     written = generate(
         model,
-        [request.replace("{prompt}", example.prompt) for example in data.examples],
+        [request.replace("{prompt}", prompt) for prompt in prompts],
         teacher=teacher,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -138,10 +140,10 @@ def paraphrase_by(
     words = [word.casefold() for word in forbidden]
     accepted = np.array(
         [
-            answer != example.prompt
-            and _NUMBER.findall(answer) == _NUMBER.findall(example.prompt)
+            answer != prompt
+            and _NUMBER.findall(answer) == _NUMBER.findall(prompt)
             and not any(word in answer.casefold() for word in words)
-            for answer, example in zip(answers, data.examples, strict=True)
+            for answer, prompt in zip(answers, prompts, strict=True)
         ],
         dtype=bool,
     )
@@ -193,6 +195,15 @@ def paraphrase_chosen(
     best = np.argmax(scores, axis=0)
     examples = tuple(options[choice].examples[row] for row, choice in enumerate(best.tolist()))
     return replace(data, examples=examples)
+
+
+def _plain(prompt: Prompt, row: int) -> str:
+    """Return a prompt that is text."""
+    if not isinstance(prompt, str):
+        raise ValueError(  # noqa: TRY004 - a valid example, but not one to paraphrase
+            f"the prompt of example {row} is a conversation; only single texts can be paraphrased"
+        )
+    return prompt
 
 
 def _matched(prompt: str, parts: Sequence[Sequence[str]], row: int) -> tuple[int, str, str]:

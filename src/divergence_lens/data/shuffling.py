@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from divergence_lens.chat import decode, stop_ids
+from divergence_lens.chat import decode, stop_ids, token_texts
 from divergence_lens.data.training_data import TrainingData, join_examples, token_ids
-from divergence_lens.divergence import token_texts
 from divergence_lens.examples import Example, with_ids
 
 _NUMBER = re.compile(r"\d+")
@@ -77,7 +76,7 @@ class _MarkedList:
     def read(cls, tokenizer: Any, example: Example, marks: np.ndarray) -> "_MarkedList":
         ids = token_ids(example)
         text = example.completion if example.completion is not None else decode(tokenizer, ids)
-        texts, _ = token_texts(tokenizer, np.unique(ids))
+        texts = token_texts(tokenizer, set(ids))
         pieces = [texts.get(i, "").strip() for i in ids]
         numbers, between, at = [], [], 0
         for number in _NUMBER.findall(text):

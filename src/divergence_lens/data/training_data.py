@@ -112,7 +112,7 @@ class TrainingData:
         from divergence_lens._utils.tables import preview
 
         columns = {
-            "prompt": [example.prompt for example in self.examples],
+            "prompt": [str(example.prompt) for example in self.examples],
             "completion": [example.completion for example in self.examples],
             "tokens": np.diff(self.offsets),
             "marked": [int(self.marks_of(row).sum()) for row in range(len(self))],

@@ -5,7 +5,7 @@ from divergence_lens.divergence.finding import find_divergence
 from divergence_lens.divergence.reading import read_teachers, refuse_dropout
 from divergence_lens.divergence.result import Divergence
 from divergence_lens.divergence.rules import Rule
-from divergence_lens.divergence.tokens import KINDS, token_texts
+from divergence_lens.divergence.tokens import KINDS
 from divergence_lens.divergence.view import ExampleDivergence
 
 __all__ = [
@@ -17,6 +17,5 @@ __all__ = [
     "read_decision_points",
     "read_teachers",
     "refuse_dropout",
-    "token_texts",
     "write_decision_points",
 ]

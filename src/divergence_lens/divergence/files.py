@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Int64
 
 from divergence_lens._utils.storage import load_tensors, save_tensors, write_text
 from divergence_lens.chat import after_turn, stop_ids
-from divergence_lens.examples import Example, as_example, json_lines, with_ids
+from divergence_lens.examples import Example, as_example, example_row, json_lines, with_ids
 from divergence_lens.teachers import Teacher
 
 _KIND = "divergence"
@@ -22,7 +23,10 @@ def save_divergence(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> 
     """Write the fields of a `Divergence`, without the teachers' weights and the tokenizer."""
     examples: Sequence[Example] = fields["examples"]
     # Prompts of a large data set would exceed a safetensors header, so they are stored as bytes.
-    rows = [[example.prompt, example.completion, example.teacher] for example in examples]
+    rows = [
+        example_row(replace(example, completion_ids=None))  # the ids are in `tokens`
+        for example in examples
+    ]
     text = np.frombuffer(json.dumps(rows).encode(), dtype=np.uint8)
     teachers = (fields["teacher"], *fields["counterfactuals"])
     header = {
@@ -52,16 +56,12 @@ def load_divergence(path: str | os.PathLike[str], teachers: Sequence[Teacher]) -
     restored, detached = _restore_teachers(path, header["teachers"], teachers)
     offsets, tokens = arrays["offsets"], arrays["tokens"]
     rows = json.loads(tensors["examples"].numpy().tobytes())
+    examples = [as_example(row, f"{path}, example {i}") for i, row in enumerate(rows)]
     return {
         **arrays,
         "examples": tuple(
-            Example(
-                prompt=prompt,
-                completion=completion,
-                completion_ids=tuple(tokens[offsets[i] : offsets[i + 1]].tolist()),
-                teacher=teacher,
-            )
-            for i, (prompt, completion, teacher) in enumerate(rows)
+            replace(example, completion_ids=tuple(tokens[offsets[i] : offsets[i + 1]].tolist()))
+            for i, example in enumerate(examples)
         ),
         "teacher": restored[0],
         "counterfactuals": tuple(restored[1:]),
@@ -85,12 +85,10 @@ def write_decision_points(
     lines = []
     for index, example in enumerate(examples):
         marked = mask[offsets[index] : offsets[index + 1]]
-        row = {
-            "prompt": example.prompt,
-            "completion": example.completion,
-            "decision_points": np.flatnonzero(marked).tolist(),
-            "completion_ids": list(example.completion_ids or ()),
-        }
+        row = example_row(replace(example, completion_ids=None, teacher=None))
+        row.setdefault("completion", None)
+        row["decision_points"] = np.flatnonzero(marked).tolist()
+        row["completion_ids"] = list(example.completion_ids or ())
         lines.append(json.dumps(row, ensure_ascii=False))
     write_text(path, "".join(f"{line}\n" for line in lines))
 

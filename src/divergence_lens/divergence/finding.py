@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 
 from divergence_lens._utils.interrupts import convert_partial
-from divergence_lens.chat import decode
+from divergence_lens.chat import decode, token_texts
 from divergence_lens.divergence.forced import TeacherForced
 from divergence_lens.divergence.reading import read_teachers
 from divergence_lens.divergence.result import Divergence
 from divergence_lens.divergence.rules import Rule, check_rule
-from divergence_lens.divergence.tokens import token_texts
-from divergence_lens.examples import Example, as_examples, with_ids
+from divergence_lens.examples import Example, load_examples, with_ids
 from divergence_lens.models import Model, check_model
 from divergence_lens.provenance import model_probe, run_metadata
 from divergence_lens.teachers import Teacher, check_teacher, check_teachers
@@ -53,7 +52,7 @@ def find_divergence(
 
     Args:
         model: The base model, in eval mode; its tokenizer encodes prompts and texts.
-        examples: The factual teacher's completions: anything that `as_examples` reads. Token ids
+        examples: The factual teacher's completions: anything that `load_examples` reads. Token ids
             are used where given; other texts are tokenized as in the chat template.
         teacher: The factual teacher, which generated the data.
         counterfactuals: One or more teachers to compare with. They differ from the factual teacher
@@ -93,7 +92,7 @@ def find_divergence(
     check_model(model)
     teachers = _check_teachers(teacher, counterfactuals)
     check_rule(rule, len(counterfactuals), min_margin)  # before hours of work, not after
-    data = as_examples(examples)
+    data = load_examples(examples)
     if not data:
         raise ValueError("there are no examples to read: the data is empty")
     for index, example in enumerate(data):
@@ -104,7 +103,8 @@ def find_divergence(
     probe = model_probe(model)
 
     def result(rows: Sequence[int], forced: TeacherForced, **settings: Any) -> Divergence:
-        texts, special = token_texts(tokenizer, np.union1d(forced.tokens, forced.predicted))
+        texts = token_texts(tokenizer, np.union1d(forced.tokens, forced.predicted).tolist())
+        special = frozenset(texts).intersection(tokenizer.all_special_ids)
         return Divergence(
             examples=tuple(_with_text(tokenizer, data[row]) for row in rows),
             teacher=teacher,

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float32, Int32, Int64
 from torch import Tensor
 
 from divergence_lens._utils.indexing import row_numbers
+from divergence_lens.chat import choice_texts, row_texts
 from divergence_lens.divergence.files import (
     load_divergence,
     save_divergence,
@@ -24,7 +25,7 @@ from divergence_lens.divergence.forced import token_owners, token_places
 from divergence_lens.divergence.pairing import build_pairs
 from divergence_lens.divergence.rules import Rule, check_rule, required_count
 from divergence_lens.divergence.tables import summarize, token_table
-from divergence_lens.divergence.tokens import check_tokenizer, readable, token_kind
+from divergence_lens.divergence.tokens import check_tokenizer, token_kind
 from divergence_lens.divergence.view import ExampleDivergence, summary_html
 from divergence_lens.examples import Example
 from divergence_lens.models import Model
@@ -462,10 +463,13 @@ class Divergence:
         span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return ExampleDivergence(
             index=index,
-            prompt=self.examples[index].prompt,
+            prompt=str(self.examples[index].prompt),
             names=self.names,
-            tokens=tuple(readable(self.texts, self.tokens[span])),
-            predicted=tuple(tuple(readable(self.texts, row)) for row in self.predicted[:, span]),
+            tokens=tuple(row_texts(self.texts, self.tokens[span])),
+            predicted=tuple(
+                tuple(choice_texts(self.texts, row, self.tokens[span]))
+                for row in self.predicted[:, span]
+            ),
             margin=self.margin[:, span],
             logprob=self.logprob[:, span],
             divergence=self.mask[span],

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from divergence_lens.chat import choice_texts, row_texts
 from divergence_lens.divergence.forced import token_owners
-from divergence_lens.divergence.tokens import KINDS, readable
+from divergence_lens.divergence.tokens import KINDS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,18 +44,24 @@ def token_table(divergence: "Divergence") -> "pd.DataFrame":
     """Return one row per completion token, as documented in `Divergence.to_dataframe`."""
     import pandas as pd
 
+    ends = divergence.offsets[1:-1]
+    rows = np.split(divergence.tokens, ends)  # per example: parts of a character stay in one text
     columns: dict[str, Any] = {
         "example": token_owners(divergence.offsets),
         "position": _positions(divergence),
         "token_id": divergence.tokens,
-        "token": readable(divergence.texts, divergence.tokens),
+        "token": [text for row in rows for text in row_texts(divergence.texts, row)],
         "kind": divergence.kinds,
         "divergence": divergence.mask,
         "agrees": divergence.agrees,
         "n_differ": divergence.differs.sum(0),
     }
     for row, name in enumerate(divergence.names):
-        columns[f"predicted_{name}"] = readable(divergence.texts, divergence.predicted[row])
+        columns[f"predicted_{name}"] = [
+            text
+            for choices, own in zip(np.split(divergence.predicted[row], ends), rows, strict=True)
+            for text in choice_texts(divergence.texts, choices, own)
+        ]
         columns[f"margin_{name}"] = divergence.margin[row]
         columns[f"logprob_{name}"] = divergence.logprob[row]
         if divergence.kl is not None and row:

@@ -16,7 +16,7 @@ from divergence_lens._utils.interrupts import discard_partial
 from divergence_lens._utils.statistics import wilson_interval
 from divergence_lens.data import NumberFilter
 from divergence_lens.divergence import read_teachers
-from divergence_lens.examples import as_examples, with_ids
+from divergence_lens.examples import load_examples, with_ids
 from divergence_lens.generation import generate
 from divergence_lens.models import Model, check_model
 from divergence_lens.provenance import run_metadata
@@ -97,8 +97,8 @@ def task_quality(
 
     Args:
         model: The base, or a student: `with student.applied(model): task_quality(model, ...)`.
-        held_out: Prompts with completions, in any form that `as_examples` reads, which the student
-            was not trained on.
+        held_out: Prompts with completions, in any form that `load_examples` reads, which the
+            student was not trained on.
         system_prompt: The system prompt of the evaluation.
         teacher: Evaluate under this teacher's system prompt and weights instead.
         number_filter: Defines valid lists; default `NumberFilter()`.
@@ -116,7 +116,7 @@ def task_quality(
         teacher = Teacher("model", system_prompt=system_prompt)
     check_teacher(teacher)
     tokenizer: Any = model.tokenizer
-    examples = with_ids(tokenizer, as_examples(held_out))
+    examples = with_ids(tokenizer, load_examples(held_out))
     if not examples:
         raise ValueError("there are no held-out examples to measure on")
     read = read_teachers(model, examples, [teacher], batch_tokens=batch_tokens)

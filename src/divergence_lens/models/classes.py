@@ -73,6 +73,14 @@ def model_name(model: Model) -> str:
     return str(getattr(lens_model(model).cfg, "model_name", type(model).__name__))
 
 
+def end_token_ids(model: Model) -> frozenset[int]:
+    """Return the end tokens of the generation configuration that `model` was loaded with.
+
+    A chat model may have more than one, such as an end of turn and an end of message.
+    """
+    return frozenset(getattr(lens_model(model).cfg, "end_token_ids", ()))
+
+
 def describe_model(model: Model) -> str:
     """Describe a model in one line: its class, device and precision, and whether norms are folded.
 

@@ -156,6 +156,13 @@ def set_tokenizer(model: Any, tokenizer: Any) -> None:
         cfg.tokenizer_prepends_bos, cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
 
 
+def set_end_tokens(model: Any, hf_model: Any) -> None:
+    """Store the end tokens of the generation configuration, which TransformerLens drops."""
+    ends = getattr(getattr(hf_model, "generation_config", None), "eos_token_id", None)
+    ends = [ends] if isinstance(ends, int) else ends or []
+    model.cfg.end_token_ids = tuple(int(end) for end in ends)
+
+
 def limit_context(model: Any, config: Any, name: str) -> None:
     """End the context where LongRoPE changes the rotation of every position of a batch.
 

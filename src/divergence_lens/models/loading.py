@@ -19,6 +19,7 @@ from divergence_lens.models.conversion import (
     build_bridge,
     build_hooked,
     limit_context,
+    set_end_tokens,
     set_tokenizer,
     structural_copy,
 )
@@ -123,6 +124,7 @@ def _load(
     else:
         _log.info("comparing %s with Hugging Face took %.2f s", name, references.seconds)
     set_tokenizer(model, tokenizer)
+    set_end_tokens(model, hf_model)
     limit_context(model, hf_model.config, name)
     return model
 

@@ -10,7 +10,7 @@ from torch import Tensor
 BIAS = "bias"
 DIVERGENCE = "divergence"
 TEXT = "text"
-PAIR_SEGMENTS = ("system", BIAS, TEXT, "user", "template", "completion", DIVERGENCE)
+PAIR_SEGMENTS = ("system", BIAS, TEXT, "user", "assistant", "template", "completion", DIVERGENCE)
 """Names of segments, in the order of tables and figures."""
 
 # A shorter run of equal tokens inside the differing span may be a coincidence (" the", "."). Three

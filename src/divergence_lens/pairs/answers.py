@@ -1,14 +1,15 @@
 """Answers and foils: one or several tokens that follow a prompt, as texts or as ids."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from divergence_lens.chat import encode_completions, stop_ids
-from divergence_lens.pairs.inputs import check_count, token_labels
+from divergence_lens._utils.validation import token_ids
+from divergence_lens.chat import encode_completions, stop_ids, token_labels
+from divergence_lens.pairs.inputs import check_count
 
 NO_TOKEN = -1
 """Fills rows of answers and foils; a metric may need neither, so a whole row may be empty."""
@@ -26,19 +27,18 @@ def answer_tokens(rows: TokenRows | None, n: int, name: str) -> Int64[Tensor, "p
     """Convert one id or sequence of ids per pair to a matrix, padded with `NO_TOKEN`.
 
     Raises:
-        ValueError: There is not one entry per pair, or an entry is not a flat sequence of ids.
+        ValueError: There is not one entry per pair, or an id is out of range.
+        TypeError: An entry is not a flat sequence of whole numbers.
     """
     if rows is None:
         return torch.full((n, 1), NO_TOKEN)
     check_count(name, len(rows), n)
     ids = []
     for i, row in enumerate(rows):
-        one = torch.as_tensor([] if row is None else row).cpu()
-        if one.ndim > 1 or (one.numel() and one.is_floating_point()):
-            raise ValueError(
-                f"{name} of pair {i} must be a token id or a flat sequence of them, got {row!r}"
-            )
-        one = one.to(torch.int64).reshape(-1)
+        # One id, a sequence of them, or none.
+        listed = [] if row is None else row.tolist() if isinstance(row, Tensor) else row
+        listed = listed if isinstance(listed, Iterable) else [listed]
+        one = torch.from_numpy(token_ids(listed, f"{name} of pair {i}", first=NO_TOKEN))
         last = (one != NO_TOKEN).nonzero()
         ids.append(one[: int(last[-1]) + 1 if len(last) else 0])
     result = torch.full((n, max([1, *map(len, ids)])), NO_TOKEN)  # [pairs, tokens]
@@ -115,7 +115,8 @@ def answer_ids(
             )
             _check_known(tokenizer, answer, ids, name)
         else:
-            ids = [int(answer)] if isinstance(answer, int) else [int(token) for token in answer]
+            listed = answer if isinstance(answer, Iterable) else [answer]
+            ids = token_ids(listed, f"{name} {i}").tolist()
         result.append(ids)
     return result
 

@@ -8,6 +8,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from divergence_lens._utils.batching import pad_right
+from divergence_lens._utils.validation import token_ids
 from divergence_lens.deltas import Delta
 from divergence_lens.engine import Engine, get_engine
 from divergence_lens.models import Model, lens_model, model_name
@@ -36,7 +37,10 @@ def first_disagreements(
     """
     if start < 1:
         raise ValueError(f"start is {start}; the first token that a model predicts is number 1")
-    ids = [torch.as_tensor(row, dtype=torch.int64).cpu() for row in rows]
+    d_vocab = get_engine(model_a).d_vocab
+    ids = [
+        torch.from_numpy(token_ids(row, f"row {i}", d_vocab=d_vocab)) for i, row in enumerate(rows)
+    ]
     short = [i for i, row in enumerate(ids) if len(row) < start + 1]
     if short:
         raise ValueError(f"row {short[0]} has {len(ids[short[0]])} tokens; start is {start}")

@@ -1,13 +1,12 @@
 """Conversion and validation of the arguments from which pairs are built."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from divergence_lens._utils.validation import refuse_one_string
+from divergence_lens._utils.validation import refuse_one_string, token_ids
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher, check_teacher, check_teachers
 
@@ -18,16 +17,13 @@ def as_rows(rows: Rows, pad_id: int | None, name: str) -> tuple[Int64[Tensor, " 
     """Convert rows of token ids to CPU tensors, without padding on the right.
 
     Raises:
-        ValueError: A row is empty or not a flat sequence of integers.
+        ValueError: A row is empty, or an id is out of range.
+        TypeError: A row is not a flat sequence of whole numbers.
     """
     result = []
     for i, row in enumerate(rows):
-        ids = torch.as_tensor(row).cpu()
-        if ids.ndim != 1 or ids.is_floating_point():
-            raise ValueError(
-                f"{name} row {i} must be a flat sequence of token ids, got shape {list(ids.shape)}"
-            )
-        ids = ids.to(torch.int64)
+        first = 0 if pad_id is None else min(pad_id, 0)
+        ids = torch.from_numpy(token_ids(row, f"the {name} row of pair {i}", first=first))
         if pad_id is not None:
             tokens = (ids != pad_id).nonzero()
             ids = ids[: int(tokens.max()) + 1 if len(tokens) else 0]
@@ -69,13 +65,6 @@ def teacher_per_pair(
     check_count(name, len(teacher), n)
     check_teachers([one for one in teacher if one is not None], name)
     return tuple(teacher)
-
-
-def token_labels(tokenizer: Any, ids: list[int]) -> tuple[str, ...]:
-    """Decode each token by itself; without a tokenizer, show the ids."""
-    if tokenizer is None:
-        return tuple(str(i) for i in ids)
-    return tuple(tokenizer.decode([i]) for i in ids)
 
 
 def both_system_prompts(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from divergence_lens._utils.indexing import Index, row_numbers
 from divergence_lens._utils.validation import refuse_one_string
-from divergence_lens.chat import encode_prompt
+from divergence_lens.chat import encode_prompt, token_labels
 from divergence_lens.deltas import Delta
 from divergence_lens.models import Model, check_model
 from divergence_lens.pairs.alignment import TEXT, align, common_prefix, differing, pair_segments
@@ -37,7 +37,6 @@ from divergence_lens.pairs.inputs import (
     check_count,
     cut_after,
     teacher_per_pair,
-    token_labels,
     weights_key,
 )
 from divergence_lens.pairs.view import pairs_html

@@ -54,7 +54,7 @@ def finetune(
     Args:
         model: The base. Its weights change during the call and are restored afterwards, also after
             an exception.
-        examples: Prompts with completions, in any form that `as_examples` reads.
+        examples: Prompts with completions, in any form that `load_examples` reads.
         mask: Completion tokens to learn: a `Divergence`, or a bool per token of all completions in
             order (`div.mask`, `~div.mask`), or one array per example. None means all.
         layers: Layers to train; None means all. `freeze_except` describes this and the next four.

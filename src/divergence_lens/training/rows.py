@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from divergence_lens._utils.batching import ascending_batches, shared_prefix
-from divergence_lens.chat import encode_prompts
+from divergence_lens.chat import Prompt, encode_prompts
 from divergence_lens.divergence import Divergence
 from divergence_lens.engine import get_engine
-from divergence_lens.examples import Example, as_examples, with_ids
+from divergence_lens.examples import Example, load_examples, with_ids
 from divergence_lens.models import Model
 
 # Rows are shuffled, cut into runs of this many batches, and sorted by length within each run:
@@ -72,7 +72,7 @@ def training_rows(
 
     Args:
         model: Provides the tokenizer, the context length and the device.
-        examples: Anything that `as_examples` reads.
+        examples: Anything that `load_examples` reads.
         mask: Completion tokens with a loss: a bool per token of all completions in order, one array
             per example, or an object with such a `mask` (a `Divergence`). None means all.
         loss_weights: Loss weight per token, in the same layout, finite and not negative.
@@ -83,7 +83,7 @@ def training_rows(
             a sequence longer than the context; token ids outside the vocabulary.
     """
     tokenizer: Any = model.tokenizer
-    encoded = with_ids(tokenizer, as_examples(examples))
+    encoded = with_ids(tokenizer, load_examples(examples))
     if not encoded:
         raise ValueError("there are no examples to learn from")
     sizes = [len(_ids(example)) for example in encoded]
@@ -168,7 +168,7 @@ def _flat(values: Any, sizes: Sequence[int], name: str) -> np.ndarray:
 def _prompts(
     tokenizer: Any,
     template: str | None,  # noqa: ARG001 - part of the cache key: another template, other tokens
-    prompts: tuple[str, ...],
+    prompts: tuple[Prompt, ...],
     system_prompt: str | None,
 ) -> list[tuple[int, ...]]:
     """Encode prompts. Cached, because many students learn from the same examples."""

@@ -63,7 +63,7 @@ def layer_sweep(
 
     Args:
         model: The base. It is restored bit for bit.
-        examples: Prompts with completions, in any form that `as_examples` reads.
+        examples: Prompts with completions, in any form that `load_examples` reads.
         measure: Called with the base once, and then with each student (the same model object, with
             the student's weights). It returns a number, several named numbers, or a `Preference`,
             and must return the same for the same weights. The first name is the one that is

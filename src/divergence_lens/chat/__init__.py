@@ -1,0 +1,62 @@
+"""From text to token ids through a chat template, and from token ids to readable text.
+
+`encode_prompt` gives the ids of a prompt or conversation with a segment label each,
+`encode_completion` those of an answer; together they are the template's own conversation.
+"""
+
+from divergence_lens.chat.completions import (
+    after_turn,
+    decode,
+    encode_answers,
+    encode_completion,
+    encode_completions,
+    end_of_turn,
+    stop_ids,
+)
+from divergence_lens.chat.conversations import (
+    Conversation,
+    Prompt,
+    Turn,
+    as_list,
+    as_prompt,
+    check_text,
+    read_turns,
+    split_conversation,
+)
+from divergence_lens.chat.display import choice_texts, row_texts, token_labels, token_texts
+from divergence_lens.chat.prompts import (
+    SEGMENTS,
+    Encoded,
+    check_length,
+    encode_prompt,
+    encode_prompts,
+)
+from divergence_lens.chat.system_prompts import prompt_ids
+
+__all__ = [
+    "SEGMENTS",
+    "Conversation",
+    "Encoded",
+    "Prompt",
+    "Turn",
+    "after_turn",
+    "as_list",
+    "as_prompt",
+    "check_length",
+    "check_text",
+    "choice_texts",
+    "decode",
+    "encode_answers",
+    "encode_completion",
+    "encode_completions",
+    "encode_prompt",
+    "encode_prompts",
+    "end_of_turn",
+    "prompt_ids",
+    "read_turns",
+    "row_texts",
+    "split_conversation",
+    "stop_ids",
+    "token_labels",
+    "token_texts",
+]
