@@ -283,7 +283,7 @@ def as_example(row: Any, where: str) -> Example:
 
 def _texts(
     row: Mapping[Any, Any], given: Mapping[Any, Any], where: str
-) -> tuple[Prompt, str | None]:
+) -> tuple[str | Conversation, str | None]:
     """Return the prompt and the completion of a row, which has the values `given`."""
     layout = next((keys for keys in _LAYOUTS if all(key in given for key in keys)), None)
     if layout is None:
@@ -308,7 +308,7 @@ def _texts(
     return prompt, _completion(completion, f"{where}: {answered!r}")
 
 
-def _instruction(given: Mapping[Any, Any], where: str) -> Prompt:
+def _instruction(given: Mapping[Any, Any], where: str) -> str | Conversation:
     """Build the prompt of a row in Alpaca's format."""
     if len(as_list(given.get("history", ()))):
         raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from divergence_lens.chat.conversations import Conversation, Prompt, Turn
+from divergence_lens.chat.conversations import Conversation, Prompt, Turn, as_prompt
 from divergence_lens.chat.locating import locate
 from divergence_lens.chat.prompts import STAND_IN, PromptTemplate, PromptTemplates
 from divergence_lens.chat.rendering import (
@@ -88,7 +88,7 @@ def encode_answers(
     completions: Sequence[str],
     *,
     rows: Sequence[int],
-) -> list[tuple[Prompt, tuple[int, ...]]]:
+) -> list[tuple[str | Conversation, tuple[int, ...]]]:
     """Encode completions after their own prompts, with or without a think block.
 
     Args:
@@ -109,11 +109,12 @@ def encode_answers(
     check_fast(tokenizer)
     check_texts(completions, "completion")
     template = _AnswerTemplate(tokenizer)
-    encoded: list[Prompt] = []
+    encoded: list[str | Conversation] = []
     rendered = []
     for row, prompt, completion in zip(rows, prompts, completions, strict=True):
+        checked = as_prompt(prompt, f"row {row}: the prompt")
         try:
-            fitting, parts = template.render(prompt, completion)
+            fitting, parts = template.render(checked, completion)
         except ValueError as error:
             raise ValueError(f"row {row}: {error}") from error
         encoded.append(fitting)
@@ -295,7 +296,9 @@ class _AnswerTemplate:
             words = plain.removeprefix(open_ended).split()
             self._opening = words[0] if plain.startswith(open_ended) and words else None
 
-    def render(self, prompt: Prompt, completion: str) -> tuple[Prompt, tuple[str, int, int]]:
+    def render(
+        self, prompt: str | Conversation, completion: str
+    ) -> tuple[str | Conversation, tuple[str, int, int]]:
         """Render an answer in the first mode that fits; see `_CompletionTemplate.render`."""
         conversation = Conversation((Turn("user", prompt),)) if isinstance(prompt, str) else prompt
         dialog = conversation.turns

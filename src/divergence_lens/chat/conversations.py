@@ -33,8 +33,7 @@ class Conversation:
     """A prompt of more than one user turn: everything before the answer.
 
     Attributes:
-        turns: The turns in order, a system turn first if there is one. Messages in the format of
-            OpenAI or ShareGPT are converted.
+        turns: The turns in order, a system turn first if there is one.
         thinking: Whether the answer may begin with a think block. Templates of models that can
             think open the answer in another way then (`enable_thinking`).
 
@@ -46,11 +45,9 @@ class Conversation:
     thinking: bool = False
 
     def __post_init__(self) -> None:
-        turns = read_turns(self.turns, "the conversation")
-        object.__setattr__(self, "turns", turns)
         if not self.dialog:
             raise ValueError("the conversation has no turn besides the system turn; add a prompt")
-        if turns[-1].role == "assistant":
+        if self.turns[-1].role == "assistant":
             raise ValueError(
                 "the conversation ends with a turn of 'assistant', so no answer follows; leave "
                 "that turn out of the prompt"
@@ -75,11 +72,11 @@ class Conversation:
         return "\n".join(f"{role}: {content}" for role, content in self.turns)
 
 
-Prompt: TypeAlias = str | Conversation
-"""A user's text, or the turns of a conversation before the answer."""
+Prompt: TypeAlias = str | Conversation | Sequence[Mapping[str, Any]]
+"""A user's text, or the conversation before the answer: as such or as a list of messages."""
 
 
-def as_prompt(value: Any, where: str, *, thinking: bool = False) -> Prompt:
+def as_prompt(value: Any, where: str, *, thinking: bool = False) -> str | Conversation:
     """Convert text or a list of messages to a prompt; errors begin with `where`.
 
     One user turn becomes plain text.
@@ -102,7 +99,7 @@ def as_prompt(value: Any, where: str, *, thinking: bool = False) -> Prompt:
         raise ValueError(f"{where}: {error}") from error
 
 
-def split_conversation(value: Any, where: str) -> tuple[Prompt, str | None]:
+def split_conversation(value: Any, where: str) -> tuple[str | Conversation, str | None]:
     """Split a whole conversation into its prompt and its completion.
 
     Returns:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from divergence_lens.chat.conversations import Prompt, Turn, as_prompt, check_text
+from divergence_lens.chat.conversations import Conversation, Prompt, Turn, as_prompt, check_text
 from divergence_lens.chat.locating import (
     Span,
     locate,
@@ -99,12 +99,12 @@ def encode_prompts(
     check_fast(tokenizer)
     if isinstance(prompts, str):
         raise TypeError(f"one prompt was given where a list is expected: {prompts[:60]!r}")
-    prompts = [as_prompt(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
+    checked = [as_prompt(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
     if not tokenizer.chat_template:
-        return _encode_plain(tokenizer, prompts, system_prompt)
+        return _encode_plain(tokenizer, checked, system_prompt)
     templates = PromptTemplates(tokenizer, system_prompt)
     encoded: list[Encoded] = []
-    for chunk in chunks(prompts):
+    for chunk in chunks(checked):
         rendered = [
             templates.render(prompt, number) for number, prompt in enumerate(chunk, len(encoded))
         ]
@@ -153,7 +153,7 @@ class PromptTemplates:
         """The character at which the user's text begins in prompts without a system turn."""
         return self._template(self._system_prompt, thinking=False).start
 
-    def render(self, prompt: Prompt, number: int) -> tuple[str, list[Span]]:
+    def render(self, prompt: str | Conversation, number: int) -> tuple[str, list[Span]]:
         """Render a prompt as `PromptTemplate.render` does; errors name its number."""
         dialog = (Turn("user", prompt),) if isinstance(prompt, str) else prompt.dialog
         try:
@@ -161,7 +161,7 @@ class PromptTemplates:
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from error
 
-    def of(self, prompt: Prompt) -> "PromptTemplate":
+    def of(self, prompt: str | Conversation) -> "PromptTemplate":
         """Return the template for a prompt, whose own system turn this system prompt replaces."""
         system = self._system_prompt
         if isinstance(prompt, str):
@@ -315,7 +315,9 @@ class PromptTemplate:
 
 
 def _encode_plain(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], system_prompt: str | None
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Conversation],
+    system_prompt: str | None,
 ) -> list[Encoded]:
     """Encode plain texts for a tokenizer without a chat template."""
     if system_prompt is not None:

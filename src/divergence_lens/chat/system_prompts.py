@@ -32,12 +32,12 @@ def prompt_ids(
             for system in system_prompts
         ]
     check_fast(tokenizer)
-    prompts = [as_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+    checked = [as_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
     cutter = _Cutter(tokenizer)
     rows = []
     for system in system_prompts:
         templates = PromptTemplates(tokenizer, system)
-        texts = [templates.render(prompt, number)[0] for number, prompt in enumerate(prompts)]
+        texts = [templates.render(prompt, number)[0] for number, prompt in enumerate(checked)]
         rows.append(cutter.ids(texts, templates.start))
     return rows
 
