@@ -543,7 +543,7 @@ CASES: list[tuple[str, Call, type[Exception], str]] = [
         "an answer with a negative id",
         lambda k: from_tokens(answers=[[5, -3]]),
         ValueError,
-        "negative token id -3",
+        "answers of pair 0 holds -3",
     ),
     (
         "an answer that no token is",

@@ -159,6 +159,12 @@ def test_table_and_notebook_view_escape_and_count():
     assert table.loc[0, "clean_teacher"] == "owl"
 
     class Tokenizer:
+        def __len__(self):
+            return 10
+
+        def convert_ids_to_tokens(self, ids):
+            return ["<script>" for _ in ids]
+
         def decode(self, _):
             return "<script>"
 
@@ -288,7 +294,7 @@ def test_from_prompts_takes_plain_text(random_model):
         ([[1, 2, 0]], [[3, 2, 0]], {"pad_id": 0, "target_position": [2]}, "padding"),
         ([[1, 2]], [[3, 2]], {"target_position": [2]}, "target position 2"),
         ([[0, 0]], [[3, 2]], {"pad_id": 0}, "clean row of pair 0 is empty"),
-        ([[1, -2]], [[3, 2]], {}, "negative token id -2"),
+        ([[1, -2]], [[3, 2]], {}, "clean row of pair 0 holds -2; token ids are whole"),
         ([[1, 2]], [[3, 2]], {"segments": [["user"]]}, "name 1 positions"),
         ([[1, 2]], [[3, 2]], {"clean_teacher": [None, None]}, "clean_teacher has 2 entries"),
     ],

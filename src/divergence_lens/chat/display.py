@@ -11,13 +11,13 @@ Byte-level tokenizers split rare characters: "猫" may be two tokens of one and 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, SupportsIndex
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _HEXADECIMAL = re.compile("⟨([0-9A-F]{2}(?: [0-9A-F]{2})*)⟩")
 
 
-def token_texts(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
+def token_texts(tokenizer: Any, ids: Iterable[SupportsIndex]) -> dict[int, str]:
     """Return a readable text for each id that the tokenizer has.
 
     A leading space is preserved. A model may have more logits than its tokenizer has tokens; such
@@ -37,7 +37,7 @@ def token_texts(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
     return texts
 
 
-def row_texts(texts: Mapping[int, str], ids: Iterable[int]) -> list[str]:
+def row_texts(texts: Mapping[int, str], ids: Iterable[SupportsIndex]) -> list[str]:
     """Return a text for each token of a row, `<id>` where it is unknown.
 
     Args:
@@ -58,7 +58,9 @@ def row_texts(texts: Mapping[int, str], ids: Iterable[int]) -> list[str]:
     return row
 
 
-def choice_texts(texts: Mapping[int, str], choices: Iterable[int], ids: Iterable[int]) -> list[str]:
+def choice_texts(
+    texts: Mapping[int, str], choices: Iterable[SupportsIndex], ids: Iterable[SupportsIndex]
+) -> list[str]:
     """Return a text for a model's choice at each position of a row.
 
     A choice is no neighbor of the next one, so parts of characters are not joined, except where it
