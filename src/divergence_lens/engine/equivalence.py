@@ -33,10 +33,10 @@ _PASS_TOLERANCE = {
 # The largest accepted `fused_difference`. Both forms of a block do the same products in another
 # order, so their updates differ by rounding, more where attention scores are large, since exp()
 # turns an absolute error of a score into a relative error of a pattern. Measured on the same
-# models: at most 4.7e-7 in float32, 7e-7 in float64 (Hugging Face's RMSNorm rounds to float32), 1.4e-3
-# in float16 and 0.026 in bfloat16 (whose unit is 0.004). Blocks with a wrong rotation, without the
-# weight of a norm or without a bias are off by 0.16 or more in every type; an epsilon 100 times too
-# large by 0.006 or more, which bfloat16 does not tell from rounding.
+# models: at most 4.7e-7 in float32, 7e-7 in float64 (Hugging Face's RMSNorm rounds to float32),
+# 1.4e-3 in float16 and 0.026 in bfloat16 (whose unit is 0.004). Blocks with a wrong rotation,
+# without the weight of a norm or without a bias are off by 0.16 or more in every type; an epsilon
+# 100 times too large by 0.006 or more, which bfloat16 does not tell from rounding.
 _FUSED_TOLERANCE = {
     torch.float32: 1e-4,
     torch.float64: 1e-5,

@@ -33,9 +33,9 @@ _MOST_OPERATIONS_ACCELERATOR = 1e14
 # all of them would take 4 GB.
 _COMPARED = 64
 # Measured on SmolLM2-135M (30 layers), stories260K and the bundled models, in both classes: at most
-# 1.7e-6 in float32, 6e-7 in float64 (Hugging Face's RMSNorm rounds to float32), 0.003 in float16 and
-# 0.021 in bfloat16. Architectures that are converted wrongly differ by 0.1 or more. float32 has
-# the widest margin, because a GPU may round its products to 10 bits (TF32).
+# 1.7e-6 in float32, 6e-7 in float64 (Hugging Face's RMSNorm rounds to float32), 0.003 in float16
+# and 0.021 in bfloat16. Architectures that are converted wrongly differ by 0.1 or more. float32
+# has the widest margin, because a GPU may round its products to 10 bits (TF32).
 _TOLERANCE = {
     torch.float32: 1e-3,
     torch.float64: 1e-5,
