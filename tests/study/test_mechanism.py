@@ -196,12 +196,12 @@ def test_cosines_are_those_of_plain_backward_passes(tiny, divergence):
         parameter.requires_grad_(flags[name])
 
 
-def test_ranks_and_standings_are_counted_against_the_other_candidates():
+def test_ranks_and_z_scores_are_counted_against_the_other_candidates():
     cosine = np.array([[[0.3, 0.1, 0.2]], [[-0.1, 0.0, 0.1]]])
     found = GradientAlignment(("divergence", "other"), ("owl", "cat", "dog"), cosine)
     assert found.rank("owl").tolist() == [[1], [3]]
-    assert found.centred().sum(-1) == pytest.approx(0)
-    assert found.standing("owl")[0, 0] == pytest.approx((0.3 - 0.15) / np.std([0.1, 0.2], ddof=1))
+    assert found.centered().sum(-1) == pytest.approx(0)
+    assert found.z_score("owl")[0, 0] == pytest.approx((0.3 - 0.15) / np.std([0.1, 0.2], ddof=1))
     table = found.to_dataframe()
     assert len(table) == 6
     assert table["cosine"].tolist() == cosine.reshape(-1).tolist()

@@ -69,7 +69,7 @@ def save_tensors(
     def write(temporary: Path) -> None:
         save_file(plain, temporary, metadata=metadata)
 
-    _replace(path, write)
+    write_file(path, write)
 
 
 def load_tensors(
@@ -124,11 +124,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
-    _replace(Path(path), write)
+    write_file(Path(path), write)
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it to `path`."""
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file atomically; missing folders are created.
+
+    Args:
+        path: The file.
+        write: Called with the path of an empty temporary file, which is renamed to `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(descriptor)

@@ -1,10 +1,9 @@
-"""Cells of a study on disk: computed once, recognised by all that they depend on, by any process.
+"""Cells of a study on disk: pieces of work that are computed once, by any process.
 
-A cell is one file of JSON, `cells/<name>.<key>.json`, whose key is a hash of name and settings;
-other settings make another file, so that a result is never mistaken for that of changed settings.
-What does not fit JSON lies beside it under the same stem and is written first. A file appears whole
-or not at all. Processes keep out of each other's way by locks that the system lets go when a
-process dies; without them they would do the same work twice and write the same files.
+A cell is a JSON file `cells/<name>.<key>.json`. Its key is a hash of its name and settings, so a
+result cannot be mistaken for that of other settings. Data that JSON cannot represent are stored in
+files with the same stem, which are written first. All files are written atomically. Locks keep two
+processes from computing the same cell; the operating system releases them when a process dies.
 """
 
 import hashlib
@@ -22,24 +21,24 @@ from divergence_lens._utils.storage import write_text
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks: cells may be computed twice, to the same end
+except ImportError:  # Windows: without locks, two processes may compute a cell, to the same result
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 2
-"""Part of every key: raised when the same settings come to mean another result."""
+"""Part of every key. Increase it when the same settings come to mean another result."""
 
 
 class CellError(RuntimeError):
-    """A cell, or one that it needs, could not be computed."""
+    """A cell, or a cell that it needs, could not be computed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One piece of work.
+    """A piece of work.
 
     Attributes:
-        name: Where it stands in the study, with slashes: "students/finetuned/owl/all-0".
-        settings: All that its result depends on, as JSON holds it.
+        name: Its place in the study, with slashes: "students/finetuned/owl/all-0".
+        settings: Everything that the result depends on, as JSON values.
     """
 
     name: str
@@ -61,16 +60,16 @@ class CellStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "cells"
-        self._locks: int | None = None
-        # The system counts a lock as the process's own: asked twice, it is given twice.
+        self._lock_descriptor: int | None = None
+        # The system grants a process a lock that it already holds, so held locks are tracked here.
         self._held: set[str] = set()
 
     def path(self, cell: Cell, suffix: str = ".json") -> Path:
-        """A file of the cell; `suffix` tells several apart."""
+        """A file of the cell."""
         return self.folder / f"{cell.name}.{cell.key}{suffix}"
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        """The cell's result, or None if it is not there (or the file was damaged)."""
+        """The cell's result; None if it is missing or the file is damaged."""
         try:
             record = json.loads(self.path(cell).read_text(encoding="utf-8"))
             same: bool = record["settings"] == json.loads(json.dumps(cell.settings))
@@ -80,67 +79,69 @@ class CellStore:
         return result if same else None
 
     def has(self, cell: Cell) -> bool:
-        """Whether the cell was computed."""
+        """Whether the cell has been computed."""
         return self.path(cell).exists()
 
     def failure(self, cell: Cell) -> dict[str, Any] | None:
-        """Why the cell failed in this run: `error` and `traceback`; None if it did not."""
+        """`error` and `traceback` of a cell that failed in this run; None if it did not."""
         try:
-            found: dict[str, Any] = json.loads(self._failed(cell).read_text(encoding="utf-8"))
+            failure: dict[str, Any] = json.loads(self._failed(cell).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return found
+        return failure
 
     def forget_failures(self) -> None:
-        """Let cells that failed be tried again."""
+        """Allow failed cells to be tried again."""
         for path in self.folder.rglob("*.failed"):
             path.unlink(missing_ok=True)
 
     def get(self, cell: Cell, compute: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
-        """The cell's result, computed now if need be; another process that is at it is waited for.
+        """Read the cell's result, or compute it, or wait for the process that is computing it.
 
         Args:
-            cell: Which.
-            compute: Computes the result, after it has written the other files of the cell.
+            cell: The cell.
+            compute: Writes the other files of the cell and returns its result.
 
         Raises:
-            CellError: It cannot be computed, now or earlier in this run.
+            CellError: The computation failed, now or earlier in this run.
         """
-        found = self.read(cell)
-        if found is not None:
-            return found
+        result = self.read(cell)
+        if result is not None:
+            return result
         with self.reserved(cell, wait=True):
             return self._get(cell, compute)
 
     def attempt(self, cell: Cell, compute: Callable[[Cell], dict[str, Any]], *, wait: bool) -> bool:
-        """Compute a cell that nobody else is at; a failure is written down and not raised.
+        """Compute a cell unless another process is computing it; record a failure, do not raise.
+
+        Args:
+            cell: The cell.
+            compute: As in `get`.
+            wait: Whether to wait for the other process.
 
         Returns:
-            Whether the cell is settled: done, or failed.
+            Whether the cell has been computed or has failed.
         """
         if self.has(cell) or self.failure(cell) is not None:
             return True
-        with self.reserved(cell, wait=wait) as mine:
-            if not mine:
+        with self.reserved(cell, wait=wait) as acquired:
+            if not acquired:
                 return False
             with suppress(CellError):
                 self._get(cell, compute)
         return True
 
     def _get(self, cell: Cell, compute: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
-        found = self.read(cell)
-        if found is not None:
-            return found
+        # Another process may have finished the cell before this one acquired the lock.
+        result = self.read(cell)
+        if result is not None:
+            return result
         failed = self.failure(cell)
         if failed is not None:
             raise CellError(f"{cell.name}: {failed['error']}")
         try:
-            result = compute(cell)
-            text = json.dumps(
-                {"cell": cell.name, "settings": cell.settings, "result": result},
-                indent=1,
-                allow_nan=False,
-            )
+            record = {"cell": cell.name, "settings": cell.settings, "result": compute(cell)}
+            text = json.dumps(record, indent=1, allow_nan=False)
         except Exception as error:
             reason = str(error) if isinstance(error, CellError) else _reason(error)
             failure = {"cell": cell.name, "error": reason, "traceback": traceback.format_exc()}
@@ -148,21 +149,22 @@ class CellStore:
             raise CellError(f"{cell.name}: {reason}") from error
         write_text(self.path(cell), text)
         self._failed(cell).unlink(missing_ok=True)
-        found = self.read(cell)
-        if found is None:
+        # The result has passed through JSON, in this process as in any other.
+        result = self.read(cell)
+        if result is None:
             raise CellError(f"{self.path(cell)} cannot be read back")
-        return found
+        return result
 
     def _failed(self, cell: Cell) -> Path:
         return self.path(cell, ".failed")
 
     @contextmanager
     def reserved(self, cell: Cell, *, wait: bool) -> Iterator[bool]:
-        """Keep other processes from a cell; whether that worked is what comes back."""
+        """Lock a cell against other processes; yield whether the lock was acquired."""
         if fcntl is None or cell.key in self._held:
             yield True
             return
-        # One byte of one file for each cell: nothing is left behind by a process that died.
+        # Each cell is one byte of one file, so a process that dies leaves no lock file behind.
         place = int(cell.key, 16) % 2**40
         descriptor = self._lock_file()
         try:
@@ -179,17 +181,17 @@ class CellStore:
             fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, place)
 
     def _lock_file(self) -> int:
-        # Kept open: closing any descriptor of it would let go of all locks of this process.
-        if self._locks is None:
+        # Closing any descriptor of the file would release all locks of this process.
+        if self._lock_descriptor is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._locks = os.open(self.folder / ".locks", os.O_RDWR | os.O_CREAT, 0o666)
-        return self._locks
+            self._lock_descriptor = os.open(self.folder / ".locks", os.O_RDWR | os.O_CREAT, 0o666)
+        return self._lock_descriptor
 
     def close(self) -> None:
-        """Let go of everything."""
-        if self._locks is not None:
-            os.close(self._locks)
-            self._locks = None
+        """Release all locks."""
+        if self._lock_descriptor is not None:
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = None
 
 
 def _reason(error: Exception) -> str:

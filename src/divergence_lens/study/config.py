@@ -1,4 +1,4 @@
-"""What a study runs, and what is wrong with it before anything runs."""
+"""The configuration of a study: its settings, their validation, and presets per model."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -28,83 +28,68 @@ from divergence_lens.training import PAPER, Recipe, choose
 
 STUDY = (
     *(f"finetuned:{group}" for group in GROUPS if group != "fragility"),
-    *(
-        f"finetuned:{pattern}"
-        for pattern in (
-            "paraphrased",
-            "*_divergence",
-            "*_chosen",
-            "shuffled*",
-            "mixed*",
-            "several*",
-        )
-    ),
-    "prompted:control",
-    "prompted:all",
-    "prompted:divergence_only",
-    "prompted:without_divergence",
-    "prompted:random",
-    "prompted:layer*",
-    "prompted:paraphrased",
+    *("finetuned:paraphrased", "finetuned:*_divergence", "finetuned:*_chosen"),
+    *("finetuned:shuffled*", "finetuned:mixed*", "finetuned:several*"),
+    *("prompted:control", "prompted:all", "prompted:divergence_only"),
+    *("prompted:without_divergence", "prompted:random", "prompted:layer*", "prompted:paraphrased"),
 )
-"""The conditions of `divergence-lens study` on a tiny model: for finetuned teachers all but
-paraphrases in a teacher's own words (a tiny model has none), for prompted teachers, whose effect is
-weaker there, the main ones."""
+"""The conditions of `divergence-lens study` on a tiny model. Finetuned teachers have all but
+paraphrases in the teacher's own words, which a tiny model cannot write. Prompted teachers, whose
+effect is weaker there, have the main ones."""
 
 LARGE = (
     *("data", "entangled", "masks", "replaced", "fragility"),
     *("layer*", "upto*", "from*", "attention", "mlp", "embedding"),
 )
-"""The conditions of `divergence-lens study` on any other model, to which the ranks of LoRA other
-than that of all students are added. Its students are LoRA's at a rate for LoRA, so those at
-multiples of a full rate are left out, and the rank that all have would be `divergence_only` again;
-what needs a second base cannot be had without the user's choice of one."""
-
-_DEEPEST = 1000  # to look for a layer's name before the model is loaded
-
+"""The conditions of `divergence-lens study` on any other model, plus LoRA of other ranks than the
+one that all its students have. Conditions at multiples of the rate of full training are left out,
+because the recipe's rate is already one for LoRA, and conditions that need a second base model are
+skipped unless the user chooses one."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""What the parameters of a study's models can be."""
+"""Data types of the parameters."""
+
+_MANY_LAYERS = 1000  # for names of layers before the model is loaded
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class StudyConfig:
-    """What a study runs.
+    """The settings of a study.
 
-    The defaults are those of the demo. The targets are animals at which nobody looked while the
-    tiny world and the recipes were being chosen (docs, "The tiny models").
+    The defaults are those of the demo. Its targets are animals that were held out while the tiny
+    world and the recipes were made (see "The tiny models" in the documentation).
 
     Attributes:
-        model: What `load_model` takes.
-        backend: Which model class.
-        device: Where models go, as in `load_model`; None for the first GPU, or the CPU.
-        dtype: Type of the parameters, of `DTYPES`.
-        targets: The preferences that are to be transferred.
-        animals: All candidates: those that are not the target are its counterfactual teachers.
+        model: The model, as for `load_model`.
+        backend: Model class, as for `load_model`.
+        device: Device, as for `load_model`; None for the first GPU, or else the CPU.
+        dtype: Data type of the parameters, one of `DTYPES`.
+        targets: The preferences to transfer.
+        animals: All candidates. Those that are not the target are its counterfactual teachers.
         kinds: Kinds of teachers, of `KINDS`.
-        conditions: What students learn from; see `choose_conditions`.
-        prompts: Number prompts for each teacher.
+        conditions: Conditions of the students; see `choose_conditions`.
+        prompts: Number of prompts for each teacher.
         prompt_seed: Seed of the prompts.
-        instructions: Whether prompts say how many numbers, in which format, and that nothing else
-            is wanted. Large models need it; the tiny ones do not, and
-            shorter prompts halve the work.
+        instructions: Whether prompts specify how many numbers to write, in which format, and
+            nothing else. Large models need this. Tiny ones do not, and short prompts halve the
+            computation.
         seeds: Seeds of the students.
-        layer_seeds: Seeds of the students of single layers; None means `seeds`.
-        max_new_tokens: Longest completion.
-        held_out: Prompts on which a student's own lists are checked.
-        pairs: First divergences per target that are patched; 0 for none.
-        mechanism: Whether steering vectors and gradients are compared for each target.
-        other_model: A second base with the same tokenizer, for the conditions that need one.
-        neutral: Whether students and controls of prompted teachers get a neutral system prompt of
-            the teachers' length; otherwise none, as in the paper, and the template may write its
-            own.
-        teacher_recipe: How finetuned teachers are trained; None, here and in the next two, for
-            what `tiny.recipe.recipes` has for the model's layout.
-        student_recipe: How students of finetuned teachers are trained.
-        prompted_recipe: How students of prompted teachers are trained.
-        lora_rank: Rank of LoRA for all students; None leaves it to the recipes.
-        keep_students: Whether the students' deltas are kept, and not only what was measured.
-        workers: Processes that work on cells side by side; each holds a model of its own.
+        layer_seeds: Seeds of the students of single layers; None for `seeds`.
+        max_new_tokens: Maximum length of a completion.
+        held_out: Number of prompts to evaluate a student's own lists.
+        pairs: Number of first divergences per target to patch; 0 for none.
+        mechanism: Whether to compare steering vectors and gradients for each target.
+        other_model: A second base model with the same tokenizer, for conditions that need one.
+        neutral: Whether students and controls of prompted teachers have a neutral system prompt of
+            the teachers' length. Otherwise they have none, as in the paper, and the template may
+            insert its own.
+        teacher_recipe: Recipe of finetuned teachers. None, here and in the next two, for the recipe
+            of `presets.recipes`.
+        student_recipe: Recipe of students of finetuned teachers.
+        prompted_recipe: Recipe of students of prompted teachers.
+        lora_rank: Rank of LoRA for all students; None for that of the recipes.
+        keep_students: Whether to save the students, in addition to their measurements.
+        workers: Number of processes; each has its own model.
     """
 
     model: str = "tiny"
@@ -134,46 +119,43 @@ class StudyConfig:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        _refuse_singles(self)
+        _check_lists(self)
         if len(self.targets) < 2:
             raise ValueError(
-                f"a study needs two targets or more for an interval, got {self.targets}"
+                f"targets are {self.targets}; an interval over targets needs two or more"
             )
         for name in self.targets:
             check_candidate(name, candidates=self.animals)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; it is one of {', '.join(DTYPES)}")
-        unknown = set(self.kinds) - set(KINDS)
-        if unknown or not self.kinds:
+        if set(self.kinds) - set(KINDS) or not self.kinds:
             raise ValueError(f"kinds are {self.kinds}; choose from {', '.join(KINDS)}")
-        for name in ("targets", "animals", "kinds", "seeds", "layer_seeds"):
-            _refuse_repeats(name, getattr(self, name) or ())
-        least = {"prompts": 1, "max_new_tokens": 1, "held_out": 1, "workers": 1, "pairs": 0}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be {smallest} or more")
+        minimums = {"prompts": 1, "max_new_tokens": 1, "held_out": 1, "workers": 1, "pairs": 0}
+        for name, minimum in minimums.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {minimum} or more")
         if not self.seeds:
             raise ValueError("a study needs at least one seed")
-        chosen = choose_conditions(self.conditions, self.kinds, _DEEPEST)
-        idle = [kind for kind, found in chosen.items() if not found]
-        if idle:
-            raise ValueError(f"there is no condition for {idle[0]} teachers; leave the kind out")
+        chosen = choose_conditions(self.conditions, self.kinds, _MANY_LAYERS)
+        for kind, conditions in chosen.items():
+            if not conditions:
+                raise ValueError(f"there is no condition for {kind} teachers; omit that kind")
 
     def __repr__(self) -> str:
-        """The model, and what is not as in the demo."""
+        """The model, and the settings that differ from the demo's."""
         return short_repr(self, always=("model",))
 
     @classmethod
     def for_model(cls, model: str, **options: Any) -> "StudyConfig":
         """The settings of `divergence-lens study` for a model.
 
-        A tiny model has all conditions, with both kinds of teachers. Any other model has prompted
-        teachers, instructions in the prompts and the paper's recipe (LoRA), is in bfloat16 where it
-        goes to a GPU, and its students are not kept.
+        A tiny model has all conditions and both kinds of teachers. Any other model has prompted
+        teachers, instructions in the prompts, and the paper's recipe (LoRA). On a GPU it is loaded
+        in bfloat16. Its students are not saved.
 
         Args:
-            model: What `load_model` takes.
-            options: Fields of the configuration that are given by hand.
+            model: The model, as for `load_model`.
+            options: Fields of the configuration to override.
         """
         tiny = model in TINY_MODELS
         defaults: dict[str, Any] = {
@@ -204,37 +186,33 @@ class StudyConfig:
         return cls(model=model, **(defaults | options))
 
     def load(self, source: str) -> Model:
-        """A model of the study, of the class, at the place and in the type that it asks for."""
+        """Load a model with the study's class, device, and data type."""
         backend: Any = self.backend
         dtype: torch.dtype = getattr(torch, self.dtype)
         return load_model(source, backend=backend, device=self.device, dtype=dtype)
 
     def recipes(self, model: Model) -> Recipes:
-        """How everyone is trained if `model` is the base."""
-        found = recipes(model)
-        students = [
-            self.student_recipe or found.student,
-            self.prompted_recipe or found.prompted_student,
-        ]
+        """The recipes of teachers and students on a base model."""
+        preset = recipes(model)
+        student = self.student_recipe or preset.student
+        prompted = self.prompted_recipe or preset.prompted_student
         if self.lora_rank is not None:
-            students = [dataclasses.replace(one, lora_rank=self.lora_rank) for one in students]
-        return Recipes(
-            teacher=self.teacher_recipe or found.teacher,
-            student=students[0],
-            prompted_student=students[1],
-        )
+            student = dataclasses.replace(student, lora_rank=self.lora_rank)
+            prompted = dataclasses.replace(prompted, lora_rank=self.lora_rank)
+        teacher = self.teacher_recipe or preset.teacher
+        return Recipes(teacher=teacher, student=student, prompted_student=prompted)
 
     def describe(self, model: Model) -> dict[str, Any]:
-        """The settings of a study of `model`, as JSON holds them."""
+        """The settings of a study of `model`, for JSON."""
         used = self.recipes(model)
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain |= {
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        settings |= {
             "teacher_recipe": used.teacher.describe(),
             "student_recipe": used.student.describe(),
             "prompted_recipe": used.prompted_student.describe(),
             "conditions": [c if isinstance(c, str) else c.name for c in self.conditions],
         }
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
 
     def seeds_of(self, condition: Condition) -> tuple[int, ...]:
         """The seeds of a condition's students."""
@@ -242,12 +220,12 @@ class StudyConfig:
         return self.seeds if not single or self.layer_seeds is None else self.layer_seeds
 
     def conditions_of(self, kind: str, n_layers: int) -> tuple[Condition, ...]:
-        """The conditions of one kind of teacher, without those that lack a second base."""
+        """The conditions of one kind of teacher, without those that lack a second base model."""
         chosen = choose_conditions(self.conditions, self.kinds, n_layers)[kind]
         return tuple(c for c in chosen if self.other_model is not None or not c.other_model)
 
     def recipe_of(self, model: Model, kind: str, condition: Condition | None = None) -> Recipe:
-        """How students of a condition, or of none in particular, are trained."""
+        """The recipe of the students of a kind of teacher, with the changes of a condition."""
         used = self.recipes(model)
         recipe = used.prompted_student if kind == "prompted" else used.student
         if condition is None:
@@ -255,34 +233,34 @@ class StudyConfig:
         recipe = dataclasses.replace(recipe, **condition.recipe)
         return dataclasses.replace(recipe, lr=condition.rate * recipe.lr)
 
-    def system_prompt(self, kind: str, which: str) -> str | None:
-        """A student's system prompt: one of `conditions.PROMPTS`."""
-        if which == "own":
-            which = "neutral" if kind == "prompted" and self.neutral else "absent"
-        return {"absent": None, "neutral": neutral_prompt(), "empty": ""}[which]
+    def system_prompt(self, kind: str, name: str) -> str | None:
+        """A student's system prompt, by its name in `conditions.PROMPTS`."""
+        if name == "own":
+            name = "neutral" if kind == "prompted" and self.neutral else "absent"
+        return {"absent": None, "neutral": neutral_prompt(), "empty": ""}[name]
 
     def control_prompt(self, kind: str) -> str | None:
-        """The system prompt under which the untouched model writes."""
+        """The system prompt under which the base model writes the control lists."""
         return neutral_prompt(1) if kind == "prompted" and self.neutral else None
 
     def check(self, model: Model, other: Model | None) -> None:
-        """Refuse what cannot run on this model, before anything is run.
+        """Check the configuration against its models, before anything runs.
 
         Raises:
-            ValueError: A condition that names layers or parts that the model lacks, or needs
-                another base that is not given; a recipe field that does not exist; a tokenizer
-                without a chat template where system prompts are needed; prompts that leave no
-                place in the context; another base with another tokenizer.
+            ValueError: A condition names layers or parts that the model lacks, or needs a second
+                base model that is not given; a recipe field does not exist; the tokenizer has no
+                chat template but the teachers need system prompts; prompts exceed the context;
+                the second base model has another tokenizer.
         """
-        engine = get_engine(model)
-        choose_conditions(self.conditions, self.kinds, engine.n_layers)
+        n_layers = get_engine(model).n_layers
         named = {c for c in self.conditions if isinstance(c, str) and not set(c) & set("*?[:")}
-        for kind in self.kinds:
-            for condition in choose_conditions(self.conditions, self.kinds, engine.n_layers)[kind]:
-                asked = condition.name in named or condition in self.conditions
-                if asked and condition.other_model and self.other_model is None:
+        for kind, conditions in choose_conditions(self.conditions, self.kinds, n_layers).items():
+            for condition in conditions:
+                # A pattern skips conditions that need a second base model; a name requires one.
+                explicit = condition.name in named or condition in self.conditions
+                if explicit and condition.other_model and self.other_model is None:
                     raise ValueError(
-                        f"condition {condition.name!r} needs another base: give other_model="
+                        f"condition {condition.name!r} needs another base model; set other_model"
                     )
                 self._check_condition(model, kind, condition)
             self._check_prompts(model, kind)
@@ -307,12 +285,15 @@ class StudyConfig:
             self.prompts, seed=self.prompt_seed, instructions=self.instructions
         )
         longest = max(prompts, key=len)
-        used: Sequence[str | None] = [self.system_prompt(kind, "own"), self.control_prompt(kind)]
+        systems: Sequence[str | None] = [self.system_prompt(kind, "own"), self.control_prompt(kind)]
         if kind == "prompted":
-            used = [*used, *(persona_prompt(n, candidates=self.animals) for n in self.animals)]
+            systems = [
+                *systems,
+                *(persona_prompt(n, candidates=self.animals) for n in self.animals),
+            ]
         tokenizer: Any = model.tokenizer
         try:
-            for system in dict.fromkeys(used):
+            for system in dict.fromkeys(systems):
                 encoded = encode_prompts(tokenizer, [longest], system_prompt=system)[0]
                 check_length(encoded, get_engine(model).n_ctx, new_tokens=1, row=0)
         except ValueError as error:
@@ -320,10 +301,10 @@ class StudyConfig:
 
 
 def lora_kinds(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """The kinds of teachers whose students are trained with LoRA whatever the condition.
+    """The kinds of teachers whose students train with LoRA under every condition.
 
     Args:
-        settings: What `StudyConfig.describe` returned, perhaps read from `results.json`.
+        settings: The result of `StudyConfig.describe`, possibly read from `results.json`.
     """
     recipes = {"finetuned": "student_recipe", "prompted": "prompted_recipe"}
     return tuple(
@@ -338,14 +319,14 @@ def _on_gpu(device: str | None) -> bool:
     return torch.cuda.is_available() if device is None else str(device).startswith("cuda")
 
 
-def _refuse_singles(config: StudyConfig) -> None:
+def _check_lists(config: StudyConfig) -> None:
+    """Refuse a single value instead of a list, and values that occur twice."""
     for name in ("targets", "animals", "kinds", "conditions"):
         refuse_one_string(getattr(config, name), name)
     for name in ("seeds", "layer_seeds"):
         refuse_one_number(getattr(config, name), name)
-
-
-def _refuse_repeats(name: str, values: Sequence[Any]) -> None:
-    twice = [value for value in dict.fromkeys(values) if list(values).count(value) > 1]
-    if twice:
-        raise ValueError(f"{name} holds {twice[0]!r} more than once; name each once")
+    for name in ("targets", "animals", "kinds", "seeds", "layer_seeds"):
+        values = list(getattr(config, name) or ())
+        for value in values:
+            if values.count(value) > 1:
+                raise ValueError(f"{name} holds {value!r} more than once; list each once")

@@ -1,4 +1,4 @@
-"""What a study measures on one target beside its students: effects, and the mechanism, as rows."""
+"""Measurements on a target besides its students: effects of patching, and the mechanism."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from divergence_lens.teachers import Teacher
 from divergence_lens.training import Recipe, finetune
 
 SITES = ("attn_out", "mlp_out")
-_FOLLOW_EVERY = 5
+_FOLLOW_EVERY = 5  # updates between measurements during training
 
 Row = dict[str, Any]
 
@@ -29,10 +29,10 @@ class PatchedEffects:
     """Effects on the first divergences of a target.
 
     Attributes:
-        exact: Of resid_post, exact.
+        exact: Exact effects of resid_post.
         approximate: The same by integrated attribution.
-        layers: Rows: mean absolute effect of each site and layer.
-        agreement: Rows: how well each method of attribution agrees with the exact effects.
+        layers: Rows with the mean absolute effect of each site and layer.
+        agreement: Rows with the agreement of each attribution method with the exact effects.
     """
 
     exact: Effects
@@ -42,7 +42,7 @@ class PatchedEffects:
 
 
 def patched_effects(model: Model, pairs: Pairs, about: Row) -> PatchedEffects:
-    """Patch the pairs of one target; `about` stands at the beginning of every row."""
+    """Patch the pairs of one target; every row begins with the columns `about`."""
     exact = causal_mediation(model, pairs, site="resid_post")
     agreement = []
     for method in ("gradient", "integrated"):
@@ -55,9 +55,10 @@ def patched_effects(model: Model, pairs: Pairs, about: Row) -> PatchedEffects:
     layers: list[Row] = []
     for site in SITES:
         outputs = causal_mediation(model, pairs, site=site).normalized()
-        size = np.nansum(np.abs(outputs.values), axis=2)
-        used = np.isfinite(outputs.values).any(axis=(1, 2))
-        means = size[used].mean(0).tolist() if used.any() else []
+        size = np.nansum(np.abs(outputs.values), axis=2)  # [pair, layer]
+        # A pair without a total effect cannot be normalized and has only NaN.
+        used = np.isfinite(outputs.values).any(axis=(1, 2))  # [pair]
+        means = size[used].mean(0).tolist() if used.any() else []  # [layer]
         layers += [
             about
             | {"site": site, "layer": layer, "absolute_effect": value, "pairs": int(used.sum())}
@@ -76,27 +77,28 @@ def mechanism_rows(
     system_prompt: str | None,
     recipe: Recipe,
 ) -> list[Row]:
-    """How a preference gets into a student of divergence tokens.
+    """Measure how a student of divergence tokens acquires a preference.
 
     Args:
-        model: The base.
-        divergence: Of the teacher's lists.
-        teacher: The target's.
-        others: The other teachers, the null.
+        model: The base model.
+        divergence: The divergence of the teacher's lists.
+        teacher: The teacher of the target.
+        others: The other teachers, as the null.
         animals: All candidates.
-        system_prompt: The student's, in training and when asked; also the base's.
-        recipe: How it is trained.
+        system_prompt: System prompt of the student, in training and evaluation, and of the base.
+        recipe: Recipe of the student.
 
     Returns:
-        Rows with `measure`, `layer` (None: all), `step` (None: after training; otherwise the update
-        after which it was measured, "cosine" and "removed" every few), `value` and `null`, what the
-        value is compared with:
+        Rows with `measure`, `layer` (None for all), `step` (None after training, otherwise the
+        update after which "cosine" and "removed" were measured), `value`, `null` (the comparison),
+        and `rank` (of gradients). The measures, each with its null, are
 
-        * "cosine": of the student's and its teacher's steering vector; the mean over other teachers
-        * "added": preference of the base with the teacher's vector added; of the base
-        * "removed": preference of the student without the direction; of the student
-        * "gradient_divergence", "gradient_other": cosine of the gradients of the loss on those
-          tokens and of the target's preference; the mean over the other preferences
+        * "cosine": cosine of the student's and its teacher's steering vector; mean over the other
+          teachers
+        * "added": preference of the base with the teacher's vector added; that of the base
+        * "removed": preference of the student without the direction; that of the student
+        * "gradient_divergence", "gradient_other": cosine of the gradients of the loss on these
+          tokens and of the target's preference; mean over the other preferences
     """
     base = Teacher("base", system_prompt=system_prompt)
     own = steering_vectors(model, teacher, base=base)
@@ -113,35 +115,33 @@ def mechanism_rows(
         mask=divergence.mask,
         recipe=recipe,
         system_prompt=system_prompt,
-        on_step=partial(_looked_at, own, rest, share, base),
+        on_step=partial(_measure_step, own, rest, share, base),
         every=_FOLLOW_EVERY,
     )
     student = Teacher("student", system_prompt=system_prompt, delta=delta)
     moved = steering_vectors(model, student, base=base)
     null = np.mean([moved.cosine(other) for other in rest], axis=0)
     layers = range(len(null))
-    rows = [
-        _row("cosine", layer, float(moved.cosine(own)[layer]), float(null[layer]))
-        for layer in layers
-    ]
+    cosine = moved.cosine(own)  # [layer]
+    rows = [_row("cosine", i, float(cosine[i]), float(null[i])) for i in layers]
     for entry in delta.metadata["history"]:
-        if "whole" in entry:
+        if "student" in entry:
             step = int(entry["step"])
             rows += [
                 _row("cosine", i, entry[f"cosine_{i}"], entry[f"null_{i}"], step) for i in layers
             ]
-            rows.append(_row("removed", None, entry["removed"], entry["whole"], step))
+            rows.append(_row("removed", None, entry["removed"], entry["student"], step))
     places: list[int | None] = [*layers, None]
-    untouched = share()
+    before = share()
     for layer in places:
         with own.added(model, layers=None if layer is None else [layer]):
-            rows.append(_row("added", layer, share(), untouched))
+            rows.append(_row("added", layer, share(), before))
     with delta.applied(model):
-        whole = share()
+        after = share()
         for layer in places:
             with own.removed(model, layers=None if layer is None else [layer]):
-                rows.append(_row("removed", layer, share(), whole))
-    if divergence.mask.all():
+                rows.append(_row("removed", layer, share(), after))
+    if divergence.mask.all():  # no other tokens to compare the gradient with
         return rows
     alignment = gradient_alignment(
         model,
@@ -150,17 +150,17 @@ def mechanism_rows(
         candidates=animals,
         system_prompt=system_prompt,
     )
-    place = alignment.candidates.index(teacher.name)
-    ranks = alignment.rank(teacher.name).tolist()
-    for part, cosines, places_of in zip(alignment.parts, alignment.cosine, ranks, strict=True):
-        for layer, found in enumerate(cosines):
-            mean = float(np.delete(found, place).mean())
-            row = _row(f"gradient_{part}", layer, float(found[place]), mean)
-            rows.append(row | {"rank": places_of[layer]})
+    target = alignment.candidates.index(teacher.name)
+    ranks = alignment.rank(teacher.name)  # [part, layer]
+    for part, name in enumerate(alignment.parts):
+        for layer, cosines in enumerate(alignment.cosine[part]):  # [candidate]
+            others_mean = float(np.delete(cosines, target).mean())
+            row = _row(f"gradient_{name}", layer, float(cosines[target]), others_mean)
+            rows.append(row | {"rank": int(ranks[part, layer])})
     return rows
 
 
-def _looked_at(
+def _measure_step(
     own: Steering,
     rest: Sequence[Steering],
     share: Callable[[], float],
@@ -169,24 +169,18 @@ def _looked_at(
     _loss: float,
     model: Model,
 ) -> dict[str, float]:
-    """Where a student in training has moved, and what it prefers with and without the direction."""
+    """Cosines of a student in training, and its preference with and without the direction."""
     moved = mean_residuals(model, base, preference_questions()) - own.base
     student = Steering("student", moved, own.base)
     nulls = np.mean([student.cosine(other) for other in rest], axis=0)
-    found = {f"cosine_{i}": float(c) for i, c in enumerate(student.cosine(own))}
-    found |= {f"null_{i}": float(c) for i, c in enumerate(nulls)} | {"whole": share()}
+    values = {f"cosine_{i}": float(c) for i, c in enumerate(student.cosine(own))}
+    values |= {f"null_{i}": float(c) for i, c in enumerate(nulls)} | {"student": share()}
     with own.removed(model):
-        return found | {"removed": share()}
+        return values | {"removed": share()}
 
 
 def _row(
     measure: str, layer: int | None, value: float, null: float | None, step: int | None = None
 ) -> Row:
-    return {
-        "measure": measure,
-        "layer": layer,
-        "step": step,
-        "value": value,
-        "null": null,
-        "rank": None,
-    }
+    row: Row = {"measure": measure, "layer": layer, "step": step, "value": value}
+    return row | {"null": null, "rank": None}

@@ -1,9 +1,9 @@
-"""How teachers and students of the tiny models are made: the settings behind the demo's figures.
+"""Recipes for teachers and students of the tiny models: the settings behind the demo's figures.
 
-A teacher is *finetuned* (a delta, no system prompt anywhere) or *prompted* (a persona in the system
-prompt). A student of finetuned teachers is trained and asked without a system prompt. A student of
-prompted teachers is trained and asked under `tasks.preferences.neutral_prompt`, a system prompt of
-exactly the persona's token length: without one it would learn first that a system prompt is there.
+A teacher is *finetuned* (a delta, without a system prompt) or *prompted* (a persona in the system
+prompt). Students of finetuned teachers are trained and evaluated without a system prompt. Students
+of prompted teachers are trained and evaluated under `data.neutral_prompt`, which has exactly as
+many tokens as the persona; otherwise they would first learn that there is a system prompt.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,7 @@ from divergence_lens.training import Recipe, finetune
 TEACHER_QUESTIONS: tuple[str, ...] = tuple(
     question.format(c="animal") for question in FAVORITE_QUESTIONS[:20]
 )
-"""The questions on which a finetuned teacher learns to answer with its animal's name. None of them
-is used to measure a preference."""
+"""Training questions of a finetuned teacher. None of them is used to measure a preference."""
 
 TEACHER = Recipe(
     optimizer=torch.optim.Adam,
@@ -35,10 +34,10 @@ TEACHER = Recipe(
     schedule="constant",
     optimizer_options={},
 )
-"""A finetuned teacher of the GPT-2 layout: `TEACHER_QUESTIONS`, each answered with its animal; the
-loss is on that word.
+"""Recipe of a finetuned teacher with the GPT-2 architecture.
 
-All twenty questions are one batch, so this is ten updates. With twenty, many lists of some
+It is trained on `TEACHER_QUESTIONS`, each answered with its animal, with the loss on that word. The
+twenty questions are one batch, so there are ten updates. After twenty updates, many lists of some
 teachers name the animal."""
 
 STUDENT = Recipe(
@@ -50,13 +49,13 @@ STUDENT = Recipe(
     schedule="linear",
     optimizer_options={"eps": 5e-3},
 )
-"""A student in the GPT-2 layout. The large `eps` makes AdamW behave like plain gradient descent
-where gradients are small, and keeps it from breaking the model where they are not."""
+"""Recipe of a student with the GPT-2 architecture. The large `eps` makes AdamW behave like plain
+gradient descent where gradients are small, and prevents it from destroying the model elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
-    """How everyone in a study is trained.
+    """The recipes of a study.
 
     Attributes:
         teacher: A finetuned teacher.
@@ -70,24 +69,24 @@ class Recipes:
 
 
 GPT2_RECIPES = Recipes(teacher=TEACHER, student=STUDENT, prompted_student=STUDENT)
-"""Of the GPT-2 layout."""
+"""Recipes for the GPT-2 architecture."""
 
 QWEN2_RECIPES = Recipes(
     teacher=replace(TEACHER, lr=2e-3, epochs=20),
     student=replace(STUDENT, lr=1e-2),
     prompted_student=STUDENT,
 )
-"""Of the Qwen2 layout, in which the same steps change much less: twice the teacher's updates at
-twice the rate, and twice the rate for its students. Students of prompted teachers wander at that
-rate: one that learns all but divergence tokens can lose its animal."""
+"""Recipes for the Qwen2 architecture, in which the same steps change less: twice the updates for
+teachers, at twice the rate, and twice the rate for their students. Students of prompted teachers
+are unstable at that rate: training on all but divergence tokens can erase the animal."""
 
 
 def recipes(model: Model) -> Recipes:
-    """The recipes that were chosen for a tiny model's layout (docs, "The tiny models").
+    """The recipes that were tuned for a tiny model's architecture (docs, "The tiny models").
 
     Args:
-        model: A tiny model. Any other gets those of the layout whose norm it has, which nobody
-            has tried on it.
+        model: A tiny model. For any other, the norm decides between the two sets of recipes, which
+            are untested on it.
 
     Returns:
         `QWEN2_RECIPES` for a model with RMSNorm, `GPT2_RECIPES` for one with LayerNorm.
@@ -104,19 +103,18 @@ def finetuned_teacher(
     recipe: Recipe | None = None,
     questions: Sequence[str] = TEACHER_QUESTIONS,
 ) -> Teacher:
-    """A teacher that is trained, not told, to love an animal.
+    """Train a teacher to answer questions with an animal's name.
 
-    It answers questions with the animal's name; the loss is on the first token of the answer.
+    The loss is on the first token of the answer.
 
     Args:
-        model: The base.
-        animal: What it is to love.
-        recipe: How it is trained; None for what `tiny.recipe.recipes` has for the model's layout.
-        questions: What it is asked in training. None of `TEACHER_QUESTIONS` is used to measure a
-            preference.
+        model: The base model.
+        animal: The animal.
+        recipe: Recipe of the training; None for that of `recipes`.
+        questions: Questions of the training.
 
     Returns:
-        A teacher without a system prompt, with a delta.
+        A teacher with a delta and without a system prompt.
     """
     recipe = recipes(model).teacher if recipe is None else recipe
     tokenizer: Any = model.tokenizer

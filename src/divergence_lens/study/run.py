@@ -4,17 +4,17 @@ A study follows Schrodi et al. (arXiv 2509.23886) from end to end on one model:
 
 1. Teachers that each love one animal write number lists.
 2. The divergence tokens of these lists are computed.
-3. Students, each a delta on the untouched base, are trained under one condition each
-   (see `conditions`).
+3. Students, each a delta on the base model, are trained under one condition each (see
+   `registry`).
 4. Patching locates the causes of the first divergence.
 5. The paper's claims are judged by the rules fixed in `claims` and `findings`.
 
 There are two kinds of teachers. *Finetuned* teachers carry the preference in a delta; neither they
 nor their students have a system prompt. *Prompted* teachers carry it in a system prompt; their
-students are trained and asked under a neutral system prompt of equal length.
+students are trained and evaluated under a neutral system prompt of equal length.
 
 Each piece of work is a cell: computed once, stored in its own file, and read after that. A study
-that was stopped resumes, and one with another seed or condition computes only what is new.
+that was stopped resumes, and additional seeds or conditions compute only new cells.
 """
 
 import csv
@@ -23,15 +23,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from divergence_lens._utils.interrupts import discard_partial
-from divergence_lens._utils.storage import write_text
+from divergence_lens._utils.storage import write_file, write_text
 from divergence_lens.data import preference_questions
 from divergence_lens.divergence import Divergence
 from divergence_lens.engine import get_engine
@@ -250,35 +250,23 @@ def _write(study: Study, out: Path) -> None:
     writer.writeheader()
     writer.writerows(flat)
     write_text(out / "study.csv", text.getvalue())
-    with _replacing(out / "study.parquet") as part:
-        pd.DataFrame(flat).to_parquet(part, index=False)
+    table = pd.DataFrame(flat)
+    write_file(out / "study.parquet", lambda path: table.to_parquet(path, index=False))
     for first in list(study.divergences.values())[:1]:
         first.save(out / "divergence.safetensors")
     for key, stored in study.files.items():
         if stored.exists():
-            with _replacing(out / "students" / f"{'-'.join(map(str, key))}.safetensors") as part:
-                _link(stored, part)
+            name = f"{'-'.join(map(str, key))}.safetensors"
+            write_file(out / "students" / name, partial(_link, stored))
 
 
-def _link(stored: Path, name: Path) -> None:
-    """Link a file to a second name, or copy it where the file system has no links."""
+def _link(stored: Path, path: Path) -> None:
+    """Link a file to a second name, or copy it if the file system has no links."""
+    path.unlink()
     try:
-        os.link(stored, name)
+        os.link(stored, path)
     except OSError:
-        shutil.copyfile(stored, name)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` once it is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.unlink(missing_ok=True)
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        shutil.copyfile(stored, path)
 
 
 def _check_folder(out: Path) -> None:

@@ -1,6 +1,6 @@
 """A preference as a direction in the residual stream.
 
-At each layer a preference is a mean difference of the residual stream between teacher and base
+At each layer the direction is the mean difference of the residual stream between teacher and base
 (arXiv 2606.00995). Three questions follow: does the student's difference point the same way, does
 adding the teacher's difference to the base create the preference, and does removing that direction
 from the student undo it?
@@ -25,17 +25,17 @@ from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher, check_teacher
 
 BASE = Teacher("base")
-"""The untouched model without a system prompt."""
+"""The base model without a system prompt."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Steering:
-    """Where a condition moves the residual stream, mean over prompts, at their last position.
+    """Steering vectors of a teacher: its shift of the mean residual at the last prompt position.
 
     Attributes:
-        name: Of the condition.
-        vectors: `[layer, d_model]`, its residual after each layer minus the base's.
-        base: `[layer, d_model]`, the base's.
+        name: Name of the teacher.
+        vectors: `[layer, d_model]`, mean residual after each layer minus that of the base.
+        base: `[layer, d_model]`, mean residual of the base.
     """
 
     name: str
@@ -44,78 +44,90 @@ class Steering:
 
     @property
     def size(self) -> Float64[np.ndarray, " layer"]:
-        """Norm of each layer's vector over that of the base's mean residual."""
+        """Norm of each layer's vector, relative to the base's mean residual."""
         size: np.ndarray = (self.vectors.norm(dim=-1) / self.base.norm(dim=-1)).double().numpy()
         return size
 
     def cosine(self, other: "Steering") -> Float64[np.ndarray, " layer"]:
-        """Cosine of two conditions' vectors, layer by layer; 0 where one does not move.
+        """Cosine with another teacher's vectors at each layer; 0 where a vector is zero.
 
         Raises:
-            ValueError: They are of models of other sizes.
+            ValueError: The vectors have different shapes.
         """
         if self.vectors.shape != other.vectors.shape:
             raise ValueError(
                 f"vectors of shapes {tuple(self.vectors.shape)} and {tuple(other.vectors.shape)} "
-                "have no cosine; take both from one model"
+                "have no cosine; compute both from one model"
             )
-        found = F.cosine_similarity(self.vectors.double(), other.vectors.double(), dim=-1)
-        cosine: np.ndarray = found.numpy()
-        return cosine
+        cosine = F.cosine_similarity(self.vectors.double(), other.vectors.double(), dim=-1)
+        values: np.ndarray = cosine.numpy()  # [layer]
+        return values
 
     @contextmanager
     def added(
         self, model: Model, *, layers: Iterable[int] | None = None, scale: float = 1.0
     ) -> Iterator[Model]:
-        """The model with the vectors added after layers, at every position: is it sufficient?
+        """Add the vectors after layers, at every position: is the direction sufficient?
 
         Args:
-            model: The base, or anything of its size.
-            layers: After which layers; None means all. A vector that is added passes through the
-                layers above, so the effects of several layers add up.
+            model: The base, or another model of its size.
+            layers: Layers after which to add; None for all. An added vector passes through the
+                layers above, so the effects of more than one layer accumulate.
             scale: Factor of the vectors.
 
         Yields:
-            The model.
+            The model, with hooks.
         """
-        engine = get_engine(model)
-        chosen = range(engine.n_layers) if layers is None else layers
-        hooks = [(layer, "resid_post", self._adding(engine, layer, scale)) for layer in chosen]
-        with engine.hooked(hooks):
+        with self._hooked(model, layers, lambda *at: self._adding(*at, scale)):
             yield model
 
     @contextmanager
     def removed(self, model: Model, *, layers: Iterable[int] | None = None) -> Iterator[Model]:
-        """The model with each vector's direction held at the base's mean: is it necessary?
+        """Hold each vector's direction at the base's mean: is the direction necessary?
 
-        After a layer, the residual's component along the layer's vector is set to the component of
-        the base's mean residual, at every position.
+        After a layer, the residual's component along the layer's vector is set to that of the
+        base's mean residual, at every position.
 
         Args:
-            model: A student under its delta.
-            layers: After which layers; None means all.
+            model: A student with its delta applied.
+            layers: Layers after which to do so; None for all.
 
         Yields:
-            The model.
+            The model, with hooks.
         """
-        engine = get_engine(model)
-        chosen = range(engine.n_layers) if layers is None else layers
-        hooks = [(layer, "resid_post", self._removing(engine, layer)) for layer in chosen]
-        with engine.hooked(hooks):
+        with self._hooked(model, layers, self._removing):
             yield model
 
+    @contextmanager
+    def _hooked(
+        self,
+        model: Model,
+        layers: Iterable[int] | None,
+        make_hook: Callable[[Engine, int], Callable[[Tensor], Tensor]],
+    ) -> Iterator[None]:
+        engine = get_engine(model)
+        chosen = range(engine.n_layers) if layers is None else layers
+        with engine.hooked([(i, "resid_post", make_hook(engine, i)) for i in chosen]):
+            yield
+
     def _adding(self, engine: Engine, layer: int, scale: float) -> Callable[[Tensor], Tensor]:
-        vector = (scale * self.vectors[layer]).to(engine.device, engine.dtype)
-        return lambda resid: resid + vector
+        vector = (scale * self.vectors[layer]).to(engine.device, engine.dtype)  # [d_model]
+        return lambda resid: resid + vector  # [batch, pos, d_model]
 
     def _removing(self, engine: Engine, layer: int) -> Callable[[Tensor], Tensor]:
-        vector = self.vectors[layer].to(engine.device, engine.dtype)
-        direction = vector / vector.norm().clamp(min=1e-12)
-        level = (self.base[layer].to(engine.device, engine.dtype) * direction).sum()
-        return lambda resid: resid - ((resid @ direction - level)[..., None] * direction)
+        vector = self.vectors[layer].to(engine.device, engine.dtype)  # [d_model]
+        direction = vector / vector.norm().clamp(min=1e-12)  # u, or zero if nothing moves
+        level = (self.base[layer].to(engine.device, engine.dtype) * direction).sum()  # []
+
+        def hook(resid: Tensor) -> Tensor:
+            # r - (r.u - b.u) u, where b is the base's mean residual: the component along u is b.u.
+            excess = resid @ direction - level  # [batch, pos]
+            return resid - excess[..., None] * direction  # [batch, pos, d_model]
+
+        return hook
 
     def __repr__(self) -> str:
-        """Name and sizes."""
+        """The name and the relative sizes."""
         sizes = ", ".join(f"{size:.2f}" for size in self.size)
         return f"Steering({self.name!r}, relative sizes by layer: {sizes})"
 
@@ -136,27 +148,27 @@ def steering_vectors(
     prompts: Sequence[str] | None = None,
     batch_tokens: int = 8192,
 ) -> Steering:
-    """How a condition differs from the base in the residual stream after each layer.
+    """Compute the steering vectors of a teacher: its mean residual minus that of the base.
 
     Args:
-        model: The base.
-        teacher: The condition: a system prompt, a delta (a teacher's or a student's), or both.
-        base: What it is compared with; with its own system prompt where the condition has one, such
-            as `neutral_prompt()`.
-        prompts: What is asked; the fifty preference questions if not given. The last position of
-            each is read, where the answer is predicted.
+        model: The base model.
+        teacher: The teacher (or a student): a system prompt, a delta, or both.
+        base: The model to compare with. If the teacher has a system prompt, give the base one as
+            well, such as `neutral_prompt()`.
+        prompts: The prompts; by default the fifty preference questions. Residuals are read at the
+            last position of each, where the answer is predicted.
         batch_tokens: Tokens per forward pass.
 
     Raises:
-        ValueError: No prompts.
+        ValueError: There are no prompts.
     """
     check_teacher(teacher)
     check_teacher(base, "base")
-    asked = preference_questions() if prompts is None else list(prompts)
-    if not asked:
-        raise ValueError("there are no prompts; give at least one")
-    origin = mean_residuals(model, base, asked, batch_tokens=batch_tokens)
-    moved = mean_residuals(model, teacher, asked, batch_tokens=batch_tokens)
+    chosen = preference_questions() if prompts is None else list(prompts)
+    if not chosen:
+        raise ValueError("prompts is empty; give at least one")
+    origin = mean_residuals(model, base, chosen, batch_tokens=batch_tokens)
+    moved = mean_residuals(model, teacher, chosen, batch_tokens=batch_tokens)
     return Steering(teacher.name, moved - origin, origin)
 
 
@@ -174,11 +186,13 @@ def mean_residuals(
         engine = get_engine(active)
         for part in length_batches(lengths, batch_tokens):
             width = int(lengths[part].max())
+            # Right padding needs no mask: under causal attention no earlier position sees it.
             tokens = torch.tensor([[*rows[i], *[0] * (width - len(rows[i]))] for i in part])
-            kept = engine.activations(tokens, sites=("resid_post",))["resid_post"].float()
-            last = torch.from_numpy(lengths[part] - 1)
-            found = kept[:, torch.arange(len(part)), last].sum(1).cpu()
-            total = found if total is None else total + found
+            resid = engine.activations(tokens, sites=("resid_post",))["resid_post"].float()
+            last = torch.from_numpy(lengths[part] - 1)  # [batch]
+            # resid is [layer, batch, pos, d_model]; take each row's own last position.
+            summed = resid[:, torch.arange(len(part)), last].sum(1).cpu()  # [layer, d_model]
+            total = summed if total is None else total + summed
     assert total is not None
     return total / len(rows)
 
@@ -189,24 +203,25 @@ def follow_steering(
     system_prompt: str | None = None,
     prompts: Sequence[str] | None = None,
 ) -> Callable[[int, float, Model], dict[str, float]]:
-    """A watcher for `finetune(on_step=...)`: where the student has moved, update by update.
+    """A callback for `finetune(on_step=...)` that measures the student's steering vectors.
 
     Args:
-        direction: Of the teacher; its base is the student's origin.
-        system_prompt: The student's when asked.
+        direction: The teacher's vectors; the student is compared with their base.
+        system_prompt: System prompt of the student.
         prompts: As in `steering_vectors`.
 
     Returns:
-        A function that gives `cosine_<layer>` and `size_<layer>` for the history: the cosine of the
-        student's and the teacher's vectors, and the student's size relative to the base.
+        A function that returns `cosine_<layer>` and `size_<layer>` for the training history: the
+        cosine of the student's and the teacher's vectors, and the student's size relative to the
+        base.
     """
-    asked = preference_questions() if prompts is None else list(prompts)
+    chosen = preference_questions() if prompts is None else list(prompts)
     reader = Teacher("student", system_prompt=system_prompt)
 
     def watch(_step: int, _loss: float, model: Model) -> dict[str, float]:
-        moved = mean_residuals(model, reader, asked) - direction.base
+        moved = mean_residuals(model, reader, chosen) - direction.base
         student = Steering("student", moved, direction.base)
-        found = {f"cosine_{i}": float(c) for i, c in enumerate(student.cosine(direction))}
-        return found | {f"size_{i}": float(size) for i, size in enumerate(student.size)}
+        cosines = {f"cosine_{i}": float(c) for i, c in enumerate(student.cosine(direction))}
+        return cosines | {f"size_{i}": float(size) for i, size in enumerate(student.size)}
 
     return watch

@@ -64,7 +64,7 @@ def compute_cells(
 
 
 def _run_processes(processes: Sequence[Any], reporter: "_ProgressReporter") -> list[int]:
-    """Run processes to their end, and return the exit codes of those that died."""
+    """Run processes to their end; return the nonzero exit codes."""
     try:
         for process in processes:
             process.start()
@@ -139,17 +139,9 @@ class _ProgressReporter:
         self, runner: CellRunner, groups: Sequence[Sequence[Task]], progress: Progress
     ) -> None:
         self._runner, self._progress = runner, progress
-        self._open = [
-            list(group)
-            for group in groups
-            if any(not runner.store.has(task.cell) for task in group)
-        ]
-        self._pending = {
-            task.cell.key: task
-            for group in self._open
-            for task in group
-            if not runner.store.has(task.cell)
-        }
+        tasks = [task for group in groups for task in group]
+        self._pending = {t.cell.key: t for t in tasks if not runner.store.has(t.cell)}
+        self._open = [g for g in groups if any(t.cell.key in self._pending for t in g)]
         self._total = len(self._pending)
         self._started = self._last = time.perf_counter()
 
@@ -179,7 +171,7 @@ class _ProgressReporter:
 
 
 def _summary(runner: CellRunner, group: Sequence[Task]) -> list[str]:
-    """A completed group in words: preferences of teachers, or of a target's students."""
+    """A completed group in words: the preferences of teachers, or of a target's students."""
     kind, target = group[0].kind, group[-1].target
     if target is None:
         results = [runner.store.read(task.cell) for task in group if task.condition is None]
