@@ -177,7 +177,7 @@ def test_a_recipe_that_is_given_is_kept_and_written_down(tiny_qwen2):
     ("options", "says"),
     [
         ({"targets": ("owl", "unicorn")}, "unicorn"),
-        ({"targets": ("owl",)}, "two targets"),
+        ({"targets": ("owl",)}, "two or more"),
         ({"kinds": ("told",)}, "told"),
         ({"prompts": 0}, "prompts is 0"),
         ({"seeds": ()}, "seed"),
