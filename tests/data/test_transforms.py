@@ -62,9 +62,20 @@ def test_marks_must_fit_the_tokens(data):
 
 
 def test_selected_examples_keep_their_marks(data):
-    chosen = data.select([5, 2])
+    chosen = data[[5, 2]]
     assert chosen.examples == (data.examples[5], data.examples[2])
     assert chosen.marks.tolist() == [*data.marks_of(5), *data.marks_of(2)]
+
+
+def test_a_slice_and_a_mask_select_examples(data):
+    mask = np.zeros(len(data), dtype=bool)
+    mask[[1, 2]] = True
+    for part in (data[1:3], data[mask], data[[1, 2]]):
+        assert part.examples == data.examples[1:3]
+        assert part.marks.tolist() == [*data.marks_of(1), *data.marks_of(2)]
+    assert len(data[:0]) == 0
+    with pytest.raises(IndexError, match=f"no example {len(data)}"):
+        data[len(data)]
 
 
 def test_the_layout_of_the_papers_code_is_written_and_read(tiny, data, tmp_path):
@@ -132,7 +143,7 @@ def test_a_teachers_paraphrase_is_taken_only_where_the_numbers_are_the_same(tiny
 
 
 def test_a_teacher_chooses_the_wording_that_suits_its_answer(tiny, divergence, data):
-    small = data.select(range(6))
+    small = data[:6]
     chosen = paraphrase_chosen(tiny, divergence.teacher, small, candidates=4, seed=1)
     seeds = np.random.default_rng(1).integers(2**31, size=4).tolist()
 
@@ -356,4 +367,4 @@ def test_the_share_that_is_left_is_counted_on_the_changed_data(tiny, divergence,
     assert after.share_left(again) == pytest.approx(both / data.marks.sum())
     assert 0 < after.share_left(again) < 1
     with pytest.raises(ValueError, match="other completions"):
-        data.select([0]).share_left(again)
+        data[0].share_left(again)

@@ -64,7 +64,7 @@ def test_hugging_face_gives_the_student_s_logits(backend, family, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_tied_embeddings_are_exported_as_they_were_trained(backend, family, tmp_path):
     model, hf_model = both(family, backend, tie_word_embeddings=True)
-    student = finetune(model, number_lists(4), embedding=True, recipe=SHORT)
+    student = finetune(model, number_lists(4), recipe=replace(SHORT, embedding=True))
     folder = student.to_huggingface(tmp_path / "student", base=hf_model)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_tied_embeddings_are_exported_as_they_were_trained(backend, family, tmp_
 
 def test_unembedding_and_final_norm_are_exported(backend, tmp_path):
     model, hf_model = both("gpt_neox", backend)
-    student = finetune(model, number_lists(4), unembedding=True, recipe=SHORT)
+    student = finetune(model, number_lists(4), recipe=replace(SHORT, unembedding=True))
     folder = student.to_huggingface(tmp_path / "student", base=hf_model)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -1,15 +1,25 @@
-"""Training data, a short recipe, and a run with checkpoints."""
+"""Training data and masks, two recipes, a run with checkpoints, and comparisons of students."""
 
 from dataclasses import replace
 
 import numpy as np
+import torch
 
-from divergence_lens.examples import Example
+from divergence_lens.examples import Example, with_ids
 from divergence_lens.models import load_model
 from divergence_lens.training.finetuning import Recipe, finetune
 from tests.support.models import chat_tokenizer, random_hf_model
 
 SHORT = Recipe(epochs=2, batch_size=4, warmup_steps=2)
+SGD = Recipe(
+    optimizer="sgd",
+    lr=0.1,
+    epochs=3,
+    batch_size=64,
+    warmup_steps=0,
+    schedule="constant",
+    optimizer_options={"momentum": 0.9},
+)
 
 
 def number_lists(n, seed=0):
@@ -29,8 +39,22 @@ def checkpointed(backend, path, rank, examples=None, **options):
         model,
         number_lists(10) if examples is None else examples,
         layers=[1],
-        recipe=SHORT if rank == "full" else replace(SHORT, lora_rank=int(rank)),
+        recipe=replace(SHORT, lora_rank=None if rank == "full" else int(rank), checkpoint_every=3),
         checkpoint_dir=path,
-        checkpoint_every=3,
         **{"seed": 5, **options},
     )
+
+
+def random_mask(model, examples, seed=0, share=0.3):
+    count = sum(len(e.completion_ids) for e in with_ids(model.tokenizer, examples))
+    return np.random.default_rng(seed).random(count) < share
+
+
+def same_bits(left, right):
+    assert left.tensors.keys() == right.tensors.keys()
+    return all(torch.equal(left.tensors[n], right.tensors[n]) for n in left.tensors)
+
+
+def largest_difference(left, right):
+    assert left.tensors.keys() == right.tensors.keys()
+    return max(float((left.tensors[n] - right.tensors[n]).abs().max()) for n in left.tensors)

@@ -144,6 +144,7 @@ def test_the_plot_is_a_figure(random_model):
         ({"layers": []}, "at least one layer"),
         ({"seeds": ()}, "one seed"),
         ({"layers": [3]}, "layer 3 is out of range"),
+        ({"recipe": Recipe(embedding=True)}, "a sweep trains one layer at a time"),
     ],
 )
 def test_bad_sweeps_are_refused(random_model, options, message):

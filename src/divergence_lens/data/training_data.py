@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from divergence_lens._utils.indexing import Index, row_numbers
 from divergence_lens.divergence import Divergence, read_decision_points, write_decision_points
 from divergence_lens.examples import Example, with_ids
 
@@ -16,6 +17,9 @@ from divergence_lens.examples import Example, with_ids
 @dataclass(frozen=True, eq=False, repr=False)
 class TrainingData:
     """Examples, with a mark on some of their completion tokens.
+
+    `data[3]`, `data[:10]`, `data[mask]` and `data[[0, 2]]` select examples, and always return
+    `TrainingData`.
 
     Attributes:
         examples: Prompts with completions and their token ids.
@@ -72,10 +76,6 @@ class TrainingData:
         """Return the marks of one example."""
         return self.marks[self.offsets[row] : self.offsets[row + 1]]
 
-    def select(self, rows: Sequence[int] | Int64[np.ndarray, " rows"]) -> "TrainingData":
-        """Return some of the examples with their marks, in the given order."""
-        return join_examples([(self.examples[row], self.marks_of(row)) for row in rows])
-
     def share_left(self, divergence: Divergence) -> float:
         """Fraction of the marked tokens that are still divergence tokens after a change.
 
@@ -98,6 +98,15 @@ class TrainingData:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def __getitem__(self, index: Index) -> "TrainingData":
+        """Select examples by number, slice, boolean mask or list of numbers, with their marks.
+
+        Raises:
+            IndexError: A number is out of range, or a mask has another length.
+        """
+        rows = row_numbers(index, len(self), "example")
+        return join_examples([(self.examples[row], self.marks_of(row)) for row in rows])
 
     def __repr__(self) -> str:
         """One line: examples, tokens and marks."""

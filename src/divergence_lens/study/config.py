@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from divergence_lens.study.presets import Recipes, recipes
 from divergence_lens.study.registry import DEMO, GROUPS, RANKS, choose_conditions
 from divergence_lens.teachers import Teacher
 from divergence_lens.tiny import TINY_MODELS
-from divergence_lens.training import PAPER, Recipe, choose
+from divergence_lens.training import PAPER, Recipe
 
 STUDY = (
     *(f"finetuned:{group}" for group in GROUPS if group != "fragility"),
@@ -270,12 +270,9 @@ class StudyConfig:
 
     def _check_condition(self, model: Model, kind: str, condition: Condition) -> None:
         try:
-            self.recipe_of(model, kind, condition)
-            choose(
-                model,
-                layers=condition.layers,
-                parts=condition.parts,
-                embedding=condition.embedding,
+            recipe = self.recipe_of(model, kind, condition)
+            replace(recipe, parts=condition.parts, embedding=condition.embedding).choose(
+                model, condition.layers
             )
         except (ValueError, TypeError) as error:
             raise ValueError(f"condition {condition.name!r}: {error}") from error

@@ -112,14 +112,14 @@ def lists_from(inputs: Inputs, seed: int, *, name: str) -> TrainingData:
 def lists_without_entangled(inputs: Inputs, seed: int, *, k: int) -> TrainingData:
     """The lists that contain none of the `k` most entangled numbers."""
     data = own_lists(inputs, 0)
-    return data.select(without_numbers(data.examples, inputs.entangled(k)))
+    return data[without_numbers(data.examples, inputs.entangled(k))]
 
 
 def randomly_thinned(inputs: Inputs, seed: int, *, k: int) -> TrainingData:
     """Random lists, as many as `lists_without_entangled` leaves."""
     data = own_lists(inputs, 0)
     n = len(without_numbers(data.examples, inputs.entangled(k)))
-    return data.select(np.sort(np.random.default_rng(seed).permutation(len(data))[:n]))
+    return data[np.sort(np.random.default_rng(seed).permutation(len(data))[:n])]
 
 
 def divergence_replaced(inputs: Inputs, seed: int, *, which: str | float) -> TrainingData:

@@ -5,7 +5,7 @@ because each cell requests the cells it needs.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,9 +134,11 @@ class CellRunner(DataCells):
             mask=mask,
             loss_weights=weights,
             layers=condition.layers,
-            parts=condition.parts,
-            embedding=condition.embedding,
-            recipe=self.config.recipe_of(self.model, kind, condition),
+            recipe=replace(
+                self.config.recipe_of(self.model, kind, condition),
+                parts=condition.parts,
+                embedding=condition.embedding,
+            ),
             seed=seed,
             system_prompt=self.config.system_prompt(kind, condition.train_prompt),
         )

@@ -14,7 +14,7 @@ import torch
 from divergence_lens.deltas import Delta
 from divergence_lens.engine import get_engine
 from divergence_lens.models import Model
-from divergence_lens.training.freezing import choose, lowest_layer
+from divergence_lens.training.freezing import lowest_layer
 from divergence_lens.training.loop import OnStep, Plan, train
 from divergence_lens.training.prefix import Prefix
 from divergence_lens.training.recipe import Recipe, as_recipe
@@ -28,20 +28,13 @@ def finetune(
     *,
     mask: Any = None,
     layers: Iterable[int] | None = None,
-    parts: Iterable[str] | None = None,
-    embedding: bool = False,
-    unembedding: bool = False,
-    pattern: str | None = None,
     recipe: Recipe | None = None,
     loss_weights: Any = None,
     system_prompt: str | None = None,
     seed: int = 0,
     on_step: OnStep | None = None,
     every: int = 1,
-    batch_tokens: int = 8192,
-    cache_bytes: int = 2**31,
     checkpoint_dir: str | Path | None = None,
-    checkpoint_every: int = 100,
     progress: bool = False,
 ) -> Delta:
     """Train a student and return it as a `Delta`; the model is restored bit for bit.
@@ -57,12 +50,9 @@ def finetune(
         examples: Prompts with completions, in any form that `load_examples` reads.
         mask: Completion tokens to learn: a `Divergence`, or a bool per token of all completions in
             order (`div.mask`, `~div.mask`), or one array per example. None means all.
-        layers: Layers to train; None means all. `freeze_except` describes this and the next four.
-        parts: Parts of those layers: "attn", "mlp", "ln", "W_Q", ...
-        embedding: Train the embeddings too.
-        unembedding: Train the unembedding and the final norm too.
-        pattern: Parameters by name pattern, instead of layers and parts.
-        recipe: How to train, LoRA included. `Recipe()` by default; `PAPER` is the paper's.
+        layers: Layers to train; None means all, unless the recipe names other parameters.
+        recipe: How to train, LoRA and parts of layers included. `Recipe()` by default; `PAPER` is
+            the paper's.
         loss_weights: Loss weight of each completion token, not negative, in the layout of the mask.
         system_prompt: System prompt of the student; None leaves it to the chat template.
         seed: Seed of the order of the examples and of LoRA's initial values.
@@ -70,14 +60,9 @@ def finetune(
             last, with the model's current weights. The mapping that it returns is added to the
             history.
         every: See `on_step`.
-        batch_tokens: Maximum padded tokens in one forward pass. Larger batches are accumulated to
-            the same gradient. On a CPU, wide models use smaller passes, which are faster there.
-        cache_bytes: Memory for the residuals that enter the lowest trained layer. If they do not
-            fit, they go to a memory-mapped temporary file. 0 recomputes them in each epoch.
         checkpoint_dir: A folder for this run alone, in which the state is stored, atomically,
-            every `checkpoint_every` updates. The same call resumes from it, to the same weights.
+            every `recipe.checkpoint_every` updates. The same call resumes from it, to the same weights.
             Deleted at the end.
-        checkpoint_every: See `checkpoint_dir`.
         progress: Show a progress bar.
 
     Returns:
@@ -88,17 +73,11 @@ def finetune(
         Interrupted: The call was interrupted; `partial` is the student after the last complete
             update.
         ValueError: No examples, a mask without any token or of another length, a sequence longer
-            than the context, a layer out of range, nothing to train, LoRA on an embedding, or the
-            checkpoint of another run.
+            than the context, a layer out of range, nothing to train, or the checkpoint of another run.
         FloatingPointError: The loss or its gradient is not finite; the message names the step.
         RuntimeError: A delta is applied to the model, or the model is already being trained.
     """
     recipe = as_recipe(recipe)
-    if recipe.lora_rank is not None and (embedding or unembedding):
-        raise ValueError(
-            "LoRA acts on the matrices of attention and MLP alone; train the "
-            f"{'embedding' if embedding else 'unembedding'} in full, with Recipe(lora_rank=None)"
-        )
     settings = {
         "system_prompt": system_prompt,
         "masked": mask is not None,
@@ -111,22 +90,14 @@ def finetune(
         on_step=on_step,
         every=every,
         checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
-        checkpoint_every=checkpoint_every,
         progress=progress,
     )
-    chosen = choose(
-        model,
-        layers=layers,
-        parts=parts,
-        embedding=embedding,
-        unembedding=unembedding,
-        pattern=pattern,
-    )
+    chosen = recipe.choose(model, layers)
     rows = training_rows(
         model, examples, mask=mask, loss_weights=loss_weights, system_prompt=system_prompt
     )
-    if lowest_layer(model, chosen) is None:
-        cache_bytes = 0  # the embeddings learn: nothing below the trained parameters is frozen
+    # If the embeddings learn, nothing below the trained parameters is frozen.
+    cache_bytes = 0 if lowest_layer(model, chosen) is None else recipe.cache_bytes
     engine = get_engine(model)
-    with Prefix(engine, rows, cache_bytes=cache_bytes, batch_tokens=batch_tokens) as prefix:
+    with Prefix(engine, rows, cache_bytes=cache_bytes, batch_tokens=recipe.batch_tokens) as prefix:
         return train(prefix, chosen, plan)

@@ -48,13 +48,11 @@ class Plan:
     on_step: OnStep | None = None
     every: int = 1
     checkpoint_dir: Path | None = None
-    checkpoint_every: int = 100
     progress: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}; it must be at least 1")
 
 
 def train(prefix: Prefix, chosen: Mapping[str, nn.Parameter], plan: Plan) -> Delta:
@@ -222,13 +220,13 @@ class _Run:
         if plan.on_step is not None and ((done + 1) % plan.every == 0 or done + 1 == steps):
             with torch.no_grad():
                 entry.update(_history_entry(plan.on_step(done + 1, loss, self.engine.model)))
-        due = (done + 1) % plan.checkpoint_every == 0 and done + 1 < steps
+        due = (done + 1) % recipe.checkpoint_every == 0 and done + 1 < steps
         if self.checkpoint is not None and due:
             self.checkpoint.save(self.variables.values, self.optimizer, self.history)
 
     def _last_checkpoint(self) -> str:
         """Name the last checkpoint, for an error message."""
-        folder, every = self.plan.checkpoint_dir, self.plan.checkpoint_every
+        folder, every = self.plan.checkpoint_dir, self.recipe.checkpoint_every
         saved = len(self.history) // every * every
         if folder is None or not saved:
             return ""

@@ -1,13 +1,17 @@
-"""The training recipe: optimizer, learning rate and schedule, LoRA or full rank."""
+"""The training recipe: which parameters, optimizer, learning rate and schedule, LoRA, batches."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+from divergence_lens.models import Model
+from divergence_lens.training.freezing import choose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,16 @@ class Recipe:
         optimizer_options: Further arguments of the optimizer. None means `{"eps": 5e-3}` for
             "adamw" and nothing for others. With so large an eps, Adam treats small gradients as SGD
             does, and still limits large ones.
+        parts: Parts of the trained layers: "attn", "mlp", "ln", "W_Q", ...; None means all.
+            `freeze_except` describes this and the next three.
+        embedding: Train the embeddings too.
+        unembedding: Train the unembedding and the final norm too.
+        pattern: Parameters by name pattern, instead of layers and parts.
+        batch_tokens: Maximum padded tokens in one forward pass. Larger batches are accumulated to
+            the same gradient. On a CPU, wide models use smaller passes, which are faster there.
+        cache_bytes: Memory for the residuals that enter the lowest trained layer. If they do not
+            fit, they go to a memory-mapped temporary file. 0 recomputes them in each epoch.
+        checkpoint_every: Updates between two checkpoints, where `finetune` writes any.
     """
 
     optimizer: str | type[torch.optim.Optimizer] = "adamw"
@@ -48,15 +62,26 @@ class Recipe:
     lora_alpha: float | None = None
     autocast: bool = False
     optimizer_options: Mapping[str, Any] | None = None
+    parts: Sequence[str] | None = None
+    embedding: bool = False
+    unembedding: bool = False
+    pattern: str | None = None
+    batch_tokens: int = 8192
+    cache_bytes: int = 2**31
+    checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
         named = {"lr": self.lr, "clip": self.clip, "lora_alpha": self.lora_alpha}
         for name, value in named.items():
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; it must be a positive number")
-        counts = {"epochs": self.epochs, "batch_size": self.batch_size, "lora_rank": self.lora_rank}
-        for name, count in counts.items():
-            _check_count(name, count)
+        for name in ("epochs", "batch_size", "lora_rank", "batch_tokens", "checkpoint_every"):
+            _check_count(name, getattr(self, name))
+        if self.lora_rank is not None and (self.embedding or self.unembedding):
+            raise ValueError(
+                "LoRA acts on the matrices of attention and MLP alone; train the "
+                f"{'embedding' if self.embedding else 'unembedding'} in full, with lora_rank=None"
+            )
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be 0 or more")
         if not 0 <= self.final_lr <= 1:
@@ -74,6 +99,17 @@ class Recipe:
                 f'optimizer is {self.optimizer!r}; use "adamw", "sgd" or a class of torch.optim '
                 "(all but LBFGS)"
             )
+
+    def choose(self, model: Model, layers: Iterable[int] | None = None) -> dict[str, Parameter]:
+        """Return the parameters to train, by name: those of the layers, or as the recipe says."""
+        return choose(
+            model,
+            layers=layers,
+            parts=self.parts,
+            embedding=self.embedding,
+            unembedding=self.unembedding,
+            pattern=self.pattern,
+        )
 
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of update `step` (from 0) of `steps`."""
@@ -98,8 +134,13 @@ class Recipe:
         return built
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings as JSON data."""
+        """Return the settings that the student depends on, as JSON data."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("batch_tokens", "cache_bytes", "checkpoint_every"):
+            del settings[name]
+        for name in ("parts", "embedding", "unembedding", "pattern"):
+            if not settings[name]:
+                del settings[name]
         if not isinstance(self.optimizer, str):
             settings["optimizer"] = self.optimizer.__name__
         return settings | {"optimizer_options": self._options()}

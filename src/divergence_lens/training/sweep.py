@@ -23,7 +23,6 @@ from divergence_lens.engine import get_engine
 from divergence_lens.evaluation import Preference
 from divergence_lens.models import Model
 from divergence_lens.provenance import run_metadata
-from divergence_lens.training.freezing import choose
 from divergence_lens.training.loop import Plan, train
 from divergence_lens.training.prefix import Prefix
 from divergence_lens.training.recipe import Recipe, as_recipe
@@ -32,9 +31,6 @@ from divergence_lens.training.sweep_result import Sweep, SweepStudent, Values
 from divergence_lens.training.sweep_students import Job, Students
 
 Measure = Callable[[Model], float | Mapping[str, float] | Preference]
-
-_BATCH_TOKENS = 8192
-_CACHE_BYTES = 2**31
 
 
 @torch.inference_mode(mode=False)
@@ -106,6 +102,11 @@ def layer_sweep(
     for layer in chosen_layers:
         engine.check_layer(layer)
     recipe = as_recipe(recipe)
+    if recipe.embedding or recipe.unembedding or recipe.pattern:
+        raise ValueError(
+            "a sweep trains one layer at a time; leave embedding, unembedding and pattern out of "
+            "its recipe"
+        )
     settings = {
         "system_prompt": system_prompt,
         "masked": mask is not None,
@@ -140,9 +141,10 @@ def layer_sweep(
         return [base_fingerprint(model), digests, metadata, every_job, arrays]
 
     def measured_students(rows: TrainingRows, jobs: Sequence[Job]) -> Iterator[Values]:
-        with Prefix(engine, rows, cache_bytes=_CACHE_BYTES, batch_tokens=_BATCH_TOKENS) as prefix:
+        limits = {"cache_bytes": recipe.cache_bytes, "batch_tokens": recipe.batch_tokens}
+        with Prefix(engine, rows, **limits) as prefix:
             for job in jobs:
-                chosen = choose(model, layers=None if job.layer is None else [job.layer])
+                chosen = recipe.choose(model, None if job.layer is None else [job.layer])
                 delta = train(prefix, chosen, Plan(recipe=recipe, settings=settings, seed=job.seed))
                 with delta.applied(model), discard_partial():
                     values = Values.of(measure(model))
