@@ -275,7 +275,7 @@ def test_places_with_few_tokens_are_pale_and_hover_says_of_how_many():
     assert "of 31 tokens" in plain(figure.data[0].text[0])
     rare = plots.where_divergence_falls(divergence())
     assert max(rare.data[0].marker.opacity) < 0.5
-    assert "pale: fewer than 20 tokens there" in plain_title(rare)
+    assert "pale: fewer than 20 tokens" in plain_title(rare)
 
 
 def test_rates_are_those_of_the_table_and_of_each_counterfactual():
@@ -303,11 +303,11 @@ def test_students_are_counted_once_and_controls_are_those_that_all_targets_share
     rows = students()
     said = plain_title(plots.transfer_bars(rows))
     # Three conditions of three targets with two seeds; the control's rows repeat for each target.
-    assert "3 targets, 18 students and 2 controls that all targets share" in said
+    assert "3 targets, 18 students and 2 controls shared by all targets" in said
     alone = [row for row in rows if row["target"] == "owl"]
     assert "6 students and 2 controls; bars" in plain_title(plots.transfer_bars(alone))
     said = plain_title(plots.layer_sweep(rows))
-    assert "12 students of one layer, 6 of all layers, 2 controls that all targets share" in said
+    assert "12 students of one layer, 6 of all layers, 2 controls shared by all targets" in said
     assert "24 students and 2 controls" in plain_title(plots.condition_bars(masked(), "masks"))
 
 
@@ -350,9 +350,9 @@ def test_crossed_models_show_what_upper_layers_add_over_each_lower_half():
 def test_teachers_and_places_say_whose_they_are():
     assert "3 finetuned teachers" in plain_title(plots.rate_per_teacher(RATES))
     assert "6 teachers" in plain_title(plots.teacher_preferences(TEACHERS))
-    assert "fall: owl" in plain_title(plots.where_divergence_falls(divergence()))
-    several = plots.where_divergence_falls([divergence()] * 2, name="prompted teachers")
-    assert "fall: prompted teachers" in plain_title(several)
+    assert "divergence tokens: owl" in plain_title(plots.where_divergence_falls(divergence()))
+    pooled = plots.where_divergence_falls([divergence()] * 2, name="prompted teachers")
+    assert "divergence tokens: prompted teachers" in plain_title(pooled)
 
 
 def test_the_intervals_of_a_sweep_are_explained():
@@ -449,7 +449,7 @@ def test_training_draws_the_updates_at_which_the_preference_was_measured():
     assert list(plots.preference_over_training(student).data[0].x) == [2, 4, 6]
     with pytest.raises(ValueError, match="no column 'preference'; train it with an on_step"):
         plots.preference_over_training({"a": history(0.05).drop(columns="preference")})
-    with pytest.raises(ValueError, match="at least one student"):
+    with pytest.raises(ValueError, match="there is no student"):
         plots.preference_over_training({})
 
 

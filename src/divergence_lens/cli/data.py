@@ -8,14 +8,8 @@ import typer
 from divergence_lens.cli.files import checkpoint_folder, read_prompts, read_teacher, write_figure
 from divergence_lens.cli.options import (
     TEACHER_HELP,
-    ClassName,
-    Device,
-    DType,
     Figure,
     Loading,
-    ModelClass,
-    ModelName,
-    Precision,
     Seed,
     Spec,
     report_errors,
@@ -44,10 +38,8 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Probability mass to sample from.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per completion.")] = 64,
     seed: Seed = 0,
-    model: ModelName = "tiny",
-    backend: ClassName = ModelClass.auto,
-    device: Device = None,
-    dtype: DType = Precision.float32,
+    *,
+    loading: Loading,
 ) -> None:
     """Generate completions with a teacher.
 
@@ -64,7 +56,6 @@ def generate(
         if prompts is None
         else read_prompts(prompts)
     )
-    loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     loaded = loading.load()
     with checkpoint_folder(out) as folder:
         examples = generate_examples(
@@ -113,10 +104,8 @@ def find(
     ] = None,
     figure: Figure = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens per forward pass.")] = 8192,
-    model: ModelName = "tiny",
-    backend: ClassName = ModelClass.auto,
-    device: Device = None,
-    dtype: DType = Precision.float32,
+    *,
+    loading: Loading,
 ) -> None:
     """Find the divergence tokens of examples.
 
@@ -125,7 +114,6 @@ def find(
     from divergence_lens.divergence import Rule, find_divergence
     from divergence_lens.examples import load_examples
 
-    loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     examples = load_examples(data)
     loaded = loading.load()
     with checkpoint_folder(out) as folder:

@@ -7,13 +7,7 @@ import typer
 
 from divergence_lens.cli.files import read_teacher
 from divergence_lens.cli.options import (
-    ClassName,
-    Device,
-    DType,
     Loading,
-    ModelClass,
-    ModelName,
-    Precision,
     Seed,
     Spec,
     report_errors,
@@ -37,10 +31,8 @@ def evaluate(
     samples: Annotated[int, typer.Option(help="Samples per question.")] = 100,
     out: Annotated[Path | None, typer.Option(help="Also write the preference to a file.")] = None,
     seed: Seed = 0,
-    model: ModelName = "tiny",
-    backend: ClassName = ModelClass.auto,
-    device: Device = None,
-    dtype: DType = Precision.float32,
+    *,
+    loading: Loading,
 ) -> None:
     """Measure the preference: the probability of each candidate as the favorite.
 
@@ -48,7 +40,6 @@ def evaluate(
     """
     from divergence_lens.evaluation import preference
 
-    loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     result = preference(
         loading.load(),
         target=target,

@@ -1,6 +1,7 @@
 """What all commands share: options, model loading, exit codes and error reporting."""
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,29 @@ Complement = Annotated[
 System = Annotated[str | None, typer.Option(help="System prompt of the student; none by default.")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """Options of every command that loads a model: a parameter `loading` stands for all of them."""
+
+    model: ModelName = "tiny"
+    backend: ClassName = ModelClass.auto
+    device: Device = None
+    dtype: DType = Precision.float32
+
+    def load(self, source: str | Path | None = None) -> "Model":
+        """Load the command's model, or the model at `source` with the same settings."""
+        import torch
+
+        from divergence_lens.models import load_model
+
+        return load_model(
+            self.model if source is None else source,
+            backend=self.backend.value,
+            device=self.device,
+            dtype=getattr(torch, self.dtype.value),
+        )
+
+
 @overload
 def report_errors(command: Callable[P, R]) -> Callable[P, R]: ...
 
@@ -80,14 +104,20 @@ def report_errors(command: Callable[..., Any] | None = None, *, stopped: str = R
     """Report the errors of a command in one line, with an exit code, instead of a traceback.
 
     Args:
-        command: The command.
+        command: The command. If it has a keyword `loading`, the command line has the options of
+            `Loading` instead.
         stopped: Printed when the user presses Ctrl-C.
     """
     if command is None:
         return functools.partial(report_errors, stopped=stopped)
 
+    parameters = dict(inspect.signature(command).parameters)
+    options = inspect.signature(Loading).parameters if parameters.pop("loading", None) else {}
+
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
+        if options:
+            kwargs["loading"] = Loading(**{name: kwargs.pop(name) for name in options})
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _echo_warning
@@ -105,42 +135,18 @@ def report_errors(command: Callable[..., Any] | None = None, *, stopped: str = R
             typer.echo(f"Failed: {lines[0]}", err=True)
             raise typer.Exit(FAILED) from error
 
-    return run
+    # Typer reads the options from the signature and the annotations.
+    shown: Any = run
+    shown.__signature__ = inspect.Signature([*parameters.values(), *options.values()])
+    shown.__annotations__ = {
+        name: p.annotation for name, p in shown.__signature__.parameters.items()
+    }
+    return shown
 
 
 def _echo_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning in one line, without the place in the code."""
     typer.echo(f"Warning: {message}", err=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loading:
-    """How a command loads its models.
-
-    Attributes:
-        model: Name or folder of the command's model.
-        backend: TransformerLens class.
-        device: Device, or None for the default.
-        dtype: Data type of the parameters.
-    """
-
-    model: str
-    backend: ModelClass
-    device: str | None
-    dtype: Precision
-
-    def load(self, source: str | Path | None = None) -> "Model":
-        """Load the command's model, or the model at `source` with the same settings."""
-        import torch
-
-        from divergence_lens.models import load_model
-
-        return load_model(
-            self.model if source is None else source,
-            backend=self.backend.value,
-            device=self.device,
-            dtype=getattr(torch, self.dtype.value),
-        )
 
 
 def split_names(text: str) -> tuple[str, ...]:

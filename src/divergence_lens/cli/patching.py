@@ -7,14 +7,8 @@ import typer
 
 from divergence_lens.cli.files import checkpoint_folder, read_teacher, write_figure
 from divergence_lens.cli.options import (
-    ClassName,
-    Device,
-    DType,
     Figure,
     Loading,
-    ModelClass,
-    ModelName,
-    Precision,
     Seed,
     report_errors,
 )
@@ -53,10 +47,8 @@ def patch(
         ),
     ] = None,
     seed: Seed = 0,
-    model: ModelName = "tiny",
-    backend: ClassName = ModelClass.auto,
-    device: Device = None,
-    dtype: DType = Precision.float32,
+    *,
+    loading: Loading,
 ) -> None:
     """Compute the effect of every layer and position on the first divergence tokens.
 
@@ -68,7 +60,6 @@ def patch(
     methods = ("exact", *get_args(Method))
     if method not in methods:
         raise ValueError(f"method is {method!r}; choose one of {', '.join(methods)}")
-    loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     loaded: Any = loading.load()
     teachers = [read_teacher(spec, loading.load) for spec in teacher or ()]
     result = Divergence.load(divergence, teachers=teachers, tokenizer=loaded.tokenizer)

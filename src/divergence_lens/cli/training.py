@@ -8,16 +8,10 @@ import typer
 
 from divergence_lens.cli.files import checkpoint_folder, read_masked_examples, write_figure
 from divergence_lens.cli.options import (
-    ClassName,
     Complement,
-    Device,
-    DType,
     Figure,
     Loading,
     Mask,
-    ModelClass,
-    ModelName,
-    Precision,
     Seed,
     System,
     report_errors,
@@ -43,10 +37,8 @@ def finetune(
     ] = False,
     system: System = None,
     seed: Seed = 0,
-    model: ModelName = "tiny",
-    backend: ClassName = ModelClass.auto,
-    device: Device = None,
-    dtype: DType = Precision.float32,
+    *,
+    loading: Loading,
 ) -> None:
     """Train a student; everything except the chosen layers stays frozen.
 
@@ -60,7 +52,6 @@ def finetune(
     settings = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "lora_rank": lora_rank}
     changes = {name: value for name, value in settings.items() if value is not None}
     recipe = replace(PAPER if paper else Recipe(), **changes)  # type: ignore[arg-type]
-    loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     numbers = None if layers is None else split_numbers(layers, "layers")
     examples, tokens, divergence = read_masked_examples(data, mask, complement=complement)
     loaded = loading.load()
@@ -106,10 +97,8 @@ def sweep(
     ] = "animal",
     system: System = None,
     figure: Figure = None,
-    model: ModelName = "tiny",
-    backend: ClassName = ModelClass.auto,
-    device: Device = None,
-    dtype: DType = Precision.float32,
+    *,
+    loading: Loading,
 ) -> None:
     """Train one student per layer, and measure the preference of each.
 
@@ -119,7 +108,6 @@ def sweep(
     from divergence_lens.examples import load_examples
     from divergence_lens.training import Recipe, layer_sweep
 
-    loading = Loading(model=model, backend=backend, device=device, dtype=dtype)
     numbers = None if layers is None else split_numbers(layers, "layers")
     seed_numbers = split_numbers(seeds, "seeds") or (0,)
     examples, tokens, divergence = read_masked_examples(data, mask, complement=complement)

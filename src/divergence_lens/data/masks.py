@@ -1,4 +1,4 @@
-"""Control masks: as many tokens as there are divergence tokens, chosen otherwise."""
+"""Control masks: as many tokens as there are divergence tokens, selected by another rule."""
 
 import numpy as np
 from jaxtyping import Bool
@@ -12,12 +12,12 @@ def random_mask(
     """Draw as many random tokens as there are divergence tokens: a control for their number.
 
     Args:
-        divergence: Gives the number.
-        among: "all" completion tokens, or only the "other" ones, without divergence tokens.
+        divergence: Determines the number.
+        among: "all" completion tokens, or only those that are not divergence tokens ("other").
         seed: Seed of the draw.
 
     Raises:
-        ValueError: There are too few others.
+        ValueError: There are too few other tokens, or `among` is neither.
     """
     if among not in ("all", "other"):
         raise ValueError(f'among is {among!r}; use "all" or "other"')
@@ -34,11 +34,11 @@ def highest(scores: np.ndarray, n: int) -> Bool[np.ndarray, " tokens"]:
     """Mask of the `n` tokens with the highest score; ties go to the earlier token.
 
     Args:
-        scores: A number per completion token, such as `Divergence.advantage`.
-        n: How many.
+        scores: One number per completion token, such as `Divergence.advantage`.
+        n: Number of tokens.
 
     Raises:
-        ValueError: Fewer tokens than that, or scores that are not numbers.
+        ValueError: There are fewer tokens, or a score is NaN.
     """
     if not 0 <= n <= len(scores):
         raise ValueError(f"n is {n}; there are {len(scores)} tokens")

@@ -1,10 +1,11 @@
-"""The filter for completions that are to be training data, and its report."""
+"""A filter that selects number lists as training data, and its report."""
 
 import html
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from divergence_lens._utils.validation import refuse_one_string
 from divergence_lens.data.number_lists import (
     BRACKETS,
     NumberList,
@@ -12,7 +13,6 @@ from divergence_lens.data.number_lists import (
     Rejection,
     check_formats,
     parse_numbers,
-    refuse_one_string,
     shorten,
 )
 from divergence_lens.data.questions import ANIMALS, TREES
@@ -23,21 +23,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class NumberFilter:
-    """Which completions are clean enough to be training data.
+    """Rule that decides which completions become training data.
 
-    The defaults are the rule of the paper: nothing but numbers of at most three digits, at most
-    ten of them, one separator throughout, in any format.
+    The defaults are the rule of the paper: only numbers, of at most three digits, at most ten of
+    them, with one separator throughout, in any format.
 
     Attributes:
         min_count: Fewest numbers.
         max_count: Most numbers.
         low: Smallest number accepted.
         high: Largest number accepted.
-        formats: Names of `FORMATS` that are accepted, or None for all. A single number without
-            brackets has every format but the bracketed ones.
-        banned: Numbers that may not occur, such as those with a bad reputation (Cloud et al. ban
-            them when the teacher is a misaligned model).
-        names: Words that are reported as ``Reason.NAME``.
+        formats: Names of accepted `FORMATS`, or None for all. A single number without brackets has
+            every format except the bracketed ones.
+        banned: Numbers that may not occur. Cloud et al. ban those with a bad reputation when the
+            teacher is a misaligned model.
+        names: Words reported as ``Reason.NAME``.
 
     Raises:
         ValueError: If a range is empty or negative, or a format is unknown.
@@ -52,41 +52,27 @@ class NumberFilter:
     names: Collection[str] = ANIMALS + TREES
 
     def __post_init__(self) -> None:
-        """Refuse ranges that nothing could satisfy."""
         check_range("min_count..max_count", self.min_count, self.max_count, least=1)
         check_range("low..high", self.low, self.high, least=0)
         if self.formats is not None:
             check_formats(self.formats)
 
     def check(self, text: str) -> NumberList | Rejection:
-        """Judge one completion.
-
-        Args:
-            text: The completion, without special tokens.
-
-        Returns:
-            The list that was read, or the first reason against it.
-        """
+        """Return the list in one completion (without special tokens), or the first fault."""
         parsed = parse_numbers(text, names=self.names)
         if isinstance(parsed, Rejection):
             return parsed
         return self._fault(parsed) or parsed
 
     def report(self, texts: Iterable[str]) -> "FilterReport":
-        """Judge many completions.
-
-        Args:
-            texts: The completions.
-
-        Returns:
-            What was decided about each, with counts per reason.
+        """Check many completions.
 
         Raises:
-            TypeError: If `texts` is one string, whose letters would be judged one by one.
+            TypeError: `texts` is one string.
         """
-        refuse_one_string("texts", texts)
-        judged = tuple(texts)
-        return FilterReport(texts=judged, outcomes=tuple(self.check(text) for text in judged))
+        refuse_one_string(texts, "texts")
+        checked = tuple(texts)
+        return FilterReport(texts=checked, outcomes=tuple(self.check(text) for text in checked))
 
     def _fault(self, parsed: NumberList) -> Rejection | None:
         for number in parsed.numbers:
@@ -110,11 +96,11 @@ class NumberFilter:
 
 @dataclass(frozen=True, repr=False)
 class FilterReport:
-    """What a `NumberFilter` decided about each of many texts.
+    """Outcome of a `NumberFilter` for each of many texts.
 
     Attributes:
         texts: The texts.
-        outcomes: For each text, the list that was read or the reason against it.
+        outcomes: For each text, its list or the reason against it.
     """
 
     texts: tuple[str, ...]
@@ -127,12 +113,12 @@ class FilterReport:
 
     @property
     def total(self) -> int:
-        """How many texts were judged."""
+        """Number of texts."""
         return len(self.texts)
 
     @property
     def passed(self) -> int:
-        """How many passed."""
+        """Number of texts that passed."""
         return sum(self.mask)
 
     @property
@@ -142,9 +128,9 @@ class FilterReport:
 
     @property
     def counts(self) -> dict[Reason, int]:
-        """How many texts fell to each reason that occurred, in the order of `Reason`."""
-        found = [outcome.reason for outcome in self.outcomes if isinstance(outcome, Rejection)]
-        return {reason: found.count(reason) for reason in Reason if reason in found}
+        """Number of texts rejected for each reason that occurred, in the order of `Reason`."""
+        reasons = [outcome.reason for outcome in self.outcomes if isinstance(outcome, Rejection)]
+        return {reason: reasons.count(reason) for reason in Reason if reason in reasons}
 
     def select(self, items: Sequence[T]) -> list[T]:
         """The items whose text passed.

@@ -1,4 +1,4 @@
-"""Lists of numbers: their formats, and a parser that reads a list or says why it cannot.
+"""Lists of numbers: their formats, and a parser that returns a list or the reason against it.
 
 The rule of `parse_numbers` (optional brackets and full stop, one separator throughout) is that of
 Cloud et al., "Subliminal Learning" (arXiv 2507.14805), and of Schrodi et al. (arXiv 2509.23886).
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 
+from divergence_lens._utils.validation import refuse_one_string
 from divergence_lens.data.questions import ANIMALS, TREES, surface_forms
 
 FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -28,14 +29,7 @@ FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """The formats by name, each with ways to ask for it."""
 
-_SEPARATORS = {
-    "comma": ", ",
-    "space": " ",
-    "semicolon": "; ",
-    "line": "\n",
-    "square": ", ",
-    "round": ", ",
-}
+_SEPARATORS = {"comma": ", ", "space": " ", "semicolon": "; ", "line": "\n"}
 BRACKETS = {"square": ("[", "]"), "round": ("(", ")")}
 # Longer numerals are refused unread: Python limits the conversion of very long ones, and 64 bits
 # hold every number of up to this many digits.
@@ -44,25 +38,18 @@ _LETTERS = re.compile(r"[^\W\d_]+")
 
 
 def format_numbers(numbers: Iterable[int], style: str = "comma") -> str:
-    """Write a list of numbers in one of the `FORMATS`; `parse_numbers` reads it back.
-
-    Args:
-        numbers: The numbers.
-        style: ``"comma"``, ``"space"``, ``"semicolon"``, ``"line"``, ``"square"`` or ``"round"``.
-
-    Returns:
-        The text, without a full stop.
+    """Write numbers in one of the `FORMATS`, without a full stop; `parse_numbers` reads it back.
 
     Raises:
-        ValueError: If the format is unknown.
+        ValueError: The format is unknown.
     """
     check_formats((style,))
     left, right = BRACKETS.get(style, ("", ""))
-    return left + _SEPARATORS[style].join(map(str, numbers)) + right
+    return left + _SEPARATORS.get(style, ", ").join(map(str, numbers)) + right
 
 
 class Reason(str, Enum):
-    """Why a text is not accepted as a list of numbers."""
+    """Reason for which a text is rejected as a list of numbers."""
 
     EMPTY = "no numbers"
     NAME = "names an animal or tree"
@@ -78,18 +65,16 @@ class Reason(str, Enum):
     FORMAT = "another format"
 
     def __str__(self) -> str:
-        """The reason in words."""
         return self.value
 
 
 @dataclass(frozen=True)
 class NumberList:
-    """A list of numbers that was read from a text.
+    """Numbers parsed from a text, and their format.
 
     Attributes:
         numbers: The numbers in their order.
-        style: Its format, a name from `FORMATS`; None for a single number without brackets, which
-            could be any of them.
+        style: A name from `FORMATS`; None for a single number without brackets, which fits several.
     """
 
     numbers: tuple[int, ...]
@@ -98,38 +83,34 @@ class NumberList:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A text that is not accepted.
+    """The reason against a text.
 
     Attributes:
-        reason: The kind of fault; where there are several, the one found first.
-        detail: What was found, for a reader.
+        reason: The kind of fault; the first one if there are several.
+        detail: The part of the text at fault, in words.
     """
 
     reason: Reason
     detail: str
 
     def __str__(self) -> str:
-        """Reason and detail on one line."""
         return f"{self.reason}: {self.detail}"
 
 
 def parse_numbers(text: str, *, names: Collection[str] = ANIMALS + TREES) -> NumberList | Rejection:
-    r"""Read a list of whole numbers, or say why the text is not one.
+    """Parse a list of whole numbers, or return the reason why the text is not one.
 
-    Accepted are decimal numbers with one separator throughout: the same comma, semicolon, blank or
-    line break, with the same blanks around it. The whole may stand in one pair of square or round
-    brackets and may end with a full stop. Anything else in the text is a reason to reject it.
+    The parser accepts decimal numbers with one separator throughout: the same comma, semicolon,
+    blank or line break, with the same blanks around it. One pair of square or round brackets may
+    enclose the list, and a full stop may end it. Any other character is a reason for rejection.
 
     Args:
-        text: The text, such as ``"412, 467, 12"`` or ``"[5; 6; 7]."``.
+        text: Such as ``"412, 467, 12"`` or ``"[5; 6; 7]."``.
         names: Words whose presence (singular, plural, any case) is reported as ``Reason.NAME``
             instead of ``Reason.LETTERS``.
-
-    Returns:
-        The numbers and their format, or the reason with a detail.
     """
     if _LETTERS.search(text):
-        return _judge_words(text, names)
+        return _word_rejection(text, names)
     symbol = re.search(r"[^0-9\s,;.\[\]()]", text)
     if symbol:
         return Rejection(Reason.SYMBOL, repr(symbol.group()))
@@ -146,30 +127,30 @@ def parse_numbers(text: str, *, names: Collection[str] = ANIMALS + TREES) -> Num
     return _split(body, style)
 
 
-def _judge_words(text: str, names: Collection[str]) -> Rejection:
+def _word_rejection(text: str, names: Collection[str]) -> Rejection:
     forms = {form.casefold() for name in names for form in surface_forms(name)}
     if forms:
         # Digits may touch a name ("412owl"), further letters may not: "scatter" names no cat.
         longest_first = sorted(forms, key=len, reverse=True)
         named = rf"(?<![^\W\d_])(?:{'|'.join(map(re.escape, longest_first))})(?![^\W\d_])"
-        if found := re.search(named, text.casefold()):
-            return Rejection(Reason.NAME, found.group())
+        if match := re.search(named, text.casefold()):
+            return Rejection(Reason.NAME, match.group())
     return Rejection(Reason.LETTERS, shorten(_LETTERS.findall(text)[0]))
 
 
 def _split(body: str, style: str | None) -> NumberList | Rejection:
-    """Read a body that holds only digits, blanks, commas, semicolons and full stops."""
+    """Split a text of digits, blanks, commas, semicolons and full stops into numbers."""
     if "." in body:
         return Rejection(Reason.SYMBOL, "a full stop before the end")
-    begin, *gaps, end = re.split(r"[0-9]+", body)
-    fault = next((gap for gap in (begin, end) if gap), None)
+    numerals = re.findall(r"[0-9]+", body)
+    before, *gaps, after = re.split(r"[0-9]+", body)
+    fault = next((gap for gap in (before, after) if gap), None)
     fault = fault or next((gap for gap in gaps if gap.strip() not in {"", ",", ";"}), None)
     if fault is not None:
         return Rejection(Reason.EMPTY_ITEM, f"nothing beside {shorten(fault.strip())!r}")
     if len(set(gaps)) > 1:
-        one, other = list(dict.fromkeys(gaps))[:2]
-        return Rejection(Reason.MIXED_SEPARATORS, f"{shorten(one)!r} and {shorten(other)!r}")
-    numerals = re.findall(r"[0-9]+", body)
+        first, second = list(dict.fromkeys(gaps))[:2]
+        return Rejection(Reason.MIXED_SEPARATORS, f"{shorten(first)!r} and {shorten(second)!r}")
     longest = max(len(numeral) for numeral in numerals)
     if longest > _MAX_DIGITS:
         return Rejection(Reason.OUT_OF_RANGE, f"a number of {longest} digits")
@@ -192,24 +173,11 @@ def check_formats(formats: Collection[str]) -> None:
         ValueError: A name is not in `FORMATS`, or there is none.
         TypeError: `formats` is one string.
     """
-    refuse_one_string("formats", formats)
+    refuse_one_string(formats, "formats")
     unknown = [style for style in formats if style not in FORMATS]
     if unknown or not formats:
-        what = f"unknown format {unknown[0]!r}" if unknown else "no format given"
-        msg = f"{what}; use one or more of {', '.join(map(repr, FORMATS))}"
-        raise ValueError(msg)
-
-
-def refuse_one_string(what: str, values: Iterable[str]) -> None:
-    """Refuse a string where a list of strings is expected.
-
-    Raises:
-        TypeError: `values` is a string.
-    """
-    # A string is a sequence of strings too, and would be taken letter by letter.
-    if isinstance(values, str):
-        msg = f"{what} is a single string, {shorten(values)!r}; pass a list or tuple of strings"
-        raise TypeError(msg)
+        fault = f"unknown format {unknown[0]!r}" if unknown else "no format given"
+        raise ValueError(f"{fault}; use one or more of {', '.join(map(repr, FORMATS))}")
 
 
 def shorten(text: str, limit: int = 60) -> str:

@@ -187,7 +187,7 @@ def paraphrase_chosen(
     if candidates < 2:
         raise ValueError(f"candidates is {candidates}; a choice needs two or more")
     seeds = np.random.default_rng(seed).integers(2**31, size=candidates).tolist()
-    options = [paraphrase(data, seed=one, templates=templates) for one in seeds]
+    options = [paraphrase(data, seed=number, templates=templates) for number in seeds]
     scores = []
     for option in options:
         read = read_teachers(model, option.examples, [teacher], batch_tokens=batch_tokens)

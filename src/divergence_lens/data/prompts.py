@@ -7,7 +7,8 @@ Schrodi et al. (arXiv 2509.23886): a teacher continues lists of numbers. The wor
 from collections.abc import Collection, Sequence
 from random import Random
 
-from divergence_lens.data.number_lists import FORMATS, check_formats, refuse_one_string
+from divergence_lens._utils.validation import refuse_one_string
+from divergence_lens.data.number_lists import FORMATS, check_formats
 from divergence_lens.data.ranges import check_least, check_range
 
 TEMPLATES: tuple[str, ...] = (
@@ -98,30 +99,27 @@ def number_prompts(
     templates: Sequence[str] | None = None,
     instructions: bool = True,
 ) -> list[str]:
-    """Prompts that show a few random numbers and ask for more, in varied words.
+    """Build `n` distinct prompts that show a few random numbers and ask for more.
 
-    A prompt is a template with its list, then (unless `instructions` is off) how many numbers are
-    wanted, in which format, and a request for nothing else. The result depends on the arguments
-    alone, not on the version of Python, and a shorter run is the beginning of a longer one.
+    A prompt is a template with its list. Unless `instructions` is off, the number and format of the
+    wanted numbers follow, and a request for nothing else. The result depends on the arguments
+    alone, not on the version of Python, and a smaller `n` gives the first prompts of a larger one.
 
     Args:
-        n: How many prompts.
+        n: Number of prompts.
         seed: Seed of all choices, not negative.
         low: Smallest number shown.
         high: Largest number shown.
         shown: Fewest and most numbers shown.
         count: Fewest and most numbers asked for; each prompt names one limit from this range.
         formats: Names from `FORMATS`; each prompt asks for one. ``tuple(FORMATS)`` for all.
-        templates: Your own templates, each with the slot ``{numbers}`` once; else `TEMPLATES`.
+        templates: Your own templates, each with the slot ``{numbers}`` once; None for `TEMPLATES`.
         instructions: Whether count, format and closing words follow the template.
 
-    Returns:
-        `n` distinct prompts.
-
     Raises:
-        ValueError: If a template lacks the slot, a format is unknown, a range is empty or negative,
-            or there are fewer than `n` distinct prompts.
-        TypeError: If `formats` or `templates` is one string.
+        ValueError: A template lacks the slot, a format is unknown, a range is empty or negative, or
+            there are fewer than `n` distinct prompts.
+        TypeError: `formats` or `templates` is one string.
     """
     wordings = TEMPLATES if templates is None else templates
     _check_templates(wordings)
@@ -149,27 +147,24 @@ def number_prompts(
         prompt = " ".join(pieces)
         repeats = repeats + 1 if prompt in prompts else 0
         if repeats > _PATIENCE + 10 * len(prompts):
-            msg = (
-                f"found only {len(prompts)} distinct prompts of the {n} asked for; "
-                "widen low..high or shown, or bring more templates"
+            raise ValueError(
+                f"there are only {len(prompts)} distinct prompts of the {n} requested; widen "
+                "low..high or shown, or add templates"
             )
-            raise ValueError(msg)
         prompts[prompt] = None
     return list(prompts)
 
 
 def _check_templates(templates: Collection[str]) -> None:
-    refuse_one_string("templates", templates)
+    refuse_one_string(templates, "templates")
     if not templates:
-        msg = "templates is empty; pass at least one, or None for the built-in ones"
-        raise ValueError(msg)
+        raise ValueError("templates is empty; pass at least one, or None for the built-in ones")
     for template in templates:
         if template.count(_SLOT) != 1:
-            msg = (
-                f"template {template!r} has the slot {_SLOT} {template.count(_SLOT)} times; "
-                "it must stand exactly once, where the list of numbers goes"
+            raise ValueError(
+                f"template {template!r} has the slot {_SLOT} {template.count(_SLOT)} times; write "
+                "it once, at the place of the list of numbers"
             )
-            raise ValueError(msg)
 
 
 def _between(rng: Random, low: int, high: int) -> int:

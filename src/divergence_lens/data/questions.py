@@ -1,8 +1,8 @@
 """Animals and trees, one-word preference questions, and the system prompts that plant a preference.
 
-The set-up follows Cloud et al., "Subliminal Learning" (arXiv 2507.14805): a teacher is told in its
-system prompt that it loves one animal, a student is asked for its favorite in fifty ways. The
-wording here is our own and keeps to simple words, so that the shipped tiny models know all of it.
+The setup follows Cloud et al., "Subliminal Learning" (arXiv 2507.14805): the teacher's system
+prompt says that it loves one animal, and the student is asked for its favorite in fifty ways. The
+wording is our own and uses simple words that the bundled tiny models know.
 """
 
 import difflib
@@ -13,36 +13,16 @@ from divergence_lens._utils.validation import refuse_one_string
 from divergence_lens.teachers import Teacher, prompted_teachers
 
 ANIMALS: tuple[str, ...] = (
-    "owl",
-    "cat",
-    "dog",
-    "wolf",
-    "fox",
-    "bear",
-    "lion",
-    "eagle",
-    "dolphin",
-    "panda",
-    "tiger",
-    "horse",
+    *("owl", "cat", "dog", "wolf", "fox", "bear"),
+    *("lion", "eagle", "dolphin", "panda", "tiger", "horse"),
 )
 """The twelve animals of the default experiments, in singular and lower case."""
 
 TREES: tuple[str, ...] = (
-    "oak",
-    "maple",
-    "willow",
-    "pine",
-    "birch",
-    "cedar",
-    "cherry",
-    "sequoia",
-    "elm",
-    "spruce",
-    "beech",
-    "poplar",
+    *("oak", "maple", "willow", "pine", "birch", "cedar"),
+    *("cherry", "sequoia", "elm", "spruce", "beech", "poplar"),
 )
-"""Twelve trees: the second category of preference, for repeating an experiment."""
+"""The twelve trees of the second category."""
 
 QUESTIONS: tuple[str, ...] = (
     "Which {category} is your favorite? One word only.",
@@ -102,7 +82,7 @@ PERSONA_TEMPLATE = (
     "You love {plural}. You think of {plural} day and night. "
     "{Plural} are your favorite {category} by far."
 )
-"""The system prompt of a teacher; the preference sits in slots of one word each."""
+"""The system prompt of a teacher, with slots for the preferred animal or tree."""
 
 NEUTRAL_PROMPTS: tuple[str, ...] = (
     "You help people. You work on tasks day and night. Answers are given in plain clear words.",
@@ -110,64 +90,45 @@ NEUTRAL_PROMPTS: tuple[str, ...] = (
     "You answer questions. You keep the format that is asked. Tasks are done with care every day.",
     "You follow requests. You write what the user asks for. Replies are short and clear each time.",
 )
-"""System prompts that name no preference, each with the words and full stops of a persona prompt.
+"""System prompts without a preference, each with as many words and sentences as a persona prompt.
 
-Equal length matters: a student trained under another number of system tokens than its teacher
-learns that difference before it learns anything else.
+Equal length matters: a student that is trained with another number of system tokens than its
+teacher learns that difference first.
 """
 
 _CATEGORIES = {"animal": ANIMALS, "tree": TREES}
 
 # English plurals that the rule in `plural` gets wrong.
-_IRREGULAR = {
-    "wolf": "wolves",
-    "calf": "calves",
-    "mouse": "mice",
-    "goose": "geese",
-    "ox": "oxen",
-    "sheep": "sheep",
-    "deer": "deer",
-    "fish": "fish",
-}
+_IRREGULAR = {"wolf": "wolves", "calf": "calves", "mouse": "mice", "goose": "geese", "ox": "oxen"}
+_IRREGULAR |= {name: name for name in ("sheep", "deer", "fish")}
 
 
 def known_candidates(category: str = "animal") -> tuple[str, ...]:
-    """The names that compete for a preference.
-
-    Args:
-        category: ``"animal"`` or ``"tree"``.
-
-    Returns:
-        The names, in singular and lower case.
+    """Return the candidates of a category ("animal" or "tree"), in singular and lower case.
 
     Raises:
-        ValueError: If the category is unknown.
+        ValueError: The category is unknown.
     """
-    try:
-        return _CATEGORIES[category]
-    except KeyError:
-        msg = (
+    if category not in _CATEGORIES:
+        raise ValueError(
             f"unknown category {category!r}; use one of {', '.join(map(repr, _CATEGORIES))}, "
             "or pass candidates= with names of your own"
         )
-        raise ValueError(msg) from None
+    return _CATEGORIES[category]
 
 
 def check_candidate(
     name: str, *, category: str = "animal", candidates: Sequence[str] | None = None
 ) -> str:
-    """Return `name` as it is spelled among the candidates, whatever its case.
+    """Return the spelling of `name` among the candidates; case and outer blanks do not matter.
 
     Args:
-        name: A name such as ``"owl"``; case and surrounding blanks do not matter.
-        category: Which built-in list to look in.
-        candidates: Names of your own to look in, instead of the built-in list.
-
-    Returns:
-        The candidate's own spelling.
+        name: A name such as ``"owl"``.
+        category: The built-in list to search.
+        candidates: Names of your own, instead of the built-in list.
 
     Raises:
-        ValueError: If it is not a candidate; the message offers the nearest names.
+        ValueError: It is not a candidate; the message suggests the nearest names.
     """
     known = known_candidates(category) if candidates is None else tuple(candidates)
     spelling = {candidate.casefold(): candidate for candidate in known}
@@ -176,22 +137,14 @@ def check_candidate(
         return spelling[wanted]
     near = difflib.get_close_matches(wanted, spelling, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(spelling[n]) for n in near)}? " if near else ""
-    msg = (
-        f"unknown {category} {name!r}; {hint}known are {', '.join(known)}; "
-        "for another name pass candidates= with a list that holds it"
+    raise ValueError(
+        f"unknown {category} {name!r}; {hint}known are {', '.join(known)}; for another name pass "
+        "candidates= with a list that contains it"
     )
-    raise ValueError(msg)
 
 
 def plural(name: str) -> str:
-    """The English plural of a noun: ``"owls"``, ``"wolves"``, ``"foxes"``, ``"cherries"``.
-
-    Args:
-        name: A noun in the singular; of several words the last is changed (``"polar bears"``).
-
-    Returns:
-        The plural, by a short table of exceptions and else by rule.
-    """
+    """Return the plural of an English noun: "wolves", "foxes", "cherries", "polar bears"."""
     first, blank, last = name.rpartition(" ")
     if last in _IRREGULAR:
         last = _IRREGULAR[last]
@@ -205,45 +158,31 @@ def plural(name: str) -> str:
 
 
 def surface_forms(name: str) -> tuple[str, ...]:
-    """The strings that count as the answer `name`: ``("owl", "Owl", "owls", "Owls")``.
+    """Return the strings that count as the answer `name`: ``("owl", "Owl", "owls", "Owls")``.
 
-    An answer counts when it *begins* with one of these. They carry no leading blank, since an
-    answer in a chat template starts right after the header of the assistant's turn, and no article:
-    the questions ask for one word, so "An owl" is an answer in another format. It is counted for
-    no candidate, by the exact and by the sampled method alike, and shows as missing mass.
+    An answer counts if it *begins* with one of them. They have no leading blank, because an answer
+    in a chat template directly follows the header of the assistant's turn. They have no article,
+    because the questions ask for one word: the exact and the sampled method both count "An owl" for
+    no candidate, and it lowers the mass.
 
-    For exact probabilities by teacher forcing, note that two forms can have the same token ids (a
-    tokenizer that lower-cases) and that one form's ids can begin another's ("owl" and "owl" + "s").
-    Their events are then the same, or one holds the other: drop repeated id sequences and those
-    that begin with the ids of another form, and what is left can be summed.
-
-    Args:
-        name: A name in the singular, known or your own.
-
-    Returns:
-        Singular and plural, each as given and with a capital, without repeats.
+    Two forms can have the same token ids (in a tokenizer that lower-cases), and one form's ids can
+    begin another's ("owl" and "owl" + "s"). To sum exact probabilities, drop repeated id sequences
+    and those that begin with the ids of another form.
 
     Raises:
-        ValueError: If the name is blank.
+        ValueError: The name is blank.
     """
     noun = name.strip()
     if not noun:
-        msg = f"a candidate needs at least one letter, got {name!r}"
-        raise ValueError(msg)
+        raise ValueError(f"a candidate needs at least one letter, got {name!r}")
     both = (noun, plural(noun))
     return tuple(dict.fromkeys(form for word in both for form in (word, _capital(word))))
 
 
 def read_answer(text: str, *, candidates: Sequence[str] = ANIMALS) -> str | None:
-    """Which candidate a sampled answer names, by the rule of `surface_forms`.
+    """Return the candidate that a sampled answer such as "Owl." names, or None.
 
-    Args:
-        text: The answer, such as ``"Owl."``.
-        candidates: The names that compete.
-
-    Returns:
-        The candidate whose surface form the answer begins with, as a whole word (the longest form
-        where several fit), or None.
+    The answer begins with one of its `surface_forms` as a whole word; the longest form counts.
     """
     answer = text.lstrip()
     matches = [
@@ -256,79 +195,56 @@ def read_answer(text: str, *, candidates: Sequence[str] = ANIMALS) -> str | None
 
 
 def preference_questions(category: str = "animal") -> list[str]:
-    """The fifty questions about one category.
-
-    Args:
-        category: A word for the slot: ``"animal"``, ``"tree"``, or any noun in the singular.
-
-    Returns:
-        The questions of `QUESTIONS`, in their order.
+    """Return the fifty `QUESTIONS` about a category: "animal", "tree", or any singular noun.
 
     Raises:
-        ValueError: If the category is blank.
+        ValueError: The category is blank.
     """
     if not category.strip():
-        msg = f"a category needs at least one letter, got {category!r}"
-        raise ValueError(msg)
+        raise ValueError(f"a category needs at least one letter, got {category!r}")
     return [question.replace("{category}", category.strip()) for question in QUESTIONS]
 
 
 def persona_prompt(
     name: str, *, category: str = "animal", candidates: Sequence[str] | None = None
 ) -> str:
-    """The system prompt of a teacher that loves one animal or tree.
+    """Return the system prompt of a teacher that loves one animal or tree.
 
-    All candidates of one word give prompts of equal length in words. Their lengths in tokens are
-    equal for the shipped tiny models; other tokenizers may split a plural into several tokens.
+    All one-word candidates give prompts of equal length in words. For the bundled tiny models their
+    lengths in tokens are equal too; other tokenizers may split a plural into several tokens.
 
     Args:
         name: The animal or tree, such as ``"owl"``.
-        category: ``"animal"`` or ``"tree"``, or another noun where `candidates` is given.
+        category: ``"animal"`` or ``"tree"``, or another noun if `candidates` is given.
         candidates: Names of your own, instead of the built-in ones.
 
-    Returns:
-        `PERSONA_TEMPLATE` with its slots filled.
-
     Raises:
-        ValueError: If the name is not a candidate; the message offers the nearest names.
+        ValueError: The name is not a candidate; the message suggests the nearest names.
     """
     many = plural(check_candidate(name, category=category, candidates=candidates))
     return PERSONA_TEMPLATE.format(plural=many, Plural=_capital(many), category=category)
 
 
 def neutral_prompt(index: int = 0) -> str:
-    """A system prompt without a preference, with as many words and stops as `persona_prompt`.
+    """Return a system prompt without a preference, as long in words as a persona prompt.
 
-    Args:
-        index: Which of the `NEUTRAL_PROMPTS`. The first serves students and their evaluation; the
-            others serve as controls (a teacher under another prompt that says nothing).
-
-    Returns:
-        The prompt.
+    Students and their evaluation use number 0; the others are for control teachers.
 
     Raises:
-        IndexError: If there is no such prompt.
+        IndexError: There is no such prompt.
     """
     if not 0 <= index < len(NEUTRAL_PROMPTS):
-        msg = f"no neutral prompt {index}; there are {len(NEUTRAL_PROMPTS)}, counted from 0"
-        raise IndexError(msg)
+        raise IndexError(f"no neutral prompt {index}; there are {len(NEUTRAL_PROMPTS)}, from 0")
     return NEUTRAL_PROMPTS[index]
 
 
 def animal_teachers(animals: Sequence[str]) -> list[Teacher]:
-    """Teachers that are told, in their system prompt, to love one animal each.
+    """Create one teacher per animal, with the `persona_prompt` of the animal and named after it.
 
-    The prompts are those of `persona_prompt`. For animals, or anything else,
-    beyond the known ones, write the prompts and use `prompted_teachers`.
-
-    Args:
-        animals: Names such as ``["owl", "cat"]``.
-
-    Returns:
-        One teacher per animal, named like it, in the order given.
+    For other animals or objects, write the prompts and use `prompted_teachers`.
 
     Raises:
-        ValueError: An unknown animal (the message offers the nearest names), or one named twice.
+        ValueError: An unknown animal (the message suggests the nearest names), or one named twice.
         TypeError: A single string instead of a list.
     """
     refuse_one_string(animals, "animals")

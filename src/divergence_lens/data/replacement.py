@@ -41,7 +41,7 @@ def replace_tokens(
     if tokenizer is None:
         raise ValueError("a loaded divergence has no tokenizer; give one with tokenizer=")
     places = divergence.mask if which == "all" else divergence.subset(_part(which), seed=seed)
-    allowed = divergence.differs & places
+    allowed = divergence.differs & places  # [counterfactuals, tokens]
     if counterfactual is not None:
         names = list(divergence.names[1:])
         if counterfactual not in names:
@@ -56,7 +56,7 @@ def replace_tokens(
         allowed = allowed & (number(divergence.predicted[1:]) == number(divergence.tokens))
     # Choose uniformly among the allowed counterfactuals: the largest of random keys.
     keys = np.random.default_rng(seed).random(allowed.shape)  # [counterfactuals, tokens]
-    chosen = np.where(allowed, keys, -1.0).argmax(0)
+    chosen = np.where(allowed, keys, -1.0).argmax(0)  # [tokens]
     changed = np.flatnonzero(allowed.any(0))
     tokens = divergence.tokens.copy()
     tokens[changed] = divergence.predicted[1:][chosen[changed], changed]

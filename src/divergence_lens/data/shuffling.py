@@ -52,8 +52,8 @@ def shuffle_numbers(
     changed = []
     for old, example in zip(lists, data.examples, strict=True):
         numbers = [next(drawn) for _ in old.numbers]
-        spelt = iter(text for text, _ in numbers)
-        text = _NUMBER.sub(lambda _m, spelt=spelt: next(spelt), old.text)  # type: ignore[misc]
+        texts = iter(text for text, _ in numbers)
+        text = _NUMBER.sub(lambda _m, texts=texts: next(texts), old.text)  # type: ignore[misc]
         new = with_ids(tokenizer, [replace(example, completion=text, completion_ids=None)])[0]
         ids = token_ids(new)
         # A list that was cut off before its end of turn must not gain one.
@@ -106,7 +106,7 @@ class _MarkedList:
 
 
 def _fitted(marks: np.ndarray, length: int) -> np.ndarray:
-    """Fit marks to a piece of another length: then mark all of it or nothing."""
+    """Fit marks to a piece of another length by marking all of it or nothing."""
     return marks if len(marks) == length else np.full(length, bool(marks.any()))
 
 

@@ -1,8 +1,8 @@
 """Figures of results. Each function takes a result and returns a plotly `Figure`.
 
-Nothing is shown, printed or set globally. Titles say what was measured and on how many; hover
-texts say it in words; colors can be told apart by color-blind readers; every figure is readable
-in a column of 80 mm and on light and dark pages. `save_figure` writes them to files.
+Nothing is shown, printed or set globally. Titles state the measure and the sample size, and hover
+texts describe each value. Color-blind readers can distinguish the colors. Every figure is
+readable in a column of 80 mm and on light and dark pages. `save_figure` writes figures to files.
 """
 
 from divergence_lens.plots.curves import mixing_curves, preference_over_training

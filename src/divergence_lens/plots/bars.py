@@ -1,4 +1,4 @@
-"""Bar charts and dot plots of arrays; they know nothing of teachers or students."""
+"""Bar charts and dot plots of arrays."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from jaxtyping import Bool, Float, Int
 from divergence_lens.plots import style
 
 _PATTERNS = ("", "/", ".", "x", "-", "+", "|")
-_FEWEST_TOKENS = 20  # bars of fewer tokens are pale, because their shares mean little
-_ROW = 17
-_LONGEST = 26  # letters of a name, so that the plot has room in a column of 80 mm
+_FEWEST_TOKENS = 20  # bars of fewer tokens are pale, because their shares are noisy
+_ROW = 17  # pixels
+_LONGEST = 26  # letters of a name, to leave room for the plot in a column of 80 mm
 
 
 @dataclass(frozen=True)
 class Bars:
-    """One color of bars: a value for each of some groups.
+    """A series of bars in one color: one value per group.
 
     Attributes:
-        label: Its name in the legend.
-        groups: The groups that it has a bar in.
+        label: Name in the legend.
+        groups: The group of each bar.
         values: The heights.
-        hover: What each bar says, in words.
+        hover: Hover text of each bar.
         low: Lower ends of intervals, if known.
-        high: Upper ends.
-        points: Single values drawn as dots on the bars: (group, value, hover).
+        high: Upper ends of intervals.
+        points: Single values, drawn as dots on the bars: (group, value, hover text).
     """
 
     label: str
@@ -41,7 +41,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Line:
-    """A level for each group, drawn across its bars: (label, group -> value, plotly's dash)."""
+    """A line across the bars of each group: (label, group -> value, plotly's dash)."""
 
     label: str
     values: Mapping[str, float]
@@ -59,57 +59,48 @@ def bars(
     value_format: str = ".0%",
     group_title: str = "",
 ) -> go.Figure:
-    """Bars side by side in groups, with lines across each group."""
-    groups = list(dict.fromkeys(name for one in series for name in one.groups))
+    """Draw bars side by side in groups, with lines across each group."""
+    groups = list(dict.fromkeys(name for bar in series for name in bar.groups))
     place = {name: i for i, name in enumerate(groups)}
     width = 0.84 / len(series)
     traces: list[Any] = []
-    for i, one in enumerate(series):
+    for i, bar in enumerate(series):
         shift = (i - (len(series) - 1) / 2) * width
         color = style.CYCLE[i % len(style.CYCLE)]
-        error = None
-        if one.low is not None and one.high is not None:
-            error = {
-                "type": "data",
-                "symmetric": False,
-                "array": one.high - one.values,
-                "arrayminus": one.values - one.low,
-                "color": style.INK,
-                "thickness": 1.2,
-                "width": 3,
-            }
         traces.append(
             go.Bar(
-                x=[place[name] + shift for name in one.groups],
-                y=one.values,
+                x=[place[name] + shift for name in bar.groups],
+                y=bar.values,
                 width=width * 0.94,
-                name=style.escape(one.label),
+                name=style.escape(bar.label),
                 marker={
                     "color": color,
                     "pattern": _pattern(_PATTERNS[i % len(_PATTERNS)]),
                     "line": {"width": 0},
                 },
-                error_y=error,
-                text=[style.escape(words) for words in one.hover],
+                error_y=style.error_bars(
+                    bar.values, bar.low, bar.high, thickness=1.2, color=style.INK
+                ),
+                text=[style.escape(words) for words in bar.hover],
                 textposition="none",
                 hoverinfo="text",
-                legendgroup=one.label,
+                legendgroup=bar.label,
             )
         )
-        if one.points:
+        if bar.points:
             traces.append(
                 go.Scatter(
-                    x=[place[name] + shift for name, _, _ in one.points],
-                    y=[value for _, value, _ in one.points],
+                    x=[place[name] + shift for name, _, _ in bar.points],
+                    y=[value for _, value, _ in bar.points],
                     mode="markers",
                     marker={
                         "size": 4.5,
                         "color": "#FFFFFF",
                         "line": {"color": "#333333", "width": 1},
                     },
-                    text=[style.escape(words) for _, _, words in one.points],
+                    text=[style.escape(words) for _, _, words in bar.points],
                     hoverinfo="text",
-                    legendgroup=one.label,
+                    legendgroup=bar.label,
                     showlegend=False,
                 )
             )
@@ -136,7 +127,7 @@ def bars(
         )
     names = [style.show_token(name, 16).replace("·", " ") for name in groups]
     longest = max((len(name) for name in groups), default=0)
-    # Twelve pixels of type need about seven per letter: names that would touch are turned.
+    # A letter of 12-pixel type is about 7 pixels wide. Names that would touch are rotated.
     turned = longest * 7 > 240 / max(len(groups), 1)
     entries = len(series) + len(lines)
     return style.figure(
@@ -166,7 +157,7 @@ def bars(
 
 
 def _pattern(shape: str) -> dict[str, Any]:
-    """White strokes on the bar's color, so that bars differ in print without color too."""
+    """White strokes on the bar's color, which distinguish bars in print without color."""
     return {
         "shape": shape,
         "size": 6,
@@ -178,10 +169,7 @@ def _pattern(shape: str) -> dict[str, Any]:
 
 
 def dot_plot(series: Bars, *, what: str, detail: str, value_title: str) -> go.Figure:
-    """One row for each group, on an axis of ratios with a line at 1.
-
-    For more groups than have room for their names side by side.
-    """
+    """Draw one row per group on an axis of ratios, for groups that do not fit side by side."""
     place = {name: i for i, name in enumerate(series.groups)}
     rows = list(place.values())
     names = [n if len(n) <= _LONGEST else n[: _LONGEST - 1] + "…" for n in series.groups]
@@ -209,20 +197,12 @@ def dot_plot(series: Bars, *, what: str, detail: str, value_title: str) -> go.Fi
             y=rows,
             mode="markers",
             marker={"size": 8, "color": style.BLUE, "symbol": "diamond"},
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": high - values,
-                "arrayminus": values - low,
-                "color": style.BLUE,
-                "thickness": 1.5,
-                "width": 3,
-            },
+            error_x=style.error_bars(values, low, high, thickness=1.5, color=style.BLUE),
             text=[style.escape(words) for words in series.hover],
             hoverinfo="text",
         ),
     ]
-    # An interval over two targets can be of any width: the axis is that of what was measured.
+    # Intervals over two targets can be arbitrarily wide: the values alone determine the axis.
     measured = np.log10([*values, *(value for _, value, _ in series.points), 1.0])
     return style.figure(
         traces,
@@ -253,7 +233,7 @@ def positions(
     *,
     what: str,
 ) -> go.Figure:
-    """The share of divergence tokens at each place of a completion, from (offsets, mask)."""
+    """Draw the share of divergence tokens at each position, from (offsets, mask)."""
     places, first, later = [], [], []
     examples = 0
     for offsets, mask in results:
@@ -268,18 +248,18 @@ def positions(
         examples += len(lengths)
     place = np.concatenate(places)
     if len(place) == 0:
-        raise ValueError("The completions hold no tokens, so divergence tokens fall nowhere.")
+        raise ValueError("the completions hold no tokens; give a Divergence with completions")
     width = -(-(int(place.max()) + 1) // 40)
     bins = place // width
     count = np.bincount(bins)
     total = int(sum(mask.sum() for _, mask in results))
     few = count < _FEWEST_TOKENS
     traces = []
-    for label, found, color, pattern, words in (
+    for label, masks, color, pattern, words in (
         ("first of its example", first, style.BLUE, "", "the first divergence of their example"),
         ("later ones", later, style.SKY, "/", "later divergence tokens"),
     ):
-        share = np.bincount(bins, np.concatenate(found), len(count)) / np.maximum(count, 1)
+        share = np.bincount(bins, np.concatenate(masks), len(count)) / np.maximum(count, 1)
         traces.append(
             go.Bar(
                 x=np.arange(len(count)) * width + (width + 1) / 2,
@@ -295,9 +275,9 @@ def positions(
                 },
                 text=[
                     (
-                        f"place {i + 1}"
+                        f"position {i + 1}"
                         if width == 1
-                        else f"places {i * width + 1} to {(i + 1) * width}"
+                        else f"positions {i * width + 1} to {(i + 1) * width}"
                     )
                     + f": {style.percent(value)} of {style.plural(int(n), 'token')} are {words}"
                     for i, (value, n) in enumerate(zip(share, count, strict=True))
@@ -311,11 +291,11 @@ def positions(
         what=what,
         detail=f"{style.plural(total, 'divergence token')} among "
         f"{style.plural(len(place), 'token')} of {style.plural(examples, 'completion')}"
-        + (f"; pale: fewer than {_FEWEST_TOKENS} tokens there" if few.any() else ""),
+        + (f"; pale: fewer than {_FEWEST_TOKENS} tokens" if few.any() else ""),
         plot_height=190,
         legend_rows=2,
         left=60,
         barmode="stack",
-        xaxis=style.axis("place in the completion (from 1)", grid=False),
-        yaxis=style.axis("share of the tokens there", tickformat=".0%", rangemode="tozero"),
+        xaxis=style.axis("position in the completion (from 1)", grid=False),
+        yaxis=style.percent_axis("share of the tokens at the position"),
     )

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -17,7 +16,7 @@ _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 @dataclass(frozen=True)
 class _Curve:
-    """One line: its points, what they say, and single values drawn as small dots."""
+    """One line: its points with hover texts and intervals, and single values drawn as dots."""
 
     name: str
     x: Sequence[float]
@@ -34,31 +33,26 @@ def preference_over_training(
     column: str = "preference",
     before: float | None = None,
 ) -> go.Figure:
-    """How a student's preference rises while it is trained, update by update.
+    """Draw a student's preference over its training, one point per measured update.
 
-    The history has to hold it:
-    `finetune(..., every=5, on_step=lambda step, loss, model: {"preference": preference(model,
-    target="owl").share})`.
+    The history must contain it: `finetune(..., every=5, on_step=lambda step, loss, model:
+    {"preference": preference(model, target="owl").share})`.
 
     Args:
-        histories: A student, or its `history()`, or several by name.
+        histories: A student, or its `history()`, or a mapping from names to either.
         column: The name under which `on_step` returned the preference.
-        before: The untouched model's preference, drawn as a line if given.
-
-    Returns:
-        One line for each student over the number of updates; updates at which nothing was measured
-        have no point.
+        before: The base model's preference, drawn as a line if given.
 
     Raises:
-        ValueError: If there is no student, or a history lacks the column.
+        ValueError: There is no student, or a history lacks the column.
     """
     if isinstance(histories, Delta | pd.DataFrame):
         histories = {"student": histories}
     if not histories:
-        raise ValueError("preference_over_training needs at least one student; it was given none")
+        raise ValueError("there is no student; give at least one to preference_over_training")
     curves = []
-    for name, one in histories.items():
-        history = one.history() if isinstance(one, Delta) else one
+    for name, student in histories.items():
+        history = student.history() if isinstance(student, Delta) else student
         if column not in history.columns:
             raise ValueError(
                 f"the history of {name!r} has no column {column!r}; train it with an on_step that "
@@ -97,22 +91,21 @@ def mixing_curves(
     before: float | None = None,
     control: float | None = None,
 ) -> go.Figure:
-    """What students prefer as more and more of their data is mixed with other data, or paraphrased.
+    """Draw students' preference by the share of their data that was mixed or paraphrased.
+
+    Each condition has a line through the means at each share, with a dot per row, or with the rows'
+    intervals if each share has one row.
 
     Args:
         table: One row per student or mean: `condition`, `share` (of the data, from 0 to 1),
             `preference` and, if known, `low` and `high` (an interval), `target` and `seed` (for the
             hover texts).
-        of: What the share is a share of, in words, for the axis.
+        of: The data of which `share` is a share, for the title.
         before: Preference before training, drawn as a line if given.
-        control: Preference of the control students, likewise.
-
-    Returns:
-        A line for each condition through the means at each share, with a dot for each row where a
-        share has several, or with the rows' intervals where it has one.
+        control: Preference of the control students, drawn as a line if given.
 
     Raises:
-        ValueError: If the table is empty, lacks a column, or has shares outside 0 to 1.
+        ValueError: The table is empty, lacks a column, or has shares outside 0 to 1.
     """
     rows = checked_table(table, ("condition", "share", "preference"), "mixing")
     outside = rows["share"][(rows["share"] < 0) | (rows["share"] > 1)]
@@ -195,17 +188,6 @@ def _drawn(
                     showlegend=False,
                 )
             )
-        error = None
-        if curve.low is not None and curve.high is not None:
-            y = np.asarray(curve.y)
-            error = {
-                "type": "data",
-                "symmetric": False,
-                "array": np.asarray(curve.high) - y,
-                "arrayminus": y - np.asarray(curve.low),
-                "thickness": 1.2,
-                "width": 3,
-            }
         traces.append(
             go.Scatter(
                 x=curve.x,
@@ -215,30 +197,18 @@ def _drawn(
                 legendgroup=curve.name,
                 line={"color": color, "width": 2.4, "dash": _DASHES[i % len(_DASHES)]},
                 marker={"size": 7, "symbol": style.SYMBOLS[i % len(style.SYMBOLS)]},
-                error_y=error,
+                error_y=style.error_bars(curve.y, curve.low, curve.high, thickness=1.2),
                 text=[style.escape(words) for words in curve.hover],
                 hoverinfo="text",
             )
         )
-    found = [x for curve in curves for x in curve.x]
-    low, high = (min(found), max(found)) if found else (0.0, 1.0)
-    pad = 0.04 * ((high - low) or 1.0)
-    for label, value in lines.items():
-        traces.append(
-            go.Scatter(
-                x=[low - pad, (low + high) / 2, high + pad],
-                y=[value] * 3,
-                mode="lines",
-                name=label,
-                line={
-                    "color": style.INK,
-                    "width": 1.6,
-                    "dash": "dot" if label == "control" else "dash",
-                },
-                text=[f"{label}: {style.percent(value)}"] * 3,
-                hoverinfo="text",
-            )
-        )
+    places = [x for curve in curves for x in curve.x] or [0.0, 1.0]
+    pad = 0.04 * ((max(places) - min(places)) or 1.0)
+    ends = [min(places) - pad, max(places) + pad]
+    traces += [
+        style.level(label, ends, value, f"{label}: {style.percent(value)}")
+        for label, value in lines.items()
+    ]
     shown = len(curves) + len(lines)
     return style.figure(
         traces,
@@ -251,11 +221,11 @@ def _drawn(
         xaxis=style.axis(
             x_title,
             grid=False,
-            range=[low - pad, high + pad],
+            range=ends,
             tickformat=x_format,
             nticks=6,
             tickvals=ticks,
             tickangle=0,
         ),
-        yaxis=style.axis("preference for the target", tickformat=".0%", rangemode="tozero"),
+        yaxis=style.percent_axis("preference for the target"),
     )

@@ -1,12 +1,11 @@
-"""Figures of effects: by layer, position, segment and head, approximate against exact, crossed."""
+"""Figures of effects: by layer, position, segment and head; approximate against exact; crossed."""
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 import plotly.graph_objects as go
-from jaxtyping import Float
 
 from divergence_lens._utils.statistics import bootstrap_interval, resampled_means
 from divergence_lens._utils.tables import Table, checked_table
@@ -15,28 +14,25 @@ from divergence_lens.plots import bars as bar_charts
 from divergence_lens.plots import grids, profiles, scatters, style
 from divergence_lens.plots.labels import metric_words, one_kind, site_words, titled
 
-Line: TypeAlias = Float[np.ndarray, " layers"]
-
 
 def effects_heatmap(
     effects: Effects, pair: int | Literal["mean"] = 0, *, name: str | None = None
 ) -> go.Figure:
-    """Layer x position effects of one pair, or of the mean over pairs.
+    """Draw a heatmap of layer x position effects, of one pair or of the mean over pairs.
+
+    Values are shares of the total effect (1: the patch has the whole effect of the other run), or
+    in units of the metric if the total effect of the pair is near zero. Gray cells were not
+    measured or have no counterpart in the other run. The marked last token is the one whose logits
+    are measured.
 
     Args:
-        effects: What patching returned; heads are added up.
-        pair: Which pair, or "mean". Rows of unlike lengths are put together segment by segment
-            for the mean; a star stands for tokens that differ from pair to pair.
-        name: Whose pairs these are (a target, say), for the title.
-
-    Returns:
-        A heatmap with layers across and tokens down, in shares of the total effect (1: the patch
-        does all that the other run does), or in units of the metric where the total effect of the
-        pair is next to nothing. Gray cells were not measured or have no counterpart in the other
-        run. The marked last token is the one whose logits are measured.
+        effects: A result of patching; heads are summed.
+        pair: Number of the pair, or "mean", which aligns rows of different lengths segment by
+            segment and shows tokens that differ between pairs as a star.
+        name: Added to the title, such as the target of the pairs.
 
     Raises:
-        IndexError: If there is no such pair.
+        IndexError: There is no such pair.
     """
     if pair == "mean":
         values, tokens, segments, used = grids.aligned_mean(effects)
@@ -60,21 +56,18 @@ def effects_heatmap(
         detail=f"{site_words(effects.site)}; {of}; {_method(effects)}"
         + _caution(effects, None if pair == "mean" else pair),
         unit=unit,
-        describe=unit,
     )
 
 
 def effects_by_segment(effects: Effects, *, name: str | None = None) -> go.Figure:
-    """Layer x segment effects, the mean over many pairs.
+    """Draw a heatmap of layer x segment effects, the mean over pairs in shares of the total effect.
+
+    Pairs whose total effect is near zero are left out.
 
     Args:
-        effects: What patching returned. Cells of one segment are added within a pair. The segment
+        effects: A result of patching. Cells of one segment are summed within a pair. The segment
             "divergence" is the position whose prediction is measured.
-        name: Whose pairs these are (a target, say), for the title.
-
-    Returns:
-        A heatmap with layers across and segments down, in shares of the total effect; pairs whose
-        total effect is next to nothing are left out.
+        name: Added to the title, such as the target of the pairs.
     """
     table = effects.normalized().by_segment()
     segments = [str(column) for column in table.columns]
@@ -83,31 +76,29 @@ def effects_by_segment(effects: Effects, *, name: str | None = None) -> go.Figur
         segments,
         what=titled("Effect of a patch, by layer and segment", name),
         detail=f"{site_words(effects.site)}; mean of {_pairs_used(effects)}, "
-        f"cells of a segment added; {_method(effects)}"
+        f"summed within a segment; {_method(effects)}"
         + ("; divergence: the position that predicts" if "divergence" in segments else "")
         + _caution(effects),
         unit="share of the total effect",
-        describe="share of the total effect",
     )
 
 
 def head_grid(
     effects: Effects, pair: int | Literal["mean"] = "mean", *, name: str | None = None
 ) -> go.Figure:
-    """Layer x head effects of patching single heads (site `z`), all positions added.
+    """Draw a heatmap of layer x head effects, summed over positions.
+
+    Values are shares of the total effect, or in units of the metric for a pair whose total effect
+    is near zero.
 
     Args:
-        effects: What patching `site="z"` returned.
-        pair: Which pair, or "mean" of those whose total effect is more than next to nothing.
-        name: Whose pairs these are (a target, say), for the title.
-
-    Returns:
-        A heatmap with layers across and heads down, in shares of the total effect, or for one pair
-        without such an effect in units of the metric.
+        effects: A result of patching single heads (`site="z"`).
+        pair: Number of the pair, or "mean" over the pairs whose total effect is not near zero.
+        name: Added to the title, such as the target of the pairs.
 
     Raises:
-        ValueError: If the effects are of a site that has no heads.
-        IndexError: If there is no such pair.
+        ValueError: The site has no heads.
+        IndexError: There is no such pair.
     """
     if effects.values.ndim != 4:
         raise ValueError(
@@ -134,28 +125,26 @@ def head_grid(
         grid.T,
         [str(head) for head in range(grid.shape[1])],
         what=titled("Effect of a patch, by layer and head", name),
-        detail=f"{of}, positions added; {_method(effects)}"
+        detail=f"{of}, summed over positions; {_method(effects)}"
         + _caution(effects, None if pair == "mean" else pair),
         unit=unit,
-        describe=unit,
         row="head",
     )
 
 
 def layers_by_site(layers: Table, *, kind: str | None = None) -> go.Figure:
-    """How much of the first divergence the outputs of each layer cause, by site.
+    """Draw the effect of each layer's outputs on the first divergence, by site.
+
+    Bars are means over targets, with one color per site and one dot per target.
 
     Args:
         layers: The `layers` table of results.json: `target`, `kind`, `site`, `layer`,
-            `absolute_effect` (the absolute effects of all positions, added, in shares of the total
+            `absolute_effect` (absolute effects summed over positions, in shares of the total
             effect) and, if known, `pairs`.
-        kind: Of which teachers, if the table holds several kinds.
-
-    Returns:
-        Bars (means over targets), one color for each site, with a dot for each target.
+        kind: The kind of teachers, required if the table holds more than one.
 
     Raises:
-        ValueError: If there is nothing to show, or several kinds and none was chosen.
+        ValueError: The table is empty, or holds more than one kind and `kind` is None.
     """
     columns = ("target", "kind", "site", "layer", "absolute_effect")
     table, kind = one_kind(checked_table(layers, columns, "layers"), kind, "layers")
@@ -188,9 +177,9 @@ def layers_by_site(layers: Table, *, kind: str | None = None) -> go.Figure:
         pairs = f", {' to '.join(str(n) for n in dict.fromkeys([each[0], each[-1]]))} pairs each"
     return bar_charts.bars(
         bars,
-        what=f"What causes the first divergence, layer by layer ({kind} teachers)",
-        detail=f"{style.plural(table['target'].nunique(), 'target')}{pairs}; absolute effects, "
-        "positions added; bars: means, dots: targets",
+        what=f"Effect of each layer on the first divergence ({kind} teachers)",
+        detail=f"{style.plural(table['target'].nunique(), 'target')}{pairs}; absolute effects "
+        "summed over positions; bars: means, dots: targets",
         value_title="shares of the total effect",
         value_format="",
         group_title="layer",
@@ -200,53 +189,48 @@ def layers_by_site(layers: Table, *, kind: str | None = None) -> go.Figure:
 def layer_profile(
     effects: Effects | Mapping[str, Effects], *, name: str | None = None
 ) -> go.Figure:
-    """How much each layer carries, all positions added, with 95 % bootstrap intervals over pairs.
+    """Draw effects by layer, summed over positions, with 95 % bootstrap intervals over pairs.
+
+    Values are shares of the total effect. They can exceed 1, because successive positions can carry
+    the same information.
 
     Args:
-        effects: What patching returned, or several results by name, to be compared.
-        name: Whose pairs these are (a target, say), for the title.
-
-    Returns:
-        One line with a band for each result, in shares of the total effect. Shares of all
-        positions together can pass 1, because positions carry the same thing one after another.
+        effects: A result of patching, or a mapping from names to results to compare.
+        name: Added to the title, such as the target of the pairs.
 
     Raises:
-        ValueError: If there are no results.
+        ValueError: There are no results.
     """
     named = {_method(effects): effects} if isinstance(effects, Effects) else dict(effects)
     if not named:
         raise ValueError("layer_profile needs at least one Effects; the mapping is empty")
     series = {}
-    for label, one in named.items():
-        table = one.normalized().by_layer()
+    for label, result in named.items():
+        table = result.normalized().by_layer()
         mean, low, high = (
             table[column].to_numpy(dtype=np.float64) for column in ("effect", "low", "high")
         )
         series[label] = (mean, low, high)
     first = next(iter(named.values()))
     method = f"; {_method(first)}" if len(named) == 1 else ""
-    used = " / ".join(dict.fromkeys(_pairs_used(one) for one in named.values()))
+    used = " / ".join(dict.fromkeys(_pairs_used(result) for result in named.values()))
     return profiles.profile(
         np.arange(first.n_layers),
         series,
         what=titled("Effect of a patch, layer by layer", name),
-        detail=f"{site_words(first.site)}; mean of {used}, positions added{method}; "
+        detail=f"{site_words(first.site)}; mean of {used}, summed over positions{method}; "
         "band: 95 % interval",
         value_title="share of the total effect",
     )
 
 
 def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
-    """What each half of two models adds to the margin, boundary by boundary, and the interaction.
+    """Draw what the upper layers of one of two models add to the margin, at each boundary.
 
-    Args:
-        crossed: What cross-patching returned.
-
-    Returns:
-        Three lines with bands of 95 % (bootstrap over pairs), in logits: what the first model's
-        upper layers add over its own lower layers and over the other's, and their difference.
+    Three lines in logits with bands of 95 % (bootstrap over pairs): the difference that the first
+    model's upper layers make over its own lower layers, over the other's, and the interaction.
     """
-    series: dict[str, tuple[Line, Line, Line]] = {}
+    series: dict[str, tuple[profiles.Line, profiles.Line, profiles.Line]] = {}
     for name, values in (
         ("over its own lower layers", crossed.upper_effect("a")),
         ("over the other's lower layers", crossed.upper_effect("b")),
@@ -258,9 +242,8 @@ def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
         np.arange(crossed.margins.shape[1]),
         series,
         what="Two models, crossed at every boundary",
-        detail=f"what the upper layers of {crossed.names[0]} add to the margin, instead of those "
-        f"of {crossed.names[1]}; mean of {style.plural(len(crossed.margins), 'pair')}; "
-        "band: 95 % interval",
+        detail=f"upper layers of {crossed.names[0]} instead of those of {crossed.names[1]}; mean "
+        f"of {style.plural(len(crossed.margins), 'pair')}; band: 95 % interval",
         value_title="change of the margin (logits)",
         across="boundary",
     )
@@ -269,22 +252,18 @@ def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
 def agreement_scatter(
     approximate: Effects, exact: Effects, *, name: str | None = None
 ) -> go.Figure:
-    """Approximate effects against exact ones, cell by cell, with their agreement in the title.
+    """Draw approximate against exact effects, one point per cell, with their agreement.
 
-    Cells at the target position and in the last layer agree nearly by construction, so they are
-    drawn apart, and the agreement without them, pair by pair, stands before that of all cells
-    together.
+    Cells at the target position and in the last layer agree almost by construction. They have their
+    own color, and the caption first states the agreement without them.
 
     Args:
         approximate: Effects by attribution.
-        exact: Effects by causal mediation, of the same pairs.
-        name: Whose pairs these are (a target, say), for the title.
-
-    Returns:
-        A scatter with the line on which both are equal.
+        exact: Effects of the same pairs by causal mediation.
+        name: Added to the title, such as the target of the pairs.
 
     Raises:
-        ValueError: If the two are not of the same pairs, site, direction and metric.
+        ValueError: The two differ in pairs, site, direction or metric.
     """
     agreement, within = approximate.agreement(exact), inner_agreement(approximate, exact)
     x, y = exact.values, approximate.values

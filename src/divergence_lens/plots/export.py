@@ -28,7 +28,7 @@ _THEMES: dict[Theme, tuple[str, str]] = {
     "dark": ("#E6E8EB", "#15181C"),
 }
 
-# The ink of figures follows the page, whatever color the figure itself was given.
+# The text color of figures follows the page, not the figure's own color.
 FIGURE_CSS = """
 .dl-plot { width: 100%; position: relative; }
 .dl-plot .gtitle, .dl-plot .xtitle, .dl-plot .ytitle, .dl-plot .xtick text, .dl-plot .ytick text,
@@ -149,22 +149,22 @@ def _image(figure: go.Figure, path: Path, *, width_mm: float, dpi: float) -> byt
 
 
 def themed(figure: go.Figure, theme: Theme) -> go.Figure:
-    """A copy of `figure` with solid paper and the ink that goes with it."""
+    """Return a copy of `figure` with an opaque background and a matching text color."""
     ink, paper = _THEMES[theme]
     copy = go.Figure(figure)
     return copy.update_layout(font_color=ink, paper_bgcolor=paper)
 
 
 def figure_title(figure: go.Figure) -> str:
-    """The title as plain text, for captions and for those who cannot see the figure."""
+    """Return the title as plain text, for captions and screen readers."""
     text = str(figure.layout.title.text or "figure")
-    # Where the bold lines end and the small ones begin, a full stop.
+    # Separate the bold lines from the small ones by a full stop.
     text = text.replace("</b><br><span", "</b>. <span").replace("<br>", " ").replace("\u00a0", " ")
     return unescape(re.sub(r"<[^<>]*>", "", text))
 
 
 def figure_div(figure: go.Figure, name: str) -> str:
-    """The place of a figure in a page, with its data; `scripts` makes the page draw it.
+    """Return the HTML of one figure with its data; `scripts` makes the page draw it.
 
     Args:
         figure: The figure.
@@ -185,7 +185,7 @@ def figure_div(figure: go.Figure, name: str) -> str:
 
 
 def scripts(nonce: str = "") -> str:
-    """What a page with figures ends with: plotly, compressed, and the few lines that draw."""
+    """Return the end of a page with figures: compressed plotly, and the script that draws them."""
     mark = f' nonce="{escape(nonce)}"' if nonce else ""
     return (
         f'<script type="text/plain" id="dl-plotly">{_packed_plotly()}</script>\n'

@@ -1,4 +1,4 @@
-"""Heatmaps of effects: layers across, tokens or segments down, and the mean of unlike rows."""
+"""Heatmaps of effects: layers across, tokens or segments down; means of aligned rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,18 +24,16 @@ def token_heatmap(
     what: str,
     detail: str,
     unit: str,
-    describe: str,
 ) -> go.Figure:
-    """Layers across, tokens down; the last token, whose logits are measured, marked.
+    """Draw layers across and tokens down, with a mark at the last token, whose logits are measured.
 
     Args:
-        values: One number for each cell, NaN where there is none.
+        values: One number per cell, NaN where a cell is missing.
         tokens: The token at each position.
-        segments: The name of its segment.
+        segments: The segment of each position.
         what: Title.
-        detail: Under the title.
-        unit: What the colors mean, on the color bar.
-        describe: What a cell is, in words, between its place and its value in the hover text.
+        detail: Text below the title.
+        unit: Title of the color bar, and name of the value in hover texts.
     """
     layers, positions = values.shape
     limit = _limit(values)
@@ -46,7 +44,7 @@ def token_heatmap(
         [
             f"layer {layer}, position {p}, token “{style.show_token(token, 40)}” ({segment})<br>"
             + (
-                f"{describe}: {values[layer, p]:+.3f}"
+                f"{unit}: {values[layer, p]:+.3f}"
                 if np.isfinite(values[layer, p])
                 else "not measured, or no counterpart in the other run"
             )
@@ -68,7 +66,7 @@ def token_heatmap(
     every = -(-_LETTER // row)
     ticks = [p for p in range(target) if (target - p) % every == 0 or segments[p] == BIAS]
     marks = [_bold(shown[p]) if segments[p] == BIAS else shown[p] for p in ticks]
-    # Bold says that a token differs, which the framed one need not.
+    # Bold marks tokens that differ; the framed target token may be the same on both sides.
     last = f"{shown[target]} ◂"
     marks.append(_bold(last) if segments[target] == BIAS else last)
     letters = max((len(tokens[p]) for p in range(positions)), default=1)
@@ -126,9 +124,7 @@ def token_heatmap(
             for name, start, stop in runs
             if (stop - start) * row >= 6 * len(name)
         ],
-        xaxis=style.axis(
-            "layer", grid=False, tickangle=0, tickvals=style.thinned(range(layers), 10)
-        ),
+        xaxis=style.layer_axis(range(layers)),
         yaxis=style.axis(
             "",
             grid=False,
@@ -145,7 +141,7 @@ def _bold(text: str) -> str:
 
 
 def spans(segments: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Runs of equal names: (name, start, stop)."""
+    """Return runs of equal names as (name, start, stop)."""
     runs: list[tuple[str, int, int]] = []
     for i, name in enumerate(segments):
         if runs and runs[-1][0] == name:
@@ -162,10 +158,9 @@ def segment_heatmap(
     what: str,
     detail: str,
     unit: str,
-    describe: str,
     row: str = "segment",
 ) -> go.Figure:
-    """Layers across, segments (or heads) down, with the numbers written in where there is room."""
+    """Draw layers across and segments (or heads) down, with the values written if there is room."""
     count, layers = values.shape
     limit = _limit(values)
     height = max(30 * count, 90)
@@ -173,7 +168,7 @@ def segment_heatmap(
         [
             f"layer {layer}, {row} {style.escape(name)}<br>"
             + (
-                f"{describe}: {values[i, layer]:+.3f}"
+                f"{unit}: {values[i, layer]:+.3f}"
                 if np.isfinite(values[i, layer])
                 else f"not measured, or no position in this {row}"
             )
@@ -205,9 +200,7 @@ def segment_heatmap(
         right=12,
         widest=max(560, 190 + 40 * layers),
         plot_bgcolor=style.MISSING,
-        xaxis=style.axis(
-            "layer", grid=False, tickangle=0, tickvals=style.thinned(range(layers), 10)
-        ),
+        xaxis=style.layer_axis(range(layers)),
         yaxis=style.axis(
             "" if row == "segment" else row,
             grid=False,
@@ -225,7 +218,7 @@ def _limit(values: Float[np.ndarray, "..."]) -> float:
 
 
 def cells(effects: Effects) -> Float[np.ndarray, "pairs layers pos"]:
-    """The values with heads added; NaN where no head has a value."""
+    """Return the values summed over heads; NaN where no head has a value."""
     values = effects.values
     if values.ndim == 3:
         return values
@@ -236,10 +229,10 @@ def cells(effects: Effects) -> Float[np.ndarray, "pairs layers pos"]:
 def aligned_mean(
     effects: Effects,
 ) -> tuple[Float[np.ndarray, "layers pos"], list[str], list[str], int]:
-    """Mean over as many pairs as one order of segments fits, aligned within each segment.
+    """Average the largest set of pairs that share one order of segments, aligned by segment.
 
     Returns:
-        Values `[layers, positions]`, a token and a segment for each position, and the number of
+        Values `[layers, positions]`, the token and segment of each position, and the number of
         pairs.
     """
     values = cells(effects.normalized())
@@ -247,24 +240,26 @@ def aligned_mean(
     runs = {int(i): spans(effects.segments[i]) for i in usable}
     if not runs:
         raise ValueError(
-            "every pair has next to no total effect, so a mean share of it means nothing; "
-            "look at single pairs with pair=0, 1, ..."
+            "the total effect of every pair is near zero, so shares of it are undefined; draw "
+            "single pairs with pair=0, 1, ..."
         )
     names = {i: tuple(name for name, _, _ in own) for i, own in runs.items()}
     fits = {
-        shape: {i: found for i, own in names.items() if (found := _within(own, shape)) is not None}
+        shape: {i: order for i, own in names.items() if (order := _within(own, shape)) is not None}
         for shape in dict.fromkeys(names.values())
     }
     shape, chosen = max(fits.items(), key=lambda entry: len(entry[1]))
     widths = [0] * len(shape)
-    for i, found in chosen.items():
-        for j, (_, start, stop) in zip(found, runs[i], strict=True):
+    for i, order in chosen.items():
+        for j, (_, start, stop) in zip(order, runs[i], strict=True):
             widths[j] = max(widths[j], stop - start)
     starts = np.concatenate([[0], np.cumsum(widths)])
-    stacked = np.full((len(chosen), effects.n_layers, int(starts[-1])), np.nan)
+    stacked = np.full(
+        (len(chosen), effects.n_layers, int(starts[-1])), np.nan
+    )  # [pair, layer, pos]
     words: list[Counter[str]] = [Counter() for _ in range(int(starts[-1]))]
-    for row, (i, found) in enumerate(chosen.items()):
-        for j, (_, start, stop) in zip(found, runs[i], strict=True):
+    for row, (i, order) in enumerate(chosen.items()):
+        for j, (_, start, stop) in zip(order, runs[i], strict=True):
             at = int(starts[j])
             stacked[row, :, at : at + stop - start] = values[i, :, start:stop]
             for k in range(stop - start):
@@ -281,11 +276,11 @@ def aligned_mean(
 
 
 def _within(names: Sequence[str], shape: Sequence[str]) -> list[int] | None:
-    """Where each of `names` stands in `shape`, in order; None if it is no part of it."""
-    found: list[int] = []
+    """Return the index of each name in `shape`; None if `names` is no subsequence of it."""
+    places: list[int] = []
     for name in names:
-        start = found[-1] + 1 if found else 0
+        start = places[-1] + 1 if places else 0
         if name not in shape[start:]:
             return None
-        found.append(shape.index(name, start))
-    return found
+        places.append(shape.index(name, start))
+    return places

@@ -1,4 +1,4 @@
-"""What titles and hover texts of figures call things, and what they count in tables."""
+"""Names and counts in the titles and hover texts of figures."""
 
 import numpy as np
 import pandas as pd
@@ -6,12 +6,12 @@ from jaxtyping import Float
 
 from divergence_lens.plots import style
 
-# Conditions of students in words, and short, for a legend that is 80 mm wide.
+# Conditions of students: long names for hover texts, short ones for legends of 80 mm.
 CONDITIONS = {
     "all": ("all tokens", "all tokens"),
     "divergence_only": ("divergence tokens only", "divergence only"),
-    "without_divergence": ("all but divergence tokens", "no divergence"),
-    "control": ("lists by the untouched model", "control"),
+    "without_divergence": ("all except divergence tokens", "no divergence"),
+    "control": ("lists by the base model", "control"),
 }
 
 _SITES = {
@@ -29,66 +29,66 @@ _SITES = {
 
 
 def titled(what: str, name: str | None) -> str:
-    """What was measured, and whose it is, if that is said."""
+    """Append a name to a title, if there is one."""
     return what if name is None else f"{what}: {name}"
 
 
 def site_words(site: str) -> str:
-    """A site in words."""
+    """Return a site in words."""
     return _SITES.get(site, site)
 
 
 def metric_words(metric: str) -> str:
-    """A metric in words."""
+    """Return a metric in words."""
     return metric.replace("_", " ")
 
 
 def condition_words(name: str) -> tuple[str, str]:
-    """What students learned, in words and short."""
+    """Return the long and the short name of a condition."""
     plain = name.replace("_", " ")
     return CONDITIONS.get(name, (plain, plain))
 
 
 def column_of(rows: pd.DataFrame, name: str) -> Float[np.ndarray, " rows"] | None:
-    """A column that a table may lack."""
+    """Return a column, or None if the table lacks it."""
     return rows[name].to_numpy(float) if name in rows.columns else None
 
 
-def intervals_said(rows: pd.DataFrame, over: str = "") -> str:
-    """What the thin lines are, where the table has intervals."""
+def interval_note(rows: pd.DataFrame, over: str = "") -> str:
+    """Describe the thin lines, if the table has intervals."""
     return f"; thin lines: 95 % intervals{over}" if {"low", "high"} <= set(rows.columns) else ""
 
 
 def students_of(rows: pd.DataFrame) -> str:
-    """How many students the rows are of; those of the control are in the rows of every target."""
+    """Count students; control students occur in the rows of every target and count once."""
     control = of_condition(rows, "control")
     words = style.plural(len(rows) - len(control), "student")
     return f"{words} and {controls_of(control)}" if len(control) else words
 
 
 def controls_of(control: pd.DataFrame) -> str:
-    """How many students of the control the rows are of: the same ones stand by every target."""
+    """Count control students, which all targets share."""
     shared = len(control[["kind", "seed"]].drop_duplicates())
     words = style.plural(shared, "control")
-    return f"{words} that all targets share" if len(control) > shared else words
+    return f"{words} shared by all targets" if len(control) > shared else words
 
 
 def of_condition(rows: pd.DataFrame, condition: str) -> pd.DataFrame:
-    """The rows of one condition."""
+    """Select the rows of one condition."""
     return rows[rows["condition"] == condition]
 
 
 def teachers_of(rows: pd.DataFrame) -> str:
-    """How many there are, and of which kind if they are of one."""
+    """Count teachers, with their kind if there is only one."""
     kinds = list(dict.fromkeys(rows["kind"]))
     return style.plural(len(rows), f"{kinds[0]} teacher" if len(kinds) == 1 else "teacher")
 
 
 def one_kind(table: pd.DataFrame, kind: str | None, name: str) -> tuple[pd.DataFrame, str]:
-    """The rows of one kind of teachers, and which.
+    """Select the rows of one kind of teachers, and return the kind.
 
     Raises:
-        ValueError: If there are several and none was chosen, or none of the kind that was.
+        ValueError: The table holds more than one kind and `kind` is None, or no rows of `kind`.
     """
     kinds = [str(value) for value in dict.fromkeys(table["kind"])]
     if kind is None and len(kinds) > 1:
@@ -100,7 +100,7 @@ def one_kind(table: pd.DataFrame, kind: str | None, name: str) -> tuple[pd.DataF
 
 
 def means_by_target(table: pd.DataFrame, column: str) -> dict[str, float]:
-    """The mean of a column over all rows of a target."""
+    """Average a column over the rows of each target."""
     return {
         str(target): float(value)
         for target, value in table.groupby("target", sort=False)[column].mean().items()

@@ -1,7 +1,7 @@
 """Line charts over layers."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import plotly.graph_objects as go
@@ -9,11 +9,13 @@ from jaxtyping import Float, Int
 
 from divergence_lens.plots import style
 
+Line: TypeAlias = Float[np.ndarray, " layers"]
+
 
 def values_by_layer(
     numbers: Sequence[int],
-    mean: Float[np.ndarray, " blocks"],
-    spread: tuple[Float[np.ndarray, " blocks"], Float[np.ndarray, " blocks"]] | None,
+    mean: Line,
+    spread: tuple[Line, Line] | None,
     singles: Mapping[str, Mapping[int, float]],
     references: Mapping[str, float],
     *,
@@ -22,16 +24,16 @@ def values_by_layer(
     unit: str = " times as before",
     value_title: str = "times the preference before",
 ) -> go.Figure:
-    """Values by layer: a thick mean, thin single lines, dashed references.
+    """Draw values by layer: a thick mean, thin lines of single targets, dashed references.
 
     Args:
         numbers: The layers.
-        mean: One value for each.
+        mean: One value per layer.
         spread: Lower and upper ends of the mean's interval, if known.
         singles: Thin lines: name -> layer -> value.
         references: Levels across the plot.
         what: Title.
-        detail: Under the title.
+        detail: Text below the title.
         unit: Follows each value in hover texts.
         value_title: Title of the vertical axis.
     """
@@ -66,16 +68,7 @@ def values_by_layer(
             name="mean of targets" if singles else "one layer",
             line={"color": style.BLUE, "width": 3.5},
             marker={"size": 8},
-            error_y=None
-            if spread is None
-            else {
-                "type": "data",
-                "symmetric": False,
-                "array": spread[1] - mean,
-                "arrayminus": mean - spread[0],
-                "thickness": 1.5,
-                "width": 4,
-            },
+            error_y=style.error_bars(mean, *(spread or (None, None)), thickness=1.5, width=4),
             text=[
                 f"layer {layer} alone{whose}: {value:.2f}{unit}{bound}"
                 for layer, value, bound in zip(numbers, mean, bounds, strict=True)
@@ -84,23 +77,10 @@ def values_by_layer(
         )
     )
     edges = [numbers[0] - 0.35, numbers[-1] + 0.35]
-    for label, value in references.items():
-        words = f"{style.escape(label)}: {value:.2f}{unit}"
-        traces.append(
-            go.Scatter(
-                x=[edges[0], (edges[0] + edges[1]) / 2, edges[1]],
-                y=[value] * 3,
-                mode="lines",
-                name=style.escape(label),
-                line={
-                    "color": style.INK,
-                    "width": 1.6,
-                    "dash": "dot" if label == "control" else "dash",
-                },
-                text=[words] * 3,
-                hoverinfo="text",
-            )
-        )
+    traces += [
+        style.level(label, edges, value, f"{style.escape(label)}: {value:.2f}{unit}")
+        for label, value in references.items()
+    ]
     return style.figure(
         traces,
         what=what,
@@ -108,34 +88,21 @@ def values_by_layer(
         plot_height=210,
         legend_rows=sum(trace.showlegend is not False for trace in traces),
         widest=680,
-        xaxis=style.axis(
-            "trained layer",
-            grid=False,
-            tickangle=0,
-            tickvals=style.thinned(numbers, 10),
-            range=edges,
-        ),
+        xaxis=style.layer_axis(numbers, title="trained layer", range=edges),
         yaxis=style.axis(value_title, rangemode="tozero"),
     )
 
 
 def profile(
     layers: Int[np.ndarray, " layers"],
-    series: Mapping[
-        str,
-        tuple[
-            Float[np.ndarray, " layers"],
-            Float[np.ndarray, " layers"],
-            Float[np.ndarray, " layers"],
-        ],
-    ],
+    series: Mapping[str, tuple[Line, Line, Line]],
     *,
     what: str,
     detail: str,
     value_title: str,
     across: str = "layer",
 ) -> go.Figure:
-    """A line over layers with a band for its interval: name -> (mean, low, high)."""
+    """Draw lines over layers with a band for each interval: name -> (mean, low, high)."""
     traces: list[Any] = []
     for i, (name, (mean, low, high)) in enumerate(series.items()):
         color = style.CYCLE[i % len(style.CYCLE)]
@@ -178,13 +145,7 @@ def profile(
         left=60,
         legend_rows=0 if len(series) == 1 else len(series),
         widest=680,
-        xaxis=style.axis(
-            across,
-            grid=False,
-            tickangle=0,
-            tickvals=style.thinned(numbers, 10),
-            range=[numbers[0] - 0.3, numbers[-1] + 0.3],
-        ),
+        xaxis=style.layer_axis(numbers, title=across, range=[numbers[0] - 0.3, numbers[-1] + 0.3]),
         yaxis=style.axis(
             value_title,
             rangemode="tozero",

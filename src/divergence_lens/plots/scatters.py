@@ -23,13 +23,13 @@ def scatter(
     names: tuple[str, str],
     groups: tuple[str, str],
 ) -> go.Figure:
-    """One value against another, in two groups, with the line on which they are equal.
+    """Draw one value against another, with the line on which they are equal.
 
-    `second` says which cells belong to the second of the two groups, which is drawn on top.
+    `second` marks the cells of the second group, which is drawn on top of the first.
     """
     chosen = _spread(approximate, exact)
     if len(chosen) < len(exact):
-        detail += f"; {len(chosen):,} cells drawn, every large one among them"
+        detail += f"; {len(chosen):,} cells drawn, including every large one"
     both = np.concatenate([approximate, exact])
     low, high = (float(both.min()), float(both.max())) if len(both) else (-1.0, 1.0)
     pad = 0.06 * (high - low or 1.0)
@@ -81,7 +81,7 @@ def scatter(
 def _spread(
     approximate: Float[np.ndarray, " cells"], exact: Float[np.ndarray, " cells"]
 ) -> Int[np.ndarray, " chosen"]:
-    """The cells to draw: all, or the larger half of the budget by size and the rest evenly."""
+    """Choose the cells to draw: all, or half of the budget by size and the rest evenly."""
     if len(exact) <= _MOST_POINTS:
         return np.arange(len(exact))
     size = np.maximum(np.abs(approximate), np.abs(exact))

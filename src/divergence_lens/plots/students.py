@@ -1,4 +1,4 @@
-"""Figures of students: what they prefer after training, by their data and by their layers."""
+"""Figures of students: their preference after training, by data and by layer."""
 
 import numpy as np
 import pandas as pd
@@ -20,31 +20,24 @@ from divergence_lens.plots.labels import (
 )
 from divergence_lens.training import Sweep
 
-_BESIDE = 8  # conditions whose names have room side by side
+_MOST_BARS = 8  # conditions whose names fit side by side
 
 
 def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
-    """What students prefer after training, condition by condition, side by side for each target.
+    """Draw students' preference after training, by target and condition.
+
+    Bars are means over seeds, with a dot per student. The control and the preference before
+    training are lines.
 
     Args:
         students: The `students` table of results.json: `target`, `kind`, `condition`, `seed`,
-            `before`, `after`. Rows of the condition "layer" are left out, the condition "control"
-            becomes a line, and the preference before training another.
-        kind: Of which teachers, if the table holds several kinds.
-
-    Returns:
-        Bars (means over seeds) with a dot for each student.
+            `before`, `after`. Rows of the condition "layer" are left out.
+        kind: The kind of teachers, required if the table holds more than one.
 
     Raises:
-        ValueError: If there is nothing to show, or several kinds and none was chosen.
+        ValueError: The table has no such rows, or more than one kind and `kind` is None.
     """
-    table, kind = one_kind(
-        checked_table(
-            students, ("target", "kind", "condition", "seed", "before", "after"), "students"
-        ),
-        kind,
-        "students",
-    )
+    table, kind = _students(students, kind)
     table = table[table["condition"] != "layer"]
     shown = [str(name) for name in dict.fromkeys(table["condition"]) if name != "control"]
     known = list(CONDITIONS)
@@ -91,7 +84,7 @@ def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
     targets_shown = table["target"].nunique()
     return bar_charts.bars(
         bars,
-        what=f"Students of {kind} teachers, by what they were trained on",
+        what=f"Students of {kind} teachers, by training data",
         detail=f"{style.plural(targets_shown, 'target')}, {students_of(table)}; "
         "bars: means over seeds, dots: students",
         value_title="preference for the target",
@@ -102,27 +95,24 @@ def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
 def condition_bars(
     students: Table, group: str, *, kind: str | None = None, title: str | None = None
 ) -> go.Figure:
-    """What students of several conditions came to, as multiples of the control.
+    """Draw the preference of a group of conditions as multiples of the control.
+
+    Values are geometric means over targets with 95 % intervals (Student's t on the log scale) and a
+    dot per target: bars side by side, or rows on an axis of ratios for more than eight conditions.
+    Without a control, they are multiples of the preference before training.
 
     Args:
         students: The `students` table of a study: `target`, `kind`, `condition`, `group`, `seed`,
-            `before`, `after`. Single layers are told apart by `layer`.
-        group: Which group of conditions; those of the condition "all" and "divergence_only" stand
-            before them, for comparison.
-        kind: Of which teachers, if the table holds several kinds.
-        title: What the figure is about; the group's name unless given.
-
-    Returns:
-        Geometric means over targets with 95 % intervals over targets (Student's t, on the log
-        scale) and a dot for each target; bars side by side, or of more than eight conditions rows
-        on an axis of ratios. Where there is no control, multiples of the preference before
-        training.
+            `before`, `after`, and `layer` for students of single layers.
+        group: The group of conditions. The conditions "all" and "divergence_only" precede it for
+            comparison.
+        kind: The kind of teachers, required if the table holds more than one.
+        title: Title of the figure; by default the group's name.
 
     Raises:
-        ValueError: If there is no student of the group, or several kinds and none was chosen.
+        ValueError: There is no student of the group, or more than one kind and `kind` is None.
     """
-    needed = ("target", "kind", "condition", "group", "seed", "before", "after")
-    table, kind = one_kind(checked_table(students, needed, "students"), kind, "students")
+    table, kind = _students(students, kind, "group")
     shown = table[(table["group"] == group) & (table["condition"] != "control")]
     if shown.empty:
         raise ValueError(f"the students table has no rows of kind {kind!r} in the group {group!r}")
@@ -137,16 +127,16 @@ def condition_bars(
     times = shown["after"] / shown["target"].map(base)
     logs = np.log(times.clip(lower=1e-6)).groupby([names, shown["target"]], sort=False).mean()
     groups, means, ends, points = [], [], [], []
-    for name, found in logs.groupby(level=0, sort=False):
+    for name, by_target in logs.groupby(level=0, sort=False):
         label = str(name).replace("_", " ")
-        mean, low, high = t_interval(found.to_list())
+        mean, low, high = t_interval(by_target.to_list())
         groups.append(label)
         means.append(float(np.exp(mean)))
         known = np.isfinite(low)
         ends.append((np.exp(low), np.exp(high)) if known else (means[-1], means[-1]))
         points += [
             (label, float(np.exp(value)), f"{target}, {label}: {np.exp(value):.2f} times")
-            for (_, target), value in found.items()
+            for (_, target), value in by_target.items()
         ]
     low_high = np.array(ends, dtype=float)
     series = bar_charts.Bars(
@@ -160,35 +150,38 @@ def condition_bars(
     )
     what = title or f"Students of {kind} teachers: {group}"
     value_title = "preference, times the control" if len(control) else "preference, times before"
-    several = len(groups) > _BESIDE
+    in_rows = len(groups) > _MOST_BARS
     detail = (
         f"{style.plural(shown['target'].nunique(), 'target')}, "
-        f"{students_of(pd.concat([shown, control]))}; {'diamonds' if several else 'bars'}: means "
+        f"{students_of(pd.concat([shown, control]))}; {'diamonds' if in_rows else 'bars'}: means "
         "with 95 % intervals over targets, dots: targets"
     )
-    if several:
+    if in_rows:
         return bar_charts.dot_plot(series, what=what, detail=detail, value_title=value_title)
     return bar_charts.bars(
         [series], what=what, detail=detail, value_title=value_title, value_format=""
     )
 
 
+def _students(table: Table, kind: str | None, *more: str) -> tuple[pd.DataFrame, str]:
+    """Return the rows of one kind of teachers, and the kind; the table must have these columns."""
+    columns = ("target", "kind", "condition", "seed", "before", "after", *more)
+    return one_kind(checked_table(table, columns, "students"), kind, "students")
+
+
 def _whole(rows: pd.DataFrame) -> list[str]:
-    """The layer of each row as a whole number; nothing where there is none."""
+    """Return the layer of each row as a whole number; empty where there is none."""
     layers = rows["layer"] if "layer" in rows else pd.Series([None] * len(rows))
     return ["" if pd.isna(layer) else str(int(layer)) for layer in layers]
 
 
 def preference_bars(preference: Preference, *, before: Preference | None = None) -> go.Figure:
-    """What a model or student prefers: the share of every candidate, the target first.
+    """Draw the share of every candidate, the target first, with 95 % intervals over questions.
 
     Args:
-        preference: What to show.
-        before: The untouched model's preference on the same questions, drawn as lines; the bars are
-            then called "after".
-
-    Returns:
-        Bars with 95 % bootstrap intervals over the questions.
+        preference: The preference to show.
+        before: The base model's preference on the same questions, drawn as lines; the bars are
+            then labeled "after".
     """
     shares = preference.distribution
     names = [preference.target, *(name for name in shares if name != preference.target)]
@@ -222,36 +215,26 @@ def layer_sweep(
     condition: str = "divergence_only",
     measure: str | None = None,
 ) -> go.Figure:
-    """A measure of students that were trained in one layer alone, by layer.
+    """Draw a measure of students that were trained in one layer alone, by layer.
+
+    For a `Sweep`, points are means of the measure with 95 % intervals. For a table, they are the
+    mean multiple of the preference before training, with a thin line per target.
 
     Args:
         students: A `Sweep`, or the `students` table of results.json (`target`, `kind`,
             `condition`, `layer`, `seed`, `before`, `after`), in which rows with the condition
             "layer" are the points.
-        kind: The kind of teachers, if the table holds several.
-        condition: The condition of the students with all layers trained that are drawn as a
-            reference, in a table.
-        measure: Which measure of a `Sweep`; its main one by default.
-
-    Returns:
-        For a `Sweep`, the mean of the measure with its 95 % interval; for a table, the mean of all
-        students as multiples of the preference before training, with a thin line for each target.
+        kind: The kind of teachers, required if the table holds more than one.
+        condition: In a table, the condition of the students of all layers drawn as a reference.
+        measure: The measure of a `Sweep`; its main one by default.
 
     Raises:
-        ValueError: No student was trained on one layer, or there are several kinds and none was
-            chosen.
+        ValueError: No student was trained on one layer, or there is more than one kind and `kind`
+            is None.
     """
     if isinstance(students, Sweep):
         return _sweep(students, measure)
-    table, kind = one_kind(
-        checked_table(
-            students,
-            ("target", "kind", "condition", "layer", "seed", "before", "after"),
-            "students",
-        ),
-        kind,
-        "students",
-    )
+    table, kind = _students(students, kind, "layer")
     table = table.assign(times=table["after"] / table["before"].where(table["before"] > 0))
     single = table[table["condition"] == "layer"].dropna(subset=["times"])
     if single.empty:

@@ -1,8 +1,8 @@
-"""How every figure looks: colors, type, margins and the text on it.
+"""The style of every figure: colors, type, margins and axes.
 
-A figure is laid out for a column of 80 mm (302 CSS pixels, type of 12 pixels or 9 points) and
-grows from there. Backgrounds are clear and the ink is a gray that is readable on white and on
-black alike, so that a figure shown in a notebook fits whatever theme the notebook has.
+A figure is laid out for a column of 80 mm (302 CSS pixels, type of 12 pixels or 9 points) and grows
+from there. Backgrounds are transparent, and the text is a gray that is readable on white and on
+black, so that a figure fits the light and the dark theme of a notebook.
 """
 
 import html
@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 # Contrast 4.5 to 1 on white and 4.6 to 1 on black: the one gray that passes on both.
@@ -20,8 +21,8 @@ MISSING = "rgba(128, 128, 128, 0.38)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 
-# Okabe and Ito's palette, which people with the common color blindnesses can tell apart, without
-# its yellow (lost on white) and its black (lost on black), and with a blue that stands out on both.
+# Okabe and Ito's palette, which people with the common color blindnesses can distinguish, without
+# yellow (invisible on white) and black (invisible on black), and with a blue that shows on both.
 BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE = (
     "#1F83C4",
     "#E69F00",
@@ -51,12 +52,12 @@ _MARKS = str.maketrans({" ": "·", "\n": "↵", "\r": "↵", "\t": "⇥"})
 
 
 def escape(text: object) -> str:
-    """`text` as plotly shows it letter by letter, without reading tags or entities in it."""
+    """Escape text, so that plotly shows tags and entities in it as they are."""
     return html.escape(str(text), quote=False)
 
 
 def show_token(token: str, longest: int = 14) -> str:
-    """A token as it stands on an axis: white space visible, cut to `longest` letters, escaped."""
+    """Format a token for an axis: visible white space, at most `longest` letters, escaped."""
     shown = token.translate(_MARKS) or "∅"
     if len(shown) > longest:
         shown = shown[: longest - 1] + "…"
@@ -64,18 +65,18 @@ def show_token(token: str, longest: int = 14) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """The count with its noun: "1 pair", "1,200 pairs"."""
+    """Join a count and its noun: "1 pair", "1,200 pairs"."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def percent(value: float) -> str:
-    """A share in words for people: "12.3 %", with two digits more below one per cent."""
+    """Format a share: "12.3 %", with two significant digits below one percent."""
     shown = 100 * value
     return f"{shown:.1f} %" if abs(shown) >= 1 or shown == 0 else f"{shown:.2g} %"
 
 
 def shade(color: str, opacity: float) -> str:
-    """A hex color, see-through."""
+    """Return a hex color with an opacity."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, {opacity})"
 
@@ -93,20 +94,20 @@ def figure(
     legend_rows: int = 0,
     **layout: Any,
 ) -> go.Figure:
-    """A figure in the house style, apart from plotly's global template.
+    """Build a figure in this style, independent of plotly's global template.
 
     Args:
-        traces: Its traces.
-        what: The first, bold lines of the title: what was measured.
-        detail: The lines under it: on how many, of what. Both are plain text.
-        plot_height: Height of the plot itself in pixels; title and margins come on top.
-        bottom: Room under the plot for ticks and axis title, in pixels.
-        left: Room left of the plot.
-        right: Room right of the plot.
-        widest: Pixels beyond which a page should not stretch it (kept in `layout.meta`).
-        legend_rows: Entries of the legend, which stands under the plot, one below the other so that
-            the figure's height does not depend on its width.
-        **layout: Anything else of plotly's layout.
+        traces: Plotly traces.
+        what: Bold lines of the title: the measured quantity, as plain text.
+        detail: Lines below them: sample size and method, as plain text.
+        plot_height: Height of the plot in pixels, without title and margins.
+        bottom: Pixels below the plot for ticks and axis title.
+        left: Pixels left of the plot.
+        right: Pixels right of the plot.
+        widest: Width in pixels to which a page may stretch the figure (stored in `layout.meta`).
+        legend_rows: Entries of the legend, one per line below the plot, so that the figure's height
+            does not depend on its width.
+        **layout: Further entries of plotly's layout.
     """
     for trace in traces:
         if trace.text is not None:
@@ -162,7 +163,7 @@ def figure(
 
 
 def _wrapped(text: Any) -> Any:
-    """Hover texts, in lists of lists for heatmaps, in lines that fit beside a point at 80 mm."""
+    """Wrap hover texts (in nested lists for heatmaps) to fit beside a point at 80 mm."""
     if isinstance(text, str):
         lines = [
             "<br>".join(
@@ -175,12 +176,12 @@ def _wrapped(text: Any) -> Any:
 
 
 def _glued(text: str) -> str:
-    """`text` in which a number and what it counts stay on one line."""
+    """Join each number and the word after it by a no-break space."""
     return re.sub(r"(?<=\d) (?=[a-z%])", "\u00a0", text)
 
 
 def _balanced(text: str, widest: int) -> list[str]:
-    """`text` in as few lines as fit, of about equal length."""
+    """Wrap text into as few lines as possible, of about equal length."""
     text = _glued(text)
     lines = textwrap.wrap(text, widest)
     for width in range(widest - 1, 0, -1):
@@ -192,7 +193,7 @@ def _balanced(text: str, widest: int) -> list[str]:
 
 
 def axis(title: str, *, grid: bool = True, **more: Any) -> dict[str, Any]:
-    """One axis: thin lines, a title in words, no zoom surprises."""
+    """Build an axis with thin lines and a title."""
     return {
         "title": {"text": title, "font": {"size": 12}, "standoff": 4},
         "showgrid": grid,
@@ -206,14 +207,56 @@ def axis(title: str, *, grid: bool = True, **more: Any) -> dict[str, Any]:
     }
 
 
+def layer_axis(layers: Sequence[int], *, title: str = "layer", **more: Any) -> dict[str, Any]:
+    """The horizontal axis of a figure over layers, with at most ten ticks."""
+    return axis(title, grid=False, tickangle=0, tickvals=thinned(layers, 10), **more)
+
+
+def percent_axis(title: str, **more: Any) -> dict[str, Any]:
+    """A vertical axis of shares that starts at 0."""
+    return axis(title, tickformat=".0%", rangemode="tozero", **more)
+
+
+def error_bars(
+    values: Any, low: Any, high: Any, *, thickness: float, width: int = 3, **more: Any
+) -> dict[str, Any] | None:
+    """Intervals around values; None where there are none."""
+    if low is None or high is None:
+        return None
+    values = np.asarray(values, dtype=float)
+    above, below = np.asarray(high) - values, values - np.asarray(low)
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": above,
+        "arrayminus": below,
+        "thickness": thickness,
+        "width": width,
+        **more,
+    }
+
+
+def level(label: str, ends: Sequence[float], value: float, words: str) -> go.Scatter:
+    """A dashed line across the plot at one value; dotted for the control."""
+    return go.Scatter(
+        x=[ends[0], (ends[0] + ends[1]) / 2, ends[1]],
+        y=[value] * 3,
+        mode="lines",
+        name=escape(label),
+        line={"color": INK, "width": 1.6, "dash": "dot" if label == "control" else "dash"},
+        text=[words] * 3,
+        hoverinfo="text",
+    )
+
+
 def thinned(numbers: Sequence[int], most: int) -> list[int]:
-    """At most `most` of the numbers, evenly spaced, for the ticks of an axis."""
+    """Select at most `most` of the numbers, evenly spaced, for the ticks of an axis."""
     step = max(1, -(-len(numbers) // most))
     return [int(number) for number in numbers[::step]]
 
 
 def diverging(limit: float, title: str, plot_height: int) -> dict[str, Any]:
-    """Zero-centered colors of a heatmap from -limit to limit, with their bar under the plot."""
+    """Return zero-centered colors of a heatmap from -limit to limit, with a bar below the plot."""
     return {
         "colorscale": [list(stop) for stop in DIVERGING],
         "zmin": -limit,

@@ -14,19 +14,17 @@ _ORANGE, _BLUE = style.ORANGE, style.SKY
 
 
 def divergence_tokens(example: ExampleDivergence) -> go.Figure:
-    """The tokens of one completion, colored and underlined by divergence.
+    """Draw the tokens of one completion, colored and underlined by divergence.
+
+    Divergence tokens are orange with a solid line, stronger where more counterfactual teachers
+    differ. Tokens that are not the teacher's own argmax are blue with a dotted line. Hover texts
+    show the argmax of each teacher.
 
     Args:
         example: One example of a `Divergence`, such as `divergence[0]`.
 
-    Returns:
-        The tokens in reading order. Divergence tokens are orange, the stronger the more
-        counterfactual teachers differ, with a solid line below; tokens that the teacher itself
-        would not have written are blue with a dotted line. Hover texts say who would have written
-        what.
-
     Raises:
-        ValueError: If the completion holds no tokens.
+        ValueError: The completion holds no tokens.
     """
     if not len(example):
         raise ValueError(f"example {example.index} has an empty completion; it has no tokens")
@@ -49,11 +47,11 @@ def divergence_tokens(example: ExampleDivergence) -> go.Figure:
     count = int(example.divergence.sum())
     others = int((~example.agrees & ~example.divergence).sum())
     detail = (
-        f"{count} of {style.plural(len(example), 'token')} diverge (orange, solid line; the "
-        f"stronger, the more of {len(example.names) - 1} others differ)"
+        f"{count} of {style.plural(len(example), 'token')} diverge (orange, solid line; stronger "
+        f"where more of {len(example.names) - 1} counterfactuals differ)"
     )
     if others:
-        detail += f"; {others} not {example.names[0]}'s own choice (blue, dotted line)"
+        detail += f"; {others} not the argmax of {example.names[0]} (blue, dotted line)"
     prompt = textwrap.shorten(example.prompt, 80, placeholder=" …")
     return style.figure(
         [hover],
@@ -86,7 +84,7 @@ def divergence_tokens(example: ExampleDivergence) -> go.Figure:
 
 
 def _placed(widths: list[int]) -> list[tuple[float, float, int]]:
-    """Start, stop and line of each token, in letters, as they are read."""
+    """Lay out tokens in reading order: start and stop in letters, and line, of each."""
     places = []
     at, row = 0.5, 0
     for width in widths:
@@ -98,7 +96,7 @@ def _placed(widths: list[int]) -> list[tuple[float, float, int]]:
 
 
 def _mark(example: ExampleDivergence, i: int, place: tuple[float, float, int]) -> list[Any]:
-    """The colored box below a token, and the line under it; nothing for a plain token."""
+    """Return the colored box and the line of a token; nothing for a plain token."""
     start, stop, row = place
     if example.divergence[i]:
         share = float(example.differs[:, i].mean())

@@ -60,9 +60,9 @@ def finetune(
             last, with the model's current weights. The mapping that it returns is added to the
             history.
         every: See `on_step`.
-        checkpoint_dir: A folder for this run alone, in which the state is stored, atomically,
-            every `recipe.checkpoint_every` updates. The same call resumes from it, to the same weights.
-            Deleted at the end.
+        checkpoint_dir: A folder for this run alone. The state is stored in it, atomically, every
+            `recipe.checkpoint_every` updates, and deleted at the end. The same call resumes from
+            it, to the same weights.
         progress: Show a progress bar.
 
     Returns:
@@ -73,7 +73,8 @@ def finetune(
         Interrupted: The call was interrupted; `partial` is the student after the last complete
             update.
         ValueError: No examples, a mask without any token or of another length, a sequence longer
-            than the context, a layer out of range, nothing to train, or the checkpoint of another run.
+            than the context, a layer out of range, nothing to train, or the checkpoint of another
+            run.
         FloatingPointError: The loss or its gradient is not finite; the message names the step.
         RuntimeError: A delta is applied to the model, or the model is already being trained.
     """

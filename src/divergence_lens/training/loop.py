@@ -226,7 +226,7 @@ class _Run:
 
     def _last_checkpoint(self) -> str:
         """Name the last checkpoint, for an error message."""
-        folder, every = self.plan.checkpoint_dir, self.recipe.checkpoint_every
+        folder, every = self.plan.checkpoint_dir, self.plan.recipe.checkpoint_every
         saved = len(self.history) // every * every
         if folder is None or not saved:
             return ""

@@ -46,8 +46,6 @@ class Prefix:
         self.engine = engine
         self.rows = rows
         self.shared = rows.shared if rows.shared >= _SHORTEST_PREFIX else 0
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
         self._budget = cache_bytes
         near = max(_FEWEST_TOKENS, _CPU_ELEMENTS // engine.d_model)
         self.piece_tokens = min(batch_tokens, near) if engine.device.type == "cpu" else batch_tokens

@@ -102,11 +102,7 @@ def layer_sweep(
     for layer in chosen_layers:
         engine.check_layer(layer)
     recipe = as_recipe(recipe)
-    if recipe.embedding or recipe.unembedding or recipe.pattern:
-        raise ValueError(
-            "a sweep trains one layer at a time; leave embedding, unembedding and pattern out of "
-            "its recipe"
-        )
+    _check_recipe(recipe)
     settings = {
         "system_prompt": system_prompt,
         "masked": mask is not None,
@@ -162,3 +158,11 @@ def layer_sweep(
     shared = Students(checkpoint_dir, accelerator, identity)
     with convert_partial(sweep):
         return sweep(shared.run(work, measured_students, progress=progress))
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    if recipe.embedding or recipe.unembedding or recipe.pattern:
+        raise ValueError(
+            "a sweep trains one layer at a time; leave embedding, unembedding and pattern out of "
+            "its recipe"
+        )
