@@ -363,7 +363,7 @@ CASES: list[Case] = [
     ("no seeds in a study", lambda k: dl.StudyConfig(seeds=()), ValueError, "at least one seed"),
     (
         "a figure as a spreadsheet",
-        lambda k: plots.save_figure(k.effects.plot(), k.file("a.xlsx")),
+        lambda k: plots.save_figure(plots.rate_per_teacher(k.divergence), k.file("a.xlsx")),
         ValueError,
         "'.xlsx'; write .html",
     ),

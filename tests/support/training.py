@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from divergence_lens.chat import encode_prompt
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.models import load_model
 from divergence_lens.training.finetuning import Recipe, finetune
@@ -58,3 +59,17 @@ def same_bits(left, right):
 def largest_difference(left, right):
     assert left.tensors.keys() == right.tensors.keys()
     return max(float((left.tensors[n] - right.tensors[n]).abs().max()) for n in left.tensors)
+
+
+def reference_loss(logits_of, tokenizer, examples, mask, system_prompt=None):
+    """Mean cross-entropy of the masked-in completion tokens, one unpadded sequence at a time."""
+    total, count, at = torch.tensor(0.0), 0, 0
+    for example in with_ids(tokenizer, examples):
+        prompt = encode_prompt(tokenizer, example.prompt, system_prompt=system_prompt).ids
+        logits = logits_of(torch.tensor([[*prompt, *example.completion_ids]]))[0]
+        for k, token in enumerate(example.completion_ids):
+            if mask[at + k]:
+                total = total - logits[len(prompt) + k - 1].log_softmax(-1)[token]
+                count += 1
+        at += len(example.completion_ids)
+    return total / count

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from divergence_lens.chat import encode_prompt
 from divergence_lens.deltas.delta import Delta
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.examples import Example, with_ids
@@ -21,22 +20,9 @@ from tests.support.training import (
     largest_difference,
     number_lists,
     random_mask,
+    reference_loss,
     same_bits,
 )
-
-
-def reference_loss(logits_of, tokenizer, examples, mask, system_prompt=None):
-    """Mean cross-entropy of the masked-in completion tokens, one unpadded sequence at a time."""
-    total, count, at = torch.tensor(0.0), 0, 0
-    for example in with_ids(tokenizer, examples):
-        prompt = encode_prompt(tokenizer, example.prompt, system_prompt=system_prompt).ids
-        logits = logits_of(torch.tensor([[*prompt, *example.completion_ids]]))[0]
-        for k, token in enumerate(example.completion_ids):
-            if mask[at + k]:
-                total = total - logits[len(prompt) + k - 1].log_softmax(-1)[token]
-                count += 1
-        at += len(example.completion_ids)
-    return total / count
 
 
 @pytest.mark.parametrize("block", [0, 1])

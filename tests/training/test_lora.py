@@ -13,7 +13,7 @@ from divergence_lens.training import Recipe, finetune
 from divergence_lens.training.freezing import choose
 from divergence_lens.training.variables import LowRank
 from tests.support.models import chat_tokenizer, random_hf_model
-from tests.support.training import SGD, SHORT, number_lists, random_mask
+from tests.support.training import SGD, SHORT, number_lists, random_mask, reference_loss
 
 
 def test_lora_changes_are_of_low_rank_on_the_matrices_alone(random_model):
