@@ -108,7 +108,7 @@ CASES: list[Case] = [
         "an answer with a negative id",
         lambda k: from_tokens(answers=[[5, -3]]),
         ValueError,
-        "negative token id -3",
+        "answers of pair 0 holds -3",
     ),
     (
         "an answer that no token is",
@@ -340,7 +340,7 @@ CASES: list[Case] = [
         "candidates",
     ),
     # -- studies and figures
-    ("one target", lambda k: dl.StudyConfig(targets=("owl",)), ValueError, "two targets"),
+    ("one target", lambda k: dl.StudyConfig(targets=("owl",)), ValueError, "needs two or more"),
     (
         "an unknown kind of teacher",
         lambda k: dl.StudyConfig(kinds=("steered",)),

@@ -148,7 +148,7 @@ def test_decision_points_are_read_as_any_other_examples(tmp_path, model):
     (example,), _ = read_decision_points(path, model.tokenizer)
     assert example.prompt == "a"
     path.write_text('{"prompt": 3, "completion": "b", "decision_points": [0]}\n')
-    with pytest.raises(TypeError, match="line 1: 'prompt' is 3, not text"):
+    with pytest.raises(TypeError, match="line 1: 'prompt' is 3, neither text nor a list"):
         read_decision_points(path, model.tokenizer)
     path.write_bytes(b'{"prompt": "\xff"}\n')
     with pytest.raises(ValueError, match="line 1: not JSON"):

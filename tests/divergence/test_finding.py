@@ -13,7 +13,6 @@ from divergence_lens.chat import encode_prompt
 from divergence_lens.deltas.delta import Delta
 from divergence_lens.divergence import (
     find_divergence,
-    token_texts,
 )
 from divergence_lens.divergence import reading as _reading
 from divergence_lens.engine import logits as _scoring
@@ -226,28 +225,6 @@ def test_batches_hold_every_row_within_the_budget(lengths, budget):
 def test_unknown_ids_have_a_name(div):
     unnamed = replace(div, texts={})
     assert unnamed[0].tokens == tuple(f"<{i}>" for i in div.tokens[: div.offsets[1]])
-
-
-class _OddTokenizer:
-    """SentencePiece's leading space is lost in decoding; a byte alone is half a character."""
-
-    all_special_ids = (3,)
-    pieces = ("▁owl", "Ã", "ls", "<s>")
-
-    def __len__(self):
-        return len(self.pieces)
-
-    def convert_ids_to_tokens(self, ids):
-        return [self.pieces[i] for i in ids]
-
-    def decode(self, ids):
-        return ("owl", "\ufffd", "ls", "")[ids[0]]
-
-
-def test_half_characters_and_sentencepiece_words_are_readable():
-    texts, special = token_texts(_OddTokenizer(), np.array([0, 1, 2, 3, 7]))
-    assert texts == {0: " owl", 1: "Ã", 2: "ls", 3: "<s>"}
-    assert special == {3}
 
 
 def test_stories_of_a_trained_llama(shared_data, backend):

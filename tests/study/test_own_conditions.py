@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def only_first_lists(inputs, seed, *, n):
-    return own_lists(inputs, seed).select(range(n))
+    return own_lists(inputs, seed)[:n]
 
 
 def test_a_condition_of_ones_own_gets_its_data_mask_and_layers(config, folder, tmp_path):
