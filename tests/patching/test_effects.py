@@ -38,14 +38,16 @@ def effects() -> Effects:
 def test_they_print_as_one_line_however_many_values_they_hold(effects):
     assert repr(effects) == (
         "Effects(exact noising of resid_post on logit_difference: 2 pairs, 2 layers, 4 positions; "
-        "mean total effect -2)"
+        "mean total effect -2; 2 of 14 cells missing: not measured)"
     )
     heads = replace(effects, values=effects.values[..., None].repeat(5, 3), site="z")
     assert "of z on logit_difference: 2 pairs, 2 layers, 4 positions, 5 heads;" in repr(heads)
     ablated = replace(effects, metadata={"settings": {"corruption": "mean"}})
     assert "exact noising by mean of resid_post" in repr(ablated)
     nothing = replace(effects, corrupted_metric=effects.clean_metric).normalized()
-    assert repr(nothing).endswith("mean total effect undefined)")
+    assert repr(nothing).endswith(
+        "undefined; 14 of 14 cells missing: of pairs with a total effect near zero)"
+    )
 
 
 def test_total_has_the_sign_of_the_direction(effects):
@@ -129,6 +131,50 @@ def test_heads_are_added_in_tables_and_listed_in_top(effects):
     assert heads.normalized().values.shape == heads.values.shape
 
 
+def test_every_table_states_its_missing_cells_and_why(effects):
+    note = "2 of 14 cells missing: not measured"
+    tables = (effects.by_segment(), effects.by_layer(), effects.top(2), effects.to_dataframe())
+    assert all(note in str(table) and table.attrs["missing"] == note for table in tables)
+    assert list(effects.by_segment().columns) == ["system", "bias", "user", "divergence"]
+    some = replace(effects, metadata={"settings": {"cells": "a hash"}})
+    assert some.missing() == {"not requested": 2}
+    assert some.normalized().missing() == {
+        "not requested": 2,
+        "of pairs with a total effect near zero": 6,
+    }
+    assert some.normalized().missing_note() == (
+        "8 of 14 cells missing: 2 not requested, 6 of pairs with a total effect near zero"
+    )
+    heads = replace(effects, values=np.stack([effects.values] * 3, axis=3))
+    assert heads.missing_note() == "6 of 42 cells missing: not measured"
+    whole = effects[1]
+    assert whole.missing() == {}
+    assert whole.by_segment().columns.name == "segment"
+    assert "missing" not in repr(whole)
+
+
+def test_a_total_of_nothing_is_nan(effects):
+    nothing = replace(effects, values=np.full_like(effects.values, np.nan))
+    assert nothing.by_segment().isna().all(axis=None)
+    assert nothing.by_layer()["effect"].isna().all()
+    assert (nothing.by_layer()["pairs"] == 0).all()
+    assert len(nothing.top(3)) == len(nothing.to_dataframe()) == 0
+
+
+def test_columns_are_looked_up_by_clean_position(effects):
+    assert effects.column(0, 3) == 3
+    united = replace(effects, positions=((0, 1, 4, 6), ()))
+    assert [united.column(0, p) for p in (0, 1, 3, 4, 5, 6)] == [0, 1, 1, 2, 2, 3]
+    assert united[[1, 0]].positions == ((), (0, 1, 4, 6))
+    with pytest.raises(ValueError, match="pair 1 has 3 columns and no position 3"):
+        united.column(1, 3)
+    with pytest.raises(ValueError, match="labels and positions differ in length"):
+        replace(effects, positions=((0, 1), ()))
+    segments = replace(effects, metadata={"settings": {"span": "segment"}})
+    with pytest.raises(ValueError, match="span='segment'"):
+        segments.column(0, 1)
+
+
 def test_agreement_is_what_numpy_says():
     generator = np.random.default_rng(1)
     exact = generator.normal(size=300)
@@ -173,14 +219,20 @@ def test_natural_direct_effects_come_from_denoising(effects):
 
 
 def test_files_give_back_everything(effects, tmp_path):
-    checked = replace(effects, verified=effects.agreement(effects))
+    checked = replace(
+        effects,
+        verified=effects.agreement(effects),
+        differs=((False, True, True, False), (True, False, False)),
+        positions=((0, 1, 3, 4), ()),
+    )
     for i, kept in enumerate((effects, checked)):
         path = tmp_path / f"{i}.safetensors"
         kept.save(path)
         loaded = Effects.load(path)
         for name in ("values", "clean_metric", "corrupted_metric"):
             np.testing.assert_array_equal(getattr(loaded, name), getattr(kept, name))
-        for name in ("site", "method", "direction", "metric", "segments", "labels", "metadata"):
+        names = ("site", "method", "direction", "metric", "segments", "labels", "metadata")
+        for name in (*names, "differs", "positions"):
             assert getattr(loaded, name) == getattr(kept, name)
         assert loaded.verified == kept.verified
 
@@ -188,7 +240,10 @@ def test_files_give_back_everything(effects, tmp_path):
 def test_view_escapes_names_and_counts_missing_cells(effects):
     html = replace(effects, metric="<b>m</b>")._repr_html_()
     assert "<b>m</b>" not in html
-    assert "2 cells missing" in html
+    assert "2 of 14 cells missing: not measured" in html
+    assert (
+        "no cells missing" in replace(effects, values=np.nan_to_num(effects.values))._repr_html_()
+    )
     assert "&lt;b&gt;" in html
 
 

@@ -68,22 +68,24 @@ def test_a_segment_is_patched_at_all_of_its_positions_at_once(model_of, family, 
                 assert effects.values[index] == pytest.approx(after - before, abs=1e-4)
 
 
-def test_a_segment_without_counterpart_is_missing_and_the_rest_is_patched(model_of):
+def test_a_segment_that_is_one_column_is_that_column(model_of):
     model = model_of("qwen2")
     pairs = segmented(model.cfg.d_vocab, longer=2)
     effects = causal_mediation(model, pairs, span="segment")
     position = causal_mediation(model, pairs)
     names = list(effects.labels[0])
-    assert np.isnan(effects.values[0, :, names.index("bias")]).all()
-    assert np.isfinite(np.delete(effects.values[0], names.index("bias"), axis=1)).all()
-    last = position.values[0, :, -1]  # a segment of one position is that position
-    np.testing.assert_allclose(effects.values[0, :, names.index("divergence")], last, atol=1e-5)
+    columns = [position.segments[0].index("bias"), position.values.shape[2] - 1]
+    for name, column in zip(("bias", "divergence"), columns, strict=True):
+        np.testing.assert_allclose(
+            effects.values[0, :, names.index(name)], position.values[0, :, column], atol=1e-5
+        )
+    assert effects.missing() == {}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2"])
 def test_all_positions_of_a_residual_carry_the_total_effect(model_of, family):
     model = model_of(family)
-    pairs = random_pairs(model.cfg.d_vocab)
+    pairs = random_pairs(model.cfg.d_vocab, longer=(0, 1, 0, 3))
     for direction in ("noising", "denoising"):
         effects = causal_mediation(model, pairs, span="all", direction=direction)
         expected = np.broadcast_to(effects.total[:, None], effects.values[..., 0].shape)

@@ -68,10 +68,13 @@ def one_hook_per_cell(
     noising: bool = True,
     metric: Callable[[Tensor, Pairs, int], Tensor] = logit_difference,
 ) -> np.ndarray:
-    """The textbook loop: one whole forward pass for each cell, one pair at a time."""
+    """The textbook loop: one whole forward pass for each cell, one pair at a time.
+
+    In a unit, the state of the last base position is replaced by that of the last source position.
+    """
     engine, other = get_engine(base_model), get_engine(source_model)
     heads = max(1, engine.site_heads(site))
-    longest = max(len(row) for row in pairs.clean)
+    longest = max(len(pairs.columns(i)) for i in range(len(pairs)))
     values = np.full((len(pairs), engine.n_layers, longest, heads), np.nan, dtype=np.float32)
     for i in range(len(pairs)):
         base, source = pairs.clean[i][None], pairs.corrupted[i][None]
@@ -79,10 +82,10 @@ def one_hook_per_cell(
             base, source = source, base
         states = other.activations(source, sites=(site,))[site]
         before = metric(engine.unembed(engine.final(base))[0, -1], pairs, i)
-        for position, counterpart in enumerate(pairs.alignment[i].tolist()):
-            if counterpart < 0:
-                continue
-            here, there = (position, counterpart) if noising else (counterpart, position)
+        for number, column in enumerate(pairs.columns(i)):
+            here, there = column.clean[-1], column.corrupted[-1]
+            if not noising:
+                here, there = there, here
             for layer in range(engine.n_layers):
                 for head in range(heads):
                     where = (slice(None), head) if engine.site_heads(site) else (slice(None),)
@@ -90,7 +93,7 @@ def one_hook_per_cell(
                     patch = _writer(here, where, state)
                     with engine.hooked([(layer, site, patch)]):
                         logits = engine.unembed(engine.final(base))[0, -1]
-                    values[i, layer, position, head] = metric(logits, pairs, i) - before
+                    values[i, layer, number, head] = metric(logits, pairs, i) - before
     return values if engine.site_heads(site) else values[..., 0]
 
 

@@ -1,6 +1,13 @@
 """Inputs to patching: clean and corrupted token rows, aligned by position."""
 
-from divergence_lens.pairs.alignment import BIAS, DIVERGENCE, PAIR_SEGMENTS, TEXT, align
+from divergence_lens.pairs.alignment import (
+    BIAS,
+    DIVERGENCE,
+    PAIR_SEGMENTS,
+    TEXT,
+    Column,
+    align,
+)
 from divergence_lens.pairs.answers import NO_TOKEN, without_padding
 from divergence_lens.pairs.bias_words import answers_naming_bias
 from divergence_lens.pairs.disagreements import check_tokenizers
@@ -14,6 +21,7 @@ __all__ = [
     "NO_TOKEN",
     "PAIR_SEGMENTS",
     "TEXT",
+    "Column",
     "Pairs",
     "Rows",
     "align",

@@ -3,7 +3,7 @@
 A pair holds one prompt under two conditions. Both rows end at the *target position*, the position
 whose logits predict the answer: in a causal model, nothing after it matters. Rows of different
 lengths ("owl" and "sea turtle") are aligned from the left up to the difference and from the right
-after it. A position without a counterpart is marked as missing, never guessed.
+after it. A differing span whose two sides have different numbers of tokens is one *unit*.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,16 @@ from divergence_lens._utils.validation import refuse_one_string
 from divergence_lens.chat import encode_prompt, token_labels
 from divergence_lens.deltas import Delta
 from divergence_lens.models import Model, check_model
-from divergence_lens.pairs.alignment import TEXT, align, common_prefix, differing, pair_segments
+from divergence_lens.pairs.alignment import (
+    TEXT,
+    Column,
+    alignments,
+    columns_of,
+    common_prefix,
+    differing,
+    given_alignment,
+    pair_segments,
+)
 from divergence_lens.pairs.answers import (
     Answers,
     TokenRows,
@@ -64,10 +73,11 @@ class Pairs:
         segments: For each clean row one name per position, of `PAIR_SEGMENTS`: `bias` where a
             system prompt differs between the sides, `divergence` at the target position.
         alignment: For each clean row and position, the corresponding corrupted position, or -1
-            where there is none.
+            inside a unit. `columns` gives the units.
         clean_teacher: The teacher of the clean run; its delta or model, if it has one, is applied.
         corrupted_teacher: The teacher of the corrupted run.
         labels: For each clean row one string per token, for axes and tables.
+        corrupted_labels: For each corrupted row one string per token.
         answer_labels: For each answer one string per token, which shows how it was tokenized.
         foil_labels: For each foil one string per token.
         metadata: Metadata of the `Divergence` that the pairs were built from; patching compares
@@ -87,6 +97,7 @@ class Pairs:
     clean_teacher: tuple[Teacher | None, ...]
     corrupted_teacher: tuple[Teacher | None, ...]
     labels: tuple[tuple[str, ...], ...]
+    corrupted_labels: tuple[tuple[str, ...], ...]
     answer_labels: tuple[tuple[str, ...], ...]
     foil_labels: tuple[tuple[str, ...], ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -104,6 +115,7 @@ class Pairs:
             "clean_teacher",
             "corrupted_teacher",
             "labels",
+            "corrupted_labels",
             "answer_labels",
             "foil_labels",
         ):
@@ -130,17 +142,28 @@ class Pairs:
                     f"{name} of pair {i} has {len(getattr(self, name)[i])} entries, "
                     f"but its clean row has {len(clean)} tokens"
                 )
-        if int(self.alignment[i].max()) >= len(corrupted):
+        if len(self.corrupted_labels[i]) != len(corrupted):
             raise ValueError(
-                f"the alignment of pair {i} points at corrupted position "
-                f"{int(self.alignment[i].max())}, but that row has {len(corrupted)} tokens"
+                f"corrupted_labels of pair {i} has {len(self.corrupted_labels[i])} entries, "
+                f"but its corrupted row has {len(corrupted)} tokens"
             )
+        self._check_alignment(i)
         if torch.equal(clean, corrupted) and weights_key(self.clean_teacher[i]) == weights_key(
             self.corrupted_teacher[i]
         ):
             raise ValueError(
                 f"the two runs of pair {i} are identical (same tokens, same weights); "
                 "give it another corrupted row or a teacher with other weights"
+            )
+
+    def _check_alignment(self, i: int) -> None:
+        alignment, length = self.alignment[i], len(self.corrupted[i])
+        if np.array_equal(alignment, np.arange(length)):
+            return
+        if not np.array_equal(alignment, given_alignment(i, alignment, len(alignment), length)):
+            raise ValueError(
+                f"the alignment of pair {i} leaves tokens of one side without text on the other; "
+                "give it to Pairs.from_tokens, which extends such spans"
             )
 
     @classmethod
@@ -155,6 +178,7 @@ class Pairs:
         corrupted_target_position: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
         pad_id: int | None = None,
         segments: Sequence[Sequence[str]] | None = None,
+        alignment: Sequence[Sequence[int] | None] | None = None,
         clean_teacher: Sequence[Teacher | None] | Teacher | None = None,
         corrupted_teacher: Sequence[Teacher | None] | Teacher | None = None,
         tokenizer: Any = None,
@@ -176,6 +200,10 @@ class Pairs:
             segments: One name per position of each clean row, as returned by `chat.encode_prompt`
                 (longer rows are cut like the tokens). `system` and `text` become `bias` where the
                 two sides differ. All `text` if not given.
+            alignment: For each pair, one corrupted position per clean position (after the rows are
+                cut), or -1 for a token in a differing span that is patched as one unit; None for
+                a pair that the library aligns. A span that is empty on one side takes in the
+                token on its left.
             clean_teacher: One teacher for all pairs, or one per pair.
             corrupted_teacher: One teacher for all pairs, or one per pair.
             tokenizer: Decodes the labels; without it they are the ids.
@@ -186,7 +214,8 @@ class Pairs:
 
         Raises:
             ValueError: If counts differ, a row is empty, a target lies outside its row or in its
-                padding, an answer equals its foil, or two runs are identical.
+                padding, an answer equals its foil, two runs are identical, or an alignment does
+                not fit its rows.
         """
         left, right = as_rows(clean, pad_id, "clean"), as_rows(corrupted, pad_id, "corrupted")
         if len(left) != len(right):
@@ -208,19 +237,20 @@ class Pairs:
         if segments is None:
             segments = [[TEXT] * len(row) for row in left]
         check_count("segments", len(segments), n)
-        alignment = tuple(align(a.tolist(), b.tolist()) for a, b in zip(left, right, strict=True))
+        aligned = alignments(left, right, alignment)
         return cls(
             clean=left,
             corrupted=right,
             answers=answer_rows,
             foils=foil_rows,
             segments=tuple(
-                pair_segments(i, segments[i], left[i], right[i], alignment[i]) for i in range(n)
+                pair_segments(i, segments[i], left[i], right[i], aligned[i]) for i in range(n)
             ),
-            alignment=alignment,
+            alignment=aligned,
             clean_teacher=teacher_per_pair(clean_teacher, n, "clean_teacher"),
             corrupted_teacher=teacher_per_pair(corrupted_teacher, n, "corrupted_teacher"),
             labels=tuple(token_labels(tokenizer, row.tolist()) for row in left),
+            corrupted_labels=tuple(token_labels(tokenizer, row.tolist()) for row in right),
             answer_labels=tuple(
                 token_labels(tokenizer, ids) for ids in without_padding(answer_rows)
             ),
@@ -241,6 +271,7 @@ class Pairs:
         corrupted_system_prompt: str | None = None,
         clean_teacher: Teacher | None = None,
         corrupted_teacher: Teacher | None = None,
+        alignment: Sequence[Sequence[int] | None] | None = None,
         chat: bool = True,
     ) -> "Pairs":
         """Build pairs from texts; the answer follows the prompt.
@@ -265,6 +296,7 @@ class Pairs:
             clean_teacher: Teacher of the clean side: its system prompt and its weights, if it has
                 them. Use either teachers or the two system prompts above.
             corrupted_teacher: Teacher of the corrupted side.
+            alignment: As in `from_tokens`; positions count the tokens of the encoded rows.
             chat: Whether to apply the model's chat template, if it has one. With False the text
                 is tokenized without a template, with the special tokens that the tokenizer adds.
 
@@ -311,6 +343,7 @@ class Pairs:
             answers=answer_ids(tokenizer, answers, contexts, "answer"),
             foils=answer_ids(tokenizer, foils, contexts, "foil"),
             segments=[names for _, names in left],
+            alignment=alignment,
             clean_teacher=clean_teacher,
             corrupted_teacher=corrupted_teacher,
             tokenizer=tokenizer,
@@ -393,10 +426,28 @@ class Pairs:
             clean_teacher=tuple(self.clean_teacher[i] for i in chosen),
             corrupted_teacher=tuple(self.corrupted_teacher[i] for i in chosen),
             labels=tuple(self.labels[i] for i in chosen),
+            corrupted_labels=tuple(self.corrupted_labels[i] for i in chosen),
             answer_labels=tuple(self.answer_labels[i] for i in chosen),
             foil_labels=tuple(self.foil_labels[i] for i in chosen),
             metadata=self.metadata,
         )
+
+    def columns(self, i: int) -> tuple[Column, ...]:
+        """The columns of pair `i`: its aligned positions and its units, from left to right.
+
+        Every token of both rows is in exactly one column.
+        """
+        return columns_of(self.alignment[i], len(self.corrupted[i]))
+
+    def units(self, i: int) -> tuple[Column, ...]:
+        """The differing spans of pair `i` that have different numbers of tokens on its sides."""
+        if (self.alignment[i] >= 0).all():
+            return ()
+        return tuple(column for column in self.columns(i) if column.is_unit)
+
+    def differs(self, i: int) -> list[bool]:
+        """Whether each clean token of pair `i` is in a unit or has another counterpart."""
+        return differing(self.clean[i], self.corrupted[i], self.alignment[i])
 
     def first_difference(self, i: int) -> int:
         """The first position of clean row `i` at which the two runs can differ.
@@ -412,7 +463,7 @@ class Pairs:
         return min(length, len(clean) - 1, len(corrupted) - 1)
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row per pair: lengths, tokens of answer and foil, teachers, missing positions."""
+        """One row per pair: lengths, tokens of answer and foil, teachers, number of units."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -426,7 +477,7 @@ class Pairs:
                 "clean_teacher": [t.name if t else None for t in self.clean_teacher],
                 "corrupted_teacher": [t.name if t else None for t in self.corrupted_teacher],
                 "first_difference": [self.first_difference(i) for i in range(len(self))],
-                "missing": [int((row < 0).sum()) for row in self.alignment],
+                "units": [len(self.units(i)) for i in range(len(self))],
             }
         )
 
@@ -440,9 +491,6 @@ class Pairs:
         return f"Pairs({len(self)} pairs of up to {longest} tokens{answers}{among})"
 
     def _repr_html_(self) -> str:
-        differs = [
-            [*differing(*rows)[:-1], True]
-            for rows in zip(self.clean[:5], self.corrupted[:5], self.alignment[:5], strict=True)
-        ]
+        differs = [[*self.differs(i)[:-1], True] for i in range(min(len(self), 5))]
         answers = (self.answer_labels[:5], self.foil_labels[:5])
         return pairs_html(len(self), self.labels[:5], self.segments[:5], differs, answers)

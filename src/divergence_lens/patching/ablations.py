@@ -23,8 +23,8 @@ from divergence_lens.patching.trace import (
     weights,
 )
 
-Ablation: TypeAlias = Callable[[Chunk, Trace, Trace], tuple[Chunk, Trace]]
-"""From a chunk, its base and its source trace to the chunk and the source trace to use."""
+Ablation: TypeAlias = Callable[[Chunk, Trace, Trace], Trace]
+"""From a chunk, its base and its source trace to the source trace to use."""
 
 # A fixed group size: the sums then have the same bits however the run itself is divided.
 _MEANS_PAIRS = 32
@@ -36,11 +36,7 @@ def ablation_of(model: Model, request: PatchingRequest) -> Ablation | None:
         return None
     means = _SiteMeans(model, request) if request.corruption == "mean" else None
 
-    def ablate(chunk: Chunk, base: Trace, source: Trace) -> tuple[Chunk, Trace]:
-        # Ablated states exist at every position, so each position is its own counterpart.
-        positions = torch.arange(chunk.base.shape[1], device=chunk.base.device)
-        here = torch.where(positions <= chunk.base_target[:, None], positions, -1)  # [batch, pos]
-        chunk = replace(chunk, counterpart=here, clean=here)
+    def ablate(chunk: Chunk, base: Trace, source: Trace) -> Trace:
         if means is None:
             sites = {
                 site: [torch.zeros_like(activation) for activation in activations]
@@ -48,7 +44,7 @@ def ablation_of(model: Model, request: PatchingRequest) -> Ablation | None:
             }
         else:
             sites = means.states(chunk, base)
-        return chunk, replace(source, sites=sites)
+        return replace(source, sites=sites)
 
     return ablate
 

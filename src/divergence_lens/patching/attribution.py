@@ -22,6 +22,7 @@ from divergence_lens._utils.interrupts import convert_partial, partial_on_interr
 from divergence_lens.engine import Engine
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs, weights_key
+from divergence_lens.patching.cells import Span
 from divergence_lens.patching.corruption import Corruption
 from divergence_lens.patching.effects import Direction, Effects
 from divergence_lens.patching.gradients import (
@@ -32,7 +33,7 @@ from divergence_lens.patching.gradients import (
 )
 from divergence_lens.patching.metrics import Metric
 from divergence_lens.patching.paths import AttributionPass
-from divergence_lens.patching.request import PatchingRequest, Span, site_names, validate
+from divergence_lens.patching.request import PatchingRequest, site_names, validate
 from divergence_lens.patching.runner import RunOptions, run_patching
 from divergence_lens.patching.trace import Chunk, PatchingRun, Trace
 from divergence_lens.patching.verification import sampled_agreement

@@ -2,9 +2,10 @@
 
 A value is *the metric of the patched run minus the metric of the unpatched run*. Noising patches
 the corrupted state of one site into the clean run; denoising patches the clean state into the
-corrupted run. Positions are always those of the clean row (or its segments, if one patch covers
-several positions). Missing cells are NaN: the right end of shorter rows, positions without a
-counterpart on the other side, and cells that were not requested.
+corrupted run. The last axis counts *columns*: the positions of the clean row, where a differing
+span with different numbers of tokens on its two sides is one column (or the row's segments, if one
+patch covers several positions). Missing cells are NaN: the right end of shorter rows, and cells
+that were not requested. Sums and means leave them out, and tables and figures state their number.
 
 In the terms of mediation analysis (Pearl 2001; Vig et al. 2020, arXiv 2004.12265), with the clean
 run as the baseline and the corruption as the treatment: the *total effect* is the corrupted minus
@@ -32,6 +33,7 @@ from divergence_lens.patching.agreement import (
     agreement_of_cells,
     agreement_to_json,
 )
+from divergence_lens.patching.missing import missing_cells, missing_note
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,16 +55,21 @@ class Effects:
 
     Attributes:
         values: `[pairs, layers, positions]`, or with heads as a fourth axis for sites per head, in
-            units of the metric; NaN where a cell is missing. Positions count from the start of the
-            clean row; rows shorter than the longest are filled with NaN on the right.
+            units of the metric; NaN where a cell is missing. Positions are columns, from the start
+            of the clean row; rows shorter than the longest are filled with NaN on the right.
         site: The patched site.
         method: `exact`, or the name of the approximation.
         direction: `noising` or `denoising`.
         metric: Name of the metric.
         clean_metric: `[pairs]`, the metric of the unpatched clean run.
         corrupted_metric: `[pairs]`, the metric of the unpatched corrupted run.
-        segments: One name per position of each clean row.
-        labels: One string per token of each clean row.
+        segments: One name per column of each pair.
+        labels: One string per column of each pair: its token, or the tokens of both sides where a
+            span differs in length ("T|om → Lily").
+        differs: For each column of each pair whether its tokens differ between the two rows; empty
+            if that is not known.
+        positions: For each column of each pair its first clean position; empty for pairs whose
+            column p is position p.
         answer_labels: One string per token of each pair's answer, which shows how it was tokenized.
         foil_labels: One string per token of each pair's foil.
         verified: Agreement with exactly computed cells, if requested.
@@ -78,6 +85,8 @@ class Effects:
     corrupted_metric: Float32[np.ndarray, " pairs"]
     segments: tuple[tuple[str, ...], ...]
     labels: tuple[tuple[str, ...], ...]
+    differs: tuple[tuple[bool, ...], ...] = ()
+    positions: tuple[tuple[int, ...], ...] = ()
     answer_labels: tuple[tuple[str, ...], ...] = ()
     foil_labels: tuple[tuple[str, ...], ...] = ()
     verified: Agreement | None = None
@@ -90,6 +99,12 @@ class Effects:
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} entries, but values has {n} pairs"
                 )
+        for name in ("differs", "positions"):
+            rows = getattr(self, name)
+            if rows and [len(row) for row in rows if row] != [
+                len(labels) for row, labels in zip(rows, self.labels, strict=True) if row
+            ]:
+                raise ValueError(f"labels and {name} differ in length")
         longest = max((len(row) for row in self.labels), default=0)
         if [len(row) for row in self.labels] != [len(row) for row in self.segments]:
             raise ValueError("labels and segments differ in length")
@@ -99,7 +114,7 @@ class Effects:
             )
 
     def __repr__(self) -> str:
-        """One line: method, direction, site, metric, shape and mean total effect."""
+        """One line: method, direction, site, metric, shape, mean total effect, missing cells."""
         axes = ("pairs", "layers", "positions", "heads")
         sizes = ", ".join(f"{n} {axis}" for n, axis in zip(self.values.shape, axes, strict=False))
         total = self.total[np.isfinite(self.total)]
@@ -108,7 +123,7 @@ class Effects:
         by = "" if corruption == "counterfactual" else f" by {corruption}"
         return (
             f"Effects({self.method} {self.direction}{by} of {self.site} on {self.metric}: {sizes}; "
-            f"mean total effect {mean})"
+            f"mean total effect {mean}{f'; {self.missing_note()}' if self.missing() else ''})"
         )
 
     def __len__(self) -> int:
@@ -139,6 +154,8 @@ class Effects:
             corrupted_metric=self.corrupted_metric[chosen],
             segments=tuple(self.segments[i] for i in chosen),
             labels=labels,
+            differs=tuple(self.differs[i] for i in chosen) if self.differs else (),
+            positions=tuple(self.positions[i] for i in chosen) if self.positions else (),
             answer_labels=tuple(self.answer_labels[i] for i in chosen if self.answer_labels),
             foil_labels=tuple(self.foil_labels[i] for i in chosen if self.foil_labels),
             verified=None,
@@ -163,6 +180,37 @@ class Effects:
     def setting(self, name: str, default: Any = None) -> Any:
         """An option that these effects were computed with, from the metadata; else `default`."""
         return self.metadata.get("settings", {}).get(name, default)
+
+    def missing(self) -> dict[str, int]:
+        """The number of missing cells by reason; empty if every cell has a value."""
+        return missing_cells(
+            self.values,
+            [len(row) for row in self.labels],
+            self.total,
+            all_requested=self.setting("cells", "all") == "all",
+        )
+
+    def missing_note(self) -> str:
+        """The missing cells in words, such as "12 of 840 cells missing: not requested"."""
+        cells = sum(map(len, self.labels)) * int(
+            np.prod(self.values.shape[1:2] + self.values.shape[3:])
+        )
+        return missing_note(self.missing(), cells)
+
+    def column(self, pair: int, position: int) -> int:
+        """The column of a pair that holds a position of its clean row.
+
+        Raises:
+            ValueError: If columns are segments, or the row has no such position.
+        """
+        if self.setting("span", "position") != "position":
+            raise ValueError(f"columns are not positions with span={self.setting('span')!r}")
+        starts = self.positions[pair] if self.positions else ()
+        count = len(self.labels[pair])
+        found = int(np.searchsorted(starts, position, side="right")) - 1 if starts else position
+        if not position >= 0 or not 0 <= found < count:
+            raise ValueError(f"pair {pair} has {count} columns and no position {position}")
+        return found
 
     def near_zero(self, min_total: float = 0.01) -> Bool[np.ndarray, " pairs"]:
         """Pairs whose total effect is smaller than `min_total` (in units of the metric).
@@ -227,15 +275,18 @@ class Effects:
 
         Returns:
             One row per layer and one column per segment present, each the mean over the pairs that
-            have the segment. Heads are summed and missing cells excluded; NaN if none remains.
+            have the segment. Heads are summed and missing cells excluded; NaN if none remains. The
+            name of the column axis states the number of missing cells, as in all tables here.
         """
         import pandas as pd
 
         table = self._segment_array(reduce)
-        return pd.DataFrame(
-            _nan_mean(table, axis=0),
-            index=pd.RangeIndex(self.n_layers, name="layer"),
-            columns=pd.Index(self.segment_names, name="segment"),
+        return self._noted(
+            pd.DataFrame(
+                _nan_mean(table, axis=0),
+                index=pd.RangeIndex(self.n_layers, name="layer"),
+                columns=pd.Index(self.segment_names, name="segment"),
+            )
         )
 
     def by_layer(
@@ -256,14 +307,16 @@ class Effects:
 
         per_pair = _reduce(self._heads_summed().transpose(2, 0, 1), reduce)
         low, high = bootstrap_interval(resampled_means(per_pair, resamples), level=level, seed=seed)
-        return pd.DataFrame(
-            {
-                "effect": _nan_mean(per_pair, axis=0),
-                "low": low,
-                "high": high,
-                "pairs": np.isfinite(per_pair).sum(0),
-            },
-            index=pd.RangeIndex(self.n_layers, name="layer"),
+        return self._noted(
+            pd.DataFrame(
+                {
+                    "effect": _nan_mean(per_pair, axis=0),
+                    "low": low,
+                    "high": high,
+                    "pairs": np.isfinite(per_pair).sum(0),
+                },
+                index=pd.RangeIndex(self.n_layers, name="layer"),
+            )
         )
 
     def interval(
@@ -303,13 +356,13 @@ class Effects:
         order = order[magnitude[order] >= 0]
         table = pd.DataFrame(self._columns(order))
         table.attrs["span"] = self.setting("span", "position")
-        return table
+        return self._noted(table)
 
     def to_dataframe(self) -> "pd.DataFrame":
         """All present cells, one per row, with the columns of `top`, ordered by pair and layer."""
         import pandas as pd
 
-        return pd.DataFrame(self._columns(np.flatnonzero(np.isfinite(self.values))))
+        return self._noted(pd.DataFrame(self._columns(np.flatnonzero(np.isfinite(self.values)))))
 
     def agreement(self, other: "Effects", k: int = 20) -> Agreement:
         """How well these effects (the approximation) agree with `other` (the exact ones).
@@ -368,6 +421,8 @@ class Effects:
                 "metric": self.metric,
                 "segments": self.segments,
                 "labels": self.labels,
+                "differs": self.differs,
+                "positions": self.positions,
                 "answer_labels": self.answer_labels,
                 "foil_labels": self.foil_labels,
                 "verified": None if self.verified is None else agreement_to_json(self.verified),
@@ -396,6 +451,8 @@ class Effects:
             metric=header["metric"],
             segments=tuple(tuple(row) for row in header["segments"]),
             labels=tuple(tuple(row) for row in header["labels"]),
+            differs=tuple(tuple(row) for row in header["differs"]),
+            positions=tuple(tuple(row) for row in header["positions"]),
             answer_labels=tuple(tuple(row) for row in header["answer_labels"]),
             foil_labels=tuple(tuple(row) for row in header["foil_labels"]),
             verified=None if verified is None else agreement_from_json(verified),
@@ -421,9 +478,6 @@ class Effects:
     def _repr_html_(self) -> str:
         strongest = self.top(5).to_html(index=False, float_format=lambda x: f"{x:.3f}", border=0)
         shape = " x ".join(str(size) for size in self.values.shape)
-        missing = sum(
-            int(np.isnan(self.values[i, :, : len(row)]).sum()) for i, row in enumerate(self.labels)
-        )
         checked = self.verified._repr_html_() if self.verified is not None else ""
         sides = ((self.answer_labels, "answers"), (self.foil_labels, "foils"))
         answers = "".join(
@@ -435,11 +489,21 @@ class Effects:
         return (
             f"<p><b>effects</b> of {escape(self.site)}, {self.direction}, {escape(self.method)}, "
             f"on {escape(self.metric)}: {shape} (pairs, layers, positions"
-            f"{', heads' if self.values.ndim == 4 else ''}), {missing} cells missing; "
+            f"{', heads' if self.values.ndim == 4 else ''}); "
+            f"{escape(self.missing_note()) or 'no cells missing'}; "
             f"mean total effect {float(self.total.mean()):.3f}, "
             f"{int(self.near_zero().sum())} pairs with a total near zero</p>{checked}{answers}"
             f"<p>strongest cells</p>{strongest}"
         )
+
+    def _noted(self, table: "pd.DataFrame") -> "pd.DataFrame":
+        """The table, with a statement of the missing cells where pandas shows it."""
+        note = self.missing_note()
+        if note:
+            table.attrs["missing"] = note
+            name = table.columns.name
+            table.columns.name = note if name is None else f"{name} ({note})"
+        return table
 
     def _heads_summed(self) -> Float[np.ndarray, "pairs layers pos"]:
         return self.values if self.values.ndim == 3 else _reduce(np.moveaxis(self.values, 3, 0))

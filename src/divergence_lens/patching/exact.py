@@ -18,12 +18,15 @@ from torch import Tensor
 from divergence_lens._utils.interrupts import convert_partial
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs
+from divergence_lens.patching.cells import Span
 from divergence_lens.patching.corruption import Corruption
 from divergence_lens.patching.effects import Direction, Effects
 from divergence_lens.patching.metrics import Metric
-from divergence_lens.patching.request import Cells, PatchingRequest, Span, site_names, validate
+from divergence_lens.patching.request import Cells, PatchingRequest, site_names, validate
+from divergence_lens.patching.resized import RESIZING_SITES, check_lengths
+from divergence_lens.patching.resized_passes import exact_effects
 from divergence_lens.patching.runner import RunOptions, run_patching
-from divergence_lens.patching.staggered import StaggeredPasses, requested_cells
+from divergence_lens.patching.staggered import requested_cells
 from divergence_lens.patching.trace import PatchingRun
 
 if TYPE_CHECKING:
@@ -146,8 +149,11 @@ def causal_mediation(
         raise ValueError(
             f"window is {window}; it is a number of layers, 1 to {engine.n_layers} in this model"
         )
+    if not set(RESIZING_SITES).isdisjoint(request.sites):
+        for i, own in enumerate(request.cells):
+            check_lengths(i, own, engine.n_ctx, noising=direction == "noising")
     heads = {name: engine.site_heads(name) for name in request.sites}
-    shape = (len(pairs), engine.n_layers, max(map(len, request.columns)))
+    shape = (len(pairs), engine.n_layers, request.width)
     masks = {
         name: None if cells is None else _cell_mask(cells, (*shape, n) if n else shape, span)
         for name, n in heads.items()
@@ -156,9 +162,7 @@ def causal_mediation(
 
     def compute(run: PatchingRun) -> dict[str, Tensor]:
         return {
-            name: StaggeredPasses(run, name, window, batch_rows).effects(
-                requested_cells(mask, run.chunk)
-            )
+            name: exact_effects(run, name, window, batch_rows, requested_cells(mask, run.chunk))
             for name, mask in masks.items()
         }
 

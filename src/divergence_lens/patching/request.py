@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -12,18 +12,14 @@ from torch import Tensor
 
 from divergence_lens.engine import Engine, get_engine
 from divergence_lens.models import Model
-from divergence_lens.pairs import PAIR_SEGMENTS, Pairs
+from divergence_lens.pairs import Pairs
+from divergence_lens.patching.cells import PairCells, Span, cells_of
 from divergence_lens.patching.corruption import Corruption, EmbeddingNoise
 from divergence_lens.patching.effects import Direction
 from divergence_lens.patching.metrics import Metric, check_metric, name_on, row_readings
 from divergence_lens.patching.readings import Reading
 from divergence_lens.provenance import warn_if_other_model
 from divergence_lens.teachers import Teacher
-
-Span = Literal["position", "segment", "all"]
-"""What one cell covers: a position, all positions of a segment, or all positions."""
-
-ALL = "all positions"
 
 Cells: TypeAlias = Bool[np.ndarray, "pairs layers columns *heads"]
 
@@ -53,23 +49,26 @@ class PatchingRequest:
         """The embedding noise, if the corruption is one."""
         return self.corruption if isinstance(self.corruption, EmbeddingNoise) else None
 
+    @property
+    def two_rows(self) -> bool:
+        """Whether states of the corrupted row are patched; an ablation only changes the clean."""
+        return self.corruption == "counterfactual"
+
     @cached_property
-    def columns(self) -> tuple[tuple[str, ...], ...]:
-        """For each pair, the segment that each of its cells covers or lies in."""
-        if self.span == "position":
-            return self.pairs.segments
-        if self.span == "all":
-            return ((ALL,),) * len(self.pairs)
-        order = {name: i for i, name in enumerate(PAIR_SEGMENTS)}
+    def cells(self) -> tuple[PairCells, ...]:
+        """For each pair, its cells: one per entry of the last axis of the result."""
         return tuple(
-            tuple(sorted(dict.fromkeys(row), key=lambda name: (order.get(name, len(order)), name)))
-            for row in self.pairs.segments
+            cells_of(self.pairs, i, self.span, units=self.two_rows) for i in range(len(self.pairs))
         )
 
     @property
-    def labels(self) -> tuple[tuple[str, ...], ...]:
-        """For each pair, the label of each cell: its token, or its segment."""
-        return self.pairs.labels if self.span == "position" else self.columns
+    def width(self) -> int:
+        """The largest number of cells of a pair."""
+        return max(len(cells.labels) for cells in self.cells)
+
+    def has_units(self, i: int) -> bool:
+        """Whether a column of pair `i` is more than one position on one side."""
+        return self.two_rows and bool(self.pairs.units(i))
 
     @cached_property
     def metric_name(self) -> str:
@@ -85,11 +84,9 @@ class PatchingRequest:
         clean = self.pairs.clean_teacher[i]
         return clean, clean if self.noise else self.pairs.corrupted_teacher[i]
 
-    def corrupted(self, i: int) -> tuple[Int64[Tensor, " _"], Int64[np.ndarray, " _"]]:
-        """The corrupted row of pair `i`, and the corrupted position of each clean position."""
-        if self.noise:
-            return self.pairs.clean[i], np.arange(len(self.pairs.clean[i]))
-        return self.pairs.corrupted[i], self.pairs.alignment[i]
+    def corrupted(self, i: int) -> Int64[Tensor, " _"]:
+        """The tokens of the corrupted run of pair `i`."""
+        return self.pairs.clean[i] if self.noise else self.pairs.corrupted[i]
 
     def start(self, i: int) -> int:
         """The first position at which the two runs of pair `i` can differ in a causal model."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from divergence_lens.patching.metrics import (
     finite,
     metric_values,
 )
-from divergence_lens.patching.request import ALL, PatchingRequest
+from divergence_lens.patching.request import PatchingRequest
 from divergence_lens.patching.trace import (
     Chunk,
     PatchingRun,
@@ -107,7 +107,7 @@ def run_patching(
         "span": request.span,
         **settings,
     }
-    shape = (len(pairs), engine.n_layers, max(len(row) for row in request.columns))
+    shape = (len(pairs), engine.n_layers, request.width)
     arrays = {}
     for site in sites:
         heads = engine.site_heads(site)
@@ -117,9 +117,11 @@ def run_patching(
     naming = answers_naming_bias(pairs)
 
     def effects(rows: Sequence[int], **more: Any) -> dict[str, Effects]:
-        texts = (request.columns, request.labels, pairs.answer_labels, pairs.foil_labels)
-        columns, labels, answers, foils = (tuple(one[i] for i in rows) for one in texts)
-        width = max(map(len, columns))
+        cells = [request.cells[i] for i in rows]
+        answers, foils = (
+            tuple(texts[i] for i in rows) for texts in (pairs.answer_labels, pairs.foil_labels)
+        )
+        width = max(len(own.labels) for own in cells)
         # A slice is a view; a list of all rows would copy the arrays.
         index = slice(None) if len(rows) == len(pairs) else rows
         base, source = arrays[_METRICS][index].T
@@ -134,8 +136,10 @@ def run_patching(
                 metric=request.metric_name,
                 clean_metric=base if noising else source,
                 corrupted_metric=source if noising else base,
-                segments=columns,
-                labels=labels,
+                segments=tuple(own.segments for own in cells),
+                labels=tuple(own.labels for own in cells),
+                differs=tuple(own.differs for own in cells),
+                positions=tuple(own.positions for own in cells),
                 answer_labels=answers,
                 foil_labels=foils,
                 metadata=run_metadata(model, site=site, **settings, **more, **noted),
@@ -242,8 +246,7 @@ class _ChunkRunner:
             )
             of_base, of_source = _baselines(measure, chunk, base.logits, source.logits)
             if ablation is not None:
-                chunk, source = ablation(chunk, base, source)
-            chunk = _with_members(chunk, request)
+                source = ablation(chunk, base, source)
             values = self._compute(PatchingRun(engine, chunk, base, source, measure, of_base))
         for site in request.sites:
             _write(self._arrays[site], chunk, chunk.merged(values[site], 1))
@@ -295,30 +298,12 @@ def _baselines(
     return of_base, of_source
 
 
-def _with_members(chunk: Chunk, request: PatchingRequest) -> Chunk:
-    """The chunk with the base positions that each cell covers, if cells are not positions."""
-    if request.span == "position":
-        return chunk
-    columns = [request.columns[i] for i in chunk.indices.tolist()]
-    members = np.zeros((len(columns), max(map(len, columns)), chunk.base.shape[1]), dtype=bool)
-    clean = chunk.clean.cpu().numpy()
-    for row, (pair, names) in enumerate(zip(chunk.indices.tolist(), columns, strict=True)):
-        here = np.flatnonzero(clean[row] >= 0)
-        segments = np.array(request.pairs.segments[pair])[clean[row, here]]
-        for column, name in enumerate(names):
-            members[row, column, here] = (segments == name) | (name == ALL)
-    return replace(chunk, members=torch.from_numpy(members).to(chunk.base.device))
-
-
 def _write(values: np.ndarray, chunk: Chunk, result: Float[Tensor, "layer batch col ..."]) -> None:
-    """Write a chunk's values into the whole run's array, moved from base to clean positions."""
+    """Write a chunk's values into the whole run's array."""
     array = result.float().cpu().numpy()
     indices = chunk.indices[: chunk.pairs].tolist()
     values[indices] = np.nan
-    clean = chunk.clean.cpu().numpy()
     for row, pair in enumerate(indices):
-        if chunk.members is None:
-            here = np.flatnonzero(clean[row] >= 0)
-            values[pair][:, clean[row][here]] = array[:, row, here]
-        else:
-            values[pair][:, : array.shape[2]] = array[:, row]
+        # Cells right of the row's own are missing, and NaN already.
+        width = min(array.shape[2], values.shape[2])
+        values[pair][:, :width] = array[:, row, :width]

@@ -45,7 +45,7 @@ _REACHING = ("k", "v")
 
 
 @dataclass(frozen=True)
-class _Rows:
+class PatchedRows:
     """Patched rows, one entry per row.
 
     Attributes:
@@ -65,14 +65,33 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.batch)
 
-    def __getitem__(self, index: slice | Int64[Tensor, " some"]) -> "_Rows":
-        return _Rows(
+    def __getitem__(self, index: slice | Int64[Tensor, " some"]) -> "PatchedRows":
+        return PatchedRows(
             self.batch[index],
             self.column[index],
             self.start[index],
             self.layer[index],
             self.slot[index],
         )
+
+
+@dataclass(frozen=True)
+class OpenPass:
+    """A pass over patched rows, before its first block.
+
+    Attributes:
+        rows: The rows, shallow layers first.
+        run: The pass.
+        first: Its first position; `patched` and `targets` count from there.
+        patched: The patched positions of each row.
+        targets: The target position of each row.
+    """
+
+    rows: PatchedRows
+    run: Pass
+    first: int
+    patched: Bool[Tensor, "rows pos"]
+    targets: Int64[Tensor, " rows"]
 
 
 class StaggeredPasses:
@@ -113,7 +132,7 @@ class StaggeredPasses:
                 continue
             starts = [] if self.reaching else self._starts(head_group)
             slot, layer, row, column = changed.nonzero(as_tuple=True)
-            rows = _Rows(row, column, self._first(row, column), layer, slot)
+            rows = PatchedRows(row, column, self._first(row, column), layer, slot)
             metric_of = partial(self._metric, starts=starts, head=first)
             for part, metric in chain.from_iterable(
                 halved(part, metric_of) for part in self._passes(rows)
@@ -187,7 +206,7 @@ class StaggeredPasses:
         patched = self.chunk.members & self.chunk.differs[:, None]
         return patched.int().argmax(-1)[row, column]
 
-    def _members(self, rows: _Rows, first: int, stop: int) -> Bool[Tensor, "rows pos"]:
+    def _members(self, rows: PatchedRows, first: int, stop: int) -> Bool[Tensor, "rows pos"]:
         """The patched positions of each row of a pass."""
         if self.chunk.members is None:
             positions = torch.arange(first, stop, device=rows.column.device)
@@ -195,7 +214,7 @@ class StaggeredPasses:
         patched = self.chunk.members[rows.batch, rows.column] & self.chunk.differs[rows.batch]
         return patched[:, first:stop]
 
-    def _passes(self, rows: _Rows) -> Iterator[_Rows]:
+    def _passes(self, rows: PatchedRows) -> Iterator[PatchedRows]:
         """Divide rows into passes of similar positions, shallow layers first."""
         order = torch.argsort(rows.start * self.engine.n_layers + rows.layer, stable=True)
         rows = rows[order]
@@ -214,50 +233,38 @@ class StaggeredPasses:
         if end > first:
             yield from self._split(rows[first:end])
 
-    def _split(self, rows: _Rows) -> Iterator[_Rows]:
+    def _split(self, rows: PatchedRows) -> Iterator[PatchedRows]:
         rows = rows[torch.argsort(rows.layer, stable=True)]
         for first in range(0, len(rows), self.batch_rows):
             yield rows[first : first + self.batch_rows]
 
     def _metric(
-        self, rows: _Rows, *, starts: list[Tensor], head: int
-    ) -> tuple[_Rows, Float[Tensor, " rows"]]:
+        self, rows: PatchedRows, *, starts: list[Tensor], head: int
+    ) -> tuple[PatchedRows, Float[Tensor, " rows"]]:
         """Run one staggered pass over rows sorted by layer; return them with their metrics."""
-        engine, chunk, base = self.engine, self.chunk, self.run.base
-        assert base.past is not None
+        engine, base, readings = self.engine, self.run.base, self.chunk.readings
         first = int(rows.start.min())
-        targets = chunk.base_target[rows.batch]
-        readings = chunk.readings
-        # After the target, only the positions of an answer of several tokens are read.
-        ends = targets if readings is None else targets + readings.count[rows.batch] - 1
-        stop = int(ends.max()) + 1
-        # A pass needs the number of positions, not the tokens, so one row is enough.
-        run = engine.begin(chunk.base[:1, first:stop], base.past.upto(first) if first else None)
-        patched = self._members(rows, first, stop)
+        opened = self._begin(rows, first)
+        run, patched, targets = opened.run, opened.patched, opened.targets
         entries = (rows.layer + self.shift).tolist()
         running = 0
         done: list[Tensor] = []
-        x = base.resid[0].new_empty(0, stop - first, engine.d_model)  # [running, pos, d_model]
+        x = base.resid[0].new_empty(0, patched.shape[1], engine.d_model)  # [running, pos, d_model]
         for layer in range(entries[0], engine.n_layers + 1):
             joined = running
             while joined < len(entries) and entries[joined] == layer:
                 joined += 1
             if joined > running:
-                new, where = rows[running:joined], patched[running:joined]
-                # The base residual, overwritten by the patched state at the patched positions.
-                fresh = base.resid[layer][new.batch, first:stop]  # [joining, pos, d_model]
-                if not self.reaching:
-                    state = starts[layer - self.shift]
-                    row, position = where.nonzero(as_tuple=True)
-                    fresh[row, position] = state[new.slot[row], new.batch[row], position + first]
-                x = torch.cat([x, fresh])
+                joining = slice(running, joined)
+                state = starts[layer - self.shift] if starts else None
+                x = torch.cat([x, self._joining(layer, joining, state, opened)])
                 running = joined
             if layer == engine.n_layers:
                 break
             active = rows[:running]
             hooks = self._block_hooks(layer, active, patched, first, head)
             if layer == engine.n_layers - 1 and not hooks and readings is None:
-                at = (targets - first)[:running]  # only the target position is read
+                at = targets[:running]  # only the target position is read
                 done = [engine.last_block(x, run, at, rows=active.batch)]
                 x = x[:0]
             else:
@@ -265,12 +272,56 @@ class StaggeredPasses:
                     x = engine.block(layer, x, run, rows=active.batch)
         # Rows that joined after the last block are read here (and all rows of several positions).
         late = len(rows) - len(x)
-        done.append(states_at(x, (targets - first)[late:], rows.batch[late:], readings))
+        done.append(states_at(x, targets[late:], rows.batch[late:], readings))
         metric = self.run.measure(logits_at(engine, torch.cat(done)), rows.batch)
-        return rows, finite(metric, chunk.indices[rows.batch], "a patched run")
+        return rows, finite(metric, self.chunk.indices[rows.batch], "a patched run")
+
+    def _begin(self, rows: PatchedRows, first: int) -> OpenPass:
+        """Begin the pass of some rows from position `first` on."""
+        past = self.run.base.past
+        assert past is not None
+        targets = self.chunk.base_target[rows.batch]
+        stop = int(self._ends(rows, targets).max()) + 1
+        # A pass needs the number of positions, not the tokens, so one row is enough.
+        run = self.engine.begin(
+            self.chunk.base[:1, first:stop], past.upto(first) if first else None
+        )
+        return OpenPass(rows, run, first, self._members(rows, first, stop), targets - first)
+
+    def _ends(self, rows: PatchedRows, targets: Int64[Tensor, " rows"]) -> Int64[Tensor, " rows"]:
+        """The last position of each row that is read."""
+        readings = self.chunk.readings
+        # After the target, only the positions of an answer of several tokens are read.
+        return targets if readings is None else targets + readings.count[rows.batch] - 1
+
+    def _joining(
+        self,
+        layer: int,
+        joining: slice,
+        state: Float[Tensor, "slot batch pos d_model"] | None,
+        opened: OpenPass,
+    ) -> Float[Tensor, "some later_pos d_model"]:
+        """The base residual, overwritten by the patched state at the patched positions."""
+        new, where, first = opened.rows[joining], opened.patched[joining], opened.first
+        fresh = self.run.base.resid[layer][new.batch, first : first + where.shape[1]]
+        if state is not None:
+            row, position = where.nonzero(as_tuple=True)
+            fresh[row, position] = state[new.slot[row], new.batch[row], position + first]
+        return fresh
+
+    def _replacement(
+        self, layer: int, rows: PatchedRows, first: int, width: int
+    ) -> Float[Tensor, "rows pos ..."]:
+        """The patched-in state of a layer's site for each row, at positions from `first` on."""
+        return self.new[layer][rows.batch, first : first + width]
 
     def _block_hooks(
-        self, layer: int, rows: _Rows, patched: Bool[Tensor, "more pos"], first: int, head: int
+        self,
+        layer: int,
+        rows: PatchedRows,
+        patched: Bool[Tensor, "more pos"],
+        first: int,
+        head: int,
     ) -> list[tuple[int, str, Callable[[Tensor], Tensor]]]:
         """Hooks that patch the rows whose site is replaced inside this block."""
         if not self.reaching and self.window == 1:
@@ -280,7 +331,7 @@ class StaggeredPasses:
         if not len(chosen):
             return []
         where = patched[chosen][..., None]
-        new = self.new[layer][rows.batch[chosen], first : first + where.shape[1]]
+        new = self._replacement(layer, rows[chosen], first, where.shape[1])
         if self.heads:
             heads = torch.arange(self.heads, device=where.device)
             is_head = heads == rows.slot[chosen, None] + head  # [chosen, head]
@@ -295,14 +346,8 @@ class StaggeredPasses:
 
 
 def requested_cells(mask: Cells | None, chunk: Chunk) -> Bool[Tensor, "layer batch col ..."] | None:
-    """The mask of a chunk's pairs, moved from clean to base positions."""
+    """The mask of a chunk's pairs."""
     if mask is None:
         return None
     chosen = torch.from_numpy(mask[chunk.indices.cpu().numpy()]).to(chunk.base.device)
-    if chunk.members is not None:
-        return chosen[:, :, : chunk.members.shape[1]].movedim(0, 1)
-    rows = torch.arange(len(chunk.indices), device=chosen.device)[:, None]
-    # [batch, layer, pos, ...] -> [layer, batch, base pos, ...]
-    by_base = chosen.movedim(1, -1)[rows, chunk.clean.clamp(min=0)].movedim(-1, 0)
-    present = (chunk.clean >= 0)[None]  # [1, batch, pos]
-    return by_base & (present[..., None] if by_base.ndim == 4 else present)
+    return chosen[:, :, : chunk.missing.shape[1]].movedim(0, 1)  # [layer, batch, col, ...]

@@ -22,6 +22,7 @@ from divergence_lens.pairs import weights_key
 from divergence_lens.patching.metrics import MetricFunction
 from divergence_lens.patching.readings import Readings
 from divergence_lens.patching.request import PatchingRequest
+from divergence_lens.patching.resized import ResizedRows, resized_rows
 from divergence_lens.teachers import Teacher
 
 
@@ -35,13 +36,15 @@ class Chunk:
         source: Tokens of the source run.
         base_target: Target position of each base row.
         source_target: Target position of each source row.
-        counterpart: For each base position the source position, -1 for none and for padding.
-        clean: For each base position the clean position, -1 for none and for padding.
+        counterpart: For each base position the source position, -1 for none and for padding. In a
+            unit, the last base position corresponds to the last source position, and the others
+            have no counterpart.
         start: `[batch]`, the first base position at which the two runs can differ.
         noising: Whether the base is the clean run.
         noise: Added to the embeddings of the corrupted run, if given.
-        members: For each cell of a row the base positions that it covers; None if each cell covers
-            one position.
+        members: For each cell of a row the base positions with a counterpart that it covers; None
+            if each cell covers one position.
+        resized: The patched rows of cells that cover a unit; None if there is no such cell.
         readings: The tokens that are read, if answers or foils have several; rows are then
             continued with them after the target position.
     """
@@ -52,11 +55,11 @@ class Chunk:
     base_target: Int64[Tensor, " batch"]
     source_target: Int64[Tensor, " batch"]
     counterpart: Int64[Tensor, "batch pos"]
-    clean: Int64[Tensor, "batch pos"]
     start: Int64[Tensor, " batch"]
     noising: bool
     noise: Float[Tensor, "batch _ d_model"] | None = None
     members: Bool[Tensor, "batch column pos"] | None = None
+    resized: ResizedRows | None = None
     readings: Readings | None = None
 
     @property
@@ -230,15 +233,16 @@ def groups_of_pairs(request: PatchingRequest, engine: Engine, size: int) -> list
     """Group at most `size` pairs that share both sides' weights and have similar lengths.
 
     A model that attends in both directions would read padding, so its groups have equal lengths.
+    Pairs with units are kept apart, because their cells are not the base positions.
     """
     pairs = request.pairs
     by_weights: dict[tuple[object, ...], list[int]] = {}
     for i in range(len(pairs)):
         key: tuple[object, ...] = tuple(weights_key(t) for t in request.teachers(i))
         # Pairs of one token each are measured from the logits at the target position alone.
-        key += (bool(request.readings(i)),)
+        key += (bool(request.readings(i)), request.has_units(i))
         if not engine.causal:
-            key += (len(pairs.clean[i]), len(request.corrupted(i)[0]))
+            key += (len(pairs.clean[i]), len(request.corrupted(i)))
         by_weights.setdefault(key, []).append(i)
     groups = []
     for members in by_weights.values():
@@ -260,23 +264,33 @@ def build_chunk(
     if readings is not None:
         chosen = [chosen[i] for i in readings.owner.tolist()]
     clean = [pairs.clean[i] for i in chosen]
-    corrupted, alignments = zip(*(request.corrupted(i) for i in chosen), strict=True)
+    corrupted = [request.corrupted(i) for i in chosen]
+    cells = [request.cells[i] for i in chosen]
     base, source = (clean, corrupted) if noising else (corrupted, clean)
     base_target, source_target = ([len(row) - 1 for row in side] for side in (base, source))
     if readings is not None:
         base, source = readings.continued(base), readings.continued(source)
     width = max(len(row) for row in base)
     counterpart = np.full((len(chosen), width), -1, dtype=np.int64)  # [batch, pos]
-    to_clean = counterpart.copy()  # [batch, pos]
-    for row, alignment in enumerate(alignments):
-        # `alignment` maps clean to corrupted positions; denoising needs its inverse.
-        here = np.flatnonzero(alignment >= 0)
-        other = alignment[here]
-        if noising:
-            counterpart[row, here], to_clean[row, here] = other, here
-        else:
-            counterpart[row, other] = to_clean[row, other] = here
     start = [request.start(i) if engine.causal else 0 for i in chosen]
+    last: list[Int64[np.ndarray, " columns"]] = []  # for each row, the last base position by column
+    for row, own in enumerate(cells):
+        here = np.array([column.clean[-1] for column in own.columns])
+        other = np.array([column.corrupted[-1] for column in own.columns])
+        if not noising:
+            here, other = other, here
+        counterpart[row, here] = other
+        # A state from another position can differ, also where the tokens up to it are the same.
+        start[row] = min([start[row], *here[here != other][:1].tolist()])
+        last.append(here)
+    units = any(request.has_units(i) for i in chosen)
+    members = None
+    if units or request.span != "position":
+        most = max(len(own.labels) for own in cells)
+        members = torch.zeros(len(chosen), most, width, dtype=torch.bool)
+        for row, (own, here) in enumerate(zip(cells, last, strict=True)):
+            members[row, own.cell_of, here] = True
+        members = members.to(device)
     chunk = Chunk(
         indices=torch.tensor(chosen, device=device),
         base=pad_right(base, device),
@@ -284,10 +298,11 @@ def build_chunk(
         base_target=torch.tensor(base_target, device=device),
         source_target=torch.tensor(source_target, device=device),
         counterpart=torch.from_numpy(counterpart).to(device),
-        clean=torch.from_numpy(to_clean).to(device),
         start=torch.tensor(start, device=device),
         noising=noising,
         noise=_noise(request, chosen, engine, width),
+        members=members,
+        resized=resized_rows(cells, start, readings=readings, noising=noising, device=device),
         readings=readings,
     )
     teachers = request.teachers(chosen[0])
