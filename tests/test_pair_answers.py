@@ -117,15 +117,15 @@ def test_a_selection_is_as_wide_as_its_longest_answer():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"answers": [[5, 6]], "foils": [[5, 6]]}, r"the same token ids \[5, 6\]"),
-        ({"answers": [[5, NO_TOKEN, 6]]}, "negative token id -1"),
-        ({"answers": [[[5, 6]]]}, "answers of pair 0 must be a token id or a flat sequence"),
-        ({"answers": [5.5]}, "answers of pair 0 must be a token id"),
-        ({"foils": [[1], [2]]}, "foils has 2 entries"),
+        ({"answers": [[5, 6]], "foils": [[5, 6]]}, ValueError, r"the same token ids \[5, 6\]"),
+        ({"answers": [[5, NO_TOKEN, 6]]}, ValueError, "negative token id -1"),
+        ({"answers": [[[5, 6]]]}, TypeError, r"answers of pair 0 holds \[5, 6\]"),
+        ({"answers": [5.5]}, TypeError, "answers of pair 0 holds 5.5"),
+        ({"foils": [[1], [2]]}, ValueError, "foils has 2 entries"),
     ],
 )
-def test_bad_answers_are_refused(unchecked, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_answers_are_refused(unchecked, options, error, message):
+    with pytest.raises(error, match=message):
         Pairs.from_tokens([[1, 2]], [[3, 2]], **options)
