@@ -1,6 +1,7 @@
 """Figures: what is in them, in words and numbers, and what they leave alone."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from divergence_lens.divergence import Divergence
 from divergence_lens.examples import Example
 from divergence_lens.patching.effects import Effects
 from divergence_lens.patching.inner_agreements import inner_agreement
-from divergence_lens.plots.export import figure_title
+from divergence_lens.plots.export import figure_title, themed
 from divergence_lens.teachers import Teacher
 from tests.support.figures import (
     FIGURES,
@@ -127,9 +128,53 @@ def test_missing_cells_stay_missing_on_grey_and_say_so():
     z = np.asarray(trace.z, dtype=float)
     assert np.isnan(z[2]).all()
     assert np.isfinite(np.delete(z, 2, axis=0)).all()
-    assert "no counterpart" in plain(trace.text[2][0])
-    assert "no counterpart" not in plain(trace.text[3][0])
+    assert "not measured" in plain(trace.text[2][0])
+    assert "not measured" not in plain(trace.text[3][0])
+    assert "3 of 21 cells missing: not measured" in plain_title(figure)
+    assert "missing" not in plain_title(plots.effects_heatmap(effects(), 0))
+    assert "3 of 36 cells missing" in plain_title(plots.effects_by_segment(effects()))
+    assert "6 of 42 cells missing" in plain_title(plots.head_grid(effects(heads=2), 1))
     assert figure.layout.plot_bgcolor.startswith("rgba(128, 128, 128")
+
+
+def test_tokens_that_differ_are_bold_in_every_segment_and_units_show_both_sides():
+    whole = effects()
+    united = dataclasses.replace(
+        whole,
+        labels=(("You", "s|now → a|very|long|word", "\n", " x", " 17"), whole.labels[1]),
+        differs=((False, True, False, True, False), (False,) * 7),
+        positions=((0, 1, 3, 4, 5), ()),
+    )
+    figure = plots.effects_heatmap(united)
+    assert list(figure.layout.yaxis.ticktext)[:4] == [
+        "You",
+        "<b>s|now → a|very|lo…</b>",
+        "↵",
+        "<b>·x</b>",
+    ]
+    assert "position 3, token" in plain(heat(figure).text[2][0])
+    assert "(bias, differs)" in plain(heat(figure).text[1][0])
+    mean = plots.effects_heatmap(united, "mean").layout.yaxis.ticktext
+    assert [text.startswith("<b>") for text in mean] == [False, True, False, True, *[False] * 3]
+    by_segment = plots.effects_by_segment(united)
+    bold = [t for t in by_segment.layout.yaxis.ticktext if t.startswith("<b>")]
+    assert bold == ["<b>bias</b>", "<b>user</b>"]
+    assert "bold: segments with tokens that differ" in plain_title(by_segment)
+
+
+@pytest.mark.parametrize("kind", ["effects_heatmap", "effects_by_segment"])
+def test_an_image_has_the_same_bold_words(kind):
+    pytest.importorskip("matplotlib")
+    from divergence_lens.plots.matplotlib_images import draw_image
+
+    figure = getattr(plots, kind)(effects())
+    svg = draw_image(themed(figure, "light"), "svg", width=500, height=400, dpi=96).decode()
+    texts = re.findall(r'<text style="([^"]*)"[^>]*>([^<]*)</text>', svg)
+    word = "·owl" if kind == "effects_heatmap" else "bias"
+    axis = [*(figure.layout.yaxis.ticktext), "<b>bias</b>"]
+    axis = {text.replace("<b>", "").replace("</b>", "") for text in axis}
+    bold = {text for style, text in texts if text in axis and re.search("bold|700", style)}
+    assert bold == {word}
 
 
 def test_a_pair_with_next_to_no_total_effect_is_shown_in_units_of_the_metric():

@@ -21,9 +21,9 @@ def effects_heatmap(
     """Draw a heatmap of layer x position effects, of one pair or of the mean over pairs.
 
     Values are shares of the total effect (1: the patch has the whole effect of the other run), or
-    in units of the metric if the total effect of the pair is near zero. Gray cells were not
-    measured or have no counterpart in the other run. The marked last token is the one whose logits
-    are measured.
+    in units of the metric if the total effect of the pair is near zero. Tokens that differ between
+    the two rows are bold. Gray cells were not measured, and the title states their number. The
+    marked last token is the one whose logits are measured.
 
     Args:
         effects: A result of patching; heads are summed.
@@ -35,7 +35,8 @@ def effects_heatmap(
         IndexError: There is no such pair.
     """
     if pair == "mean":
-        values, tokens, segments, used = grids.aligned_mean(effects)
+        values, tokens, segments, differs, used = grids.aligned_mean(effects)
+        positions: tuple[int, ...] = ()
         of, share = f"mean of {style.plural(used, 'pair')}", True
         if used < len(effects.labels):
             of += f" out of {len(effects.labels):,} (the others have other segments)"
@@ -44,6 +45,8 @@ def effects_heatmap(
         if not 0 <= pair < count:
             raise IndexError(f"there is no pair {pair}; the pairs are numbered 0 to {count - 1}")
         tokens, segments = list(effects.labels[pair]), list(effects.segments[pair])
+        differs = list(grids.differing(effects, pair))
+        positions = effects.positions[pair] if effects.positions else ()
         share = not bool(effects.near_zero()[pair])
         values = grids.cells(effects.normalized() if share else effects)[pair, :, : len(tokens)]
         of = f"pair {pair} of {count:,}, total effect {float(effects.total[pair]):+.2f}"
@@ -52,8 +55,10 @@ def effects_heatmap(
         np.asarray(values, dtype=np.float64),
         tokens,
         segments,
+        differs=differs,
+        positions=positions,
         what=titled("Effect of a patch, by layer and position", name),
-        detail=f"{site_words(effects.site)}; {of}; {_method(effects)}"
+        detail=f"{site_words(effects.site)}; {of}; {_method(effects)}{_missing(effects, pair)}"
         + _caution(effects, None if pair == "mean" else pair),
         unit=unit,
     )
@@ -76,10 +81,11 @@ def effects_by_segment(effects: Effects, *, name: str | None = None) -> go.Figur
         segments,
         what=titled("Effect of a patch, by layer and segment", name),
         detail=f"{site_words(effects.site)}; mean of {_pairs_used(effects)}, "
-        f"summed within a segment; {_method(effects)}"
+        f"summed within a segment; {_method(effects)}{_missing(effects)}"
         + ("; divergence: the position that predicts" if "divergence" in segments else "")
         + _caution(effects),
         unit="share of the total effect",
+        differs=grids.differing_segments(effects),
     )
 
 
@@ -125,7 +131,7 @@ def head_grid(
         grid.T,
         [str(head) for head in range(grid.shape[1])],
         what=titled("Effect of a patch, by layer and head", name),
-        detail=f"{of}, summed over positions; {_method(effects)}"
+        detail=f"{of}, summed over positions; {_method(effects)}{_missing(effects, pair)}"
         + _caution(effects, None if pair == "mean" else pair),
         unit=unit,
         row="head",
@@ -321,6 +327,12 @@ def _pairs_used(effects: Effects) -> str:
     count = len(effects.labels)
     used = count - int(effects.near_zero().sum())
     return style.plural(count, "pair") if used == count else f"{used:,} of {count:,} pairs"
+
+
+def _missing(effects: Effects, pair: int | Literal["mean"] = "mean") -> str:
+    """State the missing cells of one pair or of all."""
+    note = (effects if pair == "mean" else effects[pair]).missing_note()
+    return f"; {note}" if note else ""
 
 
 def _method(effects: Effects) -> str:

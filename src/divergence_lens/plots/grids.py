@@ -14,6 +14,8 @@ from divergence_lens.plots import style
 _ROW = 15  # pixels per token on an axis: the smallest row that keeps 10-pixel letters apart
 _MOST_TOKENS = 90
 _LETTER = 11  # pixels that a line of those letters needs
+_TOKEN, _UNIT = 12, 18  # most letters of a token on an axis, and of a unit, which has two sides
+_SIDES = " → "
 
 
 def token_heatmap(
@@ -21,6 +23,8 @@ def token_heatmap(
     tokens: Sequence[str],
     segments: Sequence[str],
     *,
+    differs: Sequence[bool],
+    positions: Sequence[int] = (),
     what: str,
     detail: str,
     unit: str,
@@ -29,24 +33,28 @@ def token_heatmap(
 
     Args:
         values: One number per cell, NaN where a cell is missing.
-        tokens: The token at each position.
+        tokens: The token at each position, or the tokens of both sides of a unit.
         segments: The segment of each position.
+        differs: Whether each position differs between the two rows.
+        positions: The first clean position of each row of the figure, if that is not its number.
         what: Title.
         detail: Text below the title.
         unit: Title of the color bar, and name of the value in hover texts.
     """
-    layers, positions = values.shape
+    layers, count = values.shape
     limit = _limit(values)
-    row = _ROW if positions <= _MOST_TOKENS else max(3, _ROW * _MOST_TOKENS // positions)
-    height = max(row * positions, 90)
-    shown = [style.show_token(token, 12) for token in tokens]
+    row = _ROW if count <= _MOST_TOKENS else max(3, _ROW * _MOST_TOKENS // count)
+    height = max(row * count, 90)
+    shown = [_shown(token) for token in tokens]
+    places = positions or range(len(tokens))
     hover = [
         [
-            f"layer {layer}, position {p}, token “{style.show_token(token, 40)}” ({segment})<br>"
+            f"layer {layer}, position {places[p]}, token “{style.show_token(token, 40)}” "
+            f"({segment}{', differs' if differs[p] else ''})<br>"
             + (
                 f"{unit}: {values[layer, p]:+.3f}"
                 if np.isfinite(values[layer, p])
-                else "not measured, or no counterpart in the other run"
+                else "not measured"
             )
             for layer in range(layers)
         ]
@@ -54,7 +62,7 @@ def token_heatmap(
     ]
     heatmap = go.Heatmap(
         x=list(range(layers)),
-        y=list(range(positions)),
+        y=list(range(count)),
         z=values.T,
         text=hover,
         hoverinfo="text",
@@ -62,21 +70,21 @@ def token_heatmap(
         ygap=0.6,
         **style.diverging(limit, unit, height),
     )
-    target = positions - 1
+    target = count - 1
     every = -(-_LETTER // row)
-    ticks = [p for p in range(target) if (target - p) % every == 0 or segments[p] == BIAS]
-    marks = [_bold(shown[p]) if segments[p] == BIAS else shown[p] for p in ticks]
-    # Bold marks tokens that differ; the framed target token may be the same on both sides.
+    ticks = [p for p in range(target) if (target - p) % every == 0 or differs[p]]
+    marks = [_bold(shown[p]) if differs[p] else shown[p] for p in ticks]
+    # Bold means that a token differs, which the framed one need not.
     last = f"{shown[target]} ◂"
-    marks.append(_bold(last) if segments[target] == BIAS else last)
-    letters = max((len(tokens[p]) for p in range(positions)), default=1)
-    left = 34 + round(min(letters, 12) * 6.4) + 16
+    marks.append(_bold(last) if differs[target] else last)
+    letters = max((min(len(t), _UNIT if _SIDES in t else _TOKEN) for t in tokens), default=1)
+    left = 34 + round(letters * 6.4) + 16
     runs = spans(segments)
     return style.figure(
         [heatmap],
         what=what,
         detail=detail
-        + ("; bold: tokens that differ" if BIAS in segments else "")
+        + ("; bold: tokens that differ" if any(differs) else "")
         + "; ◂: the position whose prediction is measured",
         plot_height=height,
         bottom=98,
@@ -131,9 +139,19 @@ def token_heatmap(
             tickvals=[*ticks, target],
             ticktext=marks,
             tickfont={"size": 10, "family": style.MONO},
-            range=[positions - 0.5, -0.5],
+            range=[count - 0.5, -0.5],
         ),
     )
+
+
+def _shown(token: str) -> str:
+    """A token on an axis, or both sides of a unit, of which the longer is cut first."""
+    clean, both, corrupted = token.partition(_SIDES)
+    if not both:
+        return style.show_token(token, _TOKEN)
+    room = _UNIT - len(_SIDES)
+    first = style.show_token(clean, max(room // 2, room - len(corrupted)))
+    return first + _SIDES + style.show_token(corrupted, max(room - room // 2, room - len(clean)))
 
 
 def _bold(text: str) -> str:
@@ -159,8 +177,12 @@ def segment_heatmap(
     detail: str,
     unit: str,
     row: str = "segment",
+    differs: Sequence[str] = (),
 ) -> go.Figure:
-    """Draw layers across and segments (or heads) down, with the values written if there is room."""
+    """Draw layers across and segments (or heads) down, with the values written if there is room.
+
+    Segments in `differs`, which hold tokens that differ between the two rows, are bold.
+    """
     count, layers = values.shape
     limit = _limit(values)
     height = max(30 * count, 90)
@@ -193,7 +215,7 @@ def segment_heatmap(
     return style.figure(
         [heatmap],
         what=what,
-        detail=detail,
+        detail=detail + ("; bold: segments with tokens that differ" if differs else ""),
         plot_height=height,
         bottom=98,
         left=(34 if row != "segment" else 16) + 7 * min(letters, 16),
@@ -205,7 +227,10 @@ def segment_heatmap(
             "" if row == "segment" else row,
             grid=False,
             tickvals=list(range(count)),
-            ticktext=[style.escape(name) for name in segments],
+            ticktext=[
+                _bold(style.escape(name)) if name in differs else style.escape(name)
+                for name in segments
+            ],
             range=[count - 0.5, -0.5],
         ),
     )
@@ -228,12 +253,12 @@ def cells(effects: Effects) -> Float[np.ndarray, "pairs layers pos"]:
 
 def aligned_mean(
     effects: Effects,
-) -> tuple[Float[np.ndarray, "layers pos"], list[str], list[str], int]:
+) -> tuple[Float[np.ndarray, "layers pos"], list[str], list[str], list[bool], int]:
     """Average the largest set of pairs that share one order of segments, aligned by segment.
 
     Returns:
-        Values `[layers, positions]`, the token and segment of each position, and the number of
-        pairs.
+        Values `[layers, positions]`; the token and segment of each position, and whether it differs
+        between the rows of some pair; and the number of pairs.
     """
     values = cells(effects.normalized())
     usable = np.flatnonzero(~effects.near_zero())
@@ -258,12 +283,14 @@ def aligned_mean(
         (len(chosen), effects.n_layers, int(starts[-1])), np.nan
     )  # [pair, layer, pos]
     words: list[Counter[str]] = [Counter() for _ in range(int(starts[-1]))]
+    differs = [False] * int(starts[-1])
     for row, (i, order) in enumerate(chosen.items()):
         for j, (_, start, stop) in zip(order, runs[i], strict=True):
             at = int(starts[j])
             stacked[row, :, at : at + stop - start] = values[i, :, start:stop]
             for k in range(stop - start):
                 words[at + k][effects.labels[i][start + k]] += 1
+                differs[at + k] |= differing(effects, i)[start + k]
     there = np.isfinite(stacked)
     count = there.sum(0)
     mean = np.where(count > 0, np.where(there, stacked, 0).sum(0) / np.maximum(count, 1), np.nan)
@@ -272,7 +299,26 @@ def aligned_mean(
         token, times = counter.most_common(1)[0]
         tokens.append(token if 2 * times > counter.total() else "*")
     segments = [name for name, width in zip(shape, widths, strict=True) for _ in range(width)]
-    return mean, tokens, segments, len(chosen)
+    return mean, tokens, segments, differs, len(chosen)
+
+
+def differing(effects: Effects, pair: int) -> tuple[bool, ...]:
+    """Whether the tokens of each column of a pair differ between its two rows."""
+    if effects.differs:
+        return effects.differs[pair]
+    return tuple(name == BIAS for name in effects.segments[pair])
+
+
+def differing_segments(effects: Effects) -> tuple[str, ...]:
+    """The segments in which tokens differ, in some pair."""
+    return tuple(
+        dict.fromkeys(
+            name
+            for i, row in enumerate(effects.segments)
+            for name, differs in zip(row, differing(effects, i), strict=True)
+            if differs
+        )
+    )
 
 
 def _within(names: Sequence[str], shape: Sequence[str]) -> list[int] | None:

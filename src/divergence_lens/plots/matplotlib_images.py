@@ -6,6 +6,7 @@ and bars on one pair of axes. Patterns of bars and hover texts are left out.
 
 import io
 import re
+from collections.abc import Sequence
 from html import unescape
 from typing import Any
 
@@ -246,14 +247,7 @@ def _axis(axes: Any, name: str, axis: Any, ink: str) -> None:
     if str(axis.tickformat or "").endswith("%"):
         own.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if axis.tickvals is not None:
-        limits = sorted(getattr(axes, f"get_{name}lim")())
-        texts = axis.ticktext or [f"{value:g}" for value in axis.tickvals]
-        shown = [
-            (value, _plain(text))
-            for value, text in zip(axis.tickvals, texts, strict=True)
-            if limits[0] <= value <= limits[1]
-        ]
-        own.set_ticks([value for value, _ in shown], [text for _, text in shown])
+        _ticks(own, axis, sorted(getattr(axes, f"get_{name}lim")()))
     if axis.tickangle:
         axes.tick_params(axis=name, rotation=-axis.tickangle)
     size = axis.tickfont.size or 12
@@ -263,6 +257,20 @@ def _axis(axes: Any, name: str, axis: Any, ink: str) -> None:
         axes.set_axisbelow(True)
     for side in axes.spines.values():
         side.set_color(_color(axis.linecolor))
+
+
+def _ticks(own: Any, axis: Any, limits: Sequence[float]) -> None:
+    """Set the ticks of one axis within its limits; texts in bold tags are bold."""
+    texts = axis.ticktext or [f"{value:g}" for value in axis.tickvals]
+    shown = [
+        (value, str(text))
+        for value, text in zip(axis.tickvals, texts, strict=True)
+        if limits[0] <= value <= limits[1]
+    ]
+    own.set_ticks([value for value, _ in shown], [_plain(text) for _, text in shown])
+    for label, (_, text) in zip(own.get_ticklabels(), shown, strict=True):
+        if text.startswith("<b>"):
+            label.set_fontweight("bold")
 
 
 def _title(canvas: Any, layout: Any, height: int) -> None:
