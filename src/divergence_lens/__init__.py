@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from divergence_lens.divergence import Divergence, find_divergence
     from divergence_lens.evaluation import Preference, TaskQuality, preference, task_quality
     from divergence_lens.examples import Example, load_examples, save_examples
-    from divergence_lens.generation import generate
+    from divergence_lens.generation import Server, generate
     from divergence_lens.models import Model, load_model
     from divergence_lens.pairs import Pairs
     from divergence_lens.patching import (
@@ -67,6 +67,7 @@ __all__ = [
     "Pairs",
     "Preference",
     "Recipe",
+    "Server",
     "Study",
     "StudyConfig",
     "Sweep",
@@ -113,7 +114,7 @@ _HOMES = {
     "divergence": ("Divergence", "find_divergence"),
     "evaluation": ("Preference", "TaskQuality", "preference", "task_quality"),
     "examples": ("Example", "load_examples", "save_examples"),
-    "generation": ("generate",),
+    "generation": ("Server", "generate"),
     "models": ("Model", "load_model"),
     "pairs": ("Pairs",),
     "patching": (

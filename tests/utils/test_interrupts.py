@@ -1,6 +1,5 @@
 """Long calls that are stopped half-way: what they give back, and that the model is as it was."""
 
-import importlib
 import signal
 import threading
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from tqdm.auto import tqdm
 
 import divergence_lens as dl
 from divergence_lens._utils.interrupts import Interrupted, defer_interrupts
-from divergence_lens.generation import _Decoding as Decoding
+from divergence_lens.generation.local import LocalWriter
 from tests.support.state import state
 
 PROMPTS = dl.number_prompts(12, seed=0, instructions=False)
@@ -162,8 +161,7 @@ def test_a_call_that_had_found_nothing_raises_what_it_was_stopped_by(model, monk
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    decoding = importlib.import_module("divergence_lens.generation")._Decoding
-    monkeypatch.setattr(decoding, "run", stop)
+    monkeypatch.setattr(LocalWriter, "decode", stop)
     with pytest.raises(KeyboardInterrupt) as found:
         dl.generate(model, PROMPTS[:2], teacher=None)
     assert type(found.value) is KeyboardInterrupt
@@ -243,17 +241,17 @@ def test_steps_of_a_sweep_do_not_give_back_theirs(model, monkeypatch, unchanged)
     options = {"measure": lambda m: dl.task_quality(m, examples).loss, "layers": [0, 1]}
     for measured, kept in ((0, None), (1, None), (2, 1)):
         calls = [0]
-        run = Decoding.run
+        run = LocalWriter.decode
 
-        def stopped(self, calls=calls, measured=measured, run=run):
+        def stopped(self, batch, calls=calls, measured=measured, run=run):
             calls[0] += 1
-            for number, found in enumerate(run(self)):
+            for number, found in enumerate(run(self, batch)):
                 if calls[0] > measured and number == 1:
                     raise KeyboardInterrupt
                 yield found
 
         with monkeypatch.context() as patched:
-            patched.setattr(Decoding, "run", stopped)
+            patched.setattr(LocalWriter, "decode", stopped)
             with pytest.raises(KeyboardInterrupt) as found:
                 dl.layer_sweep(model, examples, recipe=dl.Recipe(epochs=1), **options)
         if kept is None:

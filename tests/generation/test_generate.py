@@ -7,11 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from divergence_lens import generation
 from divergence_lens._utils.interrupts import Interrupted
 from divergence_lens.chat import decode, encode_prompt, end_of_turn, stop_ids
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.generation import generate
+from divergence_lens.generation.local import LocalWriter
 from divergence_lens.models import load_model
 from divergence_lens.teachers import Teacher
 from tests.support.models import chat_tokenizer, random_hf_model
@@ -255,16 +255,16 @@ def test_a_stopped_call_resumes_from_its_checkpoints_with_the_same_result(
         )
 
     undisturbed = call()
-    decoded, decode = [], generation._decode
+    decoded, decode = [], LocalWriter.decode
 
-    def counted(decoder, engine, numbers, *arguments, **options):
+    def counted(self, batch):
         if len(decoded) == 2 and monkeypatched:
             raise KeyboardInterrupt
-        decoded.append(len(numbers))
-        return decode(decoder, engine, numbers, *arguments, **options)
+        decoded.append(len(batch))
+        return decode(self, batch)
 
     monkeypatched = True
-    monkeypatch.setattr(generation, "_decode", counted)
+    monkeypatch.setattr(LocalWriter, "decode", counted)
     with pytest.raises(Interrupted):
         call(tmp_path / "run")
     stored, monkeypatched = sorted((tmp_path / "run").iterdir()), False

@@ -1,0 +1,86 @@
+"""Write completions with a model of this process."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int64
+
+from divergence_lens._utils.batching import balanced_batches
+from divergence_lens._utils.memory import run_halved
+from divergence_lens.chat import Encoded, check_length
+from divergence_lens.engine import Engine
+from divergence_lens.generation.request import Finish, Request
+from divergence_lens.generation.sampling import Sampler
+
+
+class LocalWriter:
+    """Completions from an engine's decoder.
+
+    Raises:
+        ValueError: A prompt fills the context.
+    """
+
+    def __init__(self, engine: Engine, request: Request, encoded: Sequence[Encoded]) -> None:
+        for number, prompt in enumerate(encoded):
+            check_length(prompt, engine.n_ctx, new_tokens=1, row=number)
+        settings = request.settings
+        self._engine, self._request = engine, request
+        self._decoder = engine.decoder()
+        self._sampler = Sampler(
+            settings.temperature,
+            settings.top_p,
+            settings.seed,
+            request.prompts,
+            settings.max_new_tokens,
+        )
+
+    def batches(self) -> list[Int64[np.ndarray, " rows"]]:
+        """Divide the prompts into batches, each shortest prompt first."""
+        settings = self._request.settings
+        lengths = np.array([len(row) for row in self._request.rows], dtype=np.int64)
+        # In lockstep, a token of spread costs its batch a step, and a further batch costs up to
+        # max_new_tokens steps.
+        spread = None if self._decoder.ragged else max(1, settings.max_new_tokens // 2)
+        return balanced_batches(
+            lengths + settings.max_new_tokens, settings.batch_tokens, spread=spread
+        )
+
+    def write(self, batch: list[int], finish: Finish) -> None:
+        """Complete a batch, and halve it where memory runs out.
+
+        `finish` is called as completions end. A half that is run again calls it again with the
+        same completions.
+        """
+
+        def decode(part: list[int]) -> None:
+            for number, ids in self.decode(part):
+                finish(number, ids)
+
+        run_halved(batch, decode)
+
+    def decode(self, batch: list[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Yield (prompt's number, completion) as the completions of one batch end."""
+        request, engine, limit = self._request, self._engine, self._request.settings.max_new_tokens
+        prompts = [request.rows[row] for row in batch]
+        written: list[list[int]] = [[] for _ in prompts]
+        rows, hidden = self._decoder.start(prompts, limit)
+        while rows:
+            logits = engine.unembed(hidden).float()  # [row, d_vocab]
+            # One NaN or infinity makes the sum one, and a sum is faster than a test of each.
+            if not bool(logits.sum(-1).isfinite().all()) and not bool(logits.isfinite().all()):
+                bad = int(logits.isfinite().all(-1).logical_not().nonzero()[0])
+                raise ValueError(
+                    f"the logits after prompt {batch[rows[bad]]} are not all numbers; load the "
+                    "model in a wider dtype, or check its weights"
+                )
+            steps = [(batch[row], len(written[row])) for row in rows]
+            chosen = self._sampler.choose(logits, steps)
+            ended = set()
+            for row, token in zip(rows, chosen.tolist(), strict=True):
+                written[row].append(token)
+                length = len(written[row])
+                full = length == limit or len(prompts[row]) + length == engine.n_ctx
+                if full or token in request.stops:
+                    ended.add(row)
+                    yield batch[row], tuple(written[row])
+            rows, hidden = self._decoder.step(chosen, ended)

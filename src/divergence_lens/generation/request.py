@@ -1,0 +1,70 @@
+"""The prompts and settings of one call of `generate`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from divergence_lens.chat import Conversation
+
+Finish = Callable[[int, tuple[int, ...]], None]
+"""Takes a prompt's number and the ids of its completion."""
+
+
+class Writer(Protocol):
+    """The source of completions: a model of this process, or a server."""
+
+    def batches(self) -> list[np.ndarray]:
+        """Return the numbers of all prompts in batches; a batch is the unit of a checkpoint."""
+
+    def write(self, batch: list[int], finish: Finish) -> None:
+        """Complete a batch; call `finish` as completions end."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How completions are generated; see `generate` for each.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    batch_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be 0 (greedy) or a positive number, got {self.temperature}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be 1 or more, got {self.batch_tokens}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Prompts, as text and as ids, and how to complete them.
+
+    Attributes:
+        prompts: User texts and conversations.
+        rows: The ids of each prompt, with the template around it.
+        system_prompt: The teacher's system prompt.
+        tokenizer: The tokenizer of the ids.
+        stops: Ids that end a completion.
+        settings: How completions are generated.
+    """
+
+    prompts: Sequence[str | Conversation]
+    rows: Sequence[Sequence[int]]
+    system_prompt: str | None
+    tokenizer: Any
+    stops: frozenset[int]
+    settings: Settings
