@@ -71,10 +71,11 @@ class Shared(Processes):
 
 
 def test_two_threads_divide_the_batches(random_model, monkeypatch):
-    model = random_model("llama", seed=2)
+    # One model per thread, as each process has its own: a bridge is changed while it begins a pass.
+    models = [random_model("llama", seed=2) for _ in range(2)]
     prompts = [*dl.number_prompts(6, seed=0), "cat", "cat"]
     options = {"max_new_tokens": 8, "batch_tokens": 200, "temperature": 1.0}
-    alone = dl.generate(model, prompts, **options)
+    alone = dl.generate(models[0], prompts, **options)
     decoded, write = {}, LocalWriter.write
 
     def noted(self, batch, finish):
@@ -86,7 +87,7 @@ def test_two_threads_divide_the_batches(random_model, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         calls = [
             pool.submit(dl.generate, model, prompts, accelerator=Shared(index), **options)
-            for index in (0, 1)
+            for index, model in enumerate(models)
         ]
         assert [call.result() for call in calls] == [alone, alone]
     first, second = decoded.values()
