@@ -23,7 +23,7 @@ def token_texts(tokenizer: Any, ids: Iterable[SupportsIndex]) -> dict[int, str]:
     A leading space is preserved. A model may have more logits than its tokenizer has tokens; such
     ids are left out.
     """
-    known = [int(i) for i in ids if 0 <= i < len(tokenizer)]
+    known = [i for i in map(int, ids) if 0 <= i < len(tokenizer)]
     texts = {}
     for token_id, piece in zip(known, tokenizer.convert_ids_to_tokens(known), strict=True):
         text = tokenizer.decode([token_id])
