@@ -20,7 +20,7 @@ _PACKAGES = ("divergence-lens", "transformer-lens", "torch", "transformers", "nu
 
 
 def fingerprint(model: Model) -> str:
-    """A hash over the names, shapes and bytes of all parameters of `model`.
+    """Hash the names, shapes and bytes of all parameters of `model`.
 
     Two models with the same fingerprint hold the same weights, bit for bit.
     """
@@ -32,10 +32,14 @@ def fingerprint(model: Model) -> str:
 
 
 def run_metadata(model: Model | None = None, /, **settings: Any) -> dict[str, Any]:
-    """What a result was made with: package versions, the model, the caller's settings.
+    """Record package versions, the model and the caller's settings.
+
+    Args:
+        model: The model that a result is computed with, if there is one.
+        settings: Options of the call. Values that JSON does not have become strings.
 
     Returns:
-        A dictionary that `json.dumps` takes; values in `settings` it cannot take become strings.
+        A dictionary of JSON values.
     """
     record: dict[str, Any] = {
         "versions": {name: version_of(name) for name in _PACKAGES}
@@ -55,7 +59,7 @@ def run_metadata(model: Model | None = None, /, **settings: Any) -> dict[str, An
 
 @torch.no_grad()
 def model_probe(model: Model) -> dict[str, Any]:
-    """Record what the model predicts after a few fixed tokens, to recognize the model later.
+    """Record predictions after a few fixed tokens, to recognize the model later.
 
     Unlike `fingerprint`, the probe is the same for both model classes and every data type, up to
     rounding, and costs one short forward pass.
@@ -66,7 +70,7 @@ def model_probe(model: Model) -> dict[str, Any]:
     cfg, device = lens_model(model).cfg, next(model.parameters()).device
     length = min(_PROBE_TOKENS, int(cfg.n_ctx))
     tokens = torch.linspace(1, cfg.d_vocab - 1, length).long()[None].to(device)  # [1, pos]
-    # Told that nothing is padding: a tokenizer that pads on the left would have ids masked.
+    # The mask says that nothing is padding; a tokenizer that pads on the left would mask some ids.
     logits = model(tokens, attention_mask=torch.ones_like(tokens))[0, -1].float()  # [d_vocab]
     chosen = torch.linspace(0, len(logits) - 1, _PROBE_VALUES).long().to(device)
     logprobs = logits.log_softmax(-1)[chosen].clamp(min=-1e4)  # [16]; JSON has no infinity
@@ -102,7 +106,7 @@ def warn_if_other_model(metadata: Mapping[str, Any], model: Model, source: str) 
 
 
 def version_of(package: str) -> str:
-    """The installed version of a package, in words."""
+    """Return the installed version of a package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
