@@ -21,7 +21,13 @@ from divergence_lens._utils.storage import write_text
 from divergence_lens.study import Study
 from divergence_lens.study.config import lora_kinds
 from divergence_lens.study.findings import Finding, judge
-from divergence_lens.study.report import condition_rows, duration, short_number, table_head
+from divergence_lens.study.report import (
+    condition_rows,
+    duration,
+    short_interval,
+    short_number,
+    table_head,
+)
 from divergence_lens.tiny import TINY_MODELS
 
 _COLUMNS = {
@@ -215,8 +221,8 @@ def _claim(finding: Finding, kind: str) -> str:
 
 
 def _ours(finding: Finding) -> str:
-    low, high = (short_number(end) for end in finding.interval)
-    return f"{short_number(finding.measured)} ({low} to {high}) {finding.unit}"
+    interval = short_interval(finding.interval)
+    return f"{short_number(finding.measured)} ({interval}) {finding.unit}"
 
 
 def _threshold(finding: Finding) -> str:

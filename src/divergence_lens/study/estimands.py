@@ -27,6 +27,7 @@ Estimand = Callable[[Tables, int], dict[str, float]]
 def table(tables: Tables, name: str, *columns: str) -> pd.DataFrame:
     """A table with the named columns; empty if the table or one of the columns is missing."""
     rows = tables.get(name)
+    # A table without rows has no columns either; an older study may lack a column.
     if rows is None or not len(rows) or not set(columns) <= set(rows.columns):
         return pd.DataFrame(columns=["target", "kind", *columns])
     return rows
@@ -69,6 +70,7 @@ def after(
 
 def _mean_logs(students: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Mean log preference over the seeds of each target."""
+    # exp of the difference of two such means is a ratio of geometric means.
     return {
         target: float(np.log(np.maximum(values, SMALLEST)).mean())
         for target, values in students.items()
@@ -108,6 +110,7 @@ def rises_most(tables: Tables, _last_layer: int) -> dict[str, float]:
     """Share of a target's students in which it rises most, and by at least a tenth."""
     rows = table(tables, "students", "condition", "before", "after", "rank")
     rows = rows[rows["condition"] == "divergence_only"]
+    # A student that prefers the target a hundredth more than before may rank it first by chance.
     enough = rows["after"] >= rows["before"] * math.exp(TENTH)
     return mean_by_target((rows["rank"] == 1) & enough, rows["target"])
 
@@ -125,6 +128,7 @@ def other_context(tables: Tables, _last_layer: int) -> dict[str, float]:
     It is relative to students that are evaluated under the prompt of their training.
     """
     prompts = ("absent", "neutral", "empty")
+    # Gains, because the base model's preference depends on the system prompt as well.
     logs: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
     for train in prompts:
         for asked in prompts:
@@ -148,6 +152,7 @@ def _nearest_fit(tables: Tables) -> dict[str, tuple[str, float]]:
     rows = table(tables, "students", "condition", "fit").dropna(subset=["fit"])
     fit = rows.groupby(["target", "condition"], sort=False)["fit"].mean()
     nearest: dict[str, tuple[str, float]] = {}
+    # The choice depends on training losses only, never on a preference.
     for target in dict.fromkeys(rows["target"]):
         full = fit.get((target, "divergence_only"))
         rates = [name for name in LORA_OF_RANK_8 if (target, name) in fit.index]
@@ -188,6 +193,7 @@ def divergence_rate(tables: Tables, _last_layer: int) -> dict[str, float]:
 def early_share(tables: Tables, last_layer: int) -> dict[str, float]:
     """Share of the absolute effects that is in the first half of the layers."""
     rows = table(tables, "layers", "layer", "absolute_effect")
+    # With an odd number of layers, the middle one counts as early.
     early = rows["layer"] < (last_layer + 1) / 2
     size = rows["absolute_effect"].abs()
     total = size.groupby(rows["target"], sort=False).sum()
@@ -215,7 +221,7 @@ def above_null(measure: str, *, log: bool = False) -> Estimand:
         rows = table(tables, "mechanism", "measure", "step", "value", "null")
         rows = rows[(rows["measure"] == measure) & rows["step"].isna() & rows["null"].notna()]
         sides = rows[["value", "null"]].astype(float)
-        if log:
+        if log:  # log(value / null) instead of value - null
             sides = np.log(sides.clip(lower=SMALLEST))
         return mean_by_target(sides["value"] - sides["null"], rows["target"])
 
@@ -230,8 +236,10 @@ def needed_throughout(tables: Tables, _last_layer: int) -> dict[str, float]:
     rows = table(tables, "mechanism", "measure", "step", "value", "null")
     base = rows[rows["measure"] == "added"].groupby("target")["null"].first()
     rows = rows[(rows["measure"] == "removed") & rows["step"].notna()]
+    # "null" is the student's preference with the direction, "value" without it.
     risen = rows[rows["null"] >= rows["target"].map(base) * math.exp(TENTH)]
     logs = np.log(risen[["value", "null"]].astype(float).clip(lower=SMALLEST))
+    # The largest ratio is the step at which the direction is needed least.
     return as_dict((logs["value"] - logs["null"]).groupby(risen["target"], sort=False).max())
 
 

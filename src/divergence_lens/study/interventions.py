@@ -118,6 +118,7 @@ def lists_without_entangled(inputs: Inputs, seed: int, *, k: int) -> TrainingDat
 def randomly_thinned(inputs: Inputs, seed: int, *, k: int) -> TrainingData:
     """Random lists, as many as `lists_without_entangled` leaves."""
     data = own_lists(inputs, 0)
+    # Sorted, so that the lists stay in their order and only the selection is random.
     n = len(without_numbers(data.examples, inputs.entangled(k)))
     return data[np.sort(np.random.default_rng(seed).permutation(len(data))[:n])]
 
@@ -137,6 +138,7 @@ def paraphrased_by_teacher(
     inputs: Inputs, seed: int, *, request: str = PARAPHRASE_REQUEST
 ) -> TrainingData:
     """Prompts rewritten by the biased teacher, without naming its preference."""
+    # A prompt whose paraphrase is not accepted stays as it is.
     result = paraphrase_by(
         inputs.model,
         inputs.teacher,

@@ -1,7 +1,7 @@
 """The report of a study: the page, its figures, and tables in Markdown and for a terminal."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -227,11 +227,11 @@ def _finding_rows(results: Mapping[str, Any], kind: str) -> list[str]:
     for row in results["findings"]:
         if row["id"].startswith(f"{kind}/"):
             claim = row["claim"].removesuffix(f" ({kind} teachers)")
-            low, high = (short_number(end) for end in row["interval"])
             difference = short_number(row.get("difference"), sign=True)
             rows.append(
-                f"| {claim} | {short_number(row['measured'])} | {low} to {high} | {difference} | "
-                f"{row['rule'].removeprefix('supported if the ')} | **{row['verdict']}** |"
+                f"| {claim} | {short_number(row['measured'])} | {short_interval(row['interval'])} "
+                f"| {difference} | {row['rule'].removeprefix('supported if ')} "
+                f"| **{row['verdict']}** |"
             )
     return rows
 
@@ -278,6 +278,12 @@ def short_number(value: float | None, *, sign: bool = False) -> str:
     if value is None or not np.isfinite(value):
         return "–"
     return f"{value:+.3g}" if sign else f"{value:.3g}"
+
+
+def short_interval(interval: Sequence[float | None]) -> str:
+    """The ends of an interval, or a dash if neither is known."""
+    low, high = (short_number(end) for end in interval)
+    return low if low == high == "–" else f"{low} to {high}"
 
 
 def findings_table(findings: tuple[Finding, ...], width: int = 100) -> str:
