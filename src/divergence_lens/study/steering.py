@@ -9,6 +9,7 @@ from the student undo it?
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ class Steering:
         Yields:
             The model, with hooks.
         """
-        with self._hooked(model, layers, lambda *at: self._adding(*at, scale)):
+        with self._hooked(model, layers, partial(self._adding, scale=scale)):
             yield model
 
     @contextmanager
@@ -122,7 +123,8 @@ class Steering:
         def hook(resid: Tensor) -> Tensor:
             # r - (r.u - b.u) u, where b is the base's mean residual: the component along u is b.u.
             excess = resid @ direction - level  # [batch, pos]
-            return resid - excess[..., None] * direction  # [batch, pos, d_model]
+            held: Tensor = resid - excess[..., None] * direction  # [batch, pos, d_model]
+            return held
 
         return hook
 
