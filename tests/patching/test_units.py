@@ -14,7 +14,7 @@ from divergence_lens.patching.exact import causal_mediation
 from divergence_lens.teachers import Teacher
 from tests.support.models import chat_tokenizer, random_hf_model, slow_except
 from tests.support.patching_oracles import hand_set, one_hook_per_cell
-from tests.support.unit_oracles import patched_by_hand
+from tests.support.unit_oracles import patched_answers_by_hand, patched_by_hand
 
 DIRECTIONS = ("noising", "denoising")
 # Two units, of which the clean side of the first and the corrupted side of the second is longer;
@@ -35,13 +35,11 @@ def unlike_pairs(rows=ROWS, **options):
     units = [0, 1, -1, -1, -1, 3, 4, 5, -1, 9, 10, 11, 12]
     alignment = [units if row is ROWS[0] else None for row in rows]
     n = len(rows)
-    return Pairs.from_tokens(
-        clean,
-        corrupted,
-        answers=list(range(1, n + 1)),
-        foils=list(range(41, n + 41)),
-        **{"alignment": alignment} | options,
-    )
+    single = {"answers": list(range(1, n + 1)), "foils": list(range(41, n + 41))}
+    return Pairs.from_tokens(clean, corrupted, **single | {"alignment": alignment} | options)
+
+
+ANSWERS = {"answers": [[1, 2], 3, [4, 5, 6], [7, 8]], "foils": [[1, 9, 2], [2, 3], 41, [9, 8]]}
 
 
 @pytest.fixture(scope="module")
@@ -350,3 +348,30 @@ def test_a_patched_row_that_does_not_fit_the_context_is_refused(random_model):
     model = random_model("gpt2", n_ctx=14)
     with pytest.raises(ValueError, match=r"'14 → 32\|33\|34' alone makes a row of 15 tokens"):
         causal_mediation(model, unlike_pairs(ROWS[:1]), site="resid_pre")
+
+
+@pytest.mark.parametrize("family", slow_except("qwen2", ("gpt2", "qwen2")))
+@pytest.mark.parametrize("direction", slow_except("noising", ("noising", "denoising")))
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post"])
+def test_answers_of_several_tokens_after_rows_of_new_lengths(both, family, site, direction):
+    hf, model = both(family)
+    pairs = unlike_pairs(**ANSWERS)
+    effects = causal_mediation(model, pairs, site=site, direction=direction)
+    whole = causal_mediation(model, pairs, site="resid_pre", direction=direction, span="all")
+    np.testing.assert_allclose(whole.values[:, 0, 0], whole.total, atol=2e-4)
+    for i in range(len(pairs)):
+        columns = pairs.columns(i)
+        for layer in (0, 1):
+            by_hand = [
+                patched_answers_by_hand(
+                    hf,
+                    pairs,
+                    i,
+                    [column],
+                    site=site,
+                    layers=[layer],
+                    noising=direction == "noising",
+                )
+                for column in columns
+            ]
+            np.testing.assert_allclose(effects.values[i, layer, : len(columns)], by_hand, atol=2e-4)

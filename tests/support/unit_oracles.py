@@ -1,6 +1,6 @@
 """Patching of spans of unequal length by hand, with hooks on the layers of Hugging Face models."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -94,11 +94,13 @@ def patched_by_hand(
     site: str,
     layers: Sequence[int],
     noising: bool = True,
+    measure: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """The effect of patching some columns of pair `i` at a residual site of some layers.
 
     The row is put together token by token and state by state, and the model runs on it from its
-    first layer; what it computes below the patched layer is thrown away.
+    first layer; what it computes below the patched layer is thrown away. `measure` takes the last
+    position's logits; without it, the effect is on the logit difference.
     """
     rows = pairs.clean[i].tolist(), pairs.corrupted[i].tolist()
     base_tokens, source_tokens = rows if noising else rows[::-1]
@@ -144,5 +146,34 @@ def patched_by_hand(
         there = torch.tensor(from_source)[:, None]
         replace[layer, site] = torch.where(there, whole(layer), now)
     after = run_by_hand(hf, tokens, replace).logits
+    if measure is not None:
+        return float(measure(after) - measure(base.logits))
     answer, foil = int(pairs.answers[i]), int(pairs.foils[i])
     return float(after[answer] - after[foil] - (base.logits[answer] - base.logits[foil]))
+
+
+def patched_answers_by_hand(
+    hf: nn.Module, pairs: Pairs, i: int, chosen: Sequence[Column], **options: object
+) -> float:
+    """The effect on the difference of summed log-probabilities, one run per token.
+
+    The token number j of an answer is read after a pair whose two rows end with the tokens before
+    it, and nothing of these is patched.
+    """
+    clean, corrupted = pairs.clean[i].tolist(), pairs.corrupted[i].tolist()
+    effect = 0.0
+    for sign, side in ((1, pairs.answers[i]), (-1, pairs.foils[i])):
+        tokens = [token for token in side.tolist() if token >= 0]
+        for j, token in enumerate(tokens):
+            own = [*pairs.alignment[i].tolist(), *range(len(corrupted), len(corrupted) + j)]
+            longer = Pairs.from_tokens(
+                [clean + tokens[:j]], [corrupted + tokens[:j]], alignment=[own]
+            )
+
+            def log_probability(logits: Tensor, token: int = token) -> Tensor:
+                return logits.double().log_softmax(-1)[token]
+
+            effect += sign * patched_by_hand(
+                hf, longer, 0, chosen, measure=log_probability, **options
+            )
+    return effect

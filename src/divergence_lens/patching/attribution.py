@@ -114,8 +114,9 @@ def attribution_patch(
     from that state. For the other sites the residual that enters the layer stays at the base
     run's, and only the site's output moves (all heads together for `z`). Positions without a
     counterpart stay at the base run's state. This is the form of Schrodi et al. (arXiv
-    2509.23886), with midpoints instead of left endpoints. The values of one layer of a residual
-    site add up to the total effect as `steps` grows, if every position has a counterpart.
+    2509.23886), with midpoints instead of left endpoints. If every
+    position has a counterpart, the values of one layer of a residual site add up to the effect of
+    patching all positions as `steps` grows; for answers of one token, this is the total effect.
 
     `integrated-inputs`: the token embeddings move from the base to the source run's, and all
     layers' gradients along that one path are averaged. `steps` forward and backward passes serve

@@ -103,10 +103,12 @@ def causal_mediation(
             `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, `block_out` (everything that a block
             adds), or per head `z`, `q`, `k`, `v`. Several sites share the unpatched runs.
         direction: Which run is patched.
-        metric: What is measured at the target position: `logit_difference` (answer minus foil),
-            `probability_difference`, `log_probability` (of the answer), `kl` (from the clean run's
-            distribution to the patched run's), or a function of `(logits [rows, d_vocab], pair
-            indices [rows])` that returns `[rows]`.
+        metric: What is measured at the target position: `logit_difference` (answer minus foil; for
+            several tokens the difference of summed log-probabilities, each token predicted after
+            those before it), `probability_difference`, `log_probability` (of the answer), `kl`
+            (from the clean run's distribution to the patched run's), or a function of `(logits
+            [rows, d_vocab], pair indices [rows])` that returns `[rows]`. The last two read the
+            target position alone.
         corruption: Where the patched-in state comes from: `counterfactual`, the pair's other run;
             `mean` of the clean runs of all pairs at the same index of the same segment; `zero`; or
             an `EmbeddingNoise`, whose noisy run is then the corrupted one (causal tracing). `mean`
@@ -151,7 +153,13 @@ def causal_mediation(
         )
     if not set(RESIZING_SITES).isdisjoint(request.sites):
         for i, own in enumerate(request.cells):
-            check_lengths(i, own, engine.n_ctx, noising=direction == "noising")
+            check_lengths(
+                i,
+                own,
+                engine.n_ctx,
+                noising=direction == "noising",
+                answer=request.continuation_length(i),
+            )
     heads = {name: engine.site_heads(name) for name in request.sites}
     shape = (len(pairs), engine.n_layers, request.width)
     masks = {

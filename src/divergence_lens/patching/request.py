@@ -79,6 +79,10 @@ class PatchingRequest:
         """The rows that continue pair `i`, one or two; none if one position is read."""
         return row_readings(self.metric, self.pairs, i)
 
+    def continuation_length(self, i: int) -> int:
+        """The largest number of tokens that continue a row of pair `i`."""
+        return max([0, *(len(reading.continuation) for reading in self.readings(i))])
+
     def teachers(self, i: int) -> tuple[Teacher | None, Teacher | None]:
         """The teachers whose weights the clean and the corrupted run of pair `i` use."""
         clean = self.pairs.clean_teacher[i]
@@ -198,13 +202,12 @@ def _check_weights(engine: Engine, pairs: Pairs, i: int) -> None:
 
 def _check_rows(engine: Engine, request: PatchingRequest, i: int) -> None:
     pairs = request.pairs
-    readings = request.readings(i)
-    if readings and not engine.causal:
+    if request.readings(i) and not engine.causal:
         raise ValueError(
             f"the answer or foil of pair {i} has several tokens, but this model attends in both "
             "directions and would read them at the target position; give one token each"
         )
-    added = max([0, *(len(reading.continuation) for reading in readings)])
+    added = request.continuation_length(i)
     for name, row in (("clean", pairs.clean[i]), ("corrupted", pairs.corrupted[i])):
         if len(row) + added > engine.n_ctx:
             answer = f" and its answer {added} more" if added else ""

@@ -101,14 +101,16 @@ def resized_rows(
     )
 
 
-def check_lengths(i: int, cells: PairCells, n_ctx: int, *, noising: bool) -> None:
+def check_lengths(i: int, cells: PairCells, n_ctx: int, *, noising: bool, answer: int) -> None:
     """Refuse a pair with a patched row that the model's context does not hold.
+
+    `answer` is the number of tokens that continue the row after its target position.
 
     Raises:
         ValueError: Names the cell and the length of its row.
     """
     for cell in _cells_with_units(cells):
-        length = len(patched_origin(cells, cell, noising=noising))
+        length = len(patched_origin(cells, cell, noising=noising)) + answer
         if length > n_ctx:
             raise ValueError(
                 f"patching {cells.labels[cell]!r} alone makes a row of {length} tokens from pair "
