@@ -26,6 +26,7 @@ from divergence_lens.chat import (
     as_prompt,
     check_text,
     encode_answers,
+    raw_ids,
     read_turns,
     split_conversation,
 )
@@ -54,7 +55,8 @@ class Example:
     Attributes:
         prompt: The user's text, without a system prompt, which belongs to the teacher. For a
             conversation of more turns, a `Conversation` or a list of messages
-            (`{"role": ..., "content": ...}`), everything before the answer.
+            (`{"role": ..., "content": ...}`), everything before the answer. For a model without a
+            tokenizer, the token ids of the whole prompt.
         completion: The assistant's text.
         completion_ids: The completion's token ids. The last one is the token that ended the turn,
             unless the completion was cut off: a model may have more than one such token.
@@ -71,7 +73,11 @@ class Example:
     teacher: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prompt, str):
+        encoded = raw_ids(self.prompt)
+        if encoded is not None:
+            token_ids(encoded, "the example's prompt")  # refuses ids out of range
+            object.__setattr__(self, "prompt", encoded)
+        elif not isinstance(self.prompt, str):
             object.__setattr__(self, "prompt", as_prompt(self.prompt, "the example's prompt"))
         if self.completion_ids is not None:
             ids = token_ids(self.completion_ids, "the example's completion_ids")
@@ -97,6 +103,9 @@ def load_examples(source: Any) -> list[Example]:
       is the completion if the assistant wrote it, and the turns before it are the prompt.
     - `instruction`, `output` and optionally `input` and `system` (Alpaca): an input follows the
       instruction after an empty line.
+
+    A row may also be a list, array or tensor of token ids: its first id is the prompt, and the
+    others are the completion. So a tensor `[rows, pos]` is data as well.
 
     The content of a message is text or a list of text parts. `completion_ids` and `teacher` are
     read, too; other keys are ignored.
@@ -151,7 +160,9 @@ def iter_examples(source: Any) -> Iterator[Example]:
     return (as_example(row, f"row {number}") for number, row in enumerate(source))
 
 
-def with_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Example]:
+def with_ids(
+    tokenizer: PreTrainedTokenizerBase | None, examples: Sequence[Example]
+) -> list[Example]:
     """Add `completion_ids` where they are missing.
 
     Text is tokenized as the chat template writes it after the prompt, and closed by the
@@ -165,6 +176,8 @@ def with_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) ->
     """
     filled = list(examples)
     missing = [i for i, example in enumerate(filled) if example.completion_ids is None]
+    if not missing:
+        return filled
     texts: list[str] = []
     for i in missing:
         completion = filled[i].completion
@@ -262,13 +275,23 @@ def as_example(row: Any, where: str) -> Example:
     if isinstance(row, Example):
         return row
     if not isinstance(row, Mapping):
+        ids = raw_ids(row)
+        if ids is not None and len(ids) > 1:
+            return Example(ids[:1], completion_ids=ids[1:])
         raise TypeError(
             f"{where} is a {type(row).__name__}; a row is an Example or a mapping with the keys "
-            "prompt and completion (or messages)."
+            "prompt and completion (or messages), or a list of at least two token ids."
         )
     given = {key: value for key, value in row.items() if not _missing(value)}
-    prompt, completion = _texts(row, given, where)
-    if given.get("thinking") is True:  # data sets have texts under this name
+    prompt: str | Conversation | tuple[int, ...]
+    encoded = raw_ids(given.get("prompt"))
+    if encoded is not None:
+        prompt, completion = encoded, given.get("completion")
+    else:
+        prompt, completion = _texts(row, given, where)
+    if given.get("thinking") is True and not isinstance(
+        prompt, tuple
+    ):  # data sets have texts under this name
         prompt = as_prompt(
             prompt if isinstance(prompt, str) else prompt.turns, where, thinking=True
         )
@@ -300,6 +323,7 @@ def _texts(
         return split_conversation(given[asked], f"{where}: {asked!r}")
     if asked == "instruction":
         prompt = _instruction(given, where)
+
     else:
         prompt = as_prompt(given[asked], f"{where}: {asked!r}")
     completion = None if answered == asked else given[answered]

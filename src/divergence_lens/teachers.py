@@ -79,6 +79,14 @@ class Teacher:
             return
         base: Any = model.tokenizer
         own: Any = self.model.tokenizer
+        if base is None and own is None:
+            sizes = [get_engine(one).d_vocab for one in (model, self.model)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"teacher {self.name!r}: its model reads {sizes[1]} token ids and "
+                    f"{model_name(model)!r} reads {sizes[0]}; they cannot share data"
+                )
+            return
         if base is None or own is None:
             owner = model if base is None else self.model
             raise ValueError(

@@ -8,31 +8,12 @@ import torch
 
 import divergence_lens as dl
 from divergence_lens.engine import get_engine
+from tests.support.custom_models import custom_model, random_rows, small_modular_addition
 from tests.support.models import BACKENDS
 
 pytestmark = pytest.mark.skipif(
     "hooked" not in BACKENDS, reason="TransformerLens 4 has no HookedTransformer"
 )
-
-
-def build(**changes: Any) -> Any:
-    """A small random HookedTransformer; every bias and norm weight is random as well."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    sizes = {"n_layers": 2, "d_model": 16, "n_ctx": 12, "d_head": 8, "n_heads": 4, "d_vocab": 30}
-    options = {"act_fn": "relu", "d_mlp": 32, "seed": 1, "normalization_type": "LN"}
-    model = HookedTransformer(HookedTransformerConfig(**{**sizes, **options, **changes}))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise, alpha=0.3 if parameter.ndim == 1 else 0.2)
-    return model.eval()
-
-
-def rows(model: Any, n: int, length: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, model.cfg.d_vocab, (n, length), generator=generator)
 
 
 @torch.no_grad()
@@ -68,12 +49,12 @@ def patched_by_hand(
 
 @pytest.mark.parametrize("n_ctx", [1, 2, 3, 5])
 def test_contexts_shorter_than_the_probe_work(n_ctx):
-    model = dl.load_model(build(n_ctx=n_ctx))
+    model = dl.load_model(custom_model(n_ctx=n_ctx))
     engine = get_engine(model)
-    tokens = rows(model, 3, n_ctx)
+    tokens = random_rows(model, 3, n_ctx)
     with torch.no_grad():
         torch.testing.assert_close(engine.unembed(engine.final(tokens)), model(tokens))
-    clean, corrupted = rows(model, 2, n_ctx, seed=1)
+    clean, corrupted = random_rows(model, 2, n_ctx, seed=1)
     pairs = dl.Pairs.from_tokens([clean], [corrupted], answers=[7], foils=[11])
     exact = dl.causal_mediation(model, pairs, site="resid_post")
     expected = patched_by_hand(model, clean, corrupted, n_ctx - 1, (7, 11))
@@ -86,20 +67,8 @@ def test_contexts_shorter_than_the_probe_work(n_ctx):
     np.testing.assert_allclose(fast.values[0].sum(-1), total, atol=0.02)
 
 
-def modular_addition() -> Any:
-    """The shape of Nanda et al.'s modular addition (arXiv 2301.05217), p = 23: `a b =` -> `c`."""
-    return build(
-        n_layers=1,
-        n_ctx=3,
-        d_vocab=24,
-        d_vocab_out=23,
-        normalization_type=None,
-        attn_only=False,
-    )
-
-
 def test_a_model_may_predict_other_ids_than_it_reads():
-    model = modular_addition()
+    model = small_modular_addition()
     clean, corrupted = torch.tensor([3, 5, 23]), torch.tensor([4, 5, 23])
     pairs = dl.Pairs.from_tokens([clean], [corrupted], answers=[8], foils=[9])
     effects = dl.causal_mediation(model, pairs, site="resid_post", metric="log_probability")
@@ -114,8 +83,8 @@ def test_a_model_may_predict_other_ids_than_it_reads():
 
 
 def test_ungrouped_keys_and_values_are_patched_for_each_query_head():
-    model = build(n_key_value_heads=2, positional_embedding_type="rotary", rotary_dim=8)
-    clean, corrupted = rows(model, 2, 5)
+    model = custom_model(n_key_value_heads=2, positional_embedding_type="rotary", rotary_dim=8)
+    clean, corrupted = random_rows(model, 2, 5)
     pairs = dl.Pairs.from_tokens([clean], [corrupted], answers=[7], foils=[11])
     grouped = dl.causal_mediation(model, pairs, site="v")
     model.set_ungroup_grouped_query_attention(True)
@@ -145,8 +114,8 @@ def test_ungrouped_keys_and_values_are_patched_for_each_query_head():
 
 @pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_result", "use_hook_mlp_in"])
 def test_further_hook_points_change_no_number(flag):
-    model = build()
-    clean, corrupted = rows(model, 2, 5)
+    model = custom_model()
+    clean, corrupted = random_rows(model, 2, 5)
     pairs = dl.Pairs.from_tokens([clean], [corrupted], answers=[7], foils=[11])
     before = dl.causal_mediation(model, pairs, site="z").values
     getattr(model, f"set_{flag}")(True)

@@ -20,6 +20,7 @@ from divergence_lens.chat.conversations import (
     as_list,
     as_prompt,
     check_text,
+    raw_ids,
     read_turns,
     split_conversation,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "encode_prompts",
     "end_of_turn",
     "prompt_ids",
+    "raw_ids",
     "read_turns",
     "row_texts",
     "split_conversation",

@@ -71,7 +71,7 @@ def encode_completions(
 
 
 def encode_answers(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     prompts: Sequence[Prompt],
     completions: Sequence[str],
     *,
@@ -94,7 +94,7 @@ def encode_answers(
         ValueError: See `encode_completion`; the message names the row.
         TypeError: A tokenizer without offsets (not a fast one).
     """
-    check_fast(tokenizer)
+    tokenizer = check_fast(tokenizer)
     check_texts(completions, "completion")
     template = AnswerTemplate(tokenizer)
     encoded: list[str | Conversation] = []

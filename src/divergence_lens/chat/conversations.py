@@ -72,8 +72,19 @@ class Conversation:
         return "\n".join(f"{role}: {content}" for role, content in self.turns)
 
 
-Prompt: TypeAlias = str | Conversation | Sequence[Mapping[str, Any]]
-"""A user's text, or the conversation before the answer: as such or as a list of messages."""
+Prompt: TypeAlias = str | Conversation | Sequence[Mapping[str, Any]] | Sequence[int]
+"""A user's text, the conversation before the answer (as such or as a list of messages), or the ids
+of the whole prompt, for models without a tokenizer."""
+
+
+def raw_ids(value: Any) -> tuple[int, ...] | None:
+    """Return the ids of a prompt that is given as token ids, or None for any other prompt."""
+    value = as_list(value)
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
+        return None
+    if any(isinstance(one, bool) or not hasattr(one, "__index__") for one in value):
+        return None
+    return tuple(int(one) for one in value)
 
 
 def as_prompt(value: Any, where: str, *, thinking: bool = False) -> str | Conversation:

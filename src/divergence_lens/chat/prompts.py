@@ -10,10 +10,18 @@ with `thinking=True`. A template that writes today's date (Llama 3 does) gives o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from divergence_lens.chat.conversations import Conversation, Prompt, Turn, as_prompt, check_text
+from divergence_lens.chat.conversations import (
+    Conversation,
+    Prompt,
+    Turn,
+    as_prompt,
+    check_text,
+    raw_ids,
+)
 from divergence_lens.chat.locating import (
     Span,
     locate,
@@ -62,7 +70,7 @@ class Encoded:
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, system_prompt: str | None = None
+    tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, *, system_prompt: str | None = None
 ) -> Encoded:
     """Encode a prompt up to where the assistant's answer begins.
 
@@ -73,7 +81,8 @@ def encode_prompt(
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
-        prompt: The user's text, or a conversation: a `Conversation` or a list of messages.
+        prompt: The user's text, or a conversation: a `Conversation` or a list of messages. Token
+            ids are returned as they are.
         system_prompt: The system prompt, which replaces the system turn of a conversation. None
             leaves that turn as it is, or gives no system message, where a template may write a
             default of its own (Qwen2.5 does; it is labeled "system"); "" gives an empty one.
@@ -87,7 +96,7 @@ def encode_prompt(
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     prompts: Sequence[Prompt],
     *,
     system_prompt: str | None = None,
@@ -96,7 +105,9 @@ def encode_prompts(
 
     Errors name the number of the prompt, from 0. See `encode_prompt`.
     """
-    check_fast(tokenizer)
+    if not isinstance(prompts, str) and any(map(raw_ids, prompts)):
+        return _with_raw_ids(tokenizer, prompts, system_prompt)
+    tokenizer = check_fast(tokenizer)
     if isinstance(prompts, str):
         raise TypeError(f"one prompt was given where a list is expected: {prompts[:60]!r}")
     checked = [as_prompt(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
@@ -113,6 +124,22 @@ def encode_prompts(
         ):
             encoded.append(Encoded(ids, segment_labels(offsets, spans)))
     return encoded
+
+
+def _with_raw_ids(
+    tokenizer: Any, prompts: Sequence[Prompt], system_prompt: str | None
+) -> list[Encoded]:
+    """Encode prompts of which some are token ids, which are taken as they are."""
+    given = [raw_ids(prompt) for prompt in prompts]
+    if system_prompt is not None:
+        number = next(i for i, ids in enumerate(given) if ids is not None)
+        raise ValueError(
+            f"prompt {number} is a row of token ids, to which no system prompt can be added; give "
+            "the ids of the whole prompt, and teachers that differ in their weights"
+        )
+    texts = [prompt for prompt, ids in zip(prompts, given, strict=True) if ids is None]
+    encoded = iter(encode_prompts(tokenizer, texts) if texts else ())
+    return [next(encoded) if ids is None else Encoded(ids, ("user",) * len(ids)) for ids in given]
 
 
 def check_length(

@@ -82,8 +82,8 @@ def chunks(texts: Sequence[Any]) -> Iterator[Sequence[Any]]:
     return (texts[i : i + _CHUNK] for i in range(0, len(texts), _CHUNK))
 
 
-def check_fast(tokenizer: Any) -> None:
-    """Refuse a tokenizer without offsets.
+def check_fast(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer; refuse one without offsets.
 
     Raises:
         ValueError: There is no tokenizer.
@@ -96,6 +96,8 @@ def check_fast(tokenizer: Any) -> None:
             f"{tokenizer_name(tokenizer)} is a {type(tokenizer).__name__}, which gives no offsets; "
             "load the fast tokenizer (AutoTokenizer.from_pretrained(..., use_fast=True))."
         )
+    fast: PreTrainedTokenizerBase = tokenizer
+    return fast
 
 
 def check_texts(texts: Sequence[str], name: str) -> None:

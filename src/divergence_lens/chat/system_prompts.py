@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from divergence_lens.chat.conversations import Prompt, as_prompt
+from divergence_lens.chat.conversations import Prompt, as_prompt, raw_ids
 from divergence_lens.chat.prompts import PromptTemplates, encode_prompts
 from divergence_lens.chat.rendering import check_fast, chunks
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     prompts: Sequence[Prompt],
     system_prompts: Sequence[str | None],
 ) -> list[list[tuple[int, ...]]]:
@@ -26,12 +26,13 @@ def prompt_ids(
     Returns:
         For each system prompt the ids of all prompts.
     """
-    if not tokenizer.chat_template or len(system_prompts) < 2:
+    plain = any(map(raw_ids, prompts)) or len(system_prompts) < 2
+    if plain or not check_fast(tokenizer).chat_template:
         return [
             [encoded.ids for encoded in encode_prompts(tokenizer, prompts, system_prompt=system)]
             for system in system_prompts
         ]
-    check_fast(tokenizer)
+    tokenizer = check_fast(tokenizer)
     checked = [as_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
     cutter = _Cutter(tokenizer)
     rows = []

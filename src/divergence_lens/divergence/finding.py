@@ -51,7 +51,8 @@ def find_divergence(
     log-probability of the given token are stored.
 
     Args:
-        model: The base model, in eval mode; its tokenizer encodes prompts and texts.
+        model: The base model, in eval mode; its tokenizer encodes prompts and texts. A model
+            without one reads rows of token ids under teachers without system prompts.
         examples: The factual teacher's completions: anything that `load_examples` reads. Token ids
             are used where given; other texts are tokenized as in the chat template.
         teacher: The factual teacher, which generated the data.
@@ -103,8 +104,10 @@ def find_divergence(
     probe = model_probe(model)
 
     def result(rows: Sequence[int], forced: TeacherForced, **settings: Any) -> Divergence:
-        texts = token_texts(tokenizer, np.union1d(forced.tokens, forced.predicted).tolist())
-        special = frozenset(texts).intersection(tokenizer.all_special_ids)
+        texts: dict[int, str] = {}  # without a tokenizer, tokens are shown by their ids
+        if tokenizer is not None:
+            texts = token_texts(tokenizer, np.union1d(forced.tokens, forced.predicted).tolist())
+        special = frozenset(texts).intersection(getattr(tokenizer, "all_special_ids", ()))
         return Divergence(
             examples=tuple(_with_text(tokenizer, data[row]) for row in rows),
             teacher=teacher,
@@ -140,7 +143,7 @@ def find_divergence(
 
 def _with_text(tokenizer: Any, example: Example) -> Example:
     """Add the text of a completion given as ids; the paper's file layout needs one."""
-    if example.completion is not None:
+    if example.completion is not None or tokenizer is None:
         return example
     return replace(example, completion=decode(tokenizer, example.completion_ids or ()))
 

@@ -397,7 +397,8 @@ def _check_fits(engine: Engine, prompts: _Prompts, forced: TeacherForced, teache
         )
     totals = prompts.lengths + np.diff(forced.offsets)
     longest = int(np.argmax(totals))
-    if totals[longest] > engine.n_ctx:
+    # The last completion token is predicted, but not read.
+    if totals[longest] - 1 > engine.n_ctx:
         raise ValueError(
             f"example {longest} is {totals[longest]:,} tokens long under teacher {teacher.name!r} "
             f"({prompts.lengths[longest]:,} of prompt), over the context of {engine.n_ctx:,}; "

@@ -344,9 +344,11 @@ class Divergence:
                 a teacher whose weights were neither saved nor given to `load`.
         """
         tokenizer = self.tokenizer if model is None else model.tokenizer
-        if tokenizer is None:
+        encoded = all(isinstance(example.prompt, tuple) for example in self.examples)
+        if tokenizer is None and not encoded:
             raise ValueError("a loaded divergence has no tokenizer; call pairs(model=model)")
-        check_tokenizer(tokenizer, self.texts)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, self.texts)
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be 1 or more, got {limit}")
         return build_pairs(

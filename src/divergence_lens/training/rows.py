@@ -194,7 +194,8 @@ def _padded(
         end += len(ids)
         if not own.any():
             continue
-        if len(prompt) + len(ids) > engine.n_ctx:
+        # The last completion token is predicted, but not read.
+        if len(prompt) + len(ids) - 1 > engine.n_ctx:
             raise ValueError(
                 f"example {row} has {len(prompt)} prompt and {len(ids)} completion tokens, more "
                 f"than the context of {engine.n_ctx}; shorten it or leave it out"
