@@ -52,7 +52,7 @@ def divergence_tokens(example: ExampleDivergence) -> go.Figure:
     )
     if others:
         detail += f"; {others} not the argmax of {example.names[0]} (blue, dotted line)"
-    prompt = textwrap.shorten(example.prompt, 80, placeholder=" …")
+    prompt = textwrap.shorten(str(example.prompt), 80, placeholder=" …")
     return style.figure(
         [hover],
         what=f"Divergence tokens of example {example.index}, {example.names[0]}",
