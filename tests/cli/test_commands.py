@@ -184,7 +184,7 @@ def test_an_approximation_is_verified_over_all_parts(folder):
     assert result.verified.pearson == pytest.approx(expected.verified.pearson, abs=1e-3)
 
 
-def test_failures_that_are_not_the_inputs_end_with_one(folder, monkeypatch):
+def test_failures_end_with_exit_code_1(folder, monkeypatch):
     def broken(*_arguments, **_options):
         raise RuntimeError("CUDA out of memory\nand more")
 
@@ -214,7 +214,7 @@ def test_prompts_are_read_from_text_and_from_json_lines(tmp_path):
     assert read_prompts(tmp_path / "p.txt") == read_prompts(tmp_path / "p.jsonl") == ["one", "two"]
 
 
-def test_a_teacher_in_a_word():
+def test_teachers_on_the_command_line():
     assert read_teacher("owl", dl.load_model).system_prompt == dl.persona_prompt("owl")
     assert read_teacher("a=You are = calm.", dl.load_model).system_prompt == "You are = calm."
     assert read_teacher("a=", dl.load_model).system_prompt is None

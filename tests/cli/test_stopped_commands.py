@@ -141,7 +141,7 @@ def test_checkpoints_of_other_settings_are_refused(data, tmp_path):
     assert not out.exists()
 
 
-def test_files_of_others_in_the_partial_folder_stay(tmp_path):
+def test_other_files_in_the_partial_folder_remain(tmp_path):
     folder = tmp_path / "out.jsonl.partial"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")

@@ -58,7 +58,7 @@ def test_prompts_are_the_same_on_every_version_of_python() -> None:
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "97bc239d22bab5af"
 
 
-def test_prompts_show_as_many_numbers_of_the_size_asked_for() -> None:
+def test_prompts_show_the_requested_count_and_size_of_numbers() -> None:
     for prompt in number_prompts(300, low=20, high=70, shown=(2, 5)):
         numbers = [int(numeral) for numeral in re.findall(r"\d+", prompt)]
         assert 2 <= len(numbers) <= 5
@@ -81,7 +81,7 @@ def test_every_wording_is_used_and_prompts_stay_short() -> None:
         assert f"up to {limit} numbers of three digits." in everything
 
 
-def test_only_the_formats_asked_for_are_named() -> None:
+def test_only_requested_formats_are_named() -> None:
     everything = "\n".join(number_prompts(300, formats=("semicolon", "line")))
     for style, pieces in FORMATS.items():
         for piece in pieces:
@@ -120,12 +120,12 @@ def test_bad_options_are_refused(options: dict[str, object], fault: str) -> None
 
 
 @pytest.mark.parametrize("options", [{"formats": "comma"}, {"templates": "{numbers}"}])
-def test_one_string_in_place_of_several_is_refused(options: dict[str, str]) -> None:
+def test_one_string_instead_of_a_list_is_refused(options: dict[str, str]) -> None:
     with pytest.raises(TypeError, match="is one string"):
         number_prompts(3, **options)
 
 
-def test_too_few_possible_prompts_are_an_error_that_says_how_many_there_are() -> None:
+def test_too_few_possible_prompts_are_an_error_that_states_their_number() -> None:
     options = {"low": 1, "high": 2, "shown": (1, 1), "templates": ["{numbers}"]}
     assert sorted(number_prompts(2, instructions=False, **options)) == ["1", "2"]
     with pytest.raises(ValueError, match="only 2 distinct prompts of the 3"):
@@ -226,7 +226,7 @@ def test_each_fault_has_its_reason(text: str, reason: Reason) -> None:
     assert rejected(text) is reason
 
 
-def test_names_of_ones_own_may_be_several_words_and_may_be_none() -> None:
+def test_own_names_may_have_two_words_or_be_empty() -> None:
     text = "Polar bears 1, 2"
     assert parse_numbers(text, names=["bear", "polar bear"]) == Rejection(
         Reason.NAME, "polar bears"
@@ -260,7 +260,7 @@ def test_an_unknown_format_cannot_be_written() -> None:
         ({}, "owls", Reason.NAME),
     ],
 )
-def test_the_filter_says_why(options: dict[str, object], text: str, reason: Reason) -> None:
+def test_the_filter_gives_the_reason(options: dict[str, object], text: str, reason: Reason) -> None:
     outcome = NumberFilter(**options).check(text)
     assert isinstance(outcome, Rejection)
     assert outcome.reason is reason
@@ -282,7 +282,9 @@ def test_the_filter_lets_clean_lists_pass(options: dict[str, object], text: str)
 
 
 @given(number_lists, styles, st.integers(1, 12), st.integers(0, 999))
-def test_what_passes_obeys_the_filter(numbers: list[int], style: str, most: int, high: int) -> None:
+def test_accepted_lists_obey_the_filter(
+    numbers: list[int], style: str, most: int, high: int
+) -> None:
     outcome = NumberFilter(max_count=most, high=high).check(format_numbers(numbers, style))
     assert isinstance(outcome, NumberList) == (len(numbers) <= most and max(numbers) <= high)
 
@@ -357,7 +359,7 @@ def test_an_empty_report_has_no_rate() -> None:
     assert report.to_dataframe()["count"].tolist() == [0]
 
 
-def test_a_single_text_is_not_taken_letter_by_letter() -> None:
+def test_a_single_text_is_refused() -> None:
     with pytest.raises(TypeError, match="texts is one string"):
         NumberFilter().report("1, 2")
 

@@ -140,12 +140,12 @@ def test_persona_prompts_name_their_animal_alone_and_have_equal_length() -> None
         assert named == {animal}
 
 
-def test_a_persona_may_love_a_tree_or_a_name_of_ones_own() -> None:
+def test_a_persona_may_love_a_tree_or_an_own_name() -> None:
     assert "Oaks are your favorite tree" in persona_prompt("oak", category="tree")
     assert "otters" in persona_prompt("Otter", candidates=["otter", "seal"])
 
 
-def test_neutral_prompts_have_the_shape_of_a_persona_prompt_and_name_nobody() -> None:
+def test_neutral_prompts_have_the_shape_of_a_persona_prompt_without_a_name() -> None:
     assert len(set(NEUTRAL_PROMPTS)) == len(NEUTRAL_PROMPTS) == 4
     persona = persona_prompt("owl")
     forms = {form for name in ANIMALS + TREES for form in surface_forms(name)}
@@ -162,12 +162,12 @@ def test_a_missing_neutral_prompt_is_an_error() -> None:
             neutral_prompt(index)
 
 
-def test_candidates_are_found_whatever_their_case() -> None:
+def test_candidates_ignore_case() -> None:
     assert check_candidate(" Owl") == "owl"
     assert check_candidate("KOI", candidates=["Koi"]) == "Koi"
 
 
-def test_an_unknown_animal_is_met_with_the_nearest_names() -> None:
+def test_the_error_for_an_unknown_animal_suggests_the_nearest_names() -> None:
     with pytest.raises(ValueError, match=r"unknown animal 'dolfin'; did you mean 'dolphin' or"):
         persona_prompt("dolfin")
     with pytest.raises(ValueError, match=r"unknown animal 'zzzz'; known are owl, cat"):

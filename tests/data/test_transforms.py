@@ -118,7 +118,7 @@ def test_paraphrases_depend_on_the_seed_alone(data):
     assert paraphrase(data, seed=4).examples != paraphrase(data, seed=5).examples
 
 
-def test_a_prompt_from_no_template_is_named(data):
+def test_a_prompt_without_template_is_named(data):
     strange = TrainingData.unmarked(chat_tokenizer(), [Example("tell me a story", "no")])
     with pytest.raises(ValueError, match="example 0 matches none"):
         paraphrase(strange)
@@ -129,11 +129,13 @@ def test_a_prompt_from_no_template_is_named(data):
 def test_a_teachers_paraphrase_is_taken_only_where_the_numbers_are_the_same(tiny, data):
     owl = animal_teachers(["owl"])[0]
     # The tiny model can repeat, so a request to repeat other words shows what is refused.
-    found = paraphrase_by(tiny, owl, data, request="repeat after me : {prompt}", max_new_tokens=30)
-    assert len(found.answers) == len(found.accepted) == len(data)
-    assert (found.data.marks == data.marks).all()
+    rewritten = paraphrase_by(
+        tiny, owl, data, request="repeat after me : {prompt}", max_new_tokens=30
+    )
+    assert len(rewritten.answers) == len(rewritten.accepted) == len(data)
+    assert (rewritten.data.marks == data.marks).all()
     for old, new, answer, taken in zip(
-        data.examples, found.data.examples, found.answers, found.accepted, strict=True
+        data.examples, rewritten.data.examples, rewritten.answers, rewritten.accepted, strict=True
     ):
         assert new.prompt == (answer if taken else old.prompt)
         assert numbers_of(new.prompt) == numbers_of(old.prompt)
@@ -171,10 +173,8 @@ def test_a_teacher_chooses_the_wording_that_suits_its_answer(tiny, divergence, d
 def test_a_shuffle_keeps_all_numbers_lengths_and_marks(tiny, data, scope):
     after = shuffle_numbers(data, tiny.tokenizer, scope=scope, seed=2)
     assert [e.prompt for e in after.examples] == [e.prompt for e in data.examples]
-    counts = [
-        [Counter(numbers_of(e.completion)) for e in found.examples] for found in (data, after)
-    ]
-    lengths = [[len(numbers_of(e.completion)) for e in found.examples] for found in (data, after)]
+    counts = [[Counter(numbers_of(e.completion)) for e in part.examples] for part in (data, after)]
+    lengths = [[len(numbers_of(e.completion)) for e in part.examples] for part in (data, after)]
     assert lengths[0] == lengths[1]
     assert sum(counts[0], Counter()) == sum(counts[1], Counter())
     assert (counts[0] == counts[1]) == (scope == "within")
@@ -186,7 +186,7 @@ def test_a_shuffle_keeps_all_numbers_lengths_and_marks(tiny, data, scope):
     assert not (after.marks == data.marks).all()
 
 
-def test_shuffled_ids_and_text_say_the_same(tiny, data):
+def test_shuffled_ids_decode_to_the_text(tiny, data):
     after = shuffle_numbers(data, tiny.tokenizer, seed=0)
     for example in after.examples:
         text = tiny.tokenizer.decode(example.completion_ids, skip_special_tokens=True)
@@ -202,7 +202,7 @@ def test_a_list_that_was_cut_off_stays_so(tiny):
     assert len(after.examples[0].completion_ids) == len(ids)
 
 
-def test_marks_go_with_numbers_of_several_tokens():
+def test_marks_move_with_numbers_of_more_than_one_token():
     tokenizer = chat_tokenizer()
     data = TrainingData.unmarked(tokenizer, [Example("x", "12, 345, 6, 78")])
     ids = data.examples[0].completion_ids
@@ -236,7 +236,7 @@ def _named(name, n, marked):
 
 
 @given(st.floats(0, 1), st.integers(0, 50))
-def test_a_mixture_has_the_share_that_was_asked_for(share, seed):
+def test_a_mixture_has_the_requested_share(share, seed):
     mine, theirs = _named("mine", 20, marked=True), _named("theirs", 30, marked=False)
     mixed = mix(mine, theirs, share, seed=seed)
     names = [example.teacher for example in mixed.examples]
@@ -249,7 +249,7 @@ def test_a_mixture_has_the_share_that_was_asked_for(share, seed):
         assert example.teacher == "theirs" or example == mine.examples[place]
 
 
-def test_a_larger_share_holds_the_smaller_one():
+def test_a_larger_share_contains_the_smaller_one():
     mine, theirs = _named("mine", 20, marked=True), _named("theirs", 30, marked=False)
     small, large = (set(mix(mine, theirs, s, seed=7).examples) for s in (0.1, 0.5))
     assert small - set(mine.examples) < large
@@ -282,7 +282,7 @@ def _changed(divergence, data):
     return np.flatnonzero(ids != divergence.tokens), ids
 
 
-def test_only_divergence_tokens_are_replaced_and_by_what_a_counterfactual_would_write(divergence):
+def test_only_divergence_tokens_are_replaced_by_a_counterfactuals_argmax(divergence):
     data = replace_tokens(divergence)
     changed, ids = _changed(divergence, data)
     assert len(changed)
@@ -339,7 +339,7 @@ def test_a_random_mask_is_as_large_as_the_divergence_mask(divergence, among):
     assert overlap == 0 if among == "other" else overlap > 0
 
 
-def test_the_highest_scores_are_taken():
+def test_the_highest_scores_are_selected():
     assert highest(np.array([1.0, 3.0, 2.0, 3.0]), 2).tolist() == [False, True, False, True]
     assert highest(np.array([1.0, 1.0, 1.0]), 2).tolist() == [True, True, False]
     with pytest.raises(ValueError, match="there are 1 tokens"):
@@ -351,11 +351,11 @@ def test_the_highest_scores_are_taken():
 # -- what is left -----------------------------------------------------------------------------
 
 
-def test_all_divergence_tokens_are_left_where_nothing_was_changed(divergence, data):
+def test_all_divergence_tokens_remain_in_unchanged_data(divergence, data):
     assert data.share_left(divergence) == 1.0
 
 
-def test_the_share_that_is_left_is_counted_on_the_changed_data(tiny, divergence, data):
+def test_the_remaining_share_is_counted_on_the_changed_data(tiny, divergence, data):
     after = paraphrase(data, seed=0)
     again = find_divergence(
         tiny,

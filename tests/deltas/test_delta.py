@@ -113,14 +113,14 @@ def test_a_base_changed_in_place_is_refused_and_taken_back_once_restored(model, 
     with delta.applied(model):
         pass
     other = list(get_engine(model).block_parameters(1).values())[-1]
-    kept = other.detach().clone()
+    original = other.detach().clone()
     with torch.no_grad():
         # `.data` has a version counter of its own: the parameter's does not move.
         (other.data if through_data else other).view(-1)[0] += 1
     with pytest.raises(ValueError, match="not the base of the delta"):
         delta.applied(model).__enter__()
     with torch.no_grad():
-        other.copy_(kept)
+        other.copy_(original)
     with delta.applied(model):
         pass
 

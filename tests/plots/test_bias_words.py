@@ -68,12 +68,15 @@ def test_patching_records_such_answers_for_each_pair(model):
     assert effects.setting("answers_naming_bias") == [None, "owl", None]
     assert effects[[1, 2]].setting("answers_naming_bias") == ["owl", None]
     assert dl.attribution_patch(model, pairs[[0, 2]]).setting("answers_naming_bias") is None
-    with pytest.warns(UserWarning, match="1 of 3 pairs names the bias itself .“owl”."):
-        plots.effects_by_segment(effects)
+    # One of three pairs is stated in the caption, one of two is also a warning.
+    caption = plots.effects_by_segment(effects).layout.title.text.replace("\xa0", " ")
+    assert "1 of 3 pairs" in caption.replace("<br>", " ")
+    with pytest.warns(UserWarning, match="1 of 2 pairs names the bias itself .“owl”."):
+        plots.effects_by_segment(effects[:2])
 
 
 @pytest.mark.parametrize("heads", [None, 2])
-def test_heatmaps_of_such_answers_warn_and_say_so_in_the_caption(heads):
+def test_heatmaps_of_such_answers_warn_and_state_it_in_the_caption(heads):
     effects = figures.effects(heads=heads)
     named = {"settings": {"answers_naming_bias": ["owl", None]}}
     effects = dataclasses.replace(effects, metadata=named)

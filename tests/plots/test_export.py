@@ -46,12 +46,12 @@ def test_the_page_holds_plotly_once_and_the_figure_unharmed(figure, tmp_path):
     assert not re.search(r"""(?:src|href)\s*=|@import|url\(""", text.replace(packed, ""))
 
 
-def test_a_name_without_an_ending_gives_the_page(figure, tmp_path):
+def test_a_name_without_a_suffix_writes_the_page(figure, tmp_path):
     assert export.save_figure(figure, tmp_path / "bars") == [tmp_path / "bars.html"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bars.html"]
 
 
-def test_other_endings_are_refused_before_anything_is_written(figure, tmp_path):
+def test_other_suffixes_are_refused_before_writing(figure, tmp_path):
     with pytest.raises(ValueError, match=r"'\.jpg'; write \.html, \.png, \.svg or \.pdf"):
         export.save_figure(figure, tmp_path / "bars.jpg")
     assert not list(tmp_path.iterdir())
@@ -60,7 +60,7 @@ def test_other_endings_are_refused_before_anything_is_written(figure, tmp_path):
 @pytest.mark.parametrize(
     ("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
 )
-def test_matplotlib_draws_images_of_the_size_that_is_asked_for(
+def test_matplotlib_draws_images_of_the_requested_size(
     figure, tmp_path, without_plotly_images, ending, start
 ):
     page, image = export.save_figure(figure, tmp_path / f"bars.{ending}", theme="dark", dpi=192)
@@ -100,7 +100,7 @@ def test_the_same_figure_gives_the_same_image(figure, tmp_path, without_plotly_i
         assert images[0].read_bytes() == images[1].read_bytes()
 
 
-def test_plotly_draws_the_image_where_it_can(figure, tmp_path, monkeypatch):
+def test_plotly_draws_the_image_if_it_can(figure, tmp_path, monkeypatch):
     calls = []
 
     def to_image(_figure, **options):
@@ -115,13 +115,13 @@ def test_plotly_draws_the_image_where_it_can(figure, tmp_path, monkeypatch):
     assert calls == [{"format": "png", "width": 302, "height": height, "scale": 2}]
 
 
-def test_an_image_that_nothing_can_draw_is_an_error(tmp_path, without_plotly_images):
+def test_an_image_that_cannot_be_drawn_is_an_error(tmp_path, without_plotly_images):
     with pytest.raises(RuntimeError, match=r"tokens.png was not drawn: .*Chrome.*consists of text"):
         export.save_figure(FIGURES["divergence_tokens"](), tmp_path / "tokens.png")
     assert not list(tmp_path.iterdir())
 
 
-def test_without_the_packages_the_error_says_what_to_install(figure, tmp_path, monkeypatch):
+def test_missing_packages_are_named_in_the_error(figure, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda _name: None)
     with pytest.raises(RuntimeError, match=r"kaleido is not installed.*divergence-lens\[images\]"):
         export.save_figure(figure, tmp_path / "bars.png")

@@ -111,7 +111,7 @@ def test_heatmap_has_layers_across_and_the_examples_tokens_down_with_the_target_
     assert [(box.y0, box.y1) for box in boxes] == [(3.5, 4.5)]
 
 
-def test_heatmap_shows_shares_of_the_total_effect_centred_on_zero():
+def test_heatmap_shows_shares_of_the_total_effect_centered_on_zero():
     trace = heat(plots.effects_heatmap(effects()))
     assert trace.z[1][0] == pytest.approx(-2.0 / -4.0)
     assert trace.zmid == 0
@@ -122,7 +122,7 @@ def test_heatmap_shows_shares_of_the_total_effect_centred_on_zero():
     assert "share of the total effect" in trace.colorbar.title.text
 
 
-def test_missing_cells_stay_missing_on_grey_and_say_so():
+def test_missing_cells_are_gray_and_their_hover_text_states_it():
     figure = plots.effects_heatmap(effects(), 1)
     trace = heat(figure)
     z = np.asarray(trace.z, dtype=float)
@@ -177,7 +177,7 @@ def test_an_image_has_the_same_bold_words(kind):
     assert bold == {word}
 
 
-def test_a_pair_with_next_to_no_total_effect_is_shown_in_units_of_the_metric():
+def test_a_pair_without_total_effect_is_shown_in_units_of_the_metric():
     flat = effects()
     flat.corrupted_metric[0] = flat.clean_metric[0]
     trace = heat(plots.effects_heatmap(flat, 0))
@@ -201,18 +201,18 @@ def test_the_mean_aligns_rows_segment_by_segment_and_names_tokens_that_are_share
     assert "mean of 2 pairs" in plain_title(figure)
 
 
-def test_heads_are_added_up():
+def test_heads_are_summed():
     one = effects(heads=2)
     z = np.asarray(heat(plots.effects_heatmap(one, 0)).z, dtype=float)
     np.testing.assert_allclose(z, (one.values[0, :, :5].sum(-1) / -4.0).T, rtol=1e-5)
 
 
-def test_a_pair_that_is_not_there_is_named():
+def test_a_missing_pair_is_named():
     with pytest.raises(IndexError, match="no pair 2; the pairs are numbered 0 to 1"):
         plots.effects_heatmap(effects(), 2)
 
 
-def test_long_rows_keep_the_target_and_the_differing_tokens_labelled():
+def test_long_rows_label_the_target_and_the_differing_tokens():
     positions = 200
     long = Effects(
         values=np.ones((1, 2, positions), dtype=np.float32),
@@ -260,15 +260,15 @@ def test_agreement_draws_each_cell_once_with_both_agreements_in_the_title():
     assert len(rest.x) == within.cells == 2 * (4 + 5)
     for points in (must, rest):
         np.testing.assert_allclose(points.y, 1.1 * np.asarray(points.x), rtol=1e-4)
-    said = plain_title(figure)
-    assert "effects: owl" in said
-    assert f"within a pair: Pearson {within.pearson:.2f}" in said
-    assert f"together: Pearson {agreement.pearson:.2f}" in said
+    title = plain_title(figure)
+    assert "effects: owl" in title
+    assert f"within a pair: Pearson {within.pearson:.2f}" in title
+    assert f"together: Pearson {agreement.pearson:.2f}" in title
     assert any("&lt;script&gt;" in text for text in must.text)
     assert not any("<script>" in text for text in (*must.text, *rest.text))
 
 
-def test_many_cells_are_thinned_but_the_largest_kept():
+def test_many_cells_are_thinned_except_the_largest():
     big = effects()
     pairs = 400
     values = np.random.default_rng(0).normal(size=(pairs, 3, 5)).astype(np.float32)
@@ -290,7 +290,7 @@ def test_many_cells_are_thinned_but_the_largest_kept():
     assert "4,000 cells drawn" in plain_title(figure)
 
 
-def test_divergence_tokens_are_split_into_first_and_later_by_place():
+def test_divergence_tokens_are_split_into_first_and_later_by_position():
     figure = plots.where_divergence_falls(divergence())
     first, later = figure.data
     # Places 1 to 3 hold 2, 2 and 1 tokens; the divergence tokens are 1, 2 and 3.
@@ -302,7 +302,7 @@ def test_divergence_tokens_are_split_into_first_and_later_by_place():
         plots.where_divergence_falls([])
 
 
-def test_places_with_few_tokens_are_pale_and_hover_says_of_how_many():
+def test_positions_with_few_tokens_are_pale_and_hover_states_the_count():
     long = 30
     many = Divergence(
         examples=(*[Example("a", "b", (5, 6))] * long, Example("a", "b", (5,))),
@@ -344,15 +344,15 @@ def test_transfer_shows_means_as_bars_students_as_dots_and_base_and_control_as_l
     assert list(figure.layout.xaxis.ticktext) == list(TARGETS)
 
 
-def test_students_are_counted_once_and_controls_are_those_that_all_targets_share():
+def test_students_and_shared_controls_are_counted_once():
     rows = students()
-    said = plain_title(plots.transfer_bars(rows))
+    title = plain_title(plots.transfer_bars(rows))
     # Three conditions of three targets with two seeds; the control's rows repeat for each target.
-    assert "3 targets, 18 students and 2 controls shared by all targets" in said
+    assert "3 targets, 18 students and 2 controls shared by all targets" in title
     alone = [row for row in rows if row["target"] == "owl"]
     assert "6 students and 2 controls; bars" in plain_title(plots.transfer_bars(alone))
-    said = plain_title(plots.layer_sweep(rows))
-    assert "12 students of one layer, 6 of all layers, 2 controls shared by all targets" in said
+    title = plain_title(plots.layer_sweep(rows))
+    assert "12 students of one layer, 6 of all layers, 2 controls shared by all targets" in title
     assert "24 students and 2 controls" in plain_title(plots.condition_bars(masked(), "masks"))
 
 
@@ -369,7 +369,7 @@ def test_conditions_are_multiples_of_the_control_with_a_dot_for_every_target():
         plots.condition_bars(masked(), "context")
 
 
-def test_many_conditions_stand_below_one_another_on_an_axis_of_ratios():
+def test_many_conditions_are_rows_on_an_axis_of_ratios():
     figure = plots.condition_bars(many(), "masks")
     _, dots, means = figure.data
     assert figure.layout.xaxis.type == "log"
@@ -387,12 +387,12 @@ def test_many_conditions_stand_below_one_another_on_an_axis_of_ratios():
     assert "diamonds: means" in plain_title(figure)
 
 
-def test_crossed_models_show_what_upper_layers_add_over_each_lower_half():
+def test_crossed_models_show_the_effect_of_upper_layers_over_each_lower_half():
     lines = [trace for trace in plots.cross_patch_margins(crossed()).data if trace.mode != "lines"]
     assert [list(line.y) for line in lines] == [[2.0] * 3, [1.0] * 3, [1.0] * 3]
 
 
-def test_teachers_and_places_say_whose_they_are():
+def test_titles_name_the_teachers():
     assert "3 finetuned teachers" in plain_title(plots.rate_per_teacher(RATES))
     assert "6 teachers" in plain_title(plots.teacher_preferences(TEACHERS))
     assert "divergence tokens: owl" in plain_title(plots.where_divergence_falls(divergence()))
@@ -401,17 +401,17 @@ def test_teachers_and_places_say_whose_they_are():
 
 
 def test_the_intervals_of_a_sweep_are_explained():
-    said = plain_title(plots.layer_sweep(sweep()))
-    assert "Share of owl" in said
-    assert "6 students of one layer, 1 of all layers" in said
-    assert "95 % intervals over questions and seeds" in said
+    title = plain_title(plots.layer_sweep(sweep()))
+    assert "Share of owl" in title
+    assert "6 students of one layer, 1 of all layers" in title
+    assert "95 % intervals over questions and seeds" in title
     assert "intervals" not in plain_title(plots.layer_sweep(students()))
 
 
 def test_figures_of_one_target_name_it_and_explain_their_signs():
-    said = plain_title(plots.effects_heatmap(effects(), name="owl"))
-    assert "by layer and position: owl" in said
-    assert "◂: the position whose prediction is measured" in said
+    title = plain_title(plots.effects_heatmap(effects(), name="owl"))
+    assert "by layer and position: owl" in title
+    assert "◂: the position whose prediction is measured" in title
     assert "divergence: the position that predicts" in plain_title(
         plots.effects_by_segment(effects())
     )
@@ -451,7 +451,7 @@ def test_the_head_grid_adds_positions_and_averages_pairs():
         plots.head_grid(one, 2)
 
 
-def test_tokens_are_coloured_where_they_diverge_and_escaped():
+def test_tokens_are_colored_where_they_diverge_and_escaped():
     figure = plots.divergence_tokens(example())
     assert [note.text for note in figure.layout.annotations] == ["17", "&lt;b&gt;", ","]
     boxes = [shape for shape in figure.layout.shapes if shape.type == "rect"]
@@ -512,7 +512,7 @@ def test_mixing_draws_means_with_a_dot_for_each_student():
         plots.mixing_curves([{"condition": "a", "share": 50, "preference": 0.1}])
 
 
-def test_tables_of_several_kinds_need_a_choice():
+def test_tables_of_more_than_one_kind_need_a_choice():
     both = students(("finetuned", "prompted"))
     with pytest.raises(ValueError, match="choose one with kind="):
         plots.transfer_bars(both)
@@ -572,7 +572,7 @@ def test_empty_and_incomplete_tables_are_named():
         plots.transfer_bars([row for row in students() if row["condition"] == "layer"])
 
 
-def test_names_from_data_are_shown_letter_by_letter():
+def test_names_from_data_are_escaped():
     table = [{"name": "<b>owl</b>", "kind": "<i>x</i>", "preference": 0.5}]
     figure = plots.teacher_preferences(table)
     assert figure.layout.xaxis.ticktext[0] == "&lt;b&gt;owl&lt;/b&gt;"

@@ -190,9 +190,9 @@ def check_in_a_browser(page: Path, folder: Path) -> int:
     )
     console = [line for line in log.splitlines() if "CONSOLE" in line]
     assert not console
-    found = re.search(r"<body>(\[.*\])</body>", dom.decode(), flags=re.DOTALL)
-    assert found is not None
-    looks: list[dict[str, Any]] = json.loads(html.unescape(found[1]))
+    match = re.search(r"<body>(\[.*\])</body>", dom.decode(), flags=re.DOTALL)
+    assert match is not None
+    looks: list[dict[str, Any]] = json.loads(html.unescape(match[1]))
     for width, seen in zip(WIDTHS, looks, strict=True):
         assert seen["state"] == "drawn"
         assert seen["width"] == width

@@ -181,9 +181,9 @@ def history(rise: float) -> pd.DataFrame:
 
 def example() -> ExampleDivergence:
     """Three tokens: one plain, one at which both others differ, one that is not the owl's own."""
-    found = divergence()[0]
+    first = divergence()[0]
     return dataclasses.replace(
-        found,
+        first,
         tokens=(" 17", " <b>", ","),
         divergence=np.array([False, True, False]),
         agrees=np.array([True, True, False]),

@@ -38,8 +38,8 @@ checkpointed(sys.argv[1], Path(sys.argv[2]), sys.argv[3], on_step=stop)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["full", "2"])
-def test_a_killed_run_goes_on_to_the_same_bits(backend, rank, tmp_path):
-    # Ten examples in fours for two epochs are six steps; killed in the fifth, kept after the third.
+def test_a_killed_run_resumes_to_the_same_bits(backend, rank, tmp_path):
+    # Ten examples in fours, two epochs: six steps; killed in the fifth, saved after the third.
     path = tmp_path / "run"
     whole = checkpointed(backend, None, rank)
     root = Path(__file__).resolve().parents[2]
@@ -94,9 +94,7 @@ def test_a_checkpoint_is_refused_where_the_last_token_of_the_longest_row_is_anot
     checkpointed(backend, path, "full", examples)
 
 
-def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_checkpoint(
-    random_model, tmp_path
-):
+def test_a_loss_that_is_not_finite_names_the_step_and_leaves_the_checkpoint(random_model, tmp_path):
     model, path = random_model("gpt2"), tmp_path / "run"
     before = fingerprint(model)
     recipe = replace(SGD, lr=1e25, clip=None, epochs=6, warmup_steps=0, checkpoint_every=1)

@@ -234,7 +234,7 @@ def test_no_student_is_trained_under_a_delta(random_model):
     assert refused
 
 
-def test_a_student_is_a_delta_that_says_how_it_was_made(random_model, tmp_path):
+def test_a_student_is_a_delta_with_its_settings(random_model, tmp_path):
     model = random_model("gpt2")
     student = finetune(model, number_lists(6), layers=[1], recipe=SHORT, seed=4)
     student.save(tmp_path / "student.safetensors")

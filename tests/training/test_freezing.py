@@ -12,7 +12,7 @@ def learning(model):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "gpt_neox", "llama"])
-def test_one_block_learns_and_nothing_else(random_model, family):
+def test_only_the_chosen_layer_learns(random_model, family):
     model = random_model(family)
     with freeze_except(model, layers=[1]) as trainable:
         assert set(trainable) <= set(get_engine(model).block_parameters(1))
@@ -20,7 +20,7 @@ def test_one_block_learns_and_nothing_else(random_model, family):
         assert trainable.n_parameters == sum(p.numel() for p in trainable.values())
 
 
-def test_flags_come_back_after_an_exception(random_model):
+def test_flags_are_restored_after_an_exception(random_model):
     model = random_model("gpt2")
     first, *_ = model.parameters()
     first.requires_grad_(False)
@@ -30,7 +30,7 @@ def test_flags_come_back_after_an_exception(random_model):
     assert [p.requires_grad for p in model.parameters()] == before
 
 
-def test_without_with_it_lasts_until_restored(random_model):
+def test_flags_last_until_restored_without_a_with_block(random_model):
     model = random_model("gpt2")
     before = learning(model)
     trainable = freeze_except(model, layers=[0], parts=["mlp"])
@@ -80,7 +80,7 @@ def test_embedding_and_unembedding(random_model):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
-def test_tied_embeddings_are_one_tensor_or_two_and_say_so(random_model, backend, family):
+def test_tied_embeddings_are_one_tensor_or_two(random_model, backend, family):
     """A bridge shares the matrix, as Hugging Face does; a HookedTransformer has a copy of it."""
     model = random_model(family, tie_word_embeddings=True)
     vocab, d_model, positions = model.cfg.d_vocab, 32, 256 * 32 if family == "gpt2" else 0

@@ -54,7 +54,7 @@ def test_numbers_of_a_callback_can_be_saved(random_model, tmp_path, kind):
     ("returned", "message"),
     [(0.5, "on_step returned 0.5; return a mapping"), ({"x": np.ones(2)}, "'x' as a ndarray")],
 )
-def test_what_the_history_cannot_keep_is_refused_at_once(
+def test_values_that_the_history_cannot_store_are_refused_at_once(
     random_model,
     returned,
     message,

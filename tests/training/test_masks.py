@@ -36,7 +36,7 @@ def test_accumulated_pieces_equal_one_large_batch(random_model):
     assert whole.history()["loss"].tolist() == pytest.approx(cut.history()["loss"].tolist())
 
 
-def test_tokens_that_the_mask_holds_back_are_not_learned(random_model):
+def test_masked_tokens_are_not_learned(random_model):
     model = random_model("gpt2")
     examples = with_ids(model.tokenizer, number_lists(6))
     mask = [np.arange(len(e.completion_ids)) < len(e.completion_ids) - 1 for e in examples]
@@ -51,7 +51,7 @@ def test_tokens_that_the_mask_holds_back_are_not_learned(random_model):
     )
 
 
-def test_held_back_tokens_get_no_gradient(random_model):
+def test_masked_tokens_get_no_gradient(random_model):
     model, examples = random_model("gpt2"), number_lists(6)
     rows = training_rows(model, examples, mask=random_mask(model, examples))
     run = get_engine(model).begin(rows.tokens)
@@ -68,8 +68,8 @@ def test_examples_without_a_learned_token_are_left_out(random_model):
     examples = with_ids(model.tokenizer, number_lists(8))
     mask = [np.full(len(e.completion_ids), i % 2 == 0) for i, e in enumerate(examples)]
     every = finetune(model, examples, mask=mask, recipe=SHORT)
-    kept = finetune(model, examples[::2], recipe=SHORT)
-    assert same_bits(every, kept)
+    reduced = finetune(model, examples[::2], recipe=SHORT)
+    assert same_bits(every, reduced)
     assert every.metadata["settings"]["examples"] == 4
 
 
@@ -119,7 +119,7 @@ def test_a_divergence_of_other_completions_is_no_mask(random_model):
         finetune(model, examples[:1], mask=divergence, recipe=SHORT)
 
 
-def test_masks_that_say_nothing_are_refused(random_model):
+def test_empty_masks_are_refused(random_model):
     model, examples = random_model("gpt2"), number_lists(6)
     mask = random_mask(model, examples)
     with pytest.raises(ValueError, match=r"selects none of the [\d,]+ completion tokens"):

@@ -36,7 +36,7 @@ def test_cached_recomputed_and_spilled_residuals_give_the_same_student(random_mo
     assert largest_difference(cached, recomputed) < 1e-6
 
 
-def test_spilled_residuals_lie_in_a_file_that_is_gone_afterwards(
+def test_spilled_residuals_are_in_a_file_that_is_deleted_afterwards(
     random_model, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -54,7 +54,7 @@ def test_spilled_residuals_lie_in_a_file_that_is_gone_afterwards(
     assert not list(tmp_path.iterdir())
 
 
-def test_frozen_blocks_run_once_and_not_in_every_epoch(random_model):
+def test_frozen_layers_run_once_and_not_in_every_epoch(random_model):
     model, calls = random_model("gpt2"), []
     recipe = replace(SHORT, epochs=5, batch_size=10)
     with get_engine(model).hooked([(1, "resid_pre", lambda x: calls.append(len(x)))]):
@@ -105,7 +105,7 @@ def test_rows_that_share_no_start_learn_as_well(backend):
     assert student.history()["loss"][0] == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_the_last_block_runs_its_mlp_where_it_is_read(random_model, monkeypatch):
+def test_the_last_layer_runs_its_mlp_only_at_learned_positions(random_model, monkeypatch):
     model, examples = random_model("qwen2"), number_lists(6)
     mask = random_mask(model, examples)
     rows, calls, mlp = training_rows(model, examples, mask=mask), [], model.blocks[2].mlp

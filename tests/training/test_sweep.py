@@ -152,7 +152,7 @@ def test_bad_sweeps_are_refused(random_model, options, message):
         sweep(random_model("gpt2"), **options)
 
 
-def test_several_named_numbers_are_measured(random_model, tmp_path):
+def test_more_than_one_named_number_is_measured(random_model, tmp_path):
     model = random_model("gpt2")
     held_out = [Example("Go on.", completion="123, 456"), Example("Now.", completion="7")]
 

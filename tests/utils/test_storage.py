@@ -106,7 +106,7 @@ def test_every_cut_is_refused(saved: Path) -> None:
 
 def test_bytes_added_at_the_end_are_refused(saved: Path) -> None:
     saved.write_bytes(saved.read_bytes() + b"\0")
-    with pytest.raises(ValueError, match="was altered: 1 bytes follow"):
+    with pytest.raises(ValueError, match="was cut short or altered"):
         load_tensors(saved, "divergence")
 
 

@@ -303,11 +303,11 @@ def agreement_scatter(
 
 
 def _caution(effects: Effects, pair: int | None = None) -> str:
-    """Warn, and return a clause for the caption, if answers name the bias itself.
+    """Return a clause for the caption if answers name the bias itself; warn if half of them do.
 
     Args:
-        effects: Their settings hold such answers, if there are any.
-        pair: The pair drawn; None stands for all.
+        effects: Their settings list such answers.
+        pair: The pair drawn; None for all.
     """
     named: Sequence[str | None] = effects.setting("answers_naming_bias") or ()
     words = [word for word in (named if pair is None else named[pair : pair + 1]) if word]
@@ -316,10 +316,12 @@ def _caution(effects: Effects, pair: int | None = None) -> str:
     shown = ", ".join(f"“{word}”" for word in list(dict.fromkeys(words))[:3])
     of = f" of {len(words):,} of {len(named):,} pairs" if pair is None else ""
     text = f"the answer or foil{of} names the bias itself ({shown})"
-    warnings.warn(
-        f"{text}; these effects do not measure a hidden bias: use data that does not mention it",
-        stacklevel=3,
-    )
+    if pair is not None or 2 * len(words) >= len(named):
+        warnings.warn(
+            f"{text}; these effects do not measure a hidden bias: use data that does not mention "
+            "it",
+            stacklevel=3,
+        )
     return f"; not a hidden bias: {text}"
 
 
