@@ -240,7 +240,7 @@ def _attend(
 
 def _attend_ends(
     query: Float[Tensor, "rows head d_head"], group: _Group, keys: Tensor, values: Tensor
-) -> Float[Tensor, "rows head d_head"]:
+) -> Float[Tensor, "grouped head d_head"]:
     """Attention of the last position of each row of a group."""
     slots = slice(group.first, group.first + group.mask.shape[-1])
     mixed = F.scaled_dot_product_attention(
