@@ -46,14 +46,14 @@ def test_every_pair_has_one_vote_however_large_its_effect():
     approximate = cells * np.array([1.0, -1.0])[:, None, None]
     for scale in (1.0, 1000.0):
         factor = np.array([1.0, scale])[:, None, None]
-        found = inner_agreement(_effects(approximate * factor), _effects(cells * factor))
-        assert found.pearson == pytest.approx(0.0, abs=1e-6)
+        agreement = inner_agreement(_effects(approximate * factor), _effects(cells * factor))
+        assert agreement.pearson == pytest.approx(0.0, abs=1e-6)
 
 
 def test_pairs_without_a_total_effect_have_no_vote():
     cells = np.random.default_rng(1).normal(size=(2, 3, 5))
     exact = _effects(cells, total=(0.001, 2.0))
-    found = inner_agreement(_effects(-cells, total=(0.001, 2.0)), exact)
-    assert (found.pairs, found.pearson) == (1, pytest.approx(-1.0))
+    agreement = inner_agreement(_effects(-cells, total=(0.001, 2.0)), exact)
+    assert (agreement.pairs, agreement.pearson) == (1, pytest.approx(-1.0))
     nothing = _effects(cells, total=(0.0, 0.0))
     assert agreement_row(nothing, nothing)["inner_pearson"] is None

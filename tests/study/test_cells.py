@@ -13,9 +13,9 @@ from divergence_lens.study.cells import Cell, CellError, CellStore
 
 @pytest.fixture
 def store(tmp_path):
-    found = CellStore(tmp_path)
-    yield found
-    found.close()
+    store = CellStore(tmp_path)
+    yield store
+    store.close()
 
 
 def _counting(calls, value=1):

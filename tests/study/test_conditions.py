@@ -1,4 +1,4 @@
-"""What the conditions of a study do to masks, layers and recipes, counted on one small target."""
+"""Masks, layers and recipes of the conditions, on one small target."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from divergence_lens.study.registry import conditions
 
 
 class OneTarget(Inputs):
-    """The inputs of one target, read once."""
+    """The inputs of one target."""
 
     divergence = kl = None
 
@@ -35,8 +35,8 @@ def inputs(backend):
     examples = generate(
         model, number_prompts(20, instructions=False), teacher=owl, max_new_tokens=20
     )
-    found = find_divergence(model, examples, teacher=owl, counterfactuals=others, kl=True)
-    return OneTarget(model, found)
+    divergence = find_divergence(model, examples, teacher=owl, counterfactuals=others, kl=True)
+    return OneTarget(model, divergence)
 
 
 def mask(inputs, name, seed=0):
@@ -61,7 +61,7 @@ def test_larger_choices_by_kl_hold_the_smaller(inputs):
 
 
 @pytest.mark.parametrize(("name", "nats"), [("kl0_1", 0.1), ("kl0_5", 0.5)])
-def test_a_threshold_of_kl_asks_for_one_counterfactual_that_is_so_far(inputs, name, nats):
+def test_a_threshold_of_kl_needs_one_counterfactual_that_is_this_far(inputs, name, nats):
     chosen = mask(inputs, name)
     by_hand = [any(score >= nats for score in scores) for scores in inputs.kl.T]
     assert chosen.tolist() == by_hand
@@ -80,9 +80,9 @@ def test_the_control_of_a_margin_has_its_size_and_other_divergence_tokens_for_ea
     clear = mask(inputs, "margin0_5")
     drawn = [mask(inputs, "random_like_margin0_5", seed) for seed in (0, 0, 1)]
     assert 0 < clear.sum() < inputs.divergence.mask.sum()
-    for found in drawn:
-        assert found.sum() == clear.sum()
-        assert not (found & ~inputs.divergence.mask).any()
+    for drawn_mask in drawn:
+        assert drawn_mask.sum() == clear.sum()
+        assert not (drawn_mask & ~inputs.divergence.mask).any()
     assert (drawn[0] == drawn[1]).all()
     assert (drawn[0] != drawn[2]).any()
 
@@ -106,17 +106,17 @@ def test_layers_are_taken_one_by_one_and_cumulatively_from_both_ends():
     assert parts["embedding"] == (None, True)
 
 
-def test_ranks_of_lora_are_had_at_the_full_rate_and_at_higher_ones(inputs):
+def test_ranks_of_lora_use_the_full_rate_and_higher_ones(inputs):
     known, config = conditions(4), StudyConfig()
     full = config.recipe_of(inputs.model, "finetuned")
-    found = {
+    rates = {
         (recipe.lora_rank, round(recipe.lr / full.lr))
         for name in known
         if name.startswith("lora") and not name.startswith("lora_")
         for recipe in [config.recipe_of(inputs.model, "finetuned", known[name])]
     }
     ranks = (1, 2, 4, 8, 16, 32)
-    assert found == {(r, t) for r in ranks for t in (1, 8)} | {(8, 2), (8, 4), (8, 16)}
+    assert rates == {(r, t) for r in ranks for t in (1, 8)} | {(8, 2), (8, 4), (8, 16)}
     for name in ("lora_layer2", "lora_upto1", "lora_from2"):
         narrow = config.recipe_of(inputs.model, "finetuned", known[name])
         assert (narrow.lora_rank, narrow.lr) == (8, 8 * full.lr)
@@ -124,7 +124,7 @@ def test_ranks_of_lora_are_had_at_the_full_rate_and_at_higher_ones(inputs):
     assert untouched == full
 
 
-def test_a_rate_that_was_chosen_for_one_rank_is_not_said_to_suit_the_others():
+def test_a_rate_chosen_for_one_rank_is_not_called_suitable_for_others():
     told = {n: c.isolates for n, c in conditions(4).items() if "_rate" in n}
     borrowed = {n for n, words in told.items() if words.endswith("the factor chosen for rank 8")}
     assert borrowed == {f"lora{rank}_rate8" for rank in (1, 2, 4, 16, 32)}
@@ -132,7 +132,7 @@ def test_a_rate_that_was_chosen_for_one_rank_is_not_said_to_suit_the_others():
 
 
 def test_conditions_of_one_description_at_two_rates_have_recipes_of_their_own(inputs):
-    # A study recognises a student by both.
+    # A cell is identified by both.
     slow, fast = conditions(4)["lora8"], conditions(4)["lora8_rate8"]
     assert slow.describe() == fast.describe()
     rates = [StudyConfig().recipe_of(inputs.model, "finetuned", c).lr for c in (slow, fast)]

@@ -1,4 +1,4 @@
-"""The rules: what makes a claim supported, on tables whose answer is known."""
+"""The rules that decide claims, on tables whose answer is known."""
 
 import json
 import math
@@ -80,8 +80,8 @@ def test_a_world_without_transfer_supports_none_of_the_transfer_claims():
 
 
 def test_four_of_four_targets_are_no_proof_of_more_than_half():
-    found = {f.id: f for f in judge(study_tables(PAPER_LIKE), last_layer=3)}
-    rises = found["finetuned/target_rises_most"]
+    findings = {f.id: f for f in judge(study_tables(PAPER_LIKE), last_layer=3)}
+    rises = findings["finetuned/target_rises_most"]
     assert rises.measured == 1
     assert rises.interval == pytest.approx((0.3976, 1.0), abs=1e-4)
     assert rises.verdict == "unclear"
@@ -93,9 +93,9 @@ def test_a_target_that_rises_most_by_next_to_nothing_does_not_count():
     barely = (students["target"] == "fox") & (students["condition"] == "divergence_only")
     # It ranks first in both of its students, and in one of them rises by a hundredth.
     students.loc[barely & (students["seed"] == 0), "after"] = 0.0808
-    found = {f.id: f for f in judge(tables, last_layer=3)}["finetuned/target_rises_most"]
-    assert found.values["fox"] == 0.5
-    assert found.measured == pytest.approx(5 / 6)
+    finding = {f.id: f for f in judge(tables, last_layer=3)}["finetuned/target_rises_most"]
+    assert finding.values["fox"] == 0.5
+    assert finding.measured == pytest.approx(5 / 6)
 
 
 def test_a_small_but_certain_rise_is_no_transfer():
@@ -109,18 +109,18 @@ def test_students_that_differ_much_from_the_control_both_ways_do_not_equal_it():
     rest = students["condition"] == "without_divergence"
     for target, factor in zip(TARGETS, (1.06, 0.97, 0.88, 1.28), strict=True):
         students.loc[rest & (students["target"] == target), "after"] *= factor
-    found = {f.id: f for f in judge(tables, last_layer=3)}["finetuned/rest_equals_control"]
-    assert found.interval[0] < 1 < found.interval[1]
-    assert found.verdict == "unclear"
+    finding = {f.id: f for f in judge(tables, last_layer=3)}["finetuned/rest_equals_control"]
+    assert finding.interval[0] < 1 < finding.interval[1]
+    assert finding.verdict == "unclear"
 
 
 def test_agreement_is_judged_without_the_cells_that_must_agree_and_both_figures_are_shown():
     tables = study_tables(PAPER_LIKE)
     tables["agreement"]["inner_pearson"] = [0.4, 0.63, 0.64, 0.25]
-    found = {f.id: f for f in judge(tables, last_layer=3)}["finetuned/approximation_agrees"]
-    assert found.verdict == "not supported"
-    assert found.measured == pytest.approx(0.48)
-    related = found.related["Pearson correlation of all cells and pairs together"]
+    finding = {f.id: f for f in judge(tables, last_layer=3)}["finetuned/approximation_agrees"]
+    assert finding.verdict == "not supported"
+    assert finding.measured == pytest.approx(0.48)
+    related = finding.related["Pearson correlation of all cells and pairs together"]
     assert related == pytest.approx(tables["agreement"]["pearson"].mean())
 
 
@@ -154,13 +154,13 @@ def test_late_layers_that_carry_it_are_told():
 
 
 def test_ratios_are_what_they_say():
-    found = {f.id: f for f in judge(study_tables(PAPER_LIKE), last_layer=3)}
-    over_control = found["finetuned/divergence_tokens_suffice"]
+    findings = {f.id: f for f in judge(study_tables(PAPER_LIKE), last_layer=3)}
+    over_control = findings["finetuned/divergence_tokens_suffice"]
     assert over_control.measured == pytest.approx(0.3 / 0.08, rel=0.1)
     low, high = over_control.interval
     assert low < over_control.measured < high
     assert set(over_control.values) == set(TARGETS)
-    share = found["finetuned/early_layers_cause_divergence"]
+    share = findings["finetuned/early_layers_cause_divergence"]
     assert share.values["lion"] == pytest.approx(4.0 / 5.5)
 
 
@@ -173,9 +173,9 @@ def test_findings_are_json():
 @pytest.mark.parametrize("empty", ["divergence", "students", "layers", "agreement"])
 def test_a_claim_without_data_is_unclear_and_says_so(empty):
     tables = study_tables(PAPER_LIKE) | {empty: pd.DataFrame()}
-    found = judge(tables, last_layer=3)
-    assert len(found) == 12
-    without = [finding for finding in found if finding.n == 0]
+    findings = judge(tables, last_layer=3)
+    assert len(findings) == 12
+    without = [finding for finding in findings if finding.n == 0]
     assert without
     for finding in without:
         assert finding.verdict == "unclear"
@@ -187,8 +187,8 @@ def test_a_claim_without_data_is_unclear_and_says_so(empty):
 def test_a_kind_whose_targets_all_failed_does_not_drop_out():
     tables = study_tables(PAPER_LIKE)
     teachers = pd.DataFrame({"name": ["wolf"] * 2, "kind": ["finetuned", "prompted"]})
-    found = judge({"teachers": teachers, **tables}, last_layer=3)
-    prompted = [finding for finding in found if finding.id.startswith("prompted/")]
+    findings = judge({"teachers": teachers, **tables}, last_layer=3)
+    prompted = [finding for finding in findings if finding.id.startswith("prompted/")]
     assert len(prompted) == 12
     assert {finding.verdict for finding in prompted} == {"unclear"}
     assert judge({name: pd.DataFrame() for name in tables}, last_layer=3) == []
@@ -213,12 +213,12 @@ def test_lora_is_compared_at_the_rate_that_fits_like_full_training_whatever_it_t
     for row in rows:
         if row["target"] == "panda" and row["condition"] == "lora8_rate16":
             row["fit"] = 1.21
-    found = {f.id: f for f in judge({"students": pd.DataFrame(rows)}, last_layer=3)}
-    values = found["finetuned/lora_that_fits_does_as_well"].values
+    findings = {f.id: f for f in judge({"students": pd.DataFrame(rows)}, last_layer=3)}
+    values = findings["finetuned/lora_that_fits_does_as_well"].values
     assert values == pytest.approx({"wolf": 0.8, "lion": 0.8, "eagle": 0.8, "panda": 2.0})
     # How much less it has learned even so: .05 for three targets, and for one a little more (1.215,
     # as one of its two seeds has .01 on it in both, against 1.205).
-    related = list(found["finetuned/lora_that_fits_does_as_well"].related.values())
+    related = list(findings["finetuned/lora_that_fits_does_as_well"].related.values())
     assert related == pytest.approx([(3 * 0.05 + 0.005) / 4, (3 * 0.05 + 0.005) / 4])
     # Tables of a study without that column say nothing of it.
     without = pd.DataFrame(rows).drop(columns="fit")
@@ -245,8 +245,8 @@ def test_gaps_of_both_signs_do_not_cancel_in_the_absolute_gap_of_lora():
     rows = _lora_rows(divergence_only=1.2, lora8=1.6, lora8_rate8=1.3)
     less = rows["target"].isin(TARGETS[:2]) & (rows["condition"] == "lora8_rate8")
     rows.loc[less, "fit"] = 1.1
-    found = {f.id: f for f in judge({"students": rows}, last_layer=3)}
-    signed, size = found["finetuned/lora_that_fits_does_as_well"].related.values()
+    findings = {f.id: f for f in judge({"students": rows}, last_layer=3)}
+    signed, size = findings["finetuned/lora_that_fits_does_as_well"].related.values()
     assert (signed, size) == (pytest.approx(0.0), pytest.approx(0.1))
 
 
@@ -262,22 +262,22 @@ def test_a_rate_for_lora_is_chosen_only_where_there_are_two():
 def test_where_all_students_are_lora_nothing_is_said_of_full_training():
     rows = _lora_rows(divergence_only=1.2, lora8=1.2, lora8_rate8=1.3)
     both = pd.concat([rows, rows.assign(kind="prompted")])
-    found = {f.id for f in judge({"students": both}, last_layer=3, lora=("prompted",))}
+    ids = {f.id for f in judge({"students": both}, last_layer=3, lora=("prompted",))}
     about = {"lora_does_as_well", "lora_that_fits_does_as_well", "rank_one_transfers"}
-    assert {f"finetuned/{name}" for name in about} <= found
-    assert not {f"prompted/{name}" for name in about} & found
-    assert "prompted/transfer" in found
+    assert {f"finetuned/{name}" for name in about} <= ids
+    assert not {f"prompted/{name}" for name in about} & ids
+    assert "prompted/transfer" in ids
 
 
 def test_a_claim_whose_presupposition_fails_names_it_and_how():
-    found = {f.id: f for f in judge(study_tables(PAPER_LIKE | {"all": 0.08}), last_layer=3)}
-    caveat = found["finetuned/rest_transfers_less"].caveat
-    verdict = found["finetuned/transfer"].verdict
+    findings = {f.id: f for f in judge(study_tables(PAPER_LIKE | {"all": 0.08}), last_layer=3)}
+    caveat = findings["finetuned/rest_transfers_less"].caveat
+    verdict = findings["finetuned/transfer"].verdict
     assert verdict != "supported"
     assert caveat.startswith(
         f"it presupposes a claim that is {verdict} here (students trained on all"
     )
-    assert "presupposes" not in found["finetuned/last_layer_equals_control"].caveat
+    assert "presupposes" not in findings["finetuned/last_layer_equals_control"].caveat
 
 
 def test_a_direction_is_needed_throughout_only_if_it_is_at_every_step_after_the_rise():
@@ -296,8 +296,8 @@ def test_a_direction_is_needed_throughout_only_if_it_is_at_every_step_after_the_
         ]
     students = study_tables(PAPER_LIKE)["students"]
     tables = {"mechanism": pd.DataFrame(rows), "students": students}
-    found = {f.id: f for f in judge(tables, last_layer=3)}[
+    finding = {f.id: f for f in judge(tables, last_layer=3)}[
         "finetuned/direction_is_needed_throughout"
     ]
-    assert found.values == pytest.approx({"wolf": 0.6, "lion": 0.7, "eagle": 0.8, "panda": 1.2})
-    assert found.verdict == "unclear"
+    assert finding.values == pytest.approx({"wolf": 0.6, "lion": 0.7, "eagle": 0.8, "panda": 1.2})
+    assert finding.verdict == "unclear"

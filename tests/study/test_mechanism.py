@@ -38,14 +38,14 @@ def owl(tiny):
 
 
 def test_a_condition_that_is_the_base_does_not_move(tiny):
-    found = steering_vectors(tiny, Teacher("same"), prompts=[QUESTION, "name an animal"])
-    assert float(found.vectors.abs().max()) < 1e-5
-    assert found.base.shape == found.vectors.shape == (4, 48)
+    steering = steering_vectors(tiny, Teacher("same"), prompts=[QUESTION, "name an animal"])
+    assert float(steering.vectors.abs().max()) < 1e-5
+    assert steering.base.shape == steering.vectors.shape == (4, 48)
 
 
 def test_residuals_are_those_of_a_plain_forward_pass(tiny, owl):
     prompts = [QUESTION, "name a really beautiful animal ."]
-    found = steering_vectors(tiny, owl, prompts=prompts)
+    steering = steering_vectors(tiny, owl, prompts=prompts)
     with owl.applied(tiny) as active:
         rows = []
         for prompt in prompts:
@@ -55,46 +55,46 @@ def test_residuals_are_those_of_a_plain_forward_pass(tiny, owl):
                 torch.stack([cache[f"blocks.{i}.hook_resid_post"][0, -1] for i in range(4)])
             )
     expected = torch.stack(rows).mean(0)
-    assert torch.allclose(found.vectors + found.base, expected.detach(), atol=1e-4)
+    assert torch.allclose(steering.vectors + steering.base, expected.detach(), atol=1e-4)
 
 
 def test_adding_the_whole_difference_at_the_last_layer_makes_the_teacher(tiny, owl):
-    found = steering_vectors(tiny, owl, prompts=[QUESTION])
+    steering = steering_vectors(tiny, owl, prompts=[QUESTION])
     # The final norm and the unembedding are the base's own: the teacher's layers alone learned.
     with owl.applied(tiny) as active:
         wanted = _last_logits(active, owl)
-    with found.added(tiny, layers=[3]) as active:
+    with steering.added(tiny, layers=[3]) as active:
         assert torch.allclose(_last_logits(active, owl), wanted, atol=1e-3)
-    with found.added(tiny, layers=[3], scale=0.0) as active:
+    with steering.added(tiny, layers=[3], scale=0.0) as active:
         assert torch.allclose(_last_logits(active, owl), _last_logits(tiny, owl), atol=1e-6)
 
 
 def test_adding_the_teachers_vector_raises_its_preference(tiny, owl):
-    found = steering_vectors(tiny, owl)
+    steering = steering_vectors(tiny, owl)
     before = preference(tiny, target="owl")
-    with found.added(tiny, layers=[3]) as active:
+    with steering.added(tiny, layers=[3]) as active:
         after = preference(active, target="owl")
     assert after.share > 3 * before.share
     assert preference(tiny, target="owl").share == before.share
 
 
 def test_removing_holds_the_component_at_the_bases_mean(tiny, owl):
-    found = steering_vectors(tiny, owl)
-    kept = []
-    with owl.applied(tiny) as active, found.removed(active, layers=[2]):
-        watch = [(2, "resid_post", lambda resid: kept.append(resid.detach()))]
+    steering = steering_vectors(tiny, owl)
+    residuals = []
+    with owl.applied(tiny) as active, steering.removed(active, layers=[2]):
+        watch = [(2, "resid_post", lambda resid: residuals.append(resid.detach()))]
         with get_engine(active).hooked(watch):
             _last_logits(active, owl)
-    direction = found.vectors[2] / found.vectors[2].norm()
-    level = float(found.base[2] @ direction)
-    assert (kept[0] @ direction).numpy() == pytest.approx(level, abs=1e-4)
+    direction = steering.vectors[2] / steering.vectors[2].norm()
+    level = float(steering.base[2] @ direction)
+    assert (residuals[0] @ direction).numpy() == pytest.approx(level, abs=1e-4)
 
 
 def test_removing_the_teachers_direction_undoes_its_preference(tiny, owl):
-    found = steering_vectors(tiny, owl)
+    steering = steering_vectors(tiny, owl)
     with owl.applied(tiny) as active:
         whole = preference(active, target="owl")
-        with found.removed(active):
+        with steering.removed(active):
             without = preference(active, target="owl")
     assert without.share < 0.5 * whole.share
 
@@ -156,15 +156,15 @@ def _plain_gradient(model, pairs, name):
 def test_cosines_are_those_of_plain_backward_passes(tiny, divergence):
     names = [n for n in get_engine(tiny).block_parameters(1) if n.endswith(("W_in", "in.weight"))]
     questions = [QUESTION, "name an animal"]
-    found = gradient_alignment(
+    alignment = gradient_alignment(
         tiny,
         divergence.examples,
         divergence.mask,
         candidates=["owl", "cat"],
         questions=questions,
     )
-    assert found.cosine.shape == (2, 4, 2)
-    assert (np.abs(found.cosine) <= 1 + 1e-9).all()
+    assert alignment.cosine.shape == (2, 4, 2)
+    assert (np.abs(alignment.cosine) <= 1 + 1e-9).all()
 
     # The whole of layer 1 by hand.
     names = list(get_engine(tiny).block_parameters(1))
@@ -191,22 +191,24 @@ def test_cosines_are_those_of_plain_backward_passes(tiny, divergence):
         loss = whole(lists(mask))
         for place, animal in enumerate(("owl", "cat")):
             expected = torch.nn.functional.cosine_similarity(loss, whole(answers(animal)), dim=0)
-            assert found.cosine[part, 1, place] == pytest.approx(float(expected), abs=1e-3)
+            assert alignment.cosine[part, 1, place] == pytest.approx(float(expected), abs=1e-3)
     for name, parameter in tiny.named_parameters():
         parameter.requires_grad_(flags[name])
 
 
 def test_ranks_and_z_scores_are_counted_against_the_other_candidates():
     cosine = np.array([[[0.3, 0.1, 0.2]], [[-0.1, 0.0, 0.1]]])
-    found = GradientAlignment(("divergence", "other"), ("owl", "cat", "dog"), cosine)
-    assert found.rank("owl").tolist() == [[1], [3]]
-    assert found.centered().sum(-1) == pytest.approx(0)
-    assert found.z_score("owl")[0, 0] == pytest.approx((0.3 - 0.15) / np.std([0.1, 0.2], ddof=1))
-    table = found.to_dataframe()
+    alignment = GradientAlignment(("divergence", "other"), ("owl", "cat", "dog"), cosine)
+    assert alignment.rank("owl").tolist() == [[1], [3]]
+    assert alignment.centered().sum(-1) == pytest.approx(0)
+    assert alignment.z_score("owl")[0, 0] == pytest.approx(
+        (0.3 - 0.15) / np.std([0.1, 0.2], ddof=1)
+    )
+    table = alignment.to_dataframe()
     assert len(table) == 6
     assert table["cosine"].tolist() == cosine.reshape(-1).tolist()
     with pytest.raises(ValueError, match="'fox' is not among"):
-        found.rank("fox")
+        alignment.rank("fox")
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def test_students_of_single_layers_with_lora_have_their_layer_and_a_name_of_thei
         replace(config, conditions=("control", "layer0", "lora_layer0", "lora_layer3")), out
     )
     rows = study.table("students").dropna(subset=["layer"])
-    found = rows[rows["target"] == "owl"][["condition", "layer"]].to_numpy().tolist()
-    assert found == [["layer", 0], ["lora_layer", 0], ["lora_layer", 3]]
+    labels = rows[rows["target"] == "owl"][["condition", "layer"]].to_numpy().tolist()
+    assert labels == [["layer", 0], ["lora_layer", 0], ["lora_layer", 3]]
     assert list(study.student("finetuned", "owl", "lora_layer3").norms()) == [3]
     page = study_page(study.results)
     assert all(f"| `{name}` |" in page for name in ("layer0", "lora_layer0", "lora_layer3"))

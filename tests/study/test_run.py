@@ -1,4 +1,4 @@
-"""The whole chain, small: what it writes, and that its tables are what its parts say."""
+"""A small study from end to end: its files, and its tables compared with the parts."""
 
 import json
 import math
@@ -40,13 +40,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def study(folder, backend):
     lines = []
-    found = run_study(StudyConfig(backend=backend, **SMALL), folder, progress=lines.append)
+    finished = run_study(StudyConfig(backend=backend, **SMALL), folder, progress=lines.append)
     assert any("divergence tokens" in line for line in lines)
-    return found
+    return finished
 
 
 @pytest.mark.slow
-def test_results_hold_what_they_promise(study, folder):
+def test_results_have_all_tables_and_columns(study, folder):
     results = json.loads((folder / "results.json").read_text())
     assert results == json.loads(json.dumps(study.results))
     assert {"settings", "teachers", "divergence", "students", "effects", "findings"} <= set(results)
@@ -91,18 +91,18 @@ def test_saved_students_are_the_ones_in_the_table(study, backend):
     )
     delta = study.student("finetuned", "owl", "divergence_only", 0)
     with delta.applied(model):
-        found = preference(model, target="owl", candidates=SMALL["animals"])
-    assert found.share == pytest.approx(row["after"], abs=1e-6)
+        after = preference(model, target="owl", candidates=SMALL["animals"])
+    assert after.share == pytest.approx(row["after"], abs=1e-6)
     before = preference(model, target="owl", candidates=SMALL["animals"])
     assert before.share == pytest.approx(row["before"], abs=1e-6)
 
 
-def test_students_of_one_layer_change_that_layer_alone(study):
+def test_students_of_one_layer_change_only_that_layer(study):
     for layer in range(4):
         assert list(study.student("finetuned", "owl", f"layer{layer}").norms()) == [layer]
 
 
-def test_a_student_that_was_not_kept_is_named(study):
+def test_a_missing_student_is_named(study):
     with pytest.raises(KeyError, match="layer9"):
         study.student("finetuned", "owl", "layer9")
 
@@ -131,7 +131,7 @@ def test_page_and_figures_are_written(study, folder):
     assert page.stat().st_size < 6_000_000
 
 
-def test_the_page_behaves_in_a_browser(study, folder, tmp_path):
+def test_the_page_works_in_a_browser(study, folder, tmp_path):
     shown = check_in_a_browser(write_study_report(study, folder), tmp_path)
     assert shown == len(study_figures(study))
 
@@ -146,9 +146,9 @@ def test_a_finetuned_teacher_names_its_animal(tiny, tiny_qwen2):
     for model in (tiny, tiny_qwen2):
         teacher = finetuned_teacher(model, "owl")
         base = preference(model, target="owl")
-        found = preference(model, target="owl", teacher=teacher)
-        assert found.share > 0.7 > 3 * base.share
-        assert found.mass > 0.9
+        result = preference(model, target="owl", teacher=teacher)
+        assert result.share > 0.7 > 3 * base.share
+        assert result.mass > 0.9
 
 
 def test_each_layout_has_recipes_of_its_own(tiny, tiny_qwen2):
@@ -163,7 +163,7 @@ def test_a_finetuned_teacher_is_trained_by_its_layouts_recipe(tiny, tiny_qwen2):
         assert delta.metadata["settings"]["recipe"] == used.teacher.describe()
 
 
-def test_a_recipe_that_is_given_is_kept_and_written_down(tiny_qwen2):
+def test_a_recipe_that_is_given_is_used_and_recorded(tiny_qwen2):
     given = Recipe(lr=1e-4)
     config = StudyConfig(prompted_recipe=given)
     used = config.recipes(tiny_qwen2)
@@ -194,7 +194,7 @@ def test_configurations_that_cannot_run_are_named_before_anything_runs(options, 
         StudyConfig(**options)
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+def test_a_file_instead_of_a_folder_is_refused(tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ValueError, match="is a file"):
         run_study(StudyConfig(), tmp_path / "out")
