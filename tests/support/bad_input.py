@@ -14,7 +14,7 @@ from tests.support.state import left_as_it_was
 FILES = {
     "empty.jsonl": "",
     "broken.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": \n',
-    "list.jsonl": "[\"a prompt\", 2]\n",
+    "list.jsonl": '["a prompt", 2]\n',
     "keys.jsonl": '{"prompt": "a", "completion": "b"}\n{"text": "a"}\n',
     "number.jsonl": '{"prompt": 1, "completion": "b"}\n',
     "ids.jsonl": '{"prompt": "a", "completion": "b", "completion_ids": [1.5]}\n',

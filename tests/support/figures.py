@@ -1,9 +1,10 @@
-"""Small results with known numbers, and a figure of each kind drawn from them."""
+"""Small results with known numbers, a figure of each kind drawn from them, and their texts."""
 
 import dataclasses
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
 from divergence_lens import plots
 from divergence_lens.divergence import Divergence
@@ -12,6 +13,7 @@ from divergence_lens.evaluation.preferences import Preference
 from divergence_lens.examples import Example
 from divergence_lens.patching.cross import CrossPatch
 from divergence_lens.patching.effects import Effects
+from divergence_lens.plots.export import figure_title
 from divergence_lens.teachers import Teacher
 from divergence_lens.training.sweep_result import Sweep, SweepStudent, Values
 
@@ -221,3 +223,19 @@ FIGURES = {
     "layer_sweep": lambda: plots.layer_sweep(students()),
     "layer_sweep of a sweep": lambda: plots.layer_sweep(sweep()),
 }
+
+
+def plain_title(figure: go.Figure) -> str:
+    """The words of the title in one line."""
+    return " ".join(figure_title(figure).split())
+
+
+def plain(hover: str) -> str:
+    """A hover text in one line."""
+    return hover.replace("<br>", " ").replace("\u00a0", " ")
+
+
+def heat(figure: go.Figure) -> go.Heatmap:
+    (trace,) = figure.data
+    assert isinstance(trace, go.Heatmap)
+    return trace

@@ -37,7 +37,7 @@ class Layout:
     def matrix(self, tensor: Tensor) -> Float[Tensor, "n_in n_out"]:
         """View a tensor of the parameter's shape as one matrix."""
         if self.kind == "heads in":
-            return tensor.flatten(0, 1)  # [head * d_head, d_model]
+            return rearrange(tensor, "head d_head d_model -> (head d_head) d_model")
         if self.kind == "heads out":
             return rearrange(tensor, "head n_in d_head -> n_in (head d_head)")
         return tensor.T if self.kind == "out, in" else tensor
@@ -45,11 +45,9 @@ class Layout:
     def tensor(self, matrix: Float[Tensor, "n_in n_out"]) -> Tensor:
         """Undo `matrix`."""
         if self.kind == "heads in":
-            return matrix.reshape(self.shape)
+            return rearrange(matrix, "(head d_head) n_out -> head d_head n_out", head=self.shape[0])
         if self.kind == "heads out":
-            heads, n_in, d_head = self.shape
-            # [head, n_in, d_head], as a view: callers copy it into the parameter.
-            return matrix.reshape(n_in, heads, d_head).transpose(0, 1)
+            return rearrange(matrix, "n_in (head d_head) -> head n_in d_head", head=self.shape[0])
         return matrix.T if self.kind == "out, in" else matrix
 
 
