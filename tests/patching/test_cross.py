@@ -7,7 +7,7 @@ import torch
 from divergence_lens.deltas.delta import Delta
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.models import load_model
-from divergence_lens.pairs import Pairs
+from divergence_lens.pairs import NO_TOKEN, Pairs
 from divergence_lens.patching.cross import CrossPatch, cross_patch
 from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
@@ -18,16 +18,33 @@ ROWS = ([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8], [1, 6, 1, 8, 0, 3, 3, 9, 8
 
 
 @torch.no_grad()
-def crossed_margin(lower, upper, pairs, i, boundary):
-    """One margin: the residual of one model is written over the other's, at every position."""
+def crossed_logits(lower, upper, row, boundary):
+    """The last logits: the residual of one model is written over the other's, everywhere."""
     below, above = get_engine(lower), get_engine(upper)
-    row = pairs.clean[i][None]
+    row = row[None]
     if boundary == above.n_layers:
         state = below.activations(row, sites=("resid_post",))["resid_post"][-1]
-        return float(logit_difference(above.unembed(above.norm(state))[0, -1], pairs, i))
+        return above.unembed(above.norm(state))[0, -1]
     state = below.activations(row, sites=("resid_pre",))["resid_pre"][boundary]
     with above.hooked([(boundary, "resid_pre", lambda _: state)]):
-        return float(logit_difference(above.unembed(above.final(row))[0, -1], pairs, i))
+        return above.unembed(above.final(row))[0, -1]
+
+
+def crossed_margin(lower, upper, pairs, i, boundary):
+    logits = crossed_logits(lower, upper, pairs.clean[i], boundary)
+    return float(logit_difference(logits, pairs, i))
+
+
+def crossed_answer_margin(lower, upper, pairs, i, boundary):
+    """The difference of summed log-probabilities, one pass per token."""
+    margin = 0.0
+    for sign, side in ((1, pairs.answers[i]), (-1, pairs.foils[i])):
+        tokens = side[side != NO_TOKEN]
+        for j, token in enumerate(tokens):
+            row = torch.cat([pairs.clean[i], tokens[:j]])
+            log_p = crossed_logits(lower, upper, row, boundary).log_softmax(-1)
+            margin += sign * float(log_p[token])
+    return margin
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma2"])
@@ -44,6 +61,27 @@ def test_margins_are_those_of_a_plain_pass_of_each_half(model_of, family, batch_
                     expected = crossed_margin(models[lower], models[upper], pairs, i, boundary)
                     found = crossed.margins[i, boundary, lower, upper]
                     assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 128])
+def test_margins_of_answers_of_several_tokens_are_those_of_a_pass_for_each_token(
+    model_of, batch_rows
+):
+    models = model_of("qwen2"), model_of("qwen2", 1)
+    pairs = Pairs.from_tokens(
+        ROWS,
+        ROWS,
+        answers=[[1, 2, 3], 4, [5, 6]],
+        foils=[[1, 7], 8, [9, 2, 1]],
+        corrupted_teacher=Teacher("other", model=models[1]),
+    )
+    crossed = cross_patch(*models, pairs, batch_rows=batch_rows)
+    for i in range(len(pairs)):
+        for boundary in range(models[0].cfg.n_layers + 1):
+            for lower, upper in ((0, 1), (1, 0), (1, 1)):
+                expected = crossed_answer_margin(models[lower], models[upper], pairs, i, boundary)
+                found = crossed.margins[i, boundary, lower, upper]
+                assert found == pytest.approx(expected, abs=2e-4)
 
 
 def test_a_model_crossed_with_itself_shows_no_effect_and_no_interaction(model_of):
