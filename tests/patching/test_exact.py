@@ -403,5 +403,5 @@ def test_metrics_without_a_name_are_told_apart(model_of):
         for metric in (lambda logits, _: logits[:, 3], lambda logits, _: -logits[:, 3])
     )
     assert one.agreement(one).pearson == pytest.approx(1)
-    with pytest.raises(ValueError, match="of metric '<lambda"):
+    with pytest.raises(ValueError, match="two metrics named '<lambda>' have other values"):
         one.agreement(other)

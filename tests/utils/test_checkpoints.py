@@ -25,7 +25,7 @@ from divergence_lens.patching.attribution import attribution_patch
 from divergence_lens.patching.corruption import EmbeddingNoise
 from divergence_lens.patching.effects import Effects
 from divergence_lens.patching.exact import causal_mediation
-from divergence_lens.patching.metrics import _text, metric_name, metric_values
+from divergence_lens.patching.metrics import metric_name, metric_values
 from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
 from divergence_lens.training import sweep as sweeps
@@ -286,7 +286,7 @@ def test_patching_goes_on_where_it_was_stopped(method, model, tmp_path, stopped_
 
 
 class _Shifted:
-    """A metric whose name and code do not say what it measures."""
+    """A metric whose name does not say what it measures."""
 
     def __init__(self, shift):
         self.shift = shift
@@ -302,6 +302,10 @@ def closure(column):
     return metric
 
 
+def first_logit(logits, _pairs):
+    return logits[:, 0]
+
+
 def of_pair(pair, column, logits, pairs):
     return torch.where(pairs == pair, logits[:, column], logits[:, 0])
 
@@ -311,8 +315,7 @@ def of_pair(pair, column, logits, pairs):
     ("one", "other"),
     [
         ({}, {"metric": "log_probability"}),
-        ({}, {"metric": closure(0)}),
-        ({"metric": closure(5)}, {"metric": closure(9)}),
+        ({}, {"metric": first_logit}),
         ({"metric": partial(of_pair, 2, 5)}, {"metric": partial(of_pair, 3, 5)}),
         ({"metric": _Shifted(1)}, {"metric": _Shifted(2)}),
         ({}, {"site": "mlp_out"}),
@@ -362,17 +365,26 @@ def test_effects_of_other_sides_are_refused(weights, model, random_model, tmp_pa
 
 def test_metrics_are_told_apart_by_what_they_give_in_every_process(model):
     engine = get_engine(model)
-
-    def make():
-        return lambda logits, _pairs: sum([logits[:, i] for i in range(3)])
-
-    # Two equal functions lie at other addresses, and so does what is nested in them.
-    one, same = make(), make()
-    assert metric_name(one) == metric_name(same)
+    one, same, other = _Shifted(2), _Shifted(2), _Shifted(3)
+    assert metric_name(one) == metric_name(other) == "_Shifted"
     assert metric_values(one, 4, engine) == metric_values(same, 4, engine)
-    assert "0x" not in _text(make.__code__)
+    assert metric_values(one, 4, engine) != metric_values(other, 4, engine)
     assert metric_name(partial(of_pair, 2, column=5)) == "of_pair(2, column=5)"
     assert len(metric_values(one, 4, engine)) == 4
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (closure(3), "'metric' is a function within another"),
+        (partial(closure(3)), "'metric' is a function within another"),
+        (lambda logits, _pairs: logits[:, 0], "'<lambda>' is a lambda"),
+    ],
+)
+def test_a_metric_that_no_later_process_can_recognize_is_refused(metric, message, model, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        patch(model, metric=metric, checkpoint_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -396,6 +396,14 @@ class Effects:
                 f"the effects are not of the same pairs: {list(self.values.shape)} and "
                 f"{list(other.values.shape)} values, or other tokens"
             )
+        # Functions can share a name, but not their values on the unpatched runs.
+        mine, theirs = (np.stack([one.clean_metric, one.corrupted_metric]) for one in (self, other))
+        if not np.allclose(mine, theirs, rtol=0.05, atol=0.05, equal_nan=True):
+            pair = int(np.nanargmax(np.abs(mine - theirs).max(0)))
+            raise ValueError(
+                f"the two metrics named {self.metric!r} have other values on the unpatched runs of "
+                f"pair {pair}: {mine[:, pair].tolist()} and {theirs[:, pair].tolist()}"
+            )
         return agreement_of_cells(self.values.ravel(), other.values.ravel(), k)
 
     @property

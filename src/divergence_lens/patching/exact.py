@@ -123,7 +123,8 @@ def causal_mediation(
             are in memory at a time. Rows that do not fit in the device's memory are run in halves.
         checkpoint_dir: A folder for this run, where the values of finished pairs are stored.
             The same call, repeated after an interruption, resumes from there and returns the same
-            bits. A custom metric counts as the same if its name and its values on a probe are.
+            bits. A custom metric counts as the same if its name and its values on a probe are; a
+            lambda or a closure is refused.
         accelerator: An `accelerate.Accelerator` or `accelerate.PartialState`: its processes divide
             the pairs, and each returns the whole result. All must make the same call.
         progress: Whether to show a progress bar.

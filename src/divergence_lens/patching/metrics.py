@@ -1,9 +1,7 @@
 """Metrics: functions of the logits at the target position."""
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
-from types import CodeType
 from typing import Literal, TypeAlias
 
 import torch
@@ -32,30 +30,38 @@ _READS = {
 
 
 def metric_name(metric: Metric) -> str:
-    """The name of `metric` in results; lambdas are distinguished by a hash of their code."""
+    """The name of `metric` in results."""
     if isinstance(metric, str):
         return metric
     if isinstance(metric, partial):
         given = [repr(value) for value in metric.args]
         given += [f"{key}={value!r}" for key, value in metric.keywords.items()]
         return f"{metric_name(metric.func)}({', '.join(given)})"
-    name = str(getattr(metric, "__name__", type(metric).__name__))
-    code = getattr(metric, "__code__", None)
-    if name != "<lambda>" or code is None:
-        return name
-    return f"<lambda {hashlib.sha256(_text(code).encode()).hexdigest()[:6]}>"
+    return str(getattr(metric, "__name__", type(metric).__name__))
 
 
-def _text(code: CodeType) -> str:
-    """A text of a function's code, without memory addresses."""
-    constants = [_text(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return f"{code.co_code!r} {constants} {code.co_names}"
+def check_resumable(metric: Metric) -> None:
+    """Refuse a metric that a later process cannot recognize: a lambda or a closure.
+
+    Raises:
+        ValueError: Says what to give instead.
+    """
+    while isinstance(metric, partial):
+        metric = metric.func
+    name = "" if isinstance(metric, str) else metric_name(metric)
+    if name == "<lambda>" or getattr(metric, "__closure__", None):
+        kind = "a lambda" if name == "<lambda>" else "a function within another"
+        raise ValueError(
+            f"the metric {name!r} is {kind}, which a resumed run cannot tell from another; with "
+            "checkpoint_dir, give a function that `def` names at the top level of a module, or a "
+            "functools.partial of one"
+        )
 
 
 def metric_values(metric: Metric, pairs: int, engine: Engine) -> list[str]:
     """Values of a custom metric on fixed logits; two metrics with equal values count as the same.
 
-    The name and the code do not show the values that a metric reads from its closure; these do.
+    The name does not show that a function was changed, or the state of an object; these do.
     """
     if isinstance(metric, str):
         return []

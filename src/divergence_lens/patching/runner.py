@@ -32,6 +32,7 @@ from divergence_lens.patching.effects import Effects
 from divergence_lens.patching.metrics import (
     MetricFunction,
     bind,
+    check_resumable,
     finite,
     metric_values,
 )
@@ -98,6 +99,9 @@ def run_patching(
 
     Returns:
         The effects of each site.
+
+    Raises:
+        ValueError: The metric is a lambda or a closure, and there is a checkpoint directory.
     """
     pairs, sites, engine = request.pairs, request.sites, get_engine(model, causal=False)
     settings = {
@@ -158,11 +162,7 @@ def run_patching(
         )
         processes.agree(identity)
     with processes.together():
-        store = (
-            None
-            if options.checkpoint_dir is None
-            else Checkpoints(Path(options.checkpoint_dir), "patching shard", identity)
-        )
+        store = _store(request, options, identity)
         run_chunk = _ChunkRunner(model, request, compute, base_run, arrays)
         chunks = list(enumerate(groups_of_pairs(request, engine, options.chunk_pairs)))
         own_chunks = chunks[processes.index :: processes.count]
@@ -190,6 +190,13 @@ def run_patching(
                     store.save(number, {name: array[chosen] for name, array in arrays.items()})
     processes.add_up(list(arrays.values()))
     return effects(range(len(pairs)))
+
+
+def _store(request: PatchingRequest, options: RunOptions, identity: str) -> Checkpoints | None:
+    if options.checkpoint_dir is None:
+        return None
+    check_resumable(request.metric)
+    return Checkpoints(Path(options.checkpoint_dir), "patching shard", identity)
 
 
 class _ChunkRunner:
