@@ -8,7 +8,8 @@ OFFLINE := HF_HUB_OFFLINE=1
 # All tests of a file run in one process, because they share its models.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo test test-slow test-real test-all test-tl4 real lint format types docs notebooks bench ci clean
+.PHONY: help demo test test-slow test-real test-all test-tl4 real lint format types docs notebooks bench bench-quick \
+	ci clean
 
 help:
 	@echo "make demo       the whole experiment on the tiny model, into runs/demo/"
@@ -22,6 +23,7 @@ help:
 	@echo "make docs       the documentation into site/; warnings are errors"
 	@echo "make notebooks  runs every notebook from top to bottom"
 	@echo "make bench      the benchmarks"
+	@echo "make bench-quick  every fast path is taken and equals the plain computation (3 minutes)"
 	@echo "make ci         every check that a change must pass"
 	@echo "make clean      removes environments and build outputs"
 
@@ -91,6 +93,10 @@ bench: $(READY) $(READY_TL4)
 	done
 	$(OFFLINE) $(BIN)/python benchmarks/patching.py --integrated
 	$(OFFLINE) .venv-tl4/bin/python benchmarks/attribution_tl4.py
+
+# DIVERGENCE_LENS_MODELS names folders of more models.
+bench-quick: $(READY)
+	$(OFFLINE) $(BIN)/python benchmarks/quick.py
 
 ci:
 	bash .ci/run

@@ -152,6 +152,10 @@ class Engine(ABC):
         cap = getattr(self._lens.cfg, "output_logits_soft_cap", None)
         return logits if cap is None or cap <= 0 else cap * torch.tanh(logits / cap)
 
+    def unembedding_frozen(self) -> bool:
+        """Whether no parameter of the unembedding takes gradients."""
+        return not any(p.requires_grad for p in self._lens.unembed.parameters())
+
     # -- passes -----------------------------------------------------------------------------
 
     def begin(

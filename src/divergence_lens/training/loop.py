@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -28,12 +27,19 @@ from divergence_lens.deltas import Delta, base_fingerprint, is_matrix, reserved,
 from divergence_lens.models import Model
 from divergence_lens.provenance import run_metadata
 from divergence_lens.training.checkpoint import TrainingCheckpoint
+from divergence_lens.training.cross_entropy import (
+    chunked_cross_entropy,
+    weighted_cross_entropy,
+)
 from divergence_lens.training.freezing import Trainable, lowest_layer
 from divergence_lens.training.prefix import Prefix
 from divergence_lens.training.recipe import Recipe
 from divergence_lens.training.rows import batches, pieces
 from divergence_lens.training.shortcuts import only_at
 from divergence_lens.training.variables import FullRank, LowRank, Variables
+
+# Logits of one piece that are computed at once: 128 MiB in float32.
+_MOST_LOGITS = 1 << 25
 
 OnStep = Callable[[int, float, Model], Mapping[str, Any] | None]
 
@@ -284,9 +290,19 @@ class _Run:
                 with shortcut:
                     resid = self.engine.block(layer, resid, run)
             hidden = self.engine.norm(resid[learned][None])  # [1, learned, d_model]
-            logits = self.engine.unembed(hidden)[0]  # [learned, d_vocab]
-        # In float32: the log-sum-exp over the vocabulary loses digits in half precision.
-        losses = F.cross_entropy(
-            logits.float(), self.rows.targets[index, columns][learned], reduction="none"
-        )  # [learned]
-        return losses @ loss_weights[learned]
+            return self._cross_entropy(
+                hidden, self.rows.targets[index, columns][learned], loss_weights[learned]
+            )
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Sum the weighted cross-entropies; above a size, without all logits at once."""
+        engine = self.engine
+        if len(targets) * engine.d_vocab > _MOST_LOGITS and engine.unembedding_frozen():
+            return chunked_cross_entropy(
+                lambda part: engine.unembed(part[None])[0],
+                hidden[0],
+                targets,
+                weights,
+                d_vocab=engine.d_vocab,
+            )
+        return weighted_cross_entropy(engine.unembed(hidden)[0], targets, weights)

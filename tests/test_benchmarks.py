@@ -1,0 +1,38 @@
+"""The benchmarks that check instead of measure, on the tiny models."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from divergence_lens.engine.base import Engine
+from tests.support.models import BACKENDS
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+QUICK = runpy.run_path(str(FOLDER / "quick.py"))
+ARGUMENTS = ["--only", "tiny", "--backends", BACKENDS[0]]
+
+
+def test_all_fast_paths_are_taken(capsys):
+    assert QUICK["main"](ARGUMENTS) == 0
+    shown = capsys.readouterr().out
+    for name in ("fused", "divergence", "preference", "generation", "patching"):
+        assert name in shown
+
+
+def test_a_model_that_falls_off_the_fused_blocks_fails(capsys, monkeypatch):
+    monkeypatch.setattr(Engine, "use_fused_blocks", lambda self, *_args: None)
+    assert QUICK["main"](ARGUMENTS) >= 3
+    assert "ran outside fused blocks" in capsys.readouterr().out
+
+
+def test_a_result_that_differs_fails(capsys, monkeypatch):
+    unembed = Engine.unembed
+    monkeypatch.setattr(Engine, "unembed", lambda self, hidden: 1.01 * unembed(self, hidden))
+    assert QUICK["main"](ARGUMENTS) >= 2
+    assert "logits differ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_candidates_are_names_that_the_tokenizer_writes(name, random_model):
+    assert len(QUICK["candidates"](random_model(name).tokenizer)) == 3
