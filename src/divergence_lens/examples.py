@@ -45,7 +45,7 @@ _LAYOUTS = (
     ("instruction",),
 )
 # Read beside those of a layout.
-_FURTHER = ("completion_ids", "teacher", "thinking", "input", "system", "history")
+_FURTHER = ("completion_ids", "teacher", "removed_mass", "thinking", "input", "system", "history")
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,6 +61,8 @@ class Example:
         completion_ids: The completion's token ids. The last one is the token that ended the turn,
             unless the completion was cut off: a model may have more than one such token.
         teacher: The name of the teacher that wrote it.
+        removed_mass: If it was generated with a pattern, the mean probability, over its tokens,
+            of the tokens that the pattern did not allow.
 
     Raises:
         ValueError: The prompt is an invalid conversation, or an id is out of range.
@@ -71,6 +73,7 @@ class Example:
     completion: str | None = None
     completion_ids: tuple[int, ...] | None = None
     teacher: str | None = None
+    removed_mass: float | None = None
 
     def __post_init__(self) -> None:
         encoded = raw_ids(self.prompt)
@@ -301,7 +304,8 @@ def as_example(row: Any, where: str) -> Example:
     ids = given.get("completion_ids")
     if ids is not None:
         ids = tuple(token_ids(ids, f"{where}: 'completion_ids'").tolist())
-    return Example(prompt, completion, ids, teacher)
+    removed = given.get("removed_mass")
+    return Example(prompt, completion, ids, teacher, None if removed is None else float(removed))
 
 
 def _texts(

@@ -13,7 +13,6 @@ allows only one tokenization of text that the pattern forces, and `xgrammar` dep
 """
 
 from collections.abc import Collection, Sequence
-from functools import lru_cache
 from typing import Any
 
 import outlines_core
@@ -21,7 +20,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from divergence_lens.chat import decode
+from divergence_lens.chat import decode, piece_bytes
 
 _ASCII_CLASSES = {"d": "0-9", "w": "0-9A-Za-z_", "s": r" \t\n\r\f\v"}
 
@@ -196,19 +195,16 @@ def token_bytes(tokenizer: Any) -> dict[int, bytes]:
     pieces = {token: piece for piece, token in tokenizer.get_vocab().items()}
     ordinary = [token for token in sorted(pieces) if token not in special]
     if "ByteLevel" in _decoder(tokenizer):
-        alphabet = _byte_alphabet()
-        return {
-            token: bytes(alphabet[character] for character in pieces[token])
-            for token in ordinary
-            if all(character in alphabet for character in pieces[token])
-        }
+        texts = {token: piece_bytes(pieces[token]) for token in ordinary}
+        return {token: text for token, text in texts.items() if text is not None}
     reference = _reference(tokenizer, ordinary)
     before = decode(tokenizer, [reference])
     result = {}
     for token in ordinary:
         piece = pieces[token]
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            result[token] = bytes([int(piece[3:5], 16)])
+        byte = piece_bytes(piece) if piece.startswith("<0x") else None
+        if byte is not None:
+            result[token] = byte
         else:
             text = decode(tokenizer, [reference, token])
             if text.startswith(before) and text != before:
@@ -239,16 +235,3 @@ def _drops_first_space(tokenizer: Any, texts: dict[int, bytes]) -> bool:
     """Whether a token with a leading space loses it at the start of a text."""
     spaced = next((t for t, text in texts.items() if text[:1] == b" " and text[1:].isalnum()), None)
     return spaced is not None and not decode(tokenizer, [spaced]).startswith(" ")
-
-
-@lru_cache(maxsize=1)
-def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level vocabularies spell the 256 bytes.
-
-    Printable Latin-1 characters stand for themselves, and the other bytes, in order, for the
-    characters from U+0100 on (GPT-2, Radford et al. 2019).
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(0x100 + i): byte for i, byte in enumerate(others)}

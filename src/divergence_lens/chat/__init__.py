@@ -24,7 +24,13 @@ from divergence_lens.chat.conversations import (
     read_turns,
     split_conversation,
 )
-from divergence_lens.chat.display import choice_texts, row_texts, token_labels, token_texts
+from divergence_lens.chat.display import (
+    choice_texts,
+    piece_bytes,
+    row_texts,
+    token_labels,
+    token_texts,
+)
 from divergence_lens.chat.prompts import (
     SEGMENTS,
     Encoded,
@@ -53,6 +59,7 @@ __all__ = [
     "encode_prompt",
     "encode_prompts",
     "end_of_turn",
+    "piece_bytes",
     "prompt_ids",
     "raw_ids",
     "read_turns",

@@ -31,7 +31,7 @@ def token_texts(tokenizer: Any, ids: Iterable[SupportsIndex]) -> dict[int, str]:
         if piece.startswith("▁") and not text.startswith(" "):
             text = " " + text
         if "\ufffd" in text:
-            data = _piece_bytes(piece)
+            data = piece_bytes(piece)
             text = piece if data is None else _readable_bytes(data)
         texts[token_id] = text or piece
     return texts
@@ -97,7 +97,7 @@ def _byte_letters() -> dict[str, int]:
     return letters | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-def _piece_bytes(piece: str) -> bytes | None:
+def piece_bytes(piece: str) -> bytes | None:
     """Return the bytes of a token, from a byte-level or a byte-fallback vocabulary."""
     match = _BYTE_PIECE.fullmatch(piece)
     if match:

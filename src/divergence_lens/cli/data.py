@@ -37,6 +37,10 @@ def generate(
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Probability mass to sample from.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per completion.")] = 64,
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="Regular expression that each completion must match as a whole."),
+    ] = None,
     seed: Seed = 0,
     *,
     loading: Loading,
@@ -65,6 +69,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
+            pattern=pattern,
             seed=seed,
             checkpoint_dir=folder,
             progress=True,

@@ -27,7 +27,7 @@ from divergence_lens.deltas import base_fingerprint
 from divergence_lens.engine import get_engine
 from divergence_lens.examples import Example
 from divergence_lens.generation.local import LocalWriter
-from divergence_lens.generation.request import Request, Settings, Writer
+from divergence_lens.generation.request import Completion, Request, Settings, Writer
 from divergence_lens.generation.server import Server, ServerWriter
 from divergence_lens.models import Model, check_model, end_token_ids
 from divergence_lens.provenance import run_metadata
@@ -46,12 +46,13 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    pattern: str | None = None,
     batch_tokens: int = 16384,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     accelerator: Any = None,
     progress: bool = False,
 ) -> list[Example]:
-    """Generate a teacher's completions of prompts.
+    r"""Generate a teacher's completions of prompts.
 
     A completion ends with the end-of-turn or end-of-sequence token or another end token of the
     model's generation configuration. That token is the last of its ids. Or it ends without one, at
@@ -73,6 +74,10 @@ def generate(
         top_p: Sample from the smallest set of tokens with at least this probability (nucleus
             sampling, Holtzman et al. 2020, arXiv 1904.09751); 1 takes all. Unused when greedy.
         seed: Seed of the sampling.
+        pattern: A regular expression for whole completions, such as `r"\d{1,3}(, \d{1,3}){5}"`: at
+            each step only tokens that can still lead to a match are allowed, and end tokens only
+            after one. `Example.removed_mass` tells how much probability that removed. Classes such
+            as `\d` are ASCII; there is no look-around. Not available with a server.
         batch_tokens: Tokens per batch, of prompts and completions together. Unused with a server.
         checkpoint_dir: A folder for this run's finished batches. After an interruption, the same
             call resumes from them and returns the same completions as an undisturbed run. Delete
@@ -86,21 +91,22 @@ def generate(
 
     Raises:
         Interrupted: The call was stopped; `partial` holds the finished examples.
-        ValueError: A setting out of range; a prompt that fills the context; a system prompt for a
-            tokenizer without a chat template; logits that are not finite; a `checkpoint_dir` that
-            is damaged or belongs to another run; processes that made different calls; a server
-            that refuses a request or whose text does not match its tokens.
+        ValueError: A setting out of range; a pattern that the model's tokens cannot write; a prompt
+            that fills the context; a system prompt for a tokenizer without a chat template; logits
+            that are not finite; a `checkpoint_dir` that is damaged or belongs to another run;
+            processes that made different calls; a server that refuses a request or whose text does
+            not match its tokens.
         TypeError: `prompts` is one string, or `teacher` is not a `Teacher`.
         ConnectionError: A server that cannot be reached, or that still fails after all retries.
     """
-    settings = Settings(max_new_tokens, temperature, top_p, seed, batch_tokens)
+    settings = Settings(max_new_tokens, temperature, top_p, seed, batch_tokens, pattern)
     request, encoded = _request(model, prompts, teacher, settings)
     processes = Processes(accelerator)
     identity = ""
     if checkpoint_dir is not None or processes.count > 1:
         identity = _identity(model, teacher, request)
         processes.agree(identity)
-    completions: dict[int, tuple[int, ...]] = {}
+    completions: dict[int, Completion] = {}
 
     def examples() -> list[Example]:
         return [
@@ -109,8 +115,9 @@ def generate(
                 completion=decode(request.tokenizer, ids[:-1] if ids[-1] in request.stops else ids),
                 completion_ids=ids,
                 teacher=teacher.name if teacher is not None else None,
+                removed_mass=removed,
             )
-            for row, ids in sorted(completions.items())
+            for row, (ids, removed) in sorted(completions.items())
         ]
 
     with (
@@ -125,9 +132,9 @@ def generate(
         partial_on_interrupt("generate", completions, len(prompts), "prompts", examples),
     ):
 
-        def finish(row: int, ids: tuple[int, ...]) -> None:
+        def finish(row: int, completion: Completion) -> None:
             bar.update(row not in completions)
-            completions[row] = ids
+            completions[row] = completion
 
         checkpoints = (
             None if checkpoint_dir is None else Checkpoints(Path(checkpoint_dir), _BATCH, identity)
@@ -183,6 +190,10 @@ def _writer(
                 f"teacher {teacher.name!r} has weights of its own, which a server does not have; "
                 "serve that model, and leave delta= and model= out"
             )
+        if request.settings.pattern is not None:
+            raise ValueError(
+                "a server does not take pattern=; generate with a model of this process instead"
+            )
         with closing(ServerWriter(model, request)) as writer:
             yield writer
     elif teacher is None:
@@ -197,7 +208,7 @@ def _identity(model: Model | Server, teacher: Teacher | None, request: Request) 
     settings = request.settings
     listed = [
         *(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed),
-        *(settings.batch_tokens, sorted(request.stops)),
+        *(settings.batch_tokens, settings.pattern, sorted(request.stops)),
     ]
     if isinstance(model, Server):
         source = [run_metadata(None, settings=listed), model.identity(), request.system_prompt]
@@ -210,27 +221,41 @@ def _identity(model: Model | Server, teacher: Teacher | None, request: Request) 
 
 
 def _merged(
-    processes: Processes, own: Mapping[int, tuple[int, ...]], rows: int, width: int
-) -> dict[int, tuple[int, ...]]:
+    processes: Processes, own: Mapping[int, Completion], rows: int, width: int
+) -> dict[int, Completion]:
     """Return the completions of all processes."""
     lengths = np.zeros(rows, dtype=np.int64)
     padded = np.zeros((rows, width), dtype=np.int64)
-    for row, ids in own.items():
-        lengths[row] = len(ids)
-        padded[row, : len(ids)] = ids
-    processes.add_up([lengths, padded])
-    return {row: tuple(padded[row, : lengths[row]].tolist()) for row in range(rows)}
-
-
-def _packed(completions: Sequence[tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Store completions of unequal length as flat ids and lengths."""
+    removed = np.zeros(rows)
+    for row, completion in own.items():
+        lengths[row] = len(completion.ids)
+        padded[row, : len(completion.ids)] = completion.ids
+        removed[row] = np.nan if completion.removed_mass is None else completion.removed_mass
+    processes.add_up([lengths, padded, removed])
     return {
-        "ids": np.fromiter(chain.from_iterable(completions), np.int64),
-        "lengths": np.array([len(ids) for ids in completions], dtype=np.int64),
+        row: Completion(tuple(padded[row, : lengths[row]].tolist()), _number(removed[row]))
+        for row in range(rows)
     }
 
 
-def _unpacked(arrays: Mapping[str, np.ndarray]) -> list[tuple[int, ...]]:
+def _packed(completions: Sequence[Completion]) -> dict[str, np.ndarray]:
+    """Store completions of unequal length as flat ids and lengths."""
+    return {
+        "ids": np.fromiter(chain.from_iterable(c.ids for c in completions), np.int64),
+        "lengths": np.array([len(c.ids) for c in completions], dtype=np.int64),
+        "removed_mass": np.array([c.removed_mass for c in completions], dtype=np.float64),
+    }
+
+
+def _unpacked(arrays: Mapping[str, np.ndarray]) -> list[Completion]:
     """Read completions that `_packed` stored."""
     parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])
-    return [tuple(part.tolist()) for part in parts]
+    return [
+        Completion(tuple(part.tolist()), _number(removed))
+        for part, removed in zip(parts, arrays["removed_mass"], strict=True)
+    ]
+
+
+def _number(value: float) -> float | None:
+    """Return a stored number; NaN stands for none."""
+    return None if np.isnan(value) else float(value)

@@ -3,14 +3,17 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int64
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
 
 from divergence_lens._utils.batching import balanced_batches
 from divergence_lens._utils.memory import run_halved
 from divergence_lens.chat import Encoded, check_length
 from divergence_lens.engine import Engine
-from divergence_lens.generation.request import Finish, Request
+from divergence_lens.generation.request import Completion, Finish, Request
 from divergence_lens.generation.sampling import Sampler
+from divergence_lens.patterns import TokenPattern
 
 
 class LocalWriter:
@@ -26,6 +29,16 @@ class LocalWriter:
         settings = request.settings
         self._engine, self._request = engine, request
         self._decoder = engine.decoder()
+        self._pattern = (
+            None
+            if settings.pattern is None
+            else TokenPattern(
+                settings.pattern,
+                request.tokenizer,
+                d_vocab=engine.d_vocab_out,
+                end_tokens=request.stops,
+            )
+        )
         self._sampler = Sampler(
             settings.temperature,
             settings.top_p,
@@ -53,16 +66,17 @@ class LocalWriter:
         """
 
         def decode(part: list[int]) -> None:
-            for number, ids in self.decode(part):
-                finish(number, ids)
+            for number, completion in self.decode(part):
+                finish(number, completion)
 
         run_halved(batch, decode)
 
-    def decode(self, batch: list[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    def decode(self, batch: list[int]) -> Iterator[tuple[int, Completion]]:
         """Yield (prompt's number, completion) as the completions of one batch end."""
         request, engine, limit = self._request, self._engine, self._request.settings.max_new_tokens
         prompts = [request.rows[row] for row in batch]
         written: list[list[int]] = [[] for _ in prompts]
+        constraint = None if self._pattern is None else _Constraint(self._pattern, len(prompts))
         rows, hidden = self._decoder.start(prompts, limit)
         while rows:
             logits = engine.unembed(hidden).float()  # [row, d_vocab]
@@ -73,14 +87,48 @@ class LocalWriter:
                     f"the logits after prompt {batch[rows[bad]]} are not all numbers; load the "
                     "model in a wider dtype, or check its weights"
                 )
+            if constraint is not None:
+                logits = constraint.applied(logits, rows)
             steps = [(batch[row], len(written[row])) for row in rows]
             chosen = self._sampler.choose(logits, steps)
             ended = set()
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 written[row].append(token)
+                if constraint is not None:
+                    constraint.append(row, token)
                 length = len(written[row])
                 full = length == limit or len(prompts[row]) + length == engine.n_ctx
                 if full or token in request.stops:
                     ended.add(row)
-                    yield batch[row], tuple(written[row])
+                    removed = None if constraint is None else constraint.removed_mass(row, length)
+                    yield batch[row], Completion(tuple(written[row]), removed)
             rows, hidden = self._decoder.step(chosen, ended)
+
+
+class _Constraint:
+    """A pattern that every row of a batch follows."""
+
+    def __init__(self, pattern: TokenPattern, rows: int) -> None:
+        self._pattern = pattern
+        self._states = [pattern.start] * rows
+        self._removed = [0.0] * rows
+
+    def applied(
+        self, logits: Float[Tensor, "rows d_vocab"], rows: Sequence[int]
+    ) -> Float[Tensor, "rows d_vocab"]:
+        """Return the logits with minus infinity for tokens that cannot continue a match."""
+        allowed = self._pattern.allowed([self._states[row] for row in rows], logits.device)
+        constrained = logits.masked_fill(~allowed, -torch.inf)
+        # Removed: 1 - sum of exp(allowed logits) / sum of exp(all logits).
+        share = (constrained.logsumexp(-1) - logits.logsumexp(-1)).exp()  # [rows]
+        for row, removed in zip(rows, (1 - share).tolist(), strict=True):
+            self._removed[row] += removed
+        return constrained
+
+    def append(self, row: int, token: int) -> None:
+        """Extend a row by a token."""
+        self._states[row] = self._pattern.next_state(self._states[row], token)
+
+    def removed_mass(self, row: int, tokens: int) -> float:
+        """Return the mean probability that was removed from the first tokens of a row."""
+        return self._removed[row] / tokens

@@ -2,14 +2,27 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from divergence_lens.chat import Conversation
 
-Finish = Callable[[int, tuple[int, ...]], None]
-"""Takes a prompt's number and the ids of its completion."""
+
+class Completion(NamedTuple):
+    """What was written after one prompt.
+
+    Attributes:
+        ids: Token ids, with the end token if there is one.
+        removed_mass: With a pattern, the mean probability that it removed, over the tokens.
+    """
+
+    ids: tuple[int, ...]
+    removed_mass: float | None = None
+
+
+Finish = Callable[[int, Completion], None]
+"""Takes a prompt's number and its completion."""
 
 
 class Writer(Protocol):
@@ -35,6 +48,7 @@ class Settings:
     top_p: float
     seed: int
     batch_tokens: int
+    pattern: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from divergence_lens.chat import Conversation, Turn, decode, encode_completions, end_of_turn
-from divergence_lens.generation.request import Finish, Request
+from divergence_lens.generation.request import Completion, Finish, Request
 from divergence_lens.generation.sampling import prompt_seeds
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class ServerWriter:
             asked = {pool.submit(self._complete, number): number for number in batch}
             try:
                 for answered in as_completed(asked):
-                    finish(asked[answered], answered.result())
+                    finish(asked[answered], Completion(answered.result()))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
