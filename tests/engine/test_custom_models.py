@@ -1,50 +1,22 @@
 """TransformerLens's own models, built from a configuration, against their own forward and hooks."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
 import divergence_lens as dl
 from divergence_lens.engine import get_engine
-from tests.support.custom_models import custom_model, random_rows, small_modular_addition
+from tests.support.custom_models import (
+    custom_model,
+    patched_by_hand,
+    random_rows,
+    small_modular_addition,
+)
 from tests.support.models import BACKENDS
 
 pytestmark = pytest.mark.skipif(
     "hooked" not in BACKENDS, reason="TransformerLens 4 has no HookedTransformer"
 )
-
-
-@torch.no_grad()
-def patched_by_hand(
-    model: Any,
-    clean: torch.Tensor,
-    corrupted: torch.Tensor,
-    target: int,
-    answer_foil: tuple[int, int],
-) -> np.ndarray:
-    """Noising of resid_post at every layer and position, with `run_with_hooks`."""
-    answer, foil = answer_foil
-
-    def metric(logits: torch.Tensor) -> float:
-        return float(logits[0, target, answer] - logits[0, target, foil])
-
-    _, cache = model.run_with_cache(corrupted[None])
-    base = metric(model(clean[None]))
-    grid = np.zeros((model.cfg.n_layers, len(clean)))
-    for layer in range(model.cfg.n_layers):
-        name = f"blocks.{layer}.hook_resid_post"
-        for position in range(len(clean)):
-
-            def patch(state, hook, name=name, position=position):
-                state[:, position] = cache[name][:, position]
-                return state
-
-            grid[layer, position] = (
-                metric(model.run_with_hooks(clean[None], fwd_hooks=[(name, patch)])) - base
-            )
-    return grid
 
 
 @pytest.mark.parametrize("n_ctx", [1, 2, 3, 5])

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -29,3 +30,34 @@ def random_rows(model: Any, n: int, length: int, seed: int = 0) -> torch.Tensor:
     """Draw `[n, length]` ids of the model's vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, model.cfg.d_vocab, (n, length), generator=generator)
+
+
+@torch.no_grad()
+def patched_by_hand(
+    model: Any,
+    clean: torch.Tensor,
+    corrupted: torch.Tensor,
+    target: int,
+    answer_foil: tuple[int, int],
+) -> np.ndarray:
+    """Noising of resid_post at every layer and position, with `run_with_hooks`."""
+    answer, foil = answer_foil
+
+    def metric(logits: torch.Tensor) -> float:
+        return float(logits[0, target, answer] - logits[0, target, foil])
+
+    _, cache = model.run_with_cache(corrupted[None])
+    base = metric(model(clean[None]))
+    grid = np.zeros((model.cfg.n_layers, len(clean)))
+    for layer in range(model.cfg.n_layers):
+        name = f"blocks.{layer}.hook_resid_post"
+        for position in range(len(clean)):
+
+            def patch(state, hook, name=name, position=position):
+                state[:, position] = cache[name][:, position]
+                return state
+
+            grid[layer, position] = (
+                metric(model.run_with_hooks(clean[None], fwd_hooks=[(name, patch)])) - base
+            )
+    return grid

@@ -203,8 +203,10 @@ def pair_segments(
     clean: Int64[Tensor, " _"],
     corrupted: Int64[Tensor, " _"],
     alignment: Int64[np.ndarray, " _"],
+    *,
+    target: int = -1,
 ) -> tuple[str, ...]:
-    """Segment names of pair `i`, with `bias` where the sides differ and `divergence` at the end.
+    """Segment names of pair `i`: `bias` where the sides differ, `divergence` at the target.
 
     Raises:
         ValueError: There are fewer names than positions.
@@ -217,5 +219,5 @@ def pair_segments(
     for position, differs in enumerate(differing(clean, corrupted, alignment)):
         if differs and result[position] in ("system", TEXT):
             result[position] = BIAS
-    result[-1] = DIVERGENCE
+    result[target] = DIVERGENCE
     return tuple(result)

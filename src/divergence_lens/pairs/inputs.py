@@ -55,6 +55,33 @@ def cut_after(
     return tuple(row[: int(target_position[i]) + 1] for i, row in enumerate(rows))
 
 
+def check_whole_rows(
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    ends: Sequence[Tensor],
+    corrupted_ends: Sequence[Tensor],
+) -> None:
+    """Refuse whole rows whose two sides differ in length or in target position.
+
+    Args:
+        left: The clean rows.
+        right: The corrupted rows.
+        ends: The clean rows up to their target positions.
+        corrupted_ends: The corrupted rows up to theirs.
+
+    Raises:
+        ValueError: Names the first such pair.
+    """
+    for i, rows in enumerate(zip(left, right, ends, corrupted_ends, strict=True)):
+        clean, corrupted, end, corrupted_end = map(len, rows)
+        if clean != corrupted or end != corrupted_end:
+            raise ValueError(
+                f"the rows of pair {i} have {clean} and {corrupted} tokens and the targets "
+                f"{end - 1} and {corrupted_end - 1}; with whole_rows=True, a model that attends in "
+                "both directions needs rows of one length with one target"
+            )
+
+
 def teacher_per_pair(
     teacher: Sequence[Teacher | None] | Teacher | None, n: int, name: str
 ) -> tuple[Teacher | None, ...]:

@@ -44,6 +44,7 @@ from divergence_lens.pairs.inputs import (
     as_rows,
     both_system_prompts,
     check_count,
+    check_whole_rows,
     cut_after,
     teacher_per_pair,
     weights_key,
@@ -82,6 +83,10 @@ class Pairs:
         foil_labels: For each foil one string per token.
         metadata: Metadata of the `Divergence` that the pairs were built from; patching compares
             its model with the one that it patches.
+        targets: `[pairs]`, the target position of both rows of each pair where tokens follow it
+            (`whole_rows=True`); None where every row ends at its target.
+        cut: Whether tokens after a target position were left out; a model that attends in both
+            directions would read them.
 
     Raises:
         ValueError: If the fields do not fit each other, an answer equals its foil, or the two
@@ -101,6 +106,8 @@ class Pairs:
     answer_labels: tuple[tuple[str, ...], ...]
     foil_labels: tuple[tuple[str, ...], ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    targets: Int64[Tensor, " pairs"] | None = None
+    cut: bool = False
 
     def __post_init__(self) -> None:
         n = len(self.clean)
@@ -176,6 +183,7 @@ class Pairs:
         foils: TokenRows | None = None,
         target_position: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
         corrupted_target_position: Sequence[int] | Int64[Tensor, " pairs"] | None = None,
+        whole_rows: bool = False,
         pad_id: int | None = None,
         segments: Sequence[Sequence[str]] | None = None,
         alignment: Sequence[Sequence[int] | None] | None = None,
@@ -196,6 +204,9 @@ class Pairs:
                 token if not given. The row is cut after it.
             corrupted_target_position: Target position in each corrupted row. If not given, the last
                 token, or `target_position` where the two rows have equal lengths.
+            whole_rows: Whether the tokens after the target position are part of the rows, for a
+                model that attends in both directions. Both rows of a pair then need equal lengths
+                and one target.
             pad_id: If given, this id is dropped from the right end of every row.
             segments: One name per position of each clean row, as returned by `chat.encode_prompt`
                 (longer rows are cut like the tokens). `system` and `text` become `bias` where the
@@ -229,9 +240,15 @@ class Pairs:
                 int(target_position[i]) if equal else len(right[i]) - 1
                 for i, equal in enumerate(same)
             ]
-        left = cut_after(left, target_position, "clean")
-        right = cut_after(right, corrupted_target_position, "corrupted")
         n = len(left)
+        ends = cut_after(left, target_position, "clean")
+        corrupted_ends = cut_after(right, corrupted_target_position, "corrupted")
+        targets = [len(row) - 1 for row in ends]
+        cut = [*map(len, (*left, *right))] != [*map(len, (*ends, *corrupted_ends))]
+        if whole_rows:
+            check_whole_rows(left, right, ends, corrupted_ends)
+        else:
+            left, right = ends, corrupted_ends
         answer_rows = answer_tokens(answers, n, "answers")  # [pairs, tokens]
         foil_rows = answer_tokens(foils, n, "foils")  # [pairs, tokens]
         if segments is None:
@@ -244,7 +261,8 @@ class Pairs:
             answers=answer_rows,
             foils=foil_rows,
             segments=tuple(
-                pair_segments(i, segments[i], left[i], right[i], aligned[i]) for i in range(n)
+                pair_segments(i, segments[i], left[i], right[i], aligned[i], target=targets[i])
+                for i in range(n)
             ),
             alignment=aligned,
             clean_teacher=teacher_per_pair(clean_teacher, n, "clean_teacher"),
@@ -256,6 +274,8 @@ class Pairs:
             ),
             foil_labels=tuple(token_labels(tokenizer, ids) for ids in without_padding(foil_rows)),
             metadata=metadata or {},
+            targets=torch.tensor(targets) if whole_rows else None,
+            cut=cut and not whole_rows,
         )
 
     @classmethod
@@ -396,12 +416,37 @@ class Pairs:
     @property
     def target_position(self) -> Int64[Tensor, " pairs"]:
         """Position in each clean row whose logits predict the answer: its last."""
+        if self.targets is not None:
+            return self.targets
         return torch.tensor([len(row) - 1 for row in self.clean])
 
     @property
     def corrupted_target_position(self) -> Int64[Tensor, " pairs"]:
         """Position in each corrupted row whose logits predict the answer: its last."""
+        if self.targets is not None:
+            return self.targets
         return torch.tensor([len(row) - 1 for row in self.corrupted])
+
+    def check_direction(self, *, causal: bool) -> None:
+        """Refuse rows that a model reads otherwise than they are stored.
+
+        Args:
+            causal: Whether no position of the model attends to a later one.
+
+        Raises:
+            ValueError: Tokens after a target position were cut, and the model would read them; or
+                they are there, and a causal model does not read them.
+        """
+        if not causal and self.cut:
+            raise ValueError(
+                "the rows end at the target position, but this model attends in both directions "
+                "and reads the tokens after it too; build the pairs with whole_rows=True"
+            )
+        if causal and self.targets is not None:
+            raise ValueError(
+                "the pairs hold tokens after the target position, which this causal model does "
+                "not read; build them without whole_rows"
+            )
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -430,6 +475,8 @@ class Pairs:
             answer_labels=tuple(self.answer_labels[i] for i in chosen),
             foil_labels=tuple(self.foil_labels[i] for i in chosen),
             metadata=self.metadata,
+            targets=None if self.targets is None else self.targets[chosen],
+            cut=self.cut,
         )
 
     def columns(self, i: int) -> tuple[Column, ...]:

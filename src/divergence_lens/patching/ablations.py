@@ -109,9 +109,10 @@ class _SiteMeans:
         self, chunk: Chunk
     ) -> tuple[Bool[Tensor, "batch pos"], Int64[Tensor, "batch pos"]]:
         """Whether each position of the chunk is a token, not padding, and its slot."""
-        slots = pad_right([self._slots[i] for i in chunk.indices.tolist()], chunk.base.device)
-        positions = torch.arange(slots.shape[1], device=slots.device)
-        return positions <= chunk.base_target[:, None], slots
+        rows = [self._slots[i] for i in chunk.indices.tolist()]
+        slots = pad_right(rows, chunk.base.device)
+        lengths = torch.tensor([len(row) for row in rows], device=slots.device)
+        return torch.arange(slots.shape[1], device=slots.device) < lengths[:, None], slots
 
     def states(self, chunk: Chunk, base: Trace) -> dict[str, list[Tensor]]:
         """The means by site and layer, `[batch, pos, ...]`, at each position of the chunk."""

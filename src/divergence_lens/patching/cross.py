@@ -326,6 +326,7 @@ def _check(a: Engine, b: Engine, pairs: Pairs, batch_rows: int) -> None:
         )
     if a.model.training or b.model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
+    pairs.check_direction(causal=a.causal)
     for i, (clean, corrupted) in enumerate(zip(pairs.clean, pairs.corrupted, strict=True)):
         if not torch.equal(clean, corrupted):
             raise ValueError(

@@ -97,7 +97,8 @@ def causal_mediation(
 
     Args:
         model: The model; teachers with deltas are applied to it. A model that attends in both
-            directions takes longer; its target is the last token of a row as well.
+            directions takes longer; where its target is not the last token of a row, the pairs
+            need `whole_rows=True`.
         pairs: The pairs to patch.
         site: One name of `engine.SITES`, or several, each patched by itself: `resid_pre`,
             `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, `block_out` (everything that a block

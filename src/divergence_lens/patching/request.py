@@ -138,6 +138,7 @@ def validate(model: Model, request: PatchingRequest, *, batch_rows: int) -> Engi
             raise ValueError(
                 f"this model has no site {site!r} ({reason}); it has {', '.join(engine.sites)}"
             )
+    request.pairs.check_direction(causal=engine.causal)
     _check_models(engine, request.pairs)
     warn_if_other_model(request.pairs.metadata, model, "the divergence behind these pairs")
     for i in range(len(request.pairs)):

@@ -282,7 +282,8 @@ def _identity(model: Model, request: PatchingRequest, settings: Mapping[str, Any
         metric_values(request.metric, len(pairs), get_engine(model, causal=False)),
     ]
     digest.update(json.dumps(record, sort_keys=True).encode())
-    for row in (*pairs.clean, *pairs.corrupted, pairs.answers, pairs.foils):
+    targets = pairs.target_position
+    for row in (*pairs.clean, *pairs.corrupted, pairs.answers, pairs.foils, targets):
         digest.update(f"{list(row.shape)} ".encode() + row.numpy().tobytes())
     for alignment in pairs.alignment:
         digest.update(alignment.tobytes())

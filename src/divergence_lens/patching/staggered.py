@@ -281,7 +281,9 @@ class StaggeredPasses:
         past = self.run.base.past
         assert past is not None
         targets = self.chunk.base_target[rows.batch]
-        stop = int(self._ends(rows, targets).max()) + 1
+        stop = self.chunk.base.shape[1]
+        if self.engine.causal:  # nothing after the last position that is read reaches it
+            stop = int(self._ends(rows, targets).max()) + 1
         # A pass needs the number of positions, not the tokens, so one row is enough.
         run = self.engine.begin(
             self.chunk.base[:1, first:stop], past.upto(first) if first else None

@@ -268,6 +268,8 @@ def build_chunk(
     cells = [request.cells[i] for i in chosen]
     base, source = (clean, corrupted) if noising else (corrupted, clean)
     base_target, source_target = ([len(row) - 1 for row in side] for side in (base, source))
+    if pairs.targets is not None:  # both rows of a pair have one target, with tokens after it
+        base_target = source_target = pairs.targets[torch.tensor(chosen)].tolist()
     if readings is not None:
         base, source = readings.continued(base), readings.continued(source)
     width = max(len(row) for row in base)
