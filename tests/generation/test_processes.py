@@ -6,19 +6,16 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
-from typing import ClassVar
 
-import numpy as np
 import pytest
 
 import divergence_lens as dl
-from divergence_lens._utils.checkpoints import Processes
 from divergence_lens.generation import generating
 from divergence_lens.generation.local import LocalWriter
 from divergence_lens.models import load_model
 from tests.support.models import chat_tokenizer, random_hf_model
+from tests.support.processes import Shared
 
 SCRIPT = """
 import json, sys
@@ -46,30 +43,6 @@ state.destroy_process_group()
 """
 
 
-class Shared(Processes):
-    """Stands in for `Processes`: threads that add their arrays up."""
-
-    barrier = threading.Barrier(2)
-    arrays: ClassVar[dict[int, list[np.ndarray]]] = {}
-
-    def __init__(self, index: int) -> None:
-        super().__init__()
-        self.index, self.count = index, 2
-
-    def agree(self, identity: str) -> None:
-        pass
-
-    def together(self):
-        return nullcontext()
-
-    def add_up(self, arrays: list[np.ndarray]) -> None:
-        self.arrays[self.index] = [array.copy() for array in arrays]
-        self.barrier.wait(60)
-        for array, other in zip(arrays, self.arrays[1 - self.index], strict=True):
-            np.add(array, other, out=array)
-        self.barrier.wait(60)
-
-
 def test_two_threads_divide_the_batches(random_model, monkeypatch):
     # One model per thread, as each process has its own: a bridge is changed while it begins a pass.
     models = [random_model("llama", seed=2) for _ in range(2)]
@@ -83,7 +56,7 @@ def test_two_threads_divide_the_batches(random_model, monkeypatch):
         write(self, batch, finish)
 
     monkeypatch.setattr(LocalWriter, "write", noted)
-    monkeypatch.setattr(generating, "Processes", lambda accelerator: accelerator)
+    monkeypatch.setattr(generating, "Processes", Shared.of)
     with ThreadPoolExecutor(2) as pool:
         calls = [
             pool.submit(dl.generate, model, prompts, accelerator=Shared(index), **options)

@@ -8,6 +8,8 @@ exact method runs the tokens of every form after every question, on the question
 Forms that begin with the same tokens are branches of one tree, and a tree is one short pass.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from divergence_lens._utils.batching import length_batches, pad_right, shared_prefix
+from divergence_lens._utils.checkpoints import Processes
 from divergence_lens._utils.interrupts import discard_partial
 from divergence_lens._utils.memory import run_halved
 from divergence_lens.chat import decode, encode_completions, encode_prompts, stop_ids
@@ -54,6 +57,7 @@ def sampled_probabilities(
     seed: int,
     batch_tokens: int,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    accelerator: Any = None,
     progress: bool = False,
 ) -> Float64[np.ndarray, "questions candidates"]:
     """Return the fraction of `samples` answers to each question that name each candidate."""
@@ -67,6 +71,7 @@ def sampled_probabilities(
         seed=seed,
         batch_tokens=batch_tokens,
         checkpoint_dir=checkpoint_dir,
+        accelerator=accelerator,
         progress=progress,
     )
     counts = np.zeros((len(questions), len(candidates)))
@@ -86,16 +91,26 @@ def exact_probabilities(
     teacher: Teacher,
     questions: tuple[str, ...],
     candidates: tuple[str, ...],
+    *,
     batch_tokens: int,
+    accelerator: Any = None,
 ) -> Float64[np.ndarray, "questions candidates"]:
-    """Compute the probability that an answer begins with a form of each candidate."""
+    """Compute the probability that an answer begins with a form of each candidate.
+
+    Each process of `accelerator` reads every n-th question.
+    """
     tokenizer: Any = model.tokenizer
     forms, owners = form_ids(tokenizer, candidates)
     prompts = [
         encoded.ids
         for encoded in encode_prompts(tokenizer, questions, system_prompt=teacher.system_prompt)
     ]
-    with teacher.applied(model) as applied, torch.no_grad():
+    processes = Processes(accelerator)
+    asked = json.dumps([prompts, forms])
+    processes.agree(hashlib.sha256(asked.encode()).hexdigest())
+    own = slice(processes.index, None, processes.count)
+    events = np.zeros((len(questions), len(forms)))
+    with processes.together(), teacher.applied(model) as applied, torch.no_grad():
         engine = get_engine(applied)
         longest = max(map(len, prompts)) + max(map(len, forms))
         if longest > engine.n_ctx:
@@ -104,7 +119,9 @@ def exact_probabilities(
                 f"{engine.n_ctx}; shorten the questions or the system prompt"
             )
         continues = continuations(tokenizer, engine.d_vocab)
-        events = form_events(engine, prompts, forms, continues, batch_tokens)
+        if prompts[own]:
+            events[own] = form_events(engine, prompts[own], forms, continues, batch_tokens)
+    processes.add_up([events])
     if np.isnan(events).any():
         question = int(np.flatnonzero(np.isnan(events).any(1))[0])
         raise ValueError(

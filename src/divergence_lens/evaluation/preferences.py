@@ -52,6 +52,7 @@ def preference(
     seed: int = 0,
     batch_tokens: int = 8192,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    accelerator: Any = None,
     progress: bool = False,
 ) -> "Preference":
     """Measure how often a model answers with each candidate, such as its favorite animal.
@@ -78,6 +79,8 @@ def preference(
         batch_tokens: Tokens per forward pass.
         checkpoint_dir: A folder for the sampled method's finished batches, from which the same call
             resumes; see `generate`. The exact method takes a few passes and stores nothing.
+        accelerator: An `accelerate.Accelerator` or `accelerate.PartialState`, whose processes
+            divide the questions. All processes make the same call, and each returns the result.
         progress: Whether the sampled method shows a progress bar; the exact one takes a few passes.
 
     Returns:
@@ -108,7 +111,9 @@ def preference(
     refuse_dropout(model if teacher.model is None else teacher.model)
     settings: dict[str, Any] = {"method": method, "system_prompt": teacher.system_prompt}
     if method == "exact":
-        probabilities = exact_probabilities(model, teacher, asked, names, batch_tokens)
+        probabilities = exact_probabilities(
+            model, teacher, asked, names, batch_tokens=batch_tokens, accelerator=accelerator
+        )
     else:
         if samples < 1:
             raise ValueError(f"samples must be 1 or more, got {samples}")
@@ -123,6 +128,7 @@ def preference(
             seed=seed,
             batch_tokens=batch_tokens,
             checkpoint_dir=checkpoint_dir,
+            accelerator=accelerator,
             progress=progress,
         )
     return Preference(

@@ -89,6 +89,7 @@ def task_quality(
     number_filter: NumberFilter | None = None,
     max_new_tokens: int = 64,
     batch_tokens: int = 8192,
+    accelerator: Any = None,
 ) -> TaskQuality:
     """Measure how well a model does the task of the number lists.
 
@@ -104,6 +105,8 @@ def task_quality(
         number_filter: Defines valid lists; default `NumberFilter()`.
         max_new_tokens: The longest completion; one that is cut off is checked as it is.
         batch_tokens: Padded tokens in one forward pass.
+        accelerator: An `accelerate.Accelerator` or `accelerate.PartialState`, whose processes
+            divide the examples. All processes make the same call, and each returns the result.
 
     Raises:
         ValueError: No examples, or one without a completion; a system prompt beside a teacher; a
@@ -119,13 +122,16 @@ def task_quality(
     examples = with_ids(tokenizer, load_examples(held_out))
     if not examples:
         raise ValueError("there are no held-out examples to measure on")
-    read = read_teachers(model, examples, [teacher], batch_tokens=batch_tokens)
+    read = read_teachers(
+        model, examples, [teacher], batch_tokens=batch_tokens, accelerator=accelerator
+    )
     written = generate(
         model,
         [example.prompt for example in examples],
         teacher=teacher,
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,
+        accelerator=accelerator,
     )
     report = (number_filter or NumberFilter()).report([e.completion or "" for e in written])
     return TaskQuality(
