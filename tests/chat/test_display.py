@@ -5,42 +5,22 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
+import divergence_lens as dl
 from divergence_lens.chat import choice_texts, row_texts, token_labels, token_texts
+from tests.support.models import random_hf_model
+from tests.support.tokenizers import byte_fallback_tokenizer, byte_level_tokenizer
 
 PART = re.compile(r"(.)⟨(\d+)/(\d+)⟩", re.DOTALL)
-
-
-def byte_level(merges=()) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are bytes, and merged bytes."""
-    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    for left, right in merges:
-        vocabulary[left + right] = len(vocabulary)
-    core = Tokenizer(models.BPE(vocabulary, list(merges)))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core)
-
-
-def byte_fallback() -> PreTrainedTokenizerFast:
-    """As Llama's: a piece for a known character, otherwise one piece per byte."""
-    pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ["a", "▁"]
-    core = Tokenizer(
-        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True)
-    )
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=core)
 
 
 def labels(tokenizer, text):
     return token_labels(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-@pytest.mark.parametrize("tokenizer", [byte_level(), byte_fallback()], ids=["bytes", "fallback"])
+@pytest.mark.parametrize(
+    "tokenizer", [byte_level_tokenizer(), byte_fallback_tokenizer()], ids=["bytes", "fallback"]
+)
 def test_each_part_shows_its_character(tokenizer):
     assert labels(tokenizer, "a猫a") == ("a", "猫⟨1/3⟩", "猫⟨2/3⟩", "猫⟨3/3⟩", "a")
     assert labels(tokenizer, "🦉") == tuple(f"🦉⟨{k}/4⟩" for k in range(1, 5))
@@ -48,12 +28,12 @@ def test_each_part_shows_its_character(tokenizer):
 
 def test_a_token_with_a_space_and_a_part_shows_both():
     # " 🦉" is the bytes 20 F0 9F A6 89; the first three and the last two are one token each.
-    tokenizer = byte_level([("Ġ", "ð"), ("Ġð", "Ł"), ("¦", "ī")])
+    tokenizer = byte_level_tokenizer([("Ġ", "ð"), ("Ġð", "Ł"), ("¦", "ī")])
     assert labels(tokenizer, " 🦉") == (" 🦉⟨1/2⟩", "🦉⟨2/2⟩")
 
 
 def test_parts_that_make_no_character_are_shown_in_hexadecimal():
-    tokenizer = byte_level([("Ġ", "ð")])
+    tokenizer = byte_level_tokenizer([("Ġ", "ð")])
     ids = tokenizer(" 🦉")["input_ids"]
     assert token_labels(tokenizer, ids[:2]) == (" ⟨F0⟩", "⟨9F⟩")
     texts = token_texts(tokenizer, ids)
@@ -61,7 +41,9 @@ def test_parts_that_make_no_character_are_shown_in_hexadecimal():
 
 
 @given(text=st.text().filter(lambda text: "⟨" not in text))
-@pytest.mark.parametrize("tokenizer", [byte_level(), byte_level([("ç", "Į"), ("Ł", "¦")])])
+@pytest.mark.parametrize(
+    "tokenizer", [byte_level_tokenizer(), byte_level_tokenizer([("ç", "Į"), ("Ł", "¦")])]
+)
 def test_the_parts_of_a_row_make_its_text(tokenizer, text):
     shown = labels(tokenizer, text)
     whole = PART.sub(lambda part: part[1] if part[2] == "1" else "", "".join(shown))
@@ -72,7 +54,7 @@ def test_the_parts_of_a_row_make_its_text(tokenizer, text):
 
 
 def test_a_choice_is_joined_only_where_it_is_the_rows_own_token():
-    tokenizer = byte_level()
+    tokenizer = byte_level_tokenizer()
     ids = tokenizer("猫")["input_ids"]
     texts = token_texts(tokenizer, ids)
     assert choice_texts(texts, [ids[0], ids[2], ids[1]], ids) == ["猫⟨1/3⟩", "⟨AB⟩", "⟨8C⟩"]
@@ -101,7 +83,7 @@ def test_sentencepiece_words_have_their_space_and_unknown_ids_a_name():
 
 
 def test_the_replacement_character_itself_is_a_character():
-    tokenizer = byte_level([("ï", "¿"), ("ï¿", "½")])
+    tokenizer = byte_level_tokenizer([("ï", "¿"), ("ï¿", "½")])
     assert labels(tokenizer, "\ufffd") == ("\ufffd",)
 
 
@@ -112,3 +94,42 @@ def test_qwens_tokens_of_rare_characters(qwen25):
     assert not re.search("[ðŁ¦ĥ]", "".join(shown))
     whole = PART.sub(lambda part: part[1] if part[2] == "1" else "", "".join(shown))
     assert whole == text
+
+
+def test_every_view_shows_characters_and_not_their_bytes(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    model = dl.load_model(
+        random_hf_model("qwen2", 3, vocab=len(tokenizer)), tokenizer=tokenizer, backend="bridge"
+    )
+    owl, cat = (dl.Teacher(name, system_prompt=f"{name} 猫") for name in ("owl", "cat"))
+    div = dl.find_divergence(
+        model,
+        [dl.Example("Say 猫.", "猫 a"), dl.Example("Say 猫.", "猫")],
+        teacher=owl,
+        counterfactuals=[cat],
+        require_agreement=False,
+    )
+    table = div.to_dataframe()
+    parts = [f"猫⟨{k}/3⟩" for k in (1, 2, 3)]
+    assert table["token"].tolist() == [*parts, " ", "a", *parts]
+    pairs = div.pairs(first_only=False)
+    effects = dl.attribution_patch(model, pairs)
+    figure = effects.plot(pair=0).to_json().encode().decode("unicode_escape")
+    div.to_jsonl(tmp_path / "x.jsonl")
+    views = {
+        "text": str(div[0]),
+        "notebook": div[0]._repr_html_(),
+        "table": table.to_csv(),
+        "pairs": pairs._repr_html_(),
+        "effects": effects.to_dataframe().to_csv(),
+        "figure of tokens": div[0].plot().to_json() if hasattr(div[0], "plot") else "猫",
+        "jsonl": (tmp_path / "x.jsonl").read_text(encoding="utf-8"),
+    }
+    for name, view in views.items():
+        assert not re.search("[\ufffdçĮ«]", view), name
+        assert "猫" in view, name
+    assert "\ufffd" not in figure

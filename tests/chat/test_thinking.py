@@ -1,5 +1,7 @@
 """Prompt and completion are the template's own conversation, with and without think blocks."""
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +30,10 @@ THOUGHT = "<think>\nHm, owls.\n</think>\n\n"
 
 WORDS = st.text(alphabet="aou1,é", min_size=1, max_size=5)
 ANSWERS = st.tuples(st.sampled_from(["", THOUGHT, "<think>so</think>"]), WORDS).map("".join)
+
+
+def message(role, content):
+    return {"role": role, "content": content}
 
 
 def tokenizer_with(template):
@@ -138,3 +144,23 @@ def test_files_remember_that_a_prompt_thinks(tmp_path):
     filled = with_ids(tokenizer, [Example("Best?", THOUGHT + "Owl."), Example("Best?", "Owl.")])
     save_examples(tmp_path / "data.jsonl", filled)
     assert load_examples(tmp_path / "data.jsonl") == filled
+
+
+@pytest.mark.parametrize(
+    "answer", ["Owl.", THOUGHT + "Owl, 猫.", " 412", "1\n\n2", "<think>so</think>1"]
+)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_qwens_tokenizer_gives_the_templates_ids(qwen25, name, answer):
+    tokenizer = copy.deepcopy(qwen25)
+    tokenizer.add_tokens(["<think>", "</think>"])  # single tokens, as in models that think
+    tokenizer.chat_template = TEMPLATES[name]
+    earlier = [
+        message("user", "Best?"),
+        message("assistant", THOUGHT + "Cat."),
+        message("user", "?"),
+    ]
+    for before in ([message("user", "Best?")], earlier, [message("system", "Be brief."), *earlier]):
+        messages = [*before, message("assistant", answer)]
+        (example,) = load_examples([{"messages": messages}])
+        ids, thinking = both_ids(tokenizer, example)
+        assert ids == conversation_ids(tokenizer, messages, thinking=thinking)
