@@ -78,7 +78,6 @@ class Example:
     def __post_init__(self) -> None:
         encoded = raw_ids(self.prompt)
         if encoded is not None:
-            token_ids(encoded, "the example's prompt")  # refuses ids out of range
             object.__setattr__(self, "prompt", encoded)
         elif not isinstance(self.prompt, str):
             object.__setattr__(self, "prompt", as_prompt(self.prompt, "the example's prompt"))
@@ -278,8 +277,9 @@ def as_example(row: Any, where: str) -> Example:
     if isinstance(row, Example):
         return row
     if not isinstance(row, Mapping):
-        ids = raw_ids(row)
-        if ids is not None and len(ids) > 1:
+        listed = as_list(row)
+        if isinstance(listed, Sequence) and not isinstance(listed, str | bytes) and len(listed) > 1:
+            ids = tuple(token_ids(listed, where).tolist())
             return Example(ids[:1], completion_ids=ids[1:])
         raise TypeError(
             f"{where} is a {type(row).__name__}; a row is an Example or a mapping with the keys "
@@ -292,12 +292,10 @@ def as_example(row: Any, where: str) -> Example:
         prompt, completion = encoded, given.get("completion")
     else:
         prompt, completion = _texts(row, given, where)
-    if given.get("thinking") is True and not isinstance(
-        prompt, tuple
-    ):  # data sets have texts under this name
-        prompt = as_prompt(
-            prompt if isinstance(prompt, str) else prompt.turns, where, thinking=True
-        )
+    # Data sets may have texts under this name.
+    if given.get("thinking") is True and not isinstance(prompt, tuple):
+        turns = prompt if isinstance(prompt, str) else prompt.turns
+        prompt = as_prompt(turns, where, thinking=True)
     teacher = given.get("teacher")
     if teacher is not None:
         check_text(teacher, f"{where}: 'teacher'")
@@ -327,7 +325,6 @@ def _texts(
         return split_conversation(given[asked], f"{where}: {asked!r}")
     if asked == "instruction":
         prompt = _instruction(given, where)
-
     else:
         prompt = as_prompt(given[asked], f"{where}: {asked!r}")
     completion = None if answered == asked else given[answered]

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+from divergence_lens._utils.validation import token_ids
+
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 # Keys of a message that change what a template writes, beside role and content.
 _UNSUPPORTED = (
@@ -78,13 +80,18 @@ of the whole prompt, for models without a tokenizer."""
 
 
 def raw_ids(value: Any) -> tuple[int, ...] | None:
-    """Return the ids of a prompt that is given as token ids, or None for any other prompt."""
+    """Return the ids of a prompt that begins with a token id, or None for any other prompt.
+
+    Raises:
+        TypeError: One of the others is not a whole number.
+        ValueError: An id is out of range.
+    """
     value = as_list(value)
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         return None
-    if any(isinstance(one, bool) or not hasattr(one, "__index__") for one in value):
+    if isinstance(value[0], bool) or not hasattr(value[0], "__index__"):
         return None
-    return tuple(int(one) for one in value)
+    return tuple(token_ids(value, "the prompt").tolist())
 
 
 def as_prompt(value: Any, where: str, *, thinking: bool = False) -> str | Conversation:
