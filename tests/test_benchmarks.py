@@ -1,5 +1,6 @@
 """The benchmarks that check instead of measure, on the tiny models."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -31,6 +32,29 @@ def test_a_result_that_differs_fails(capsys, monkeypatch):
     monkeypatch.setattr(Engine, "unembed", lambda self, hidden: 1.01 * unembed(self, hidden))
     assert QUICK["main"](ARGUMENTS) >= 2
     assert "logits differ" in capsys.readouterr().out
+
+
+def test_the_command_for_a_gpu_runs_on_a_cpu(tmp_path):
+    path = tmp_path / "gpu.json"
+    main = runpy.run_path(str(FOLDER / "gpu.py"))["main"]
+    rows = main(["--shape", "tiny", "--device", "cpu", "--no-compile", "--json", str(path)])
+    assert json.loads(path.read_text())["rows"] == rows
+    # A CPU has no memory-efficient kernel; every other step runs.
+    failed = {row["step"] for row in rows if "seconds" not in row}
+    assert failed <= {"Hugging Face forward, memory-efficient"}
+    steps = " ".join(row["step"] for row in rows)
+    for name in ("find_divergence", "attribution_patch", "causal_mediation", "LoRA", "generate"):
+        assert name in steps
+    shares = [row["share"] for row in rows if "share" in row]
+    assert len(shares) >= 4
+    assert all(0 < share < 2 for share in shares)
+
+
+def test_no_step_starts_after_the_time():
+    gpu = runpy.run_path(str(FOLDER / "gpu.py"))
+    bench = gpu["Bench"](gpu["SHAPES"]["tiny"], "cpu", 0)
+    assert bench.step("late", pytest.fail) is None
+    assert bench.rows == [{"step": "late", "skipped": "the time is over"}]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
