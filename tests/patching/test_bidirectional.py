@@ -123,5 +123,10 @@ def test_whole_rows_are_refused_where_they_do_not_fit(model, sides):
         dl.causal_mediation(causal, pairs_at(sides, 2))
     with pytest.raises(ValueError, match="rows of one length with one target"):
         dl.Pairs.from_tokens(
-            [sides[0]], [sides[1, :4]], answers=[7], foils=[11], target_position=[2], whole_rows=True
+            [sides[0]],
+            [sides[1, :4]],
+            answers=[7],
+            foils=[11],
+            target_position=[2],
+            whole_rows=True,
         )
