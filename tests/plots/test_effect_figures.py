@@ -8,7 +8,9 @@ import plotly.graph_objects as go
 import pytest
 
 from divergence_lens import plots
+from divergence_lens.pairs import Pairs
 from divergence_lens.patching.effects import Effects
+from divergence_lens.patching.exact import causal_mediation
 from divergence_lens.patching.inner_agreements import inner_agreement
 from divergence_lens.plots.export import themed
 from tests.support.figures import (
@@ -86,6 +88,24 @@ def test_tokens_that_differ_are_bold_in_every_segment_and_units_show_both_sides(
     bold = [t for t in by_segment.layout.yaxis.ticktext if t.startswith("<b>")]
     assert bold == ["<b>bias</b>", "<b>user</b>"]
     assert "bold: segments with tokens that differ" in plain_title(by_segment)
+
+
+def test_words_that_differ_are_bold_inside_a_chat_template(tiny):
+    pairs = Pairs.from_prompts(
+        tiny,
+        clean=["name your favorite animal"],
+        corrupted=["name an animal"],
+        answers=["owl"],
+        foils=["cat"],
+        system_prompt="You love owls.",
+    )
+    effects = causal_mediation(tiny, pairs, site="resid_pre")
+    bold = [
+        text for text in effects.plot().layout.yaxis.ticktext if str(text).startswith("<b>")
+    ]
+    assert bold == ["<b>your|favorite → an</b>"]
+    rows = plots.effects_by_segment(effects).layout.yaxis.ticktext
+    assert [text for text in rows if text.startswith("<b>")] == ["<b>user</b>"]
 
 
 @pytest.mark.parametrize("kind", ["effects_heatmap", "effects_by_segment"])

@@ -529,13 +529,15 @@ class Pairs:
         )
 
     def __repr__(self) -> str:
-        """The number of pairs, the length of the longest row and answer, and the teachers."""
+        """The number of pairs and of spans of unequal length, the longest row, and the teachers."""
         names = {t.name for t in (*self.clean_teacher, *self.corrupted_teacher) if t is not None}
         among = f", teachers {', '.join(sorted(names))}" if names else ""
         longest = max(len(row) for row in self.clean)
         tokens = max(map(len, (*self.answer_labels, *self.foil_labels)))
         answers = f", answers of up to {tokens} tokens" if tokens > 1 else ""
-        return f"Pairs({len(self)} pairs of up to {longest} tokens{answers}{among})"
+        unlike = sum(bool(self.units(i)) for i in range(len(self)))
+        spans = f", {unlike} with differing spans of unequal length" if unlike else ""
+        return f"Pairs({len(self)} pairs of up to {longest} tokens{spans}{answers}{among})"
 
     def _repr_html_(self) -> str:
         differs = [[*self.differs(i)[:-1], True] for i in range(min(len(self), 5))]

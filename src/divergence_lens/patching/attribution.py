@@ -112,11 +112,10 @@ def attribution_patch(
     in a straight line from the base to the source run, and the gradient is averaged over the
     midpoints of `steps` equal intervals. For `resid_pre` and `resid_post` the blocks above run
     from that state. For the other sites the residual that enters the layer stays at the base
-    run's, and only the site's output moves (all heads together for `z`). Positions without a
-    counterpart stay at the base run's state. This is the form of Schrodi et al. (arXiv
-    2509.23886), with midpoints instead of left endpoints. If every
-    position has a counterpart, the values of one layer of a residual site add up to the effect of
-    patching all positions as `steps` grows; for answers of one token, this is the total effect.
+    run's, and only the site's output moves (all heads together for `z`). This is the form of
+    Schrodi et al. (arXiv 2509.23886), with midpoints instead of left endpoints. If the rows have
+    equal lengths, the values of one layer of a residual site add up to the effect of patching all
+    positions as `steps` grows; for answers of one token, this is the total effect.
 
     `integrated-inputs`: the token embeddings move from the base to the source run's, and all
     layers' gradients along that one path are averaged. `steps` forward and backward passes serve
@@ -136,6 +135,9 @@ def attribution_patch(
     `relp`: the propagation rules of RelP (Jafari et al. 2025, arXiv 2508.21258) instead of the
     gradient: the scales of norms and the attention patterns are constants, activation functions
     are replaced by their secant through zero, and each factor of a gated product gets half.
+
+    Of a differing span with different numbers of tokens, the last position of each side counts at
+    every site; the other positions stay at the base run's state.
 
     Parameters never receive a gradient. The model's flags, hooks and gradients are restored
     afterwards, also after an error.

@@ -95,6 +95,10 @@ def causal_mediation(
     teachers have different weights, each run uses its own teacher's, and the patched run continues
     under its own weights.
 
+    A differing span with different numbers of tokens is one cell. At residual sites its states are
+    replaced by the source run's span and the row is recomputed at its new length; at other sites
+    the last position of each side stands for it. See `patching.resized` for what follows a span.
+
     Args:
         model: The model; teachers with deltas are applied to it. A model that attends in both
             directions takes longer; where its target is not the last token of a row, the pairs

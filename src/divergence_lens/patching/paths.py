@@ -93,7 +93,7 @@ class AttributionPass:
     def by_cell(
         self, values: Float[Tensor, "layer batch rerun_pos ..."]
     ) -> Float[Tensor, "layer batch col ..."]:
-        """Values of all cells: zero before the first difference, NaN without a counterpart.
+        """Values of all cells: zero before the first difference.
 
         Raises:
             ValueError: A value is NaN or infinite.
