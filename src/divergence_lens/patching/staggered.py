@@ -352,4 +352,9 @@ def requested_cells(mask: Cells | None, chunk: Chunk) -> Bool[Tensor, "layer bat
     if mask is None:
         return None
     chosen = torch.from_numpy(mask[chunk.indices.cpu().numpy()]).to(chunk.base.device)
-    return chosen[:, :, : chunk.missing.shape[1]].movedim(0, 1)  # [layer, batch, col, ...]
+    chosen = chosen[:, :, : chunk.missing.shape[1]].movedim(0, 1)  # [layer, batch, col, ...]
+    # Positions after the target, which continue a row with its answer, are not cells of the mask.
+    more = chunk.missing.shape[1] - chosen.shape[2]
+    if not more:
+        return chosen
+    return torch.cat([chosen, chosen.new_zeros(*chosen.shape[:2], more, *chosen.shape[3:])], 2)
