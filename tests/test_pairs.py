@@ -368,6 +368,11 @@ def test_an_alignment_that_does_not_fit_is_refused(alignment, message, unchecked
         pair([1, 2, 3], [1, 2, 4, 3], alignment=alignment)
 
 
+def test_whole_rows_are_aligned_position_by_position(unchecked):
+    with pytest.raises(ValueError, match="alignment cannot be given with whole_rows=True"):
+        pair([1, 2, 3], [1, 4, 3], whole_rows=True, alignment=[[0, -1, 2]])
+
+
 def test_pairs_put_together_by_hand_must_not_drop_tokens():
     pairs = pair([1, 2, 3], [1, 2, 4, 3])
     with pytest.raises(ValueError, match="leaves tokens of one side without text"):

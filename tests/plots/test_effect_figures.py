@@ -100,9 +100,7 @@ def test_words_that_differ_are_bold_inside_a_chat_template(tiny):
         system_prompt="You love owls.",
     )
     effects = causal_mediation(tiny, pairs, site="resid_pre")
-    bold = [
-        text for text in effects.plot().layout.yaxis.ticktext if str(text).startswith("<b>")
-    ]
+    bold = [text for text in effects.plot().layout.yaxis.ticktext if str(text).startswith("<b>")]
     assert bold == ["<b>your|favorite → an</b>"]
     rows = plots.effects_by_segment(effects).layout.yaxis.ticktext
     assert [text for text in rows if text.startswith("<b>")] == ["<b>user</b>"]

@@ -245,6 +245,11 @@ class Pairs:
         corrupted_ends = cut_after(right, corrupted_target_position, "corrupted")
         targets = [len(row) - 1 for row in ends]
         cut = [*map(len, (*left, *right))] != [*map(len, (*ends, *corrupted_ends))]
+        if whole_rows and alignment is not None:
+            raise ValueError(
+                "alignment cannot be given with whole_rows=True, whose rows have equal lengths and "
+                "are aligned position by position"
+            )
         if whole_rows:
             check_whole_rows(left, right, ends, corrupted_ends)
         else:
