@@ -318,8 +318,10 @@ class _FusedHooked(FusedBlocks):
     def embed(
         self, tokens: Int[Tensor, " tokens"], positions: Int[Tensor, " tokens"]
     ) -> Float[Tensor, "tokens d_model"]:
-        embeddings = self._lens.embed.W_E[tokens]
-        return embeddings if self._rotary else embeddings + self._lens.pos_embed.W_pos[positions]
+        embeddings: Tensor = self._lens.embed.W_E[tokens]
+        if not self._rotary:
+            embeddings = embeddings + self._lens.pos_embed.W_pos[positions]
+        return embeddings
 
     def rotary_tables(self, length: int) -> tuple[Tensor, Tensor] | None:
         return self._table(0, 0, length) if self._rotary else None
@@ -398,9 +400,11 @@ class _FusedBridge(FusedBlocks):
         self, tokens: Int[Tensor, " tokens"], positions: Int[Tensor, " tokens"]
     ) -> Float[Tensor, "tokens d_model"]:
         decoder = self._lens.original_model.base_model
+        embeddings: Tensor
         if self._gpt2:
-            return _inside(decoder.wte)(tokens) + _inside(decoder.wpe)(positions)
-        embeddings: Tensor = _inside(decoder.embed_tokens)(tokens)
+            embeddings = _inside(decoder.wte)(tokens) + _inside(decoder.wpe)(positions)
+        else:
+            embeddings = _inside(decoder.embed_tokens)(tokens)
         return embeddings
 
     def rotary_tables(self, length: int) -> tuple[Tensor, Tensor] | None:
