@@ -92,6 +92,7 @@ bench: $(READY) $(READY_TL4)
 		$(OFFLINE) $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
 	$(OFFLINE) $(BIN)/python benchmarks/patching.py --integrated
+	$(OFFLINE) $(BIN)/python benchmarks/scoring.py --docs docs/speed.md
 	$(OFFLINE) .venv-tl4/bin/python benchmarks/attribution_tl4.py
 
 # DIVERGENCE_LENS_MODELS names folders of more models.

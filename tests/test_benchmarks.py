@@ -57,6 +57,17 @@ def test_no_step_starts_after_the_time():
     assert bench.rows == [{"step": "late", "skipped": "the time is over"}]
 
 
+def test_scores_are_log_likelihoods_and_the_table_goes_into_its_page(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("Before\n<!-- scoring: begin -->\nold\n<!-- scoring: end -->\nafter\n")
+    main = runpy.run_path(str(FOLDER / "scoring.py"))["main"]
+    main(["--backend", BACKENDS[0], "--questions", "3", "--repeats", "1", "--docs", str(page)])
+    before, *table, after = page.read_text().splitlines()
+    assert (before, after) == ("Before", "after")
+    assert table[1:-1] == capsys.readouterr().out.splitlines()[-4:]
+    assert [row.split(" | ")[0] for row in table[-3:-1]] == ["| answers", "| lists"]
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_candidates_are_names_that_the_tokenizer_writes(name, random_model):
     assert len(QUICK["candidates"](random_model(name).tokenizer)) == 3
