@@ -279,8 +279,8 @@ def as_example(row: Any, where: str) -> Example:
     if not isinstance(row, Mapping):
         listed = as_list(row)
         if isinstance(listed, Sequence) and not isinstance(listed, str | bytes) and len(listed) > 1:
-            ids = tuple(token_ids(listed, where).tolist())
-            return Example(ids[:1], completion_ids=ids[1:])
+            whole = tuple(token_ids(listed, where).tolist())
+            return Example(whole[:1], completion_ids=whole[1:])
         raise TypeError(
             f"{where} is a {type(row).__name__}; a row is an Example or a mapping with the keys "
             "prompt and completion (or messages), or a list of at least two token ids."
