@@ -120,7 +120,8 @@ def check_lengths(i: int, cells: PairCells, n_ctx: int, *, noising: bool, answer
 
 def _cells_with_units(cells: PairCells) -> list[int]:
     units = [column.is_unit for column in cells.columns]
-    return np.unique(cells.cell_of[units]).tolist()
+    numbers: list[int] = np.unique(cells.cell_of[units]).tolist()
+    return numbers
 
 
 def patched_origin(cells: PairCells, cell: int, *, noising: bool) -> Int64[np.ndarray, " pos"]:

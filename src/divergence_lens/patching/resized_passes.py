@@ -55,14 +55,18 @@ class ResizedPasses(StaggeredPasses):
         return entries
 
     def _starts(self, heads: list[int]) -> list[Float[Tensor, "slot batch source_pos d_model"]]:
-        """Per layer, the source states from which the patched span goes on."""
+        """Per layer, the source states from which the patched span continues."""
         if self.site != "resid_mid":
             return super()._starts(heads)
         run = self.engine.begin(self.chunk.source)
         starts = []
         for layer, mid in enumerate(self.new):
-            # Of the block only the MLP, at each position, is wanted: its input is replaced.
-            with self.engine.hooked([(layer, "resid_mid", lambda _, mid=mid: mid)]):
+
+            def replace(_: Tensor, mid: Tensor = mid) -> Tensor:
+                return mid
+
+            # Only the MLP of the block matters: whatever attention adds is overwritten by `mid`.
+            with self.engine.hooked([(layer, "resid_mid", replace)]):
                 starts.append(self.engine.block(layer, mid, run)[None])
         return starts
 
