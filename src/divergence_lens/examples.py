@@ -299,11 +299,13 @@ def as_example(row: Any, where: str) -> Example:
     teacher = given.get("teacher")
     if teacher is not None:
         check_text(teacher, f"{where}: 'teacher'")
-    ids = given.get("completion_ids")
-    if ids is not None:
-        ids = tuple(token_ids(ids, f"{where}: 'completion_ids'").tolist())
+    completion_ids = given.get("completion_ids")
+    if completion_ids is not None:
+        completion_ids = tuple(token_ids(completion_ids, f"{where}: 'completion_ids'").tolist())
     removed = given.get("removed_mass")
-    return Example(prompt, completion, ids, teacher, None if removed is None else float(removed))
+    return Example(
+        prompt, completion, completion_ids, teacher, None if removed is None else float(removed)
+    )
 
 
 def _texts(
