@@ -1,8 +1,9 @@
 """Forward passes shared by everything above: hooked, bridge, fused blocks, logits."""
 
-from divergence_lens.engine.base import Engine, SiteFunction
+from divergence_lens.engine.base import Engine
 from divergence_lens.engine.decoding import Decoder
 from divergence_lens.engine.factory import get_engine
+from divergence_lens.engine.hooking import SiteFunction
 from divergence_lens.engine.logits import chunk_rows, in_chunks, kl_divergence, read_hidden
 from divergence_lens.engine.parameters import block_of, canonical, inside_block, plain
 from divergence_lens.engine.passes import KeyValues, Pass

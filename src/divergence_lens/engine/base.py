@@ -10,10 +10,9 @@ position attends to those on its right, so padding never reaches a position that
 """
 
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,24 +21,17 @@ from torch import Tensor, nn
 from divergence_lens.engine.decoding import Decoder, LockstepDecoder
 from divergence_lens.engine.equivalence import OwnPass, fused_tolerance
 from divergence_lens.engine.fused import FusedBlocks
+from divergence_lens.engine.fused_classes import fused_blocks
+from divergence_lens.engine.hooking import SiteFunction, SiteHooks
 from divergence_lens.engine.passes import KeyValues, Pass, Work
-from divergence_lens.engine.sites import (
-    INNER,
-    OUTSIDE_HOOKS,
-    PER_HEAD,
-    SITES,
-    registered_sites,
-)
+from divergence_lens.engine.sites import SITES
 from divergence_lens.engine.static import StaticDecoder
-from divergence_lens.models import LensModel, Model, is_hooked, lens_model, model_name
+from divergence_lens.models import Model, is_hooked, lens_model, model_name
 
 _log = logging.getLogger(__name__)
 
-SiteFunction = Callable[[Tensor], Tensor | None]
-"""Takes a site's activation and returns its replacement, or None to leave it."""
 
-
-class Engine(ABC):
+class Engine(SiteHooks):
     """One model's forward passes, block by block. Get it with `get_engine(model)`.
 
     Attributes:
@@ -55,12 +47,12 @@ class Engine(ABC):
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._lens: LensModel = lens_model(model)
+        self._lens = lens_model(model)
         cfg = self._lens.cfg
-        self.n_layers: int = cfg.n_layers
-        self.n_heads: int = cfg.n_heads
+        self.n_layers = cfg.n_layers
+        self.n_heads = cfg.n_heads
         self.d_model: int = cfg.d_model
-        self.d_head: int = cfg.d_head
+        self.d_head = cfg.d_head
         self.d_vocab: int = cfg.d_vocab
         # -1 stands for the same number in TransformerLens.
         self.d_vocab_out: int = max(getattr(cfg, "d_vocab_out", -1), -1)
@@ -70,28 +62,10 @@ class Engine(ABC):
         parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
         self._absent = {"resid_mid"} if parallel else set()
         self.causal = getattr(cfg, "attention_dir", "causal") == "causal"
-        self._functions: dict[tuple[int, str], list[SiteFunction]] = {}
-        self._block_input: Tensor | None = None
+        self._functions = {}
+        self._block_input = None
         self._fast: FusedBlocks | None = None
         self.work = Work()
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """The library's and the registered sites that this model has."""
-        own = tuple(site for site in SITES if site not in self._absent)
-        return own + tuple(site for site in registered_sites() if self._has_hook_point(site))
-
-    def _has_hook_point(self, site: str) -> bool:
-        try:
-            self._site_module(0, site)
-        except (AttributeError, KeyError):
-            return False
-        return True
-
-    @property
-    def n_kv_heads(self) -> int:
-        """The number of key and value heads, fewer than `n_heads` where queries are grouped."""
-        return getattr(self._lens.cfg, "n_key_value_heads", None) or self.n_heads
 
     @property
     def device(self) -> torch.device:
@@ -111,10 +85,6 @@ class Engine(ABC):
 
     @abstractmethod
     def _block(self, layer: int, resid: Tensor, run: Pass) -> Tensor: ...
-
-    @abstractmethod
-    def _site_module(self, layer: int, site: str) -> nn.Module:
-        """Return the hook point through which `site` of block `layer` passes."""
 
     @abstractmethod
     def by_position(self, layer: int) -> list[nn.Module]:
@@ -246,12 +216,6 @@ class Engine(ABC):
         out = self.block(self.n_layers - 1, resid, run, rows=rows)
         return out[torch.arange(len(out), device=out.device), target]
 
-    def site_heads(self, site: str) -> int:
-        """Return the number of heads of `site`; 0 if it has no axis of heads."""
-        if site not in PER_HEAD:
-            return 0
-        return self.n_kv_heads if site in ("k", "v") else self.n_heads
-
     def final_from(
         self, resid: Float[Tensor, "batch pos d_model"], layer: int, run: Pass
     ) -> Float[Tensor, "batch pos d_model"]:
@@ -371,87 +335,6 @@ class Engine(ABC):
             self.final(tokens)
         return {site: torch.stack(layers) for site, layers in by_site.items()}
 
-    # -- parts of a block that propagation rules change -------------------------------------
-
-    def norms(self) -> list[nn.Module]:
-        """Return all norms of the model, including the final one."""
-        return [
-            module
-            for module in self.model.modules()
-            if hasattr(module, "hook_scale") and hasattr(module, "hook_normalized")
-        ]
-
-    @staticmethod
-    def norm_kind(norm: nn.Module) -> tuple[bool, Tensor | None, float]:
-        """Return whether a norm subtracts the mean, its bias if it has one, and its epsilon."""
-        inner: Any = getattr(norm, "original_component", norm)
-        rms = getattr(norm, "uses_rms_norm", "RMS" in type(norm).__name__)
-        bias = getattr(inner, "bias", getattr(inner, "b", None))
-        for name in ("eps", "variance_epsilon"):
-            if hasattr(inner, name):
-                return not rms, bias, float(getattr(inner, name))
-        raise ValueError(f"the norm {type(inner).__name__} has no known epsilon attribute")
-
-    def activation(self, layer: int) -> tuple[Callable[[Tensor], Tensor], bool]:
-        """Return the MLP's activation function, and whether it gates a second branch.
-
-        Raises:
-            ValueError: The MLP is a mixture of experts, or lacks hook points for its parts.
-        """
-        mlp: Any = self._lens.blocks[layer].mlp
-        inner = getattr(mlp, "original_component", mlp)
-        function = getattr(inner, "act_fn", getattr(inner, "act", None))
-        if not callable(function) or getattr(mlp, "ln", None) is not None:
-            raise ValueError(
-                f"the MLP {type(inner).__name__} of this model has no plain activation function"
-            )
-        try:
-            self._site_module(layer, "mlp_pre"), self._site_module(layer, "mlp_post")
-        except (AttributeError, KeyError) as error:
-            raise ValueError(
-                f"the MLP {type(inner).__name__} has no hook points for its activations"
-            ) from error
-        try:
-            self._site_module(layer, "mlp_pre_linear")
-        except (AttributeError, KeyError):
-            return function, False
-        return function, True
-
-    # -- sites ------------------------------------------------------------------------------
-
-    @contextmanager
-    def hooked(self, functions: Sequence[tuple[int, str, SiteFunction]]) -> Iterator[None]:
-        """Call functions on the activations of sites within the context.
-
-        Args:
-            functions: (layer, site, function). A function gets the activation, [batch, pos,
-                d_model] or, per head, [batch, pos, head, d_head], and returns its replacement, or
-                None to leave it. Replacing `resid_mid` changes the residual itself, not only what
-                the MLP reads.
-
-        Raises:
-            ValueError: The model has no such site or layer.
-        """
-        handles: list[Any] = []
-        added: list[tuple[tuple[int, str], SiteFunction]] = []
-        try:
-            for layer, site, function in functions:
-                self._check_site(layer, site)
-                if site in OUTSIDE_HOOKS:
-                    self._functions.setdefault((layer, site), []).append(function)
-                    added.append(((layer, site), function))
-                    continue
-                point = self._site_module(layer, "attn_out" if site == "resid_mid" else site)
-                handles.append(point.register_forward_hook(self._hook(site, function)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for key, function in added:
-                self._functions[key].remove(function)
-                if not self._functions[key]:
-                    del self._functions[key]
-
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Switch off the gradients of all parameters within the context."""
@@ -464,54 +347,6 @@ class Engine(ABC):
             for parameter in trainable:
                 parameter.requires_grad_(True)
 
-    def check_layer(self, layer: int) -> None:
-        """Raise if the model does not have the block.
-
-        Raises:
-            ValueError: `layer` is out of range.
-        """
-        if not 0 <= layer < self.n_layers:
-            raise ValueError(
-                f"layer {layer} is out of range; the model has 0 to {self.n_layers - 1}"
-            )
-
-    def _check_site(self, layer: int, site: str) -> None:
-        self.check_layer(layer)
-        if site not in self.sites and site not in INNER:
-            reason = (
-                "its attention and MLP read the same residual, so there is none between them"
-                if site in SITES
-                else f"sites are {', '.join(self.sites)}"
-            )
-            raise ValueError(f"the model has no site {site!r}: {reason}")
-
-    def _apply(self, layer: int, site: str, activation: Tensor) -> Tensor:
-        for function in self._functions.get((layer, site), ()):
-            changed = function(activation)
-            activation = activation if changed is None else changed
-        return activation
-
-    def _hook(self, site: str, function: SiteFunction) -> Callable[..., Tensor | None]:
-        # The hook point of `resid_mid` only feeds the MLP in some classes. resid_mid =
-        # resid_pre + attn_out, so a change of attn_out changes the residual itself.
-        def mid(_module: nn.Module, _inputs: Any, attn_out: Tensor) -> Tensor | None:
-            resid = self._block_input
-            changed = function(attn_out if resid is None else resid + attn_out)
-            return changed if changed is None or resid is None else changed - resid
-
-        def heads(_module: nn.Module, _inputs: Any, z: Tensor) -> Tensor | None:
-            changed = function(
-                z.reshape(*z.shape[:2], -1, self.d_head)
-            )  # [batch, pos, head, d_head]
-            return None if changed is None else changed.reshape(z.shape)
-
-        def plain(_module: nn.Module, _inputs: Any, activation: Tensor) -> Tensor | None:
-            return function(activation)
-
-        if site in PER_HEAD:
-            return heads
-        return mid if site == "resid_mid" else plain
-
     @torch.no_grad()
     def use_fused_blocks(self, own: OwnPass) -> None:
         """Use the fused blocks from now on, if each computes what the model's own block does.
@@ -519,7 +354,7 @@ class Engine(ABC):
         Args:
             own: The probe, run through the model's own blocks.
         """
-        fused = FusedBlocks.of(self, self._lens, hooked=is_hooked(self.model))
+        fused = fused_blocks(self, self._lens, hooked=is_hooked(self.model))
         if fused is None or not all(map(fused.fit, range(self.n_layers))):
             return
         difference = own.fused_difference(fused)
