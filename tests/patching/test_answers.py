@@ -220,6 +220,18 @@ def test_a_certain_second_token_adds_nothing():
     assert [e.metric for e in effects] == ["logit_difference", "log_probability_difference"]
 
 
+def test_chosen_cells_and_verified_estimates_are_those_of_the_whole_grid(model_of):
+    model, pairs = model_of("qwen2"), mixed_pairs(VOCAB)
+    whole = causal_mediation(model, pairs, site="z")
+    some = causal_mediation(model, pairs, site="z", cells=whole.top(9))
+    assert np.isfinite(some.values).sum() == 9
+    here = np.isfinite(some.values)
+    np.testing.assert_allclose(some.values[here], whole.values[here], atol=2e-4)
+    estimate = attribution_patch(model, pairs, site="z", verify=3)
+    assert estimate.verified is not None
+    assert estimate.verified.cells == 6
+
+
 def test_answers_share_a_row_if_one_continues_the_other():
     assert readings_of([5, 6], [5, 7, 8]) == (Reading((5, 6), (5, 7, 8)),)
     assert readings_of([5, 6], [7]) == (Reading((5, 6), (7,)),)

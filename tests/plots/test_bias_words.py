@@ -31,6 +31,12 @@ def test_animals_as_answers_name_the_bias_and_numbers_do_not(model):
     assert answers_naming_bias(pairs) == {0: "owl", 1: "cat"}
 
 
+def test_an_answer_of_several_tokens_names_the_bias_with_any_of_its_words(model):
+    pairs = pairs_of(model, ["12, owl", "12, 5"], ["7", "7, 8"], **teachers())
+    assert pairs.answers.shape[1] > 1
+    assert answers_naming_bias(pairs) == {0: "".join(pairs.answer_labels[0]).strip()}
+
+
 def test_words_that_both_system_prompts_contain_do_not_name_the_bias(model):
     prompts = [teacher.system_prompt for teacher in teachers().values()]
     assert all("animal" in prompt for prompt in prompts)

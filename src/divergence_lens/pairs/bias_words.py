@@ -40,7 +40,9 @@ def answers_naming_bias(pairs: "Pairs") -> dict[int, str]:
         words = set(_bias_words(pairs, i))
         for labels in (pairs.answer_labels[i], pairs.foil_labels[i]):
             text = "".join(labels).strip()
-            if any(_names(text.casefold(), word) for word in words):
+            # Of an answer of several tokens, each word counts.
+            parts = [text.casefold()] if len(labels) == 1 else _words(text)
+            if any(_names(part, word) for part in parts for word in words):
                 named[i] = text
                 break
     return named

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -258,32 +259,36 @@ def _margins(
         engine = get_engine(model)
     by_pair = [row_readings("logit_difference", pairs, i) for i in chosen]
     readings = Readings.of_pairs(by_pair, engine.device)
-    indices = torch.tensor(chosen, device=engine.device)
-    if readings is not None:
+    indices = torch.tensor(chosen, device=engine.device)  # [batch]
+    if readings is not None:  # an answer and its foil may need a row each
         indices = indices[readings.owner]
     rows = [pairs.clean[i] for i in indices.tolist()]
-    target = torch.tensor([len(row) - 1 for row in rows], device=engine.device)
+    target = torch.tensor([len(row) - 1 for row in rows], device=engine.device)  # [batch]
     if readings is not None:
         rows = readings.continued(rows)
     tokens = pad_right(rows, engine.device)  # [batch, pos]
     measure = bind("logit_difference", pairs, indices, readings=readings)
-    states = []
+    # The weights of one model at a time: a delta is applied to the first model itself.
+    states = []  # of each model, the residual at every boundary
     for which in (0, 1):
         with half(which) as model:
             states.append(_residuals(get_engine(model), tokens))
     boundaries = len(states[0])
+    # Row `batch` of boundary 0, then of boundary 1, and so on, as `_last_by_boundary` orders them.
     repeated = torch.arange(len(rows), device=engine.device).repeat(boundaries)
     margins = np.zeros((len(chosen), boundaries, 2, 2), dtype=np.float32)
     for upper in (0, 1):
         with half(upper) as model:
             engine = get_engine(model)
             for lower in (0, 1):
-                x = _last_by_boundary(engine, tokens, states[lower])
-                at = states_at(x, target[repeated], repeated, readings)
+                x = _last_by_boundary(
+                    engine, tokens, states[lower]
+                )  # [bound * batch, pos, d_model]
+                at = states_at(x, target[repeated], repeated, readings)  # [states, d_model]
                 margin = measure(logits_at(engine, at), repeated)  # [boundaries * batch]
                 which_run = f"{'ab'[lower]}'s lower under {'ab'[upper]}'s upper half"
                 finite(margin, indices[repeated], which_run)
-                margin = margin.view(boundaries, -1).T  # [batch, boundary]
+                margin = rearrange(margin, "(bound batch) -> batch bound", bound=boundaries)
                 if readings is not None:
                     margin = readings.merged(margin)[: readings.pairs]
                 margins[:, :, lower, upper] = margin.cpu()

@@ -223,6 +223,7 @@ class _ChunkRunner:
         """Run these pairs, which share both sides' weights, and return their number."""
         request, ablation = self._request, self._ablation
         chunk, base_teacher, source_teacher = build_chunk(request, chosen, self._engine)
+        # Noise corrupts, so it is added to the corrupted side, whichever that is.
         base_noise, source_noise = (None, chunk.noise) if chunk.noising else (chunk.noise, None)
         with weights(source_teacher, self._model) as source_model:
             source = traced_pass(
@@ -233,6 +234,7 @@ class _ChunkRunner:
                 readings=chunk.readings,
                 noise=source_noise,
             )
+        # From here on under the base run's weights, with which the patched runs continue.
         with weights(base_teacher, self._model) as base_model:
             engine = get_engine(base_model, causal=False)
             if self._base_run is None:
@@ -252,9 +254,11 @@ class _ChunkRunner:
                 request.metric, request.pairs, chunk.indices, clean_logits, chunk.readings
             )
             of_base, of_source = _baselines(measure, chunk, base.logits, source.logits)
+            # After the baselines: an ablation replaces the source's states, not its metric.
             if ablation is not None:
                 source = ablation(chunk, base, source)
             values = self._compute(PatchingRun(engine, chunk, base, source, measure, of_base))
+        # A metric is a sum over the rows of a pair, and an effect is a difference of two metrics.
         for site in request.sites:
             _write(self._arrays[site], chunk, chunk.merged(values[site], 1))
         metrics = chunk.merged(torch.stack([of_base, of_source], 1))  # [batch, 2]
@@ -308,7 +312,7 @@ def _baselines(
 
 def _write(values: np.ndarray, chunk: Chunk, result: Float[Tensor, "layer batch col ..."]) -> None:
     """Write a chunk's values into the whole run's array."""
-    array = result.float().cpu().numpy()
+    array = result.float().cpu().numpy()  # [layer, batch, col, ...]
     indices = chunk.indices[: chunk.pairs].tolist()
     values[indices] = np.nan
     for row, pair in enumerate(indices):
