@@ -169,8 +169,8 @@ class BridgeEngine(Engine):
 def _split_elsewhere(name: str, names: Iterable[str]) -> bool:
     """Return whether a parameter is a fused one, which the bridge stores but no longer reads."""
     for fused, part in _FUSED.items():
-        before, found, _ = name.partition(fused)
-        if found and any(other.startswith(before + part) for other in names):
+        before, separator, _ = name.partition(fused)
+        if separator and any(other.startswith(before + part) for other in names):
             return True
     return False
 

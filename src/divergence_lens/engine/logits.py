@@ -1,7 +1,7 @@
-"""From hidden states to what is kept of the logits: argmax, margin, log-probability, divergence.
+"""Argmax, margin, log-probability and divergence, from hidden states.
 
-The logits of all positions never exist at once. They are made a chunk of positions at a time and
-used up in their own memory: at a vocabulary of 150,000 they are the largest tensor of a run.
+The logits of all positions never exist at once: at a vocabulary of 150,000 they would be the
+largest tensor of a run. They are computed for a chunk of positions at a time, and overwritten.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ _GROUP = 64
 
 
 def chunk_rows(engine: Engine) -> int:
-    """How many positions to unembed at a time."""
+    """Return the number of positions to unembed at a time."""
     elements = _CHUNK_ELEMENTS.get(engine.device.type, _CHUNK_ELEMENTS_ACCELERATOR)
     return max(1, elements // engine.d_vocab_out)
 
@@ -36,7 +36,7 @@ def chunk_rows(engine: Engine) -> int:
 def read_hidden(
     engine: Engine, hidden: Float[Tensor, "tokens d_model"], given: Int64[Tensor, " tokens"]
 ) -> tuple[Int32[Tensor, " tokens"], Float32[Tensor, " tokens"], Float32[Tensor, " tokens"]]:
-    """Argmax, margin and log-probability of the given ids, from normed hidden states."""
+    """Return argmax, margin and log-probability of the given ids, from normed hidden states."""
     parts = in_chunks(
         len(hidden),
         chunk_rows(engine),
@@ -47,7 +47,7 @@ def read_hidden(
 
 
 def in_chunks(length: int, size: int, run: Callable[[slice], T]) -> list[T]:
-    """What `run` gives for consecutive slices of at most `size`; halved when memory runs out."""
+    """Call `run` on consecutive slices of at most `size`; halve them when memory runs out."""
     results: list[T] = []
     start = 0
     while start < length:
@@ -65,29 +65,30 @@ def in_chunks(length: int, size: int, run: Callable[[slice], T]) -> list[T]:
 def score(
     logits: Float[Tensor, "rows d_vocab"], given: Int64[Tensor, " rows"]
 ) -> tuple[Int32[Tensor, " rows"], Float32[Tensor, " rows"], Float32[Tensor, " rows"]]:
-    """Argmax, its margin over the second choice, and log-probability of the given ids.
+    """Return argmax, its margin over the second choice, and log-probability of the given ids.
 
-    The logits are used up: everything happens in their own memory.
+    The logits are overwritten.
     """
     logits = logits.float()
     group = min(_GROUP, logits.shape[1])
     whole = logits.shape[1] // group * group
-    tops = logits[:, :whole].unflatten(-1, (-1, group)).amax(-1)
+    tops = logits[:, :whole].unflatten(-1, (-1, group)).amax(-1)  # [rows, groups]
     if whole < logits.shape[1]:
         tops = torch.cat([tops, logits[:, whole:].amax(-1, keepdim=True)], -1)
-    best = tops.argmax(-1, keepdim=True)
-    # The last group is filled up with columns before it, which does no harm to any maximum.
+    best = tops.argmax(-1, keepdim=True)  # [rows, 1]
+    # The last group overlaps the one before it, which changes no maximum.
     columns = (best * group).clamp(max=logits.shape[1] - group) + torch.arange(
         group, device=logits.device
     )
-    inside = logits.gather(-1, columns)
+    inside = logits.gather(-1, columns)  # [rows, group]
     place = inside.argmax(-1, keepdim=True)
     predicted = columns.gather(-1, place)
     top = inside.gather(-1, place)
     inside.scatter_(-1, place, -torch.inf)
     tops.scatter_(-1, best, -torch.inf)
     second = torch.maximum(inside.amax(-1), tops.amax(-1))
-    asked = logits.gather(-1, given[:, None]) - top
+    # log p = (logit - top) - log(sum(exp(logits - top))), computed in the memory of the logits.
+    asked = logits.gather(-1, given[:, None]) - top  # [rows, 1]
     total = logits.sub_(top).exp_().sum(-1).log_()
     return predicted[:, 0].int(), top[:, 0] - second, asked[:, 0] - total
 
@@ -95,7 +96,7 @@ def score(
 def kl_divergence(
     factual: Float[Tensor, "rows d_vocab"], counterfactual: Float[Tensor, "rows d_vocab_2"]
 ) -> Float32[Tensor, " rows"]:
-    """KL(factual || counterfactual) of two rows of logits, in nats.
+    """Compute KL(factual || counterfactual) of rows of logits, in nats.
 
     Where one of two models pads its vocabulary further than the other, the columns that only it
     has are left out of both.
@@ -104,7 +105,7 @@ def kl_divergence(
     log_p = factual[:, :width].float().log_softmax(-1)
     log_q = counterfactual[:, :width].float().log_softmax(-1)
     p = log_p.exp()
-    # 0 * (-inf - -inf): an id that neither can write adds nothing.
+    # An id of probability 0 adds nothing, but 0 * (-inf - -inf) would be NaN.
     each = torch.where(p > 0, p * (log_p - log_q), 0.0)
     # A sum of terms of both signs can end a rounding error below zero.
     return each.sum(-1).clamp(min=0.0)

@@ -2,7 +2,7 @@
 
 import re
 
-# A bridge wraps every Hugging Face module; the wrappers' names say nothing to a reader.
+# A bridge wraps every Hugging Face module; a parameter's name contains the wrappers.
 _WRAPPER = "._original_component"
 _BLOCK_PREFIX = re.compile(r"^.*?(?:blocks|layers|h)\.(\d+)\.")
 
@@ -25,23 +25,23 @@ _ATTENTION = ("attn", "self_attn", "attention")
 
 
 def plain(name: str) -> str:
-    """A parameter's full name without the bridge's wrappers."""
+    """Return a parameter's full name without the bridge's wrappers."""
     return name.replace(_WRAPPER, "")
 
 
 def block_of(name: str) -> int | None:
-    """The block that a parameter belongs to, by its full name."""
-    found = _BLOCK_PREFIX.match(plain(name))
-    return int(found.group(1)) if found else None
+    """Return the block of a parameter, by its full name; None outside the blocks."""
+    match = _BLOCK_PREFIX.match(plain(name))
+    return int(match.group(1)) if match else None
 
 
 def inside_block(name: str) -> str:
-    """The name within its block."""
+    """Return the name within its block."""
     return _BLOCK_PREFIX.sub("", plain(name))
 
 
 def canonical(name: str) -> str:
-    """The name within its block as TransformerLens would have it: "attn.W_Q", "ln.ln_1"."""
+    """Return TransformerLens's name within the block: "attn.W_Q", "ln.ln_1"."""
     first, *rest = inside_block(name).split(".")
     part = "attn" if first in _ATTENTION else first
     if part not in _MATRICES:
@@ -50,5 +50,5 @@ def canonical(name: str) -> str:
     for short, others in _MATRICES[part].items():
         if letter and rest[:-1] and rest[-2] in others:
             return f"{part}.{letter}_{short}"
-    # TransformerLens keeps grouped-query keys and values as _W_K, _W_V.
+    # TransformerLens stores grouped-query keys and values as _W_K, _W_V.
     return ".".join([part, *rest]).replace("._", ".")

@@ -50,9 +50,9 @@ def _listed(names: list[str]) -> str:
 
 
 def _common_prefix(missing: list[str], unexpected: list[str]) -> str | None:
-    """The prefix without which every unexpected name is a missing one, if there is one.
+    """Return the prefix without which every unexpected name is a missing one, or None.
 
-    The reverse would not do: tied tensors are missing from the checkpoint in any case.
+    Not every missing name needs an unexpected one: tied tensors are never stored.
     """
     for wanted in missing:
         for name in unexpected[:1]:
@@ -76,7 +76,7 @@ def check_weights(model: nn.Module, name: str) -> None:
                 "weights first (from_pretrained without device_map='meta')"
             )
         # A sum is finite only if every term is, and needs no mask in memory. In half precision
-        # the sum of finite values can overflow, so a suspect is looked at value by value.
+        # the sum of finite values can overflow, so every value of such a tensor is tested.
         if not bool(torch.isfinite(parameter.detach().sum())) and not bool(
             torch.isfinite(parameter.detach()).all()
         ):

@@ -9,7 +9,9 @@ SHORT_WINDOW = 8
 
 
 def position_switches(config: Any) -> tuple[int, ...]:
-    """Positions at which a model starts to compute differently: windows, chunks, rope factors.
+    """Return the positions at which a model starts to compute differently.
+
+    These are lengths of windows and chunks, and the switch of LongRoPE's factors.
 
     Args:
         config: A Hugging Face configuration.
@@ -20,7 +22,7 @@ def position_switches(config: Any) -> tuple[int, ...]:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     lengths = []
     window = getattr(text, "sliding_window", None)
-    # Qwen2 and its like carry a window that not every model uses.
+    # Qwen2's configuration has a window that not every model uses.
     if window and any(sliding_layers(config)):
         lengths.append(int(window))
     # GPT-Neo's local layers.
@@ -37,7 +39,7 @@ def position_switches(config: Any) -> tuple[int, ...]:
 
 
 def sliding_layers(config: Any) -> tuple[bool, ...]:
-    """For each layer, whether its attention has a sliding window.
+    """Return for each layer whether its attention has a sliding window.
 
     Configurations list the kind of every layer, except where all layers are alike (Mistral).
     """
@@ -51,7 +53,7 @@ def sliding_layers(config: Any) -> tuple[bool, ...]:
 
 
 def longrope_switch(config: Any) -> int | None:
-    """The length at which LongRoPE changes the rotation of *every* position, if it does."""
+    """Return the length at which LongRoPE changes the rotation of every position, or None."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     if not isinstance(rope, Mapping):
@@ -70,7 +72,7 @@ def short_windows(hf_model: Any, *, shortened: bool) -> Iterator[None]:
     """Run with sliding windows and chunks of a few tokens, so that a short probe crosses them.
 
     Windows of thousands of tokens cannot be crossed on a CPU in seconds. Masks are built from the
-    configuration and attention modules keep a copy of the number, so both are replaced for a while.
+    configuration, and attention modules store a copy of the number, so both are replaced.
     """
     if not shortened:
         yield
