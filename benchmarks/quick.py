@@ -170,7 +170,7 @@ def divergence(subject: Subject) -> str:
 
 def preference(subject: Subject) -> str:
     """The forms run as one tree per question, and their probabilities are products along forms."""
-    questions = list(preference_questions("animal")[:6])
+    questions = list(preference_questions("animal")[:3])
     names = candidates(subject.tokenizer)
     result, work = counted(
         subject,
@@ -246,7 +246,9 @@ def patching(subject: Subject) -> str:
     pairs = div.pairs(first_only=True)[:1]
     require(len(pairs) == 1, "there is no divergence token to patch")
     engine = get_engine(subject.model)
-    width = len(pairs.clean[0])
+    # Where system prompts have other lengths, several of their positions share a column; the last
+    # columns are positions, counted from the end.
+    width = dl.attribution_patch(subject.model, pairs).values.shape[-1]
     cells = np.zeros((1, engine.n_layers, width), dtype=bool)
     cells[:, :, -LAST:] = True
     before = engine.work.positions
@@ -256,23 +258,25 @@ def patching(subject: Subject) -> str:
     require(positions < plain / 2, f"{positions:,} positions, {plain:,} for whole passes")
     values = np.nan_to_num(grid.values[0])  # [layer, pos]
     for flat in np.argsort(-abs(values), axis=None)[:3]:
-        layer, position = divmod(int(flat), width)
-        expected = patched(subject.hf, pairs, layer, position) - float(grid.clean_metric[0])
-        apart = abs(values[layer, position] - expected)
-        require(apart < 1e-3, f"the effect at {layer, position} differs by {apart:.1e}")
+        layer, column = divmod(int(flat), width)
+        expected = patched(subject.hf, pairs, layer, column - width) - float(grid.clean_metric[0])
+        apart = abs(values[layer, column] - expected)
+        require(apart < 1e-3, f"the effect at {layer, column} differs by {apart:.1e}")
     return f"{positions / plain:.0%} of the plain positions"
 
 
 @torch.no_grad()
 def patched(hf: Any, pairs: Any, layer: int, position: int) -> float:
-    """Compute the metric of the clean run, with one output of a layer from the corrupted run."""
+    """Compute the metric of the clean run, with one output of a layer from the corrupted run.
+
+    The position counts from the end of both rows.
+    """
     base = hf.base_model
     block = (base.layers if hasattr(base, "layers") else base.h)[layer]
-    source = int(pairs.alignment[0][position])
     states: list[torch.Tensor] = []
 
     def read(_module: Any, _inputs: Any, output: Any) -> None:
-        states.append((output[0] if isinstance(output, tuple) else output)[0, source])
+        states.append((output[0] if isinstance(output, tuple) else output)[0, position])
 
     def write(_module: Any, _inputs: Any, output: Any) -> None:
         (output[0] if isinstance(output, tuple) else output)[0, position] = states[0]
