@@ -65,6 +65,7 @@ def test_a_unit_equals_the_patch_by_hand_in_hugging_face(both, family, direction
     sites = ("resid_pre", "resid_mid", "resid_post")
     sites = sites if family != "gpt_neox" else ("resid_pre", "resid_post")
     by_site = causal_mediation(model, pairs, site=sites, direction=direction)
+    largest = 0.0
     for i in range(len(pairs)):
         for number, column in enumerate(pairs.columns(i)):
             if not column.is_unit:
@@ -83,7 +84,8 @@ def test_a_unit_equals_the_patch_by_hand_in_hugging_face(both, family, direction
                         noising=direction == "noising",
                     )
                     assert effects.values[i, layer, number] == pytest.approx(by_hand, abs=1e-4)
-                    assert layer == 2 or abs(by_hand) > 1e-3
+                    largest = max(largest, abs(by_hand))
+    assert largest > 0.01  # there is an effect to measure
     assert all(effects.missing() == {} for effects in by_site.values())
 
 
