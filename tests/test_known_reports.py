@@ -214,14 +214,17 @@ def test_a_student_of_a_model_with_tied_embeddings_exports_exactly(layout, backe
     chat_tokenizer().save_pretrained(tmp_path / "base")
     model = load_model(tmp_path / "base", backend="auto" if backend == "hooked" else backend)
     recipe = dl.Recipe(
-        epochs=2, batch_size=1, lr=1e-2, lora_rank=2 if layout == "to_peft" else None
+        epochs=2,
+        batch_size=1,
+        lr=1e-2,
+        lora_rank=2 if layout == "to_peft" else None,
+        unembedding=layout == "to_huggingface" and backend == "hooked",
     )
     student = dl.finetune(
         model,
         examples_of_unequal_length(),
         layers=[0, 1],
         recipe=recipe,
-        unembedding=layout == "to_huggingface" and backend == "hooked",
     )
     tokens = torch.randint(0, 60, (1, 9), generator=torch.Generator().manual_seed(1))
     with student.applied(model), torch.no_grad():
