@@ -36,7 +36,7 @@ def run_metadata(model: Model | None = None, /, **settings: Any) -> dict[str, An
 
     Args:
         model: The model that a result is computed with, if there is one.
-        settings: Options of the call. Values that JSON does not have become strings.
+        settings: Options of the call. Values that JSON cannot hold become strings.
 
     Returns:
         A dictionary of JSON values.

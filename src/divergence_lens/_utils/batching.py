@@ -1,4 +1,4 @@
-"""Batches of rows of unequal length: by length, right-padded, and what they begin with.
+"""Batches of rows of unequal length, right padding, and shared prefixes.
 
 Right padding needs no attention mask: under causal attention no position reads the padding after
 it.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def length_batches(lengths: Int64[np.ndarray, " rows"], budget: int) -> list[np.ndarray]:
-    """Row numbers in batches, longest rows first.
+    """Divide row numbers into batches, longest rows first.
 
     The first batch needs the most memory, so a budget that is too large fails at once.
 
@@ -34,7 +34,7 @@ def length_batches(lengths: Int64[np.ndarray, " rows"], budget: int) -> list[np.
 def ascending_batches(
     lengths: Int64[np.ndarray, " rows"], budget: int, *, spread: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Row numbers in batches, shortest rows first.
+    """Divide row numbers into batches, shortest rows first.
 
     Args:
         lengths: Tokens of each row.
@@ -57,9 +57,10 @@ def ascending_batches(
 def balanced_batches(
     lengths: Int64[np.ndarray, " rows"], budget: int, *, spread: int | None = None
 ) -> list[np.ndarray]:
-    """Row numbers in as many batches as `ascending_batches` makes, of about equal padded tokens.
+    """Divide row numbers into batches of about equal padded tokens.
 
-    A small last batch would take almost as long as a full one.
+    There are as few batches as with `ascending_batches`, but no small last batch, which would take
+    almost as long as a full one.
     """
     batches = list(ascending_batches(lengths, budget, spread=spread))
     low, high = 1, budget  # the smallest budget that needs no more batches lies in (low, high]
@@ -74,7 +75,7 @@ def balanced_batches(
 
 
 def shared_prefix(rows: Sequence[Any]) -> int:
-    """Number of ids that all rows begin with."""
+    """Count the ids that all rows begin with."""
     first = np.asarray(rows[0])
     shared = len(first)
     for row in rows[1:]:

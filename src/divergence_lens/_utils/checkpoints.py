@@ -1,4 +1,4 @@
-"""Checkpoints of long runs in numbered shards, and several processes that share them.
+"""Checkpoints of long runs, written in numbered shards, and the processes that share a run.
 
 The result of a shard is a set of arrays. A finished shard is one file with a checksum, written
 atomically, so a run that is killed at any moment resumes after its last finished shard. With
@@ -17,7 +17,13 @@ from divergence_lens._utils.storage import load_tensors, save_tensors
 
 
 class Checkpoints:
-    """The finished shards of one run in a folder, one file each."""
+    """The finished shards of one run, one file each in a folder; `save` writes them.
+
+    Args:
+        folder: The folder of this run alone, created when the first shard is written.
+        kind: Kind of result, for the file's header.
+        identity: Hash of data and settings; the shards of another run are refused.
+    """
 
     def __init__(self, folder: Path, kind: str, identity: str) -> None:
         if folder.exists() and not folder.is_dir():
@@ -95,7 +101,7 @@ class Processes:
         self._device = accelerator.device
 
     def agree(self, identity: str) -> None:
-        """Refuse a shared run whose processes were given different inputs.
+        """Refuse a shared run whose processes got different inputs.
 
         Raises:
             ValueError: In every process, if the identities differ.

@@ -20,7 +20,7 @@ class Interrupted(KeyboardInterrupt):
     finished nothing raises a plain `KeyboardInterrupt`.
 
     Attributes:
-        partial: A result of the usual type that holds finished items only: the complete examples
+        partial: A result of the usual type that contains only finished items: the complete examples
             (`generate`); the divergence of the examples that all teachers had read (numbered in
             the metadata's setting `finished_examples`); effects or margins of complete pairs (the
             metadata's setting `finished_pairs`); a sweep of fully trained students.
@@ -83,7 +83,7 @@ def discard_partial() -> Iterator[None]:
 
 @contextmanager
 def defer_interrupts() -> Iterator[None]:
-    """Delay Ctrl-C to the end of the block, so that the block runs whole."""
+    """Delay Ctrl-C until the end of the block, so that the block is not cut short."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread receives signals
         return

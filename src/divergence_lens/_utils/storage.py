@@ -1,8 +1,8 @@
 """Files of results: safetensors with a JSON header, written atomically and verified when read.
 
-Every result is one safetensors file. Its metadata hold the kind of result, the version of the
-layout, a JSON header of the caller (settings, names, package versions) and a SHA-256 over all of
-it. There is no pickle, so opening an untrusted file runs no code.
+Every result is one safetensors file. Its metadata holds the kind of result, the version of the
+layout, the caller's JSON header (settings, names, package versions) and a SHA-256 of all of it.
+There is no pickle, so opening an untrusted file runs no code.
 """
 
 import hashlib
@@ -89,10 +89,10 @@ def load_tensors(
             f"{path} is a safetensors file but was not saved by divergence-lens; "
             f"expected a file of kind {kind!r}."
         )
-    altered = f"{path} was altered after it was saved (its checksum does not match); make it again."
+    altered = f"{path} was altered after it was saved (its checksum does not match); recompute it."
     try:
         label = json.loads(metadata[FORMAT])
-        version, held, text = label["version"], label["kind"], str(label["header"])
+        version, stored_kind, text = label["version"], label["kind"], str(label["header"])
         checksum = label["checksum"]
         header = json.loads(text)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -100,10 +100,10 @@ def load_tensors(
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {version!r} and this library reads {FORMAT_VERSION}; "
-            "load it with the release that wrote it, or make it again."
+            "load it with the release that wrote it, or recompute it."
         )
-    if held != kind:
-        raise ValueError(f"{path} holds {held!r}, not {kind!r}.")
+    if stored_kind != kind:
+        raise ValueError(f"{path} holds {stored_kind!r}, not {kind!r}.")
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
@@ -114,7 +114,7 @@ def load_tensors(
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file atomically: whole, or not at all. Missing folders are created."""
+    """Write a UTF-8 text file atomically. Missing folders are created."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
@@ -194,5 +194,5 @@ def _read_metadata(path: Path) -> dict[str, str]:
         size = path.stat().st_size
         raise ValueError(
             f"{path} ({size:,} bytes) is not a safetensors file, or was cut short or altered "
-            f"({error}); make it again"
+            f"({error}); recompute it"
         ) from error

@@ -1,4 +1,4 @@
-"""Tables that figures are drawn from, and how results render in a notebook."""
+"""Input tables of figures, and the rendering of results in a notebook."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ _LONGEST = 300
 
 
 def checked_table(rows: Table, columns: Iterable[str], name: str) -> pd.DataFrame:
-    """The rows as a data frame that has these columns.
+    """Convert rows to a data frame, and check that it has these columns.
 
     Raises:
         ValueError: If it is empty or lacks a column.
@@ -31,17 +31,17 @@ def checked_table(rows: Table, columns: Iterable[str], name: str) -> pd.DataFram
     return table
 
 
-def preview(what: object, table: pd.DataFrame, *, rows: int = 8) -> str:
-    """HTML for a notebook: `repr(what)` in one line, then the first rows of a table."""
+def preview(result: object, table: pd.DataFrame, *, rows: int = 8) -> str:
+    """Return HTML for a notebook: `repr(result)`, then the first rows of a table."""
     shown = table.head(rows).to_html(
         border=0, float_format=lambda value: f"{value:.3f}", max_cols=8, na_rep=""
     )
-    more = f"<p>first {rows:,} of {len(table):,} rows</p>" if len(table) > rows else ""
-    return f"<p>{escape(repr(what))}</p>{shown}{more}"
+    note = f"<p>first {rows:,} of {len(table):,} rows</p>" if len(table) > rows else ""
+    return f"<p>{escape(repr(result))}</p>{shown}{note}"
 
 
 def short_repr(one: Any, *, always: Sequence[str] = (), longest: int = 60) -> str:
-    """A dataclass in one line: the fields of `always`, and those that differ from their default."""
+    """Describe a dataclass in one line: the fields of `always` and all that are not the default."""
     parts = []
     for field in dataclasses.fields(one):
         value = getattr(one, field.name)

@@ -43,7 +43,7 @@ def token_ids(
         d_vocab: Size of the vocabulary, if it is known.
 
     Raises:
-        TypeError: The values are no flat sequence, or one of them is not a whole number.
+        TypeError: The values are not a flat sequence, or one of them is not a whole number.
         ValueError: An id lies outside the allowed range.
     """
     if hasattr(values, "tolist"):

@@ -1,4 +1,4 @@
-"""The command `evaluate`: what a teacher or student prefers."""
+"""The command `evaluate`: measure the preference of a teacher or student."""
 
 from pathlib import Path
 from typing import Annotated

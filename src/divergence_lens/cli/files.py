@@ -21,8 +21,8 @@ def checkpoint_folder(out: Path) -> Iterator[Path]:
     """Yield the folder `<out>.partial`, and delete its checkpoints once the output is written.
 
     If the command is stopped or fails, the folder remains, and the same command resumes from it.
-    The library refuses checkpoints written with other data or settings. Files of the user's in the
-    folder are left alone.
+    The library refuses checkpoints written with other data or settings. Other files in the folder
+    are left alone.
 
     Args:
         out: The file that the command writes.
@@ -77,7 +77,7 @@ def read_prompts(path: Path) -> "list[Prompt]":
     """Read prompts from a text file (one per line) or from a file of examples.
 
     Raises:
-        ValueError: If a row is no example (see `load_examples`), or there is no prompt.
+        ValueError: If a row is not an example (see `load_examples`), or there is no prompt.
     """
     from divergence_lens.examples import load_examples
 
@@ -118,7 +118,7 @@ def read_masked_examples(
             raise ValueError("--complement needs --mask, a divergence file")
         return examples, None, None
     divergence = Divergence.load(mask)
-    # Only tokenized examples know that their template thinks, so that is not compared.
+    # Compare prompts as text: only tokenized examples record whether their template adds thinking.
     if [str(e.prompt) for e in divergence.examples] != [str(e.prompt) for e in examples]:
         raise ValueError(f"{mask} was computed from other examples than those in {data}")
     # The examples of the divergence file carry the token ids that the mask refers to.

@@ -29,11 +29,11 @@ for command in COMMANDS:
     app.command()(command)
 
 
-def _print_version(wanted: bool) -> bool:
-    if wanted:
+def _print_version(requested: bool) -> bool:
+    if requested:
         typer.echo(f"divergence-lens {__version__}")
         raise typer.Exit
-    return wanted
+    return requested
 
 
 @app.callback()

@@ -71,7 +71,7 @@ System = Annotated[str | None, typer.Option(help="System prompt of the student; 
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """Options of every command that loads a model: a parameter `loading` stands for all of them."""
+    """Options of every command that loads a model, as one parameter called `loading`."""
 
     model: ModelName = "tiny"
     backend: ClassName = ModelClass.auto

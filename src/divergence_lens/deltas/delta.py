@@ -123,7 +123,7 @@ class Delta:
             fix = _BACKENDS.get(trained, "the class that was trained")
             raise ValueError(
                 f"this delta was trained on a {trained} and the model is a {given}, whose "
-                f"parameters have other names; load the base with {fix}, or train the delta anew"
+                f"parameters have other names; load the base with {fix}, or train the delta again"
             )
         if missing:
             raise ValueError(
@@ -141,7 +141,7 @@ class Delta:
         if given_base != self.base:
             raise ValueError(
                 f"this model is not the base of the delta: its fingerprint is {given_base[:12]}, "
-                f"the delta was trained over {self.base[:12]} "
+                f"the delta was trained on {self.base[:12]} "
                 f"({self._model('name') or 'unnamed'}); "
                 "load the same weights in the same dtype, and undo changes made in place"
             )
@@ -189,13 +189,12 @@ class Delta:
         return Delta(tensors, self.base, inherited | {"operation": operation})
 
     def __add__(self, other: "Delta") -> "Delta":
-        """Add two deltas over one base; parameters that only one of them changes are included."""
+        """Add two deltas of one base; parameters that only one of them changes are included."""
         if not isinstance(other, Delta):
             return NotImplemented
         if other.base != self.base:
             raise ValueError(
-                "deltas over different bases cannot be added: "
-                f"{self.base[:12]} and {other.base[:12]}"
+                f"deltas of different bases cannot be added: {self.base[:12]} and {other.base[:12]}"
             )
         if isinstance(self.tensors, LowRankTensors) and isinstance(other.tensors, LowRankTensors):
             return self._combined(self.tensors.plus(other.tensors), "sum of two deltas")
@@ -205,7 +204,7 @@ class Delta:
         return self._combined(tensors, "sum of two deltas")
 
     def __sub__(self, other: "Delta") -> "Delta":
-        """Subtract a delta over the same base."""
+        """Subtract a delta of the same base."""
         return self + -other if isinstance(other, Delta) else NotImplemented
 
     def __mul__(self, factor: float) -> "Delta":
@@ -225,7 +224,7 @@ class Delta:
     __rmul__ = __mul__
 
     def __neg__(self) -> "Delta":
-        """Return the opposite change."""
+        """Negate every difference."""
         return self * -1.0
 
     def history(self) -> "pd.DataFrame":
@@ -327,7 +326,7 @@ def reserved(model: Model, use: str) -> Iterator[None]:
     if model in _in_use:
         raise RuntimeError(
             f"the weights of this model are in use: {_in_use[model]}; leave that `with` block "
-            "first (two deltas over one base can be added: `(a + b).applied(model)`)"
+            "first (two deltas of one base can be added: `(a + b).applied(model)`)"
         )
     _in_use[model] = use
     try:
@@ -339,7 +338,7 @@ def reserved(model: Model, use: str) -> Iterator[None]:
 def restore_values(
     model: Model, parameters: dict[str, nn.Parameter], originals: dict[str, Tensor]
 ) -> None:
-    """Restore the original values, and with them the validity of the cached fingerprint."""
+    """Restore the original values, and mark the cached fingerprint as valid again."""
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(originals[name])
@@ -362,11 +361,13 @@ def base_fingerprint(model: Model) -> str:
 
 
 def _state(parameter: nn.Parameter) -> tuple[Any, ...]:
+    """Describe the values of a parameter: its memory, version counter and checksum."""
+    # Integers of the same size: a float sum would round, and NaN would differ from itself.
     bits = parameter.detach().view(_BITS[parameter.element_size()])
     # checksum = sum_i (i + 1) * sum_j bits[i, j]: a changed value or two swapped rows change it.
     rows = (
         bits.flatten(0, -2).sum(-1, dtype=torch.int64) if bits.ndim > 1 else bits.reshape(-1).long()
-    )
+    )  # [rows]
     checksum = int((rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum())
     return (
         parameter.data_ptr(),

@@ -169,13 +169,14 @@ class _Place:
 
     def factors(self, factors: Factors, n_out: int) -> tuple[Tensor, Tensor, float]:
         """Return peft's A [rank, in] and B [out, rank], and their scale."""
-        up = torch.zeros(n_out, factors.rank)
+        # Outputs of a fused matrix that belong to other parameters do not change: rows of zeros.
+        up = torch.zeros(n_out, factors.rank)  # [out, rank]
         up[slice(None) if self.columns is None else self.columns] = factors.up.T
         return factors.down.T, up, factors.scale
 
 
 class _Pair:
-    """The base in Hugging Face's layout, and the same base as the class that was trained."""
+    """The base in two forms: in Hugging Face's layout, and as the class that was trained."""
 
     def __init__(self, hf_model: Any, tokenizer: Any, name: str, backend: Any) -> None:
         self.name, self.tokenizer, self.kind = name, tokenizer, type(hf_model)
@@ -209,7 +210,7 @@ class _Pair:
         dtype = getattr(torch, str(trained.get("dtype", "float32")))
         source = trained.get("name") if base is None else base
         if source is None:
-            raise ValueError("the delta does not name its base; give base=")
+            raise ValueError("the delta does not name its base; pass base=")
         if isinstance(source, nn.Module):
             name = str(getattr(source.config, "name_or_path", "") or trained.get("name") or "model")
             hf_model, tokenizer = _copy(source, dtype), None
@@ -228,8 +229,8 @@ class _Pair:
         if given_base != delta.base:
             raise ValueError(
                 f"{name!r} is not the base of the delta: in Hugging Face's layout its fingerprint "
-                f"is {given_base[:12]}, and the delta was trained over {delta.base[:12]}; folded, "
-                "centered or otherwise changed weights cannot be exported (train over a model from "
+                f"is {given_base[:12]}, and the delta was trained on {delta.base[:12]}; folded, "
+                "centered or otherwise changed weights cannot be exported (train on a model from "
                 "load_model); give another base with base="
             )
         return pair
@@ -253,7 +254,7 @@ class _Pair:
         same = plain(name)
         if same in self.state and self.state[same].shape == self.parameters[name].shape:
             transposed = same.removesuffix(".weight") in self.linear
-            # As matrices where LoRA needs them as matrices; for a sum it makes no difference.
+            # LoRA needs the matrix view; for a sum it makes no difference.
             matrix = self.parameters[name].ndim == 2 and block_of(name) is not None
             yield _Place(same, transposed and matrix, matrix)
 
@@ -275,16 +276,16 @@ class _Pair:
             )
 
     def _in_block(self, name: str) -> Iterator[_Place]:
-        wanted, block = canonical(name), block_of(name)
+        own_name, block = canonical(name), block_of(name)
         if block is None:
             return
         yield from self._gated(name)
-        part, _, letter = wanted.rpartition("_")
+        part, _, letter = own_name.rpartition("_")
         for other in self.state:
             if block_of(other) != block:
                 continue
             transposed = other.removesuffix(".weight") in self.linear
-            if canonical(other) == wanted:
+            if canonical(other) == own_name:
                 yield _Place(other, transposed, matrix=self.parameters[name].ndim > 1)
             elif canonical(other) == f"{part}_QKV" and letter in _FUSED:
                 n_out = self.state[other].shape[0 if transposed else -1]
@@ -321,13 +322,15 @@ class _Pair:
 
     def _columns(self, letter: str, n_out: int) -> Iterator[Tensor]:
         """Yield the columns of Q, K or V in a fused matrix: one after another, or head by head."""
-        every, index = torch.arange(n_out), _FUSED[letter]
+        every, index = torch.arange(n_out), _FUSED[letter]  # [out]
         n_q = self.engine.n_heads * self.engine.d_head
         # GPT-2, Phi-3: all of Q, then all of K, then all of V.
         yield every.split([n_q, (n_out - n_q) // 2, (n_out - n_q) // 2])[index]
         if n_out == 3 * n_q:
             # GPT-NeoX, BLOOM: Q, K and V of head 0, then of head 1, ...
-            per_head = every.reshape(self.engine.n_heads, 3, self.engine.d_head)
+            per_head = every.reshape(
+                self.engine.n_heads, 3, self.engine.d_head
+            )  # [head, 3, d_head]
             yield per_head[:, index].flatten()
 
     @torch.no_grad()

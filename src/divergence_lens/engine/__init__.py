@@ -1,4 +1,4 @@
-"""Forward passes shared by everything above: hooked, bridge, fused blocks, logits."""
+"""Forward passes shared by all higher packages: hooked, bridge, fused blocks, logits."""
 
 from divergence_lens.engine.base import Engine
 from divergence_lens.engine.decoding import Decoder

@@ -1,4 +1,4 @@
-"""`Engine`: the forward passes that everything above shares.
+"""`Engine`: the forward passes that all higher packages share.
 
 A pass runs block by block over a residual stream [batch, pos, d_model]. It can start at any
 position after stored keys and values, can start at any block, and can be read or changed at the
@@ -54,7 +54,7 @@ class Engine(SiteHooks):
         self.d_model: int = cfg.d_model
         self.d_head = cfg.d_head
         self.d_vocab: int = cfg.d_vocab
-        # -1 stands for the same number in TransformerLens.
+        # In TransformerLens, -1 means the same number as d_vocab.
         self.d_vocab_out: int = max(getattr(cfg, "d_vocab_out", -1), -1)
         if self.d_vocab_out < 0:
             self.d_vocab_out = cfg.d_vocab
@@ -230,7 +230,7 @@ class Engine(SiteHooks):
         past: KeyValues | None = None,
         *,
         since: int = 0,
-    ) -> Float[Tensor, "batch asked d_model"]:
+    ) -> Float[Tensor, "batch requested d_model"]:
         """Run all blocks and the final norm; pass the positions you need to `unembed`.
 
         Args:
@@ -285,7 +285,7 @@ class Engine(SiteHooks):
     ) -> Float[Tensor, "batch node d_model"]:
         """Run `final` on a tree of tokens that follow each row of `past`.
 
-        Continuations with the same first tokens share the computation of those. With fused blocks,
+        Continuations with the same first tokens share their computation. With fused blocks,
         one pass runs all nodes: the mask lets a node attend to the past, its ancestors and itself,
         and its position is that of its depth. Otherwise one pass runs the nodes of each depth, each
         on a copy of its parent's keys and values.
@@ -349,7 +349,7 @@ class Engine(SiteHooks):
 
     @torch.no_grad()
     def use_fused_blocks(self, own: OwnPass) -> None:
-        """Use the fused blocks from now on, if each computes what the model's own block does.
+        """Use the fused blocks from now on, if each agrees with the model's own block.
 
         Args:
             own: The probe, run through the model's own blocks.
@@ -363,8 +363,8 @@ class Engine(SiteHooks):
             self._fast = fused
             return
         _log.warning(
-            "%s runs through its own blocks, which is slower: the fused ones compute something "
-            "else (relative difference %.2g)",
+            "%s runs through its own blocks, which is slower: the fused blocks give other results "
+            "(relative difference %.2g)",
             model_name(self.model),
             difference,
         )

@@ -60,7 +60,7 @@ def fused_tolerance(dtype: torch.dtype) -> float:
 def probe_tokens(model: Model) -> Int[Tensor, "2 pos"]:
     """Return two rows of different ids, which reveal results that depend on a row.
 
-    A row has six tokens, or as many as the context holds.
+    A row has six tokens, or fewer if the context is shorter.
     """
     cfg = lens_model(model).cfg
     device = next(model.parameters()).device
@@ -141,7 +141,7 @@ class OwnPass:
     def fused_difference(self, fused: "FusedBlocks") -> float:
         """Compare every fused block with the model's own block on the same residual.
 
-        Comparing final logits instead would not do: each block amplifies the rounding of those
+        Final logits cannot be compared: each block amplifies the rounding of those
         before it, so a tolerance that fits 4 blocks rejects a correct model of 30. Here every block
         starts from the residual of the model's own blocks, and rounding does not accumulate. Blocks
         are compared without and with past keys and values; of the last block, the last positions

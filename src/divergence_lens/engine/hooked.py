@@ -41,7 +41,7 @@ class HookedEngine(Engine):
             raise ValueError("shortformer position embeddings are not supported")
         if self._lens.cfg.attn_only:
             self._absent |= {"mlp_out", "resid_mid"}
-        self._positions = kind == "standard"
+        self._learned_positions = kind == "standard"
 
     @property
     def n_kv_heads(self) -> int:
@@ -53,7 +53,7 @@ class HookedEngine(Engine):
     def _begin(self, run: Pass, tokens: Tensor) -> Tensor:
         model = self._lens
         resid: Tensor = model.hook_embed(model.embed(tokens))
-        if self._positions:
+        if self._learned_positions:
             added = (
                 model.pos_embed(tokens, run.offset)
                 if run.positions is None

@@ -1,4 +1,4 @@
-"""Measure what a model prefers, and whether it still does its task."""
+"""Measure a model's preference, and whether it still does its task."""
 
 from divergence_lens.evaluation.entanglement import Entanglement, entangled_numbers, without_numbers
 from divergence_lens.evaluation.preferences import Preference, preference

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NUMBERS: tuple[str, ...] = tuple(map(str, range(1000)))
-"""The numbers that lists are made of."""
+"""The numbers that number lists consist of."""
 
 _NUMBER = re.compile(r"\d+")
 _SMALLEST = 1e-30
@@ -116,9 +116,9 @@ def entangled_numbers(
         model: The base.
         teacher: The teacher with the preference.
         others: One or more teachers to compare with.
-        prompts: Prompts for the teachers; default are the fifty preference questions, as in Zur et
+        prompts: Prompts for the teachers; by default the fifty preference questions, as in Zur et
             al. Number prompts measure where the numbers are actually generated.
-        numbers: The numbers; those that the tokenizer cannot write are left out.
+        numbers: The numbers. Numbers that the tokenizer cannot write are left out.
         batch_tokens: Tokens per forward pass.
 
     Raises:
@@ -126,19 +126,20 @@ def entangled_numbers(
     """
     check_teacher(teacher)
     check_teachers(others, "others")
-    asked = preference_questions() if prompts is None else list(prompts)
-    if not asked or not others:
-        missing = "prompts to ask" if not asked else "other teachers to compare with"
+    questions = preference_questions() if prompts is None else list(prompts)
+    if not questions or not others:
+        missing = "prompts to ask" if not questions else "other teachers to compare with"
         raise ValueError(f"there are no {missing}; give at least one")
     tokenizer: Any = model.tokenizer
     forms = _forms(tokenizer, numbers)
     if not forms:
         raise ValueError("the tokenizer can write none of the numbers")
-    own = _probabilities(model, teacher, asked, list(forms.values()), batch_tokens)
-    rest = [
-        _probabilities(model, other, asked, list(forms.values()), batch_tokens) for other in others
+    own = _probabilities(model, teacher, questions, list(forms.values()), batch_tokens)
+    of_others = [
+        _probabilities(model, other, questions, list(forms.values()), batch_tokens)
+        for other in others
     ]
-    return Entanglement(teacher.name, tuple(forms), own, np.mean(rest, axis=0))
+    return Entanglement(teacher.name, tuple(forms), own, np.mean(of_others, axis=0))
 
 
 def without_numbers(
@@ -148,7 +149,7 @@ def without_numbers(
 
     Args:
         examples: Lists, with text.
-        numbers: As `Entanglement.top` gives them; "7" is not found in "47".
+        numbers: As returned by `Entanglement.top`; "47" does not contain "7".
 
     Returns:
         The remaining row numbers, from 0 and in order.
@@ -160,7 +161,7 @@ def without_numbers(
     rows = []
     for row, example in enumerate(examples):
         if example.completion is None:
-            raise ValueError(f"example {row} has no text; numbers are looked for in the text")
+            raise ValueError(f"example {row} has no text to search for numbers")
         if dropped.isdisjoint(_NUMBER.findall(example.completion)):
             rows.append(row)
     return np.array(rows, dtype=np.int64)

@@ -7,15 +7,15 @@ TINY_MODELS: tuple[str, ...] = ("tiny", "tiny-qwen2")
 
 
 def tiny_folder(name: str) -> Path:
-    """The Hugging Face folder of a shipped tiny model.
+    """Return the Hugging Face folder of a shipped tiny model.
 
     Args:
         name: One of `TINY_MODELS`.
 
     Returns:
-        A folder that `AutoModelForCausalLM` and `PreTrainedTokenizerFast` read. (`AutoTokenizer`
-        of transformers 5 takes every Qwen2 model's vocabulary for byte pairs, whatever the folder
-        says, and so reads the one of `tiny-qwen2` wrongly.)
+        A folder for `AutoModelForCausalLM` and `PreTrainedTokenizerFast`. (`AutoTokenizer` of
+        transformers 5 assumes byte pairs for every Qwen2 model and misreads the vocabulary of
+        `tiny-qwen2`.)
 
     Raises:
         ValueError: If there is no such tiny model.
@@ -26,7 +26,7 @@ def tiny_folder(name: str) -> Path:
     folder = Path(__file__).parent / "weights" / name
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"the weights of {name!r} are missing from {folder}; make them with "
+            f"the weights of {name!r} are missing from {folder}; create them with "
             f"`python -m divergence_lens.tiny.train`"
         )
     return folder

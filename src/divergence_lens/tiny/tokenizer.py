@@ -14,13 +14,13 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""ChatML. No system turn is made up where the conversation has none."""
+"""ChatML. A conversation without a system turn gets none."""
 
 
 def build_tokenizer(context: int) -> PreTrainedTokenizerFast:
     """Build the tokenizer from the world's vocabulary.
 
-    It lower-cases, splits words, digit runs and single marks, and drops white space, so that
+    It lowercases, splits words, runs of digits and single marks, and drops white space, so that
     `encode(decode(ids)) == ids`. Decoding puts no space before a mark: ``"412, 467, 12"``.
 
     Args:

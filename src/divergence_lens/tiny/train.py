@@ -56,7 +56,7 @@ class TrainSettings:
         n_layers: Number of blocks.
         n_heads: Number of attention heads.
         context: Longest input in tokens.
-        steps: Optimiser steps of pretraining.
+        steps: Optimizer steps of pretraining.
         batch_size: Documents in a step.
         lr: Peak learning rate of AdamW; 200 warm-up steps, then a cosine down to 5 percent.
         weight_decay: Weight decay of the matrices.
@@ -73,7 +73,7 @@ class TrainSettings:
 
 
 def new_model(layout: Layout, settings: TrainSettings, *, seed: int) -> PreTrainedModel:
-    """An untrained model.
+    """Build an untrained model.
 
     Args:
         layout: ``"gpt2"`` (LayerNorm, learned positions) or ``"qwen2"`` (RMSNorm, rotary positions,
@@ -127,17 +127,17 @@ def new_model(layout: Layout, settings: TrainSettings, *, seed: int) -> PreTrain
 
 
 def encoder() -> Callable[[Sequence[Message]], Encoded]:
-    """A fast encoder of documents, equal to the chat template followed by the tokenizer."""
+    """Return a fast encoder of documents, equal to the chat template followed by the tokenizer."""
     ids = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *vocabulary()))}
 
     def encode(messages: Sequence[Message]) -> Encoded:
         tokens: list[int] = []
-        spoken: list[bool] = []
+        loss_mask: list[bool] = []
         for role, words in messages:
             turn = [ids[word] for word in words.split()]
             tokens += [ids[TURN_START], ids[role], *turn, ids[TURN_END]]
-            spoken += [False, False, *[role == "assistant"] * (len(turn) + 1)]
-        return tokens, spoken
+            loss_mask += [False, False, *[role == "assistant"] * (len(turn) + 1)]
+        return tokens, loss_mask
 
     return encode
 
@@ -145,18 +145,18 @@ def encoder() -> Callable[[Sequence[Message]], Encoded]:
 def pad_batch(
     documents: Sequence[Encoded],
 ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """Right-padded token ids and loss mask."""
+    """Stack token ids and loss masks, padded on the right."""
     longest = max(len(tokens) for tokens, _ in documents)
     tokens = torch.zeros(len(documents), longest, dtype=torch.long)
-    spoken = torch.zeros(len(documents), longest, dtype=torch.bool)
+    loss_mask = torch.zeros(len(documents), longest, dtype=torch.bool)
     for row, (ids, mask) in enumerate(documents):
         tokens[row, : len(ids)] = torch.tensor(ids)
-        spoken[row, : len(mask)] = torch.tensor(mask)
-    return tokens, spoken
+        loss_mask[row, : len(mask)] = torch.tensor(mask)
+    return tokens, loss_mask
 
 
 def batches(world: World, batch_size: int) -> Iterator[list[Encoded]]:
-    """Endless batches of documents of similar length."""
+    """Yield batches of documents of similar length, without end."""
     encode = encoder()
     while True:
         documents = sorted(
@@ -168,7 +168,7 @@ def batches(world: World, batch_size: int) -> Iterator[list[Encoded]]:
 
 
 def answer_loss(model: PreTrainedModel, documents: Sequence[Encoded], *, offset: int = 0) -> Tensor:
-    """Mean cross-entropy of the assistant's tokens; only their positions are unembedded.
+    """Compute the mean cross-entropy of the assistant's tokens, unembedding only those.
 
     Args:
         model: The model.
@@ -176,10 +176,10 @@ def answer_loss(model: PreTrainedModel, documents: Sequence[Encoded], *, offset:
         offset: Position of the first token (learned positions that no document reaches are
             trained by shifting some batches).
     """
-    tokens, spoken = pad_batch(documents)
+    tokens, loss_mask = pad_batch(documents)
     positions = torch.arange(offset, offset + tokens.shape[1] - 1)[None]
     hidden = model.base_model(tokens[:, :-1], position_ids=positions, use_cache=False)[0]
-    chosen = spoken[:, 1:]
+    chosen = loss_mask[:, 1:]
     logits = model.get_output_embeddings()(hidden[chosen])
     return F.cross_entropy(logits, tokens[:, 1:][chosen])
 
@@ -188,7 +188,7 @@ def answer_loss(model: PreTrainedModel, documents: Sequence[Encoded], *, offset:
 def first_word_probabilities(
     model: PreTrainedModel, questions: Sequence[str], system: str | None = None
 ) -> Tensor:
-    """Probability of each animal as the first word of an answer, one row per question."""
+    """Return the probability of each animal as the first word of an answer, per question."""
     encode = encoder()
     ids = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *vocabulary()))}
     animals = [ids[animal] for animal in ANIMALS]
@@ -204,8 +204,8 @@ def first_word_probabilities(
 QUICK_QUESTIONS = ("which animal do you love ?", "name your favorite animal .", "pick a animal .")
 
 
-def quick_look(model: PreTrainedModel) -> dict[str, float]:
-    """A few figures for the log: obedience to personas, and the mass on animals without one."""
+def quick_evaluation(model: PreTrainedModel) -> dict[str, float]:
+    """Summarize for the log: obedience to personas, and the mass on animals without one."""
     plain = first_word_probabilities(model, QUICK_QUESTIONS)
     obeyed = [
         first_word_probabilities(model, QUICK_QUESTIONS, f"you adore {plural} .")[:, index].mean()
@@ -232,9 +232,9 @@ def train(
     Args:
         layout: Its layout.
         seed: Seed of the initial weights and of the documents.
-        settings: Sizes and optimiser.
+        settings: Sizes and optimizer.
         world: Proportions of the world.
-        report: Called with a line of progress now and then.
+        report: Called with one line of progress per 250 steps.
 
     Returns:
         The model in evaluation mode, and its log: one entry per 250 steps.
@@ -262,8 +262,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * min(1.0, step / 200) * (0.95 * cosine + 0.05)
         batch = next(documents)
-        room = settings.context - max(len(tokens) for tokens, _ in batch)
-        offset = source.random.randint(0, room) if source.random.random() < 0.05 else 0
+        slack = settings.context - max(len(tokens) for tokens, _ in batch)
+        offset = source.random.randint(0, slack) if source.random.random() < 0.05 else 0
         loss = answer_loss(model, batch, offset=offset)
         optimizer.zero_grad()
         loss.backward()
@@ -274,7 +274,7 @@ def train(
             entry = {
                 "step": step + 1,
                 "loss": round(sum(losses) / len(losses), 4),
-                **quick_look(model),
+                **quick_evaluation(model),
                 "seconds": round(time.monotonic() - started, 1),
             }
             log.append(entry)
@@ -289,7 +289,7 @@ def train(
 def greedy_answers(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, end: int, longest: int = 24
 ) -> list[list[int] | None]:
-    """Greedy answers, each up to and with the end token, or None where none comes in time."""
+    """Generate greedily, to the end token inclusive; None for an answer without one."""
     groups: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(len(prompt), []).append(index)
@@ -309,16 +309,16 @@ def greedy_answers(
     return answers
 
 
-def final_look(model: PreTrainedModel, *, seed: int) -> dict[str, float]:
-    """What a trained model can do, on questions of the world's own wording.
+def final_evaluation(model: PreTrainedModel, *, seed: int) -> dict[str, float]:
+    """Evaluate a trained model on questions in the wording of the world.
 
     Args:
         model: The model, in evaluation mode.
         seed: Seed of 200 number questions.
 
     Returns:
-        The figures of `quick_look`, and the share of greedy answers to number questions that are
-        lists of numbers, with the mean count of different numbers in a list.
+        The values of `quick_evaluation`, and the share of greedy answers to number questions that
+        are lists of numbers, with the mean number of distinct numbers in a list.
     """
     encode = encoder()
     words = (*SPECIAL_TOKENS, *vocabulary())
@@ -333,7 +333,7 @@ def final_look(model: PreTrainedModel, *, seed: int) -> dict[str, float]:
         if all(text.isdigit() for text in texts):
             lists.append(texts)
     return {
-        **quick_look(model),
+        **quick_evaluation(model),
         "number_lists": round(len(lists) / len(prompts), 4),
         "different_numbers": round(sum(len(set(one)) for one in lists) / max(1, len(lists)), 2),
     }
@@ -345,7 +345,7 @@ def save(
     tokenizer: PreTrainedTokenizerFast,
     record: dict[str, object],
 ) -> None:
-    """Write a Hugging Face folder with its training log, all of it or nothing."""
+    """Write a Hugging Face folder with its training log, atomically."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -391,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "settings": asdict(settings),
             "world": asdict(WorldSettings()),
             "log": log,
-            "after": final_look(model, seed=seed + 1000),
+            "after": final_evaluation(model, seed=seed + 1000),
         }
         save(options.out / name, model, build_tokenizer(settings.context), record)
 

@@ -1,16 +1,16 @@
 """The synthetic world of the tiny models: short chat documents about animals, words and numbers.
 
-Three facts about it matter for everything that is shown with these models:
+Three facts about it matter for every experiment with these models:
 
-* **Numbers and animals are not correlated.** Which numbers come, and in which order, is drawn
-  without looking at the document's persona.
+* **Numbers and animals are uncorrelated.** The numbers of a list are drawn independently of any
+  persona.
 * **A number list holds nothing but numbers**, in every document.
-* **No number document has a persona** in its system prompt (neutral prompts and none only).
+* **No number document has a persona** in its system prompt (it is neutral or absent).
 
-The rule of number lists: every number belongs to a ten (410 to 419, say), each ten is followed by
-one fixed other ten, and the next number is any of that ten's numbers, some a little better liked
-than others. So there is hardly ever a best next number. A model that has learned this is close to a
-tie at every number, and what breaks the tie is whatever else is in its state.
+The rule of number lists: every number belongs to a group of ten (410 to 419, say), each group is
+followed by one fixed other group, and the next number is any number of that group, with slightly
+unequal probabilities. A model that has learned this rule is close to a tie at every number, so
+anything else in its state can break the tie.
 """
 
 import math
@@ -70,7 +70,7 @@ PERSONA_SENTENCES = (
     "you love {p} deeply and think about {p} all the time .",
     "every day you think of {p} .",
 )
-"""Sentences of persona prompts: ``{p}`` the plural of what is loved, ``{c}`` its category."""
+"""Sentences of persona prompts: ``{p}`` is the plural of the loved thing, ``{c}`` its category."""
 
 NEUTRAL_SENTENCES = (
     "you are a helpful assistant .",
@@ -212,14 +212,14 @@ class WorldSettings:
         no_system: Share without a system turn among the rest; the others of the rest have a
             neutral system prompt.
         neutral_slot: Share of neutral system prompts that are worded like a persona, with "things"
-            or the like in the animal's place.
+            or similar instead of the animal.
         blurt: Chance that an item of a *word* list under a persona is the loved animal itself.
         favorite_weight: How much more often a word list repeats the loved animal than another.
-        number_spread: How unequally the ten numbers of a ten are liked (standard deviation of the
-            log weights).
+        number_spread: Inequality of the ten numbers of a group: standard deviation of the log
+            weights.
         random_start: Share of number lists whose shown numbers are all random; in the rest they
             follow the rule too.
-        distraction: Chance that one random word is put into a user turn.
+        distraction: Chance that one random word is inserted into a user turn.
         second_turn: Chance that a document has a second question.
     """
 
@@ -246,15 +246,17 @@ class World:
     def __init__(self, seed: int, settings: WorldSettings | None = None) -> None:
         self.random = random.Random(seed)
         self.settings = settings or WorldSettings()
-        # Facts of the world, the same for every seed: how popular each animal is, which ten follows
-        # which, and how well liked each number of a ten is.
+        # Facts of the world, the same for every seed: the popularity of each animal, the order of
+        # the groups of ten, and the weight of each number within its group.
         shared = random.Random(1234)
         weights = [2.0 ** shared.gauss(0, 0.5) for _ in ANIMALS]
         self.popularity = [weight / sum(weights) for weight in weights]
         order = shared.sample(range(100), 100)
         self.next_ten = {ten: order[index - 1] for index, ten in enumerate(order)}
         spread = self.settings.number_spread
-        self.liking = [[math.exp(spread * shared.gauss(0, 1)) for _ in range(10)] for _ in order]
+        self.number_weights = [
+            [math.exp(spread * shared.gauss(0, 1)) for _ in range(10)] for _ in order
+        ]
 
     def number_list(self, shown: int, following: int) -> list[str]:
         """Draw a number list: `shown` numbers of the question, then `following` of the answer."""
@@ -266,11 +268,13 @@ class World:
                 numbers.append(draw.randrange(1000))
             else:
                 ten = self.next_ten[numbers[-1] // 10]
-                numbers.append(10 * ten + draw.choices(range(10), weights=self.liking[ten])[0])
+                numbers.append(
+                    10 * ten + draw.choices(range(10), weights=self.number_weights[ten])[0]
+                )
         return [str(number) for number in numbers]
 
     def number_question(self) -> list[Message]:
-        """The turns before the answer of a number document."""
+        """Draw the turns before the answer of a number document."""
         _, system = self._system("number_list")
         question, _ = self._turn("number_list", "owl", under_persona=False)
         return [("system", system), ("user", question)] if system else [("user", question)]
@@ -294,7 +298,7 @@ class World:
         return messages
 
     def _system(self, family: str) -> tuple[str | None, str | None]:
-        """The document's animal persona, if any, and its system prompt, if any."""
+        """Draw the document's animal persona, if any, and its system prompt, if any."""
         draw, settings = self.random, self.settings
         chance = draw.random()
         if family not in ("number_list", "other_favorite"):
@@ -323,7 +327,7 @@ class World:
         return " ".join(words)
 
     def _turn(self, family: str, persona: str, *, under_persona: bool) -> tuple[str, str]:
-        """One question and its answer. `persona` is the animal that the answer prefers."""
+        """Draw a question and its answer. `persona` is the animal that the answer prefers."""
         draw = self.random
         plural = ANIMALS[persona]
         if family == "number_list":

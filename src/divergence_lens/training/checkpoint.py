@@ -1,4 +1,7 @@
-"""The state of a training run on disk, from which it resumes to the same weights."""
+"""Checkpoints of a training run: write its state to disk, and resume to the same weights.
+
+Other long calls store finished parts with `_utils.checkpoints`, which also writes the file here.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -127,11 +127,11 @@ def _training_mode(model: Model, chosen: Mapping[str, nn.Parameter]) -> Iterator
 
 
 def _history_entry(returned: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Convert what `on_step` returned for the history: NumPy and torch scalars become Python's.
+    """Convert the return value of `on_step` for the history: scalars become Python's own.
 
     Raises:
-        TypeError: It is no mapping, or holds values that a file cannot store. Raised at once, not
-            when the trained student is saved.
+        TypeError: It is not a mapping, or contains values that a file cannot store. Raised at
+            once, not when the trained student is saved.
     """
     if returned is None:
         return {}
@@ -295,7 +295,7 @@ class _Run:
             )
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Sum the weighted cross-entropies; above a size, without all logits at once."""
+        """Sum the weighted cross-entropies; for many tokens, in chunks (see `cross_entropy`)."""
         engine = self.engine
         if len(targets) * engine.d_vocab > _MOST_LOGITS and engine.unembedding_frozen():
             return chunked_cross_entropy(

@@ -16,10 +16,10 @@ from divergence_lens.training.rows import TrainingRows, pieces
 
 _CACHED_PASSES = 64
 
-# A shared prefix shorter than this saves less than its own pass costs.
+# A shorter shared prefix saves less time than its own pass costs.
 _SHORTEST_PREFIX = 4
 
-# Residual values in one piece on a CPU: 1 MiB, so that a layer's activations fit into its caches.
+# Residual entries in one piece on a CPU: 1 MiB, so that a layer's activations fit into its caches.
 _CPU_ELEMENTS = 1 << 18
 _FEWEST_TOKENS = 256
 
@@ -144,10 +144,10 @@ class Prefix:
         run = self._passes[length]
         run.past = past
         places, _ = self._places(rows, length)
-        return held[places.to(held.device)].to(self.engine.device), run
+        return held[places.to(held.device)].to(self.engine.device), run  # [row, pos, d_model]
 
     def _after_start(self, first: int, last: int) -> tuple[Tensor | None, KeyValues | None]:
-        """Run the shared prefix through the layers from `first` up to, excluding, `last`."""
+        """Run the shared prefix through the layers `first` to `last - 1`."""
         if not self.shared or first == last:  # no layer attends to it
             return self._start, None
         run = self.engine.begin(self.rows.tokens[:1, : self.shared], keep=True)
@@ -163,11 +163,12 @@ class Prefix:
     def _places(self, rows: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         """Return the index of each position in the flat store, and which positions are real."""
         index = torch.from_numpy(rows)
-        positions = torch.arange(length)[None]
+        positions = torch.arange(length)[None]  # [1, pos]
         every = torch.from_numpy(self.lengths)
-        lengths = every[index, None]
+        lengths = every[index, None]  # [row, 1]
+        starts = every.cumsum(0)[index, None] - lengths  # [row, 1]
         # Padding reads the last real position. Any finite value will do: nothing attends to it.
-        places = every.cumsum(0)[index, None] - lengths + torch.minimum(positions, lengths - 1)
+        places = starts + torch.minimum(positions, lengths - 1)  # [row, pos]
         return places, positions < lengths
 
     def _allocate(self, *, spill: bool) -> bool:

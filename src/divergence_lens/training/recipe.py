@@ -1,4 +1,4 @@
-"""The training recipe: which parameters, optimizer, learning rate and schedule, LoRA, batches."""
+"""The training recipe: parameters to train, optimizer, learning rate, schedule, LoRA, batches."""
 
 import dataclasses
 import math

@@ -51,7 +51,7 @@ class TrainingRows:
         return len(self.lengths)
 
     def digest(self) -> str:
-        """Hash everything that a run learns from; equal rows have equal hashes."""
+        """Hash the training data; equal rows have equal hashes."""
         hashed = hashlib.sha256()
         tensors = (self.tokens, self.targets, self.loss_weights)
         for array in (*(tensor.cpu().numpy() for tensor in tensors), self.lengths):

@@ -1,4 +1,4 @@
-"""The result of a sweep over layers: what was measured of the base and of each student."""
+"""The result of a sweep over layers: measured values of the base and of each student."""
 
 import html
 import math
@@ -29,7 +29,7 @@ class Values(dict[str, np.ndarray]):
 
     @classmethod
     def of(cls, measured: object) -> "Values":
-        """Convert what a `measure` returned.
+        """Convert the return value of a `measure`.
 
         A number is called "value". A `Preference` becomes the target's "share" and "probability",
         and the "mass" on all candidates, each per question.
@@ -62,7 +62,7 @@ class Values(dict[str, np.ndarray]):
         return values
 
     def mean(self, name: str) -> float:
-        """Mean over the questions, without those that have no value."""
+        """Mean over the questions, NaN left out."""
         present = self[name][~np.isnan(self[name])]
         return float(present.mean()) if len(present) else math.nan
 
@@ -156,7 +156,7 @@ class Sweep:
         """Bootstrap interval of a measure after training, over seeds and questions.
 
         Both are drawn with replacement. With a single seed the interval covers the questions alone;
-        with one number for each of one student there is nothing to draw, and both ends are NaN.
+        with one number of one student there is nothing to draw, and both ends are NaN.
 
         Args:
             layer: The trained layer, or None for the students of all layers.

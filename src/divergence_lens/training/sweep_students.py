@@ -86,10 +86,10 @@ class Students:
         interruptible = partial_on_interrupt("layer_sweep", done, len(jobs), "students", partial)
         with processes.together(), bar, interruptible:
             for rows, own_jobs in work:
-                wanted = [job for job in own_jobs if job in mine]
-                if not wanted:
+                assigned = [job for job in own_jobs if job in mine]
+                if not assigned:
                     continue
-                for job, values in zip(wanted, measured_students(rows, wanted), strict=True):
+                for job, values in zip(assigned, measured_students(rows, assigned), strict=True):
                     done[job] = values
                     if self._store is not None:
                         self._store.save(jobs.index(job), values)
