@@ -79,12 +79,12 @@ def difference(mine: dict[str, np.ndarray], nodes: dict[Any, float]) -> float:
     worst = 0.0
     for node, score in nodes.items():
         if node.kind == "embed":
-            found = mine["resid_pre"][0, node.position]
+            ours = mine["resid_pre"][0, node.position]
         elif node.kind == "mlp_out":
-            found = mine["mlp_out"][node.layer, node.position]
+            ours = mine["mlp_out"][node.layer, node.position]
         else:
-            found = mine["z"][node.layer, node.position, node.head]
-        worst = max(worst, abs(float(found) - score))
+            ours = mine["z"][node.layer, node.position, node.head]
+        worst = max(worst, abs(float(ours) - score))
     return worst
 
 

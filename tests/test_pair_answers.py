@@ -96,9 +96,9 @@ def test_pairs_and_effects_state_the_tokens_of_each_answer(random_model, tmp_pat
     assert effects.foil_labels == pairs.foil_labels
     assert all(f">{token}</span>" in effects._repr_html_() for token in pairs.answer_labels[0])
     effects.save(tmp_path / "effects")
-    for kept in (Effects.load(tmp_path / "effects"), effects):
-        assert kept[1].answer_labels == (pairs.answer_labels[1],)
-        assert kept[[1, 0]].foil_labels == pairs.foil_labels[::-1]
+    for restored in (Effects.load(tmp_path / "effects"), effects):
+        assert restored[1].answer_labels == (pairs.answer_labels[1],)
+        assert restored[[1, 0]].foil_labels == pairs.foil_labels[::-1]
 
 
 def test_a_selection_is_as_wide_as_its_longest_answer():

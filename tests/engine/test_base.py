@@ -54,19 +54,21 @@ def test_logits_are_hugging_faces_at_every_position(pair, tokens):
 def test_residuals_are_hugging_faces_hidden_states(pair, tokens):
     hf_model, engine = pair
     states = hf_model(tokens, output_hidden_states=True).hidden_states
-    found = engine.activations(tokens, sites=("resid_pre", "resid_post"))
+    recorded = engine.activations(tokens, sites=("resid_pre", "resid_post"))
     for layer in range(engine.n_layers):
-        _close(found["resid_pre"][layer], states[layer])
-    assert torch.equal(found["resid_pre"][1:], found["resid_post"][:-1])
+        _close(recorded["resid_pre"][layer], states[layer])
+    assert torch.equal(recorded["resid_pre"][1:], recorded["resid_post"][:-1])
 
 
 def test_a_block_adds_its_attention_and_its_mlp(pair, tokens):
     _, engine = pair
-    found = engine.activations(tokens, sites=engine.sites)
-    _close(found["resid_pre"] + found["attn_out"] + found["mlp_out"], found["resid_post"])
+    recorded = engine.activations(tokens, sites=engine.sites)
+    _close(
+        recorded["resid_pre"] + recorded["attn_out"] + recorded["mlp_out"], recorded["resid_post"]
+    )
     if "resid_mid" in engine.sites:
-        _close(found["resid_mid"] + found["mlp_out"], found["resid_post"])
-    assert found["z"].shape[-2:] == (engine.n_heads, engine.d_head)
+        _close(recorded["resid_mid"] + recorded["mlp_out"], recorded["resid_post"])
+    assert recorded["z"].shape[-2:] == (engine.n_heads, engine.d_head)
 
 
 @pytest.mark.parametrize("cut", [1, 9, 24])
@@ -106,13 +108,13 @@ def test_each_branch_of_a_tree_is_a_plain_continuation(pair, tokens):
     ids = torch.tensor([[5, 9, 9, 30, 31, 2], [7, 1, 8, 8, 3, 60]])
     starts = tokens[:2, :11]
     _, past = engine.prefill(starts)
-    found = engine.unembed(engine.branch(ids, parents, past))
+    branched = engine.unembed(engine.branch(ids, parents, past))
     paths: list[list[int]] = []
     for node, parent in enumerate(parents):
         paths.append([*(paths[parent] if parent >= 0 else []), node])
         with torch.no_grad():
             logits = hf_model(torch.cat([starts, ids[:, paths[node]]], 1)).logits
-        _close(found[:, node], logits[:, -1])
+        _close(branched[:, node], logits[:, -1])
 
 
 def test_a_pass_can_start_at_any_block(pair, tokens):
@@ -172,16 +174,16 @@ def test_replacing_resid_mid_changes_the_residual_itself(pair, tokens):
     _, engine = pair
     if "resid_mid" not in engine.sites:
         pytest.skip("parallel blocks have no residual between attention and MLP")
-    wanted = torch.randn(3, 25, engine.d_model, generator=torch.Generator().manual_seed(3))
-    found = {}
+    replacement = torch.randn(3, 25, engine.d_model, generator=torch.Generator().manual_seed(3))
+    recorded = {}
     watch = [
-        (1, "resid_mid", lambda _: wanted),
-        (1, "mlp_out", lambda out: found.update(mlp=out)),
-        (1, "resid_post", lambda out: found.update(post=out)),
+        (1, "resid_mid", lambda _: replacement),
+        (1, "mlp_out", lambda out: recorded.update(mlp=out)),
+        (1, "resid_post", lambda out: recorded.update(post=out)),
     ]
     with engine.hooked(watch):
         engine.final(tokens)
-    _close(found["post"], wanted + found["mlp"])
+    _close(recorded["post"], replacement + recorded["mlp"])
 
 
 def test_both_classes_answer_a_patch_alike(tokens):

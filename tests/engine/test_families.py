@@ -105,12 +105,12 @@ def test_every_public_call_runs_and_leaves_the_model_as_it_was(loaded):
             model, examples, layers=[1], recipe=dl.Recipe(epochs=1, batch_size=2, warmup_steps=0)
         )
         with student.applied(model):
-            found = dl.preference(model, target="owl", candidates=["owl", "cat"])
-        assert 0 < found.share < 1
+            preference = dl.preference(model, target="owl", candidates=["owl", "cat"])
+        assert 0 < preference.share < 1
 
 
 def table() -> str:
-    """The table of what is tested, as it stands in the documentation."""
+    """Build the table of tested families, as printed in the documentation."""
     heads = " | ".join(f"{CLASSES[backend]}, {precision}" for backend, precision in COLUMNS)
     lines = [f"| family | {heads} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for family in FAMILIES:

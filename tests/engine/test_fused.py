@@ -1,4 +1,4 @@
-"""Blocks in few operations: they compute what the model's own do, and only where nobody looks."""
+"""Fused blocks: they agree with the model's own, and run only where nothing observes a block."""
 
 import dataclasses
 
@@ -26,15 +26,15 @@ def build(family, backend, **config):
 @pytest.fixture
 def calls(monkeypatch):
     """The blocks that were computed in the fast form."""
-    found = []
+    layers = []
     block = FusedBlocks.block
 
     def counted(self, layer, resid, run, since=0):
-        found.append(layer)
+        layers.append(layer)
         return block(self, layer, resid, run, since)
 
     monkeypatch.setattr(FusedBlocks, "block", counted)
-    return found
+    return layers
 
 
 @pytest.mark.parametrize("family", FUSED)
@@ -210,10 +210,10 @@ def test_weights_are_read_as_they_are_now(backend):
     name, parameter = next(iter(engine.block_parameters(1).items()))
     with torch.no_grad():
         before = engine.final(TOKENS)
-        kept = parameter.clone()
+        original = parameter.clone()
         parameter.add_(0.5)
         assert not torch.allclose(engine.final(TOKENS), before), name
-        parameter.copy_(kept)
+        parameter.copy_(original)
         torch.testing.assert_close(engine.final(TOKENS), before, atol=0, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""The random models that other tests stand on are what they claim to be."""
+"""The random models that other tests use have the properties that they claim."""
 
 import pytest
 import torch
@@ -25,10 +25,10 @@ def test_every_parameter_of_a_random_model_moves_its_logits(family):
     model = random_hf_model(family)
     plain = model(TOKENS).logits
     for name, parameter in model.named_parameters():
-        kept = parameter.clone()
+        original = parameter.clone()
         parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         change = (model(TOKENS).logits - plain).abs().max()
-        parameter.copy_(kept)
+        parameter.copy_(original)
         # A key bias adds the same amount to all scores of a query, unless positions rotate it.
         if name.endswith("bias"):
             assert change > 1e-3, name

@@ -15,7 +15,7 @@ PROMPTS = ["say a number", "which animal do you love ?"]
 
 def test_probabilities_are_those_of_a_plain_forward_pass(tiny):
     owl, cat, wolf = animal_teachers(["owl", "cat", "wolf"])
-    found = entangled_numbers(tiny, owl, [cat, wolf], prompts=PROMPTS, numbers=["7", "412", "999"])
+    result = entangled_numbers(tiny, owl, [cat, wolf], prompts=PROMPTS, numbers=["7", "412", "999"])
 
     def by_hand(teacher):
         rows = []
@@ -26,30 +26,30 @@ def test_probabilities_are_those_of_a_plain_forward_pass(tiny):
         wanted = [tiny.tokenizer.convert_tokens_to_ids(n) for n in ("7", "412", "999")]
         return torch.stack(rows).mean(0)[wanted].double().numpy()
 
-    assert found.probability == pytest.approx(by_hand(owl), rel=1e-3)
-    assert found.others == pytest.approx((by_hand(cat) + by_hand(wolf)) / 2, rel=1e-3)
+    assert result.probability == pytest.approx(by_hand(owl), rel=1e-3)
+    assert result.others == pytest.approx((by_hand(cat) + by_hand(wolf)) / 2, rel=1e-3)
 
 
 def test_numbers_of_several_tokens_are_products(random_model):
     model = random_model("qwen2")
     one, two = Teacher("one"), Teacher("two", system_prompt="You help.")
-    found = entangled_numbers(model, one, [two], prompts=["Hello."], numbers=["4", "41", "412"])
-    lengths = [len(model.tokenizer(n)["input_ids"]) for n in found.numbers]
-    assert (found.probability > 0).all()
-    assert (found.probability < 1).all()
+    result = entangled_numbers(model, one, [two], prompts=["Hello."], numbers=["4", "41", "412"])
+    lengths = [len(model.tokenizer(n)["input_ids"]) for n in result.numbers]
+    assert (result.probability > 0).all()
+    assert (result.probability < 1).all()
     # Longer numbers are conjunctions of more tokens.
     order = np.argsort(lengths, kind="stable")
     assert lengths[order[-1]] == lengths[0] or (
-        found.probability[order[-1]] < found.probability[order[0]]
+        result.probability[order[-1]] < result.probability[order[0]]
     )
 
 
 def test_a_teacher_compared_with_itself_raises_nothing(tiny):
     owl = animal_teachers(["owl"])[0]
     same = Teacher("same", system_prompt=owl.system_prompt)
-    found = entangled_numbers(tiny, owl, [same], prompts=PROMPTS)
-    assert np.abs(found.rise).max() < 1e-6
-    assert len(found.numbers) == 1000
+    result = entangled_numbers(tiny, owl, [same], prompts=PROMPTS)
+    assert np.abs(result.rise).max() < 1e-6
+    assert len(result.numbers) == 1000
 
 
 def _known():
@@ -59,12 +59,12 @@ def _known():
 
 
 def test_the_ranking_is_by_the_ratio():
-    found = _known()
-    assert found.top(3) == ("2", "3", "1")
-    assert found.rise == pytest.approx(np.log([0.5, 4.0, 2.0]))
-    assert found.to_dataframe()["number"].tolist() == ["2", "3", "1"]
+    result = _known()
+    assert result.top(3) == ("2", "3", "1")
+    assert result.rise == pytest.approx(np.log([0.5, 4.0, 2.0]))
+    assert result.to_dataframe()["number"].tolist() == ["2", "3", "1"]
     with pytest.raises(ValueError, match="k is 4"):
-        found.top(4)
+        result.top(4)
 
 
 def test_lists_with_an_entangled_number_are_dropped_as_whole_numbers():

@@ -17,7 +17,7 @@ from tests.support.training import number_lists
 
 def test_the_loss_is_the_mean_over_completion_tokens_of_a_plain_forward(random_model):
     model, examples = random_model("qwen2"), number_lists(5)
-    found = task_quality(model, examples, system_prompt="Be brief.", max_new_tokens=4)
+    measured = task_quality(model, examples, system_prompt="Be brief.", max_new_tokens=4)
     losses = []
     for example in with_ids(model.tokenizer, examples):
         prompt = encode_prompt(model.tokenizer, example.prompt, system_prompt="Be brief.").ids
@@ -28,21 +28,21 @@ def test_the_loss_is_the_mean_over_completion_tokens_of_a_plain_forward(random_m
             -float(logp[len(prompt) + k - 1, token])
             for k, token in enumerate(example.completion_ids)
         ]
-    assert found.tokens == len(losses)
-    assert found.loss == pytest.approx(sum(losses) / len(losses), abs=1e-4)
-    assert found.perplexity == pytest.approx(math.exp(found.loss))
+    assert measured.tokens == len(losses)
+    assert measured.loss == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    assert measured.perplexity == pytest.approx(math.exp(measured.loss))
 
 
 def test_lists_are_the_model_s_own_and_judged_by_the_filter(tiny):
     prompts = number_prompts(12, seed=5, instructions=False)
     held_out = generate(tiny, prompts, teacher=None)
-    found = task_quality(tiny, held_out)
+    measured = task_quality(tiny, held_out)
     texts = [example.completion for example in held_out]
-    assert found.valid == sum(isinstance(parse_numbers(text), NumberList) for text in texts)
-    assert found.lists == 12
-    assert found.valid_rate > 0.5
-    low, high = found.interval()
-    assert low < found.valid_rate <= high
+    assert measured.valid == sum(isinstance(parse_numbers(text), NumberList) for text in texts)
+    assert measured.lists == 12
+    assert measured.valid_rate > 0.5
+    low, high = measured.interval()
+    assert low < measured.valid_rate <= high
     none = task_quality(tiny, held_out, number_filter=NumberFilter(high=0))
     assert none.valid == 0
     assert sum(none.reasons.values()) == 12
@@ -64,10 +64,10 @@ def test_a_broken_student_is_seen_to_be(tiny):
 
 
 def test_it_prints_and_comes_back_from_json(random_model):
-    found = task_quality(random_model("gpt2"), number_lists(2), max_new_tokens=2)
-    assert TaskQuality(**found.describe()) == found
-    assert "lists valid" in repr(found)
-    assert "<td>valid</td>" in found._repr_html_()
+    measured = task_quality(random_model("gpt2"), number_lists(2), max_new_tokens=2)
+    assert TaskQuality(**measured.describe()) == measured
+    assert "lists valid" in repr(measured)
+    assert "<td>valid</td>" in measured._repr_html_()
 
 
 def test_nothing_to_measure_and_two_prompts_are_refused(random_model):

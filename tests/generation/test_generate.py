@@ -155,10 +155,10 @@ def probabilities(model, temperature: float) -> torch.Tensor:
 def test_samples_follow_the_models_distribution(model):
     count = 4000
     expected = probabilities(model, 0.7)
-    found = frequencies(model, count, temperature=0.7)
+    observed = frequencies(model, count, temperature=0.7)
     # Each frequency within five standard errors, and one draw for the rare ones.
     error = 5 * (expected * (1 - expected) / count).sqrt() + 1 / count
-    assert bool((found - expected).abs().le(error).all())
+    assert bool((observed - expected).abs().le(error).all())
 
 
 def test_top_p_samples_the_smallest_set_that_reaches_it(model):
@@ -166,11 +166,11 @@ def test_top_p_samples_the_smallest_set_that_reaches_it(model):
     ranked, order = probabilities(model, 0.7).sort(descending=True)
     size = int((ranked.cumsum(0) < top_p).sum()) + 1
     assert 1 < size < len(order)
-    found = frequencies(model, count, temperature=0.7, top_p=top_p)
-    assert set(found.nonzero().flatten().tolist()) <= set(order[:size].tolist())
+    observed = frequencies(model, count, temperature=0.7, top_p=top_p)
+    assert set(observed.nonzero().flatten().tolist()) <= set(order[:size].tolist())
     expected = ranked[:size] / ranked[:size].sum()
     error = 5 * (expected * (1 - expected) / count).sqrt() + 1 / count
-    assert bool((found[order[:size]] - expected).abs().le(error).all())
+    assert bool((observed[order[:size]] - expected).abs().le(error).all())
 
 
 def test_small_top_p_and_low_temperature_are_greedy(model):

@@ -19,9 +19,9 @@ def oracle(logits: torch.Tensor, draw: float, temperature: float, top_p: float) 
             break
         allowed.add(token)
         total += probabilities[token]
-    kept = [p if i in allowed else 0.0 for i, p in enumerate(probabilities)]
-    target, total = draw * sum(kept), 0.0
-    for token, probability in enumerate(kept):
+    allowed_probabilities = [p if i in allowed else 0.0 for i, p in enumerate(probabilities)]
+    target, total = draw * sum(allowed_probabilities), 0.0
+    for token, probability in enumerate(allowed_probabilities):
         total += probability
         if total > target:
             return token

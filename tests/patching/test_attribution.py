@@ -286,9 +286,9 @@ def test_verify_meets_cells_that_the_approximation_gives_as_zero(model_of):
         span="position",
     )
     everything = effects.values.size
-    found, lame = (
+    accurate, inaccurate = (
         sampled_agreement(model, request, e, k=everything, seed=0, batch_rows=64, accelerator=None)
         for e in (effects, replace(effects, values=wrong))
     )
-    assert found.cells == lame.cells
-    assert lame.pearson < found.pearson - 0.1
+    assert accurate.cells == inaccurate.cells
+    assert inaccurate.pearson < accurate.pearson - 0.1

@@ -59,8 +59,8 @@ def test_margins_are_those_of_a_plain_pass_of_each_half(model_of, family, batch_
             for lower in (0, 1):
                 for upper in (0, 1):
                     expected = crossed_margin(models[lower], models[upper], pairs, i, boundary)
-                    found = crossed.margins[i, boundary, lower, upper]
-                    assert found == pytest.approx(expected, abs=1e-4)
+                    actual = crossed.margins[i, boundary, lower, upper]
+                    assert actual == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("batch_rows", [1, 128])
@@ -80,8 +80,8 @@ def test_margins_of_answers_of_several_tokens_are_those_of_a_pass_for_each_token
         for boundary in range(models[0].cfg.n_layers + 1):
             for lower, upper in ((0, 1), (1, 0), (1, 1)):
                 expected = crossed_answer_margin(models[lower], models[upper], pairs, i, boundary)
-                found = crossed.margins[i, boundary, lower, upper]
-                assert found == pytest.approx(expected, abs=2e-4)
+                actual = crossed.margins[i, boundary, lower, upper]
+                assert actual == pytest.approx(expected, abs=2e-4)
 
 
 def test_a_model_crossed_with_itself_shows_no_effect_and_no_interaction(model_of):

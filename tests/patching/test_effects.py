@@ -179,14 +179,14 @@ def test_agreement_is_what_numpy_says():
     generator = np.random.default_rng(1)
     exact = generator.normal(size=300)
     approximate = 2 * exact + 0.3 * generator.normal(size=300)
-    found = agreement_of_cells(approximate, exact, k=30)
-    assert found.pearson == pytest.approx(np.corrcoef(approximate, exact)[0, 1])
-    assert found.slope == pytest.approx(np.polyfit(approximate, exact, 1)[0])
+    result = agreement_of_cells(approximate, exact, k=30)
+    assert result.pearson == pytest.approx(np.corrcoef(approximate, exact)[0, 1])
+    assert result.slope == pytest.approx(np.polyfit(approximate, exact, 1)[0])
     ranks = [np.argsort(np.argsort(x)) for x in (approximate, exact)]
-    assert found.spearman == pytest.approx(np.corrcoef(*ranks)[0, 1])
-    assert 0.9 < found.sign <= 1
-    assert 0.8 < found.recall <= 1
-    assert found.cells == 300
+    assert result.spearman == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert 0.9 < result.sign <= 1
+    assert 0.8 < result.recall <= 1
+    assert result.cells == 300
 
 
 def test_agreement_with_oneself_is_whole_and_with_the_opposite_is_none(effects):

@@ -120,8 +120,8 @@ def test_a_model_that_attends_both_ways_equals_the_loops_of_transformer_lens(sit
                 cache,
                 lambda x, a=answer, b=foil: x[0, -1, a] - x[0, -1, b],
             )
-        found = effects.values[i, :, :length] + effects.clean_metric[i]
-        np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+        patched_metric = effects.values[i, :, :length] + effects.clean_metric[i]
+        np.testing.assert_allclose(patched_metric, expected.numpy(), atol=1e-4)
         if site == "resid_pre":  # states before the first difference differ too, and count
             assert np.abs(effects.values[i, 1:, :2]).min() > 1e-6
             sums = np.nansum(approximate.values[i], axis=1)

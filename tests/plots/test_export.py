@@ -24,7 +24,7 @@ def figure() -> go.Figure:
 
 @pytest.fixture
 def without_plotly_images(monkeypatch):
-    """No browser for kaleido, so that matplotlib draws."""
+    """Hide the browser from kaleido, so that matplotlib draws."""
 
     def broken(*_arguments, **_options):
         raise RuntimeError("Kaleido requires Google Chrome to be installed.\nMore lines.")

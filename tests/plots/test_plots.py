@@ -161,7 +161,7 @@ def test_many_conditions_are_rows_on_an_axis_of_ratios():
     names = list(figure.layout.yaxis.ticktext)
     assert names[:4] == ["all", "divergence only", "first divergence", "random tokens"]
     assert len(names) == len(means.x) == 11
-    # The first stands at the top.
+    # The first is at the top.
     assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]
     expected = [np.sqrt(0.2 * 0.21) / 0.095, np.sqrt(0.3 * 0.31) / 0.095, 2.0, 1.0]
     np.testing.assert_allclose(means.x, [*expected, *(2.0**i for i in range(-1, 6))], rtol=1e-6)

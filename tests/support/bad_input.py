@@ -29,7 +29,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class Kit:
-    """What the cases need: a model, its data, and a folder with bad files."""
+    """Inputs of the cases: a model, its data, and a folder with bad files."""
 
     model: Any
     owl: dl.Teacher

@@ -48,7 +48,7 @@ _FLAGS = (
 
 
 class BrowserError(RuntimeError):
-    """No browser, or one that did not do what was asked."""
+    """There is no browser, or it failed."""
 
 
 def find_browser() -> str:

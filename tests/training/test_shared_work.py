@@ -69,7 +69,7 @@ def test_frozen_layers_run_once_and_not_in_every_epoch(random_model):
 def test_work_that_is_left_out_changes_nothing(
     random_model, family, lora_rank, blocks, monkeypatch
 ):
-    """The shared start, the last block where nobody reads it, and LoRA's short way back."""
+    """A shared prefix, unread positions of the last block, and LoRA's own backward pass."""
     try:
         model = random_model(family)
     except ValueError:
