@@ -21,6 +21,7 @@ from tests.support.training import (
     largest_difference,
     number_lists,
     random_mask,
+    reference_loss,
     same_bits,
 )
 
