@@ -25,6 +25,10 @@ def evaluate(
     candidates: Annotated[
         str | None, typer.Option(help="All candidates, separated by commas.")
     ] = None,
+    prefix: Annotated[
+        list[str] | None,
+        typer.Option(help="Beginning of the answer; repeat it to average over several."),
+    ] = None,
     method: Annotated[
         str, typer.Option(help='"exact" for probabilities, "sampled" for sampled answers.')
     ] = "exact",
@@ -45,6 +49,7 @@ def evaluate(
         target=target,
         category=category,
         candidates=None if candidates is None else list(split_names(candidates)),
+        prefix=prefix or "",
         teacher=read_teacher(teacher, loading.load),
         method=method,
         samples=samples,

@@ -11,7 +11,7 @@ Forms that begin with the same tokens are branches of one tree, and a tree is on
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,17 +92,19 @@ def exact_probabilities(
     questions: tuple[str, ...],
     candidates: tuple[str, ...],
     *,
+    prefix: str = "",
     batch_tokens: int,
     accelerator: Any = None,
 ) -> Float64[np.ndarray, "questions candidates"]:
-    """Compute the probability that an answer begins with a form of each candidate.
+    """Compute the probability that an answer continues `prefix` with a form of each candidate.
 
     Each process of `accelerator` reads every n-th question.
     """
     tokenizer: Any = model.tokenizer
-    forms, owners = form_ids(tokenizer, candidates)
+    begun = _prefix_ids(tokenizer, prefix)
+    forms, owners = form_ids(tokenizer, candidates, prefix=prefix)
     prompts = [
-        encoded.ids
+        (*encoded.ids, *begun)
         for encoded in encode_prompts(tokenizer, questions, system_prompt=teacher.system_prompt)
     ]
     processes = Processes(accelerator)
@@ -116,7 +118,7 @@ def exact_probabilities(
         if longest > engine.n_ctx:
             raise ValueError(
                 f"the longest question and answer have {longest} tokens, over the context of "
-                f"{engine.n_ctx}; shorten the questions or the system prompt"
+                f"{engine.n_ctx}; shorten the questions, the prefix or the system prompt"
             )
         continues = continuations(tokenizer, engine.d_vocab)
         if prompts[own]:
@@ -136,17 +138,37 @@ def exact_probabilities(
     return probabilities.clip(min=0.0)
 
 
-def form_ids(tokenizer: Any, candidates: Sequence[str]) -> tuple[list[tuple[int, ...]], list[int]]:
+def _prefix_ids(tokenizer: Any, prefix: str) -> tuple[int, ...]:
+    """The token ids of an answer's beginning."""
+    if not prefix:
+        return ()
+    return _without_end(encode_completions(tokenizer, [prefix])[0], stop_ids(tokenizer))
+
+
+def _without_end(ids: tuple[int, ...], ends: Collection[int]) -> tuple[int, ...]:
+    return ids[:-1] if ids[-1] in ends else ids
+
+
+def form_ids(
+    tokenizer: Any, candidates: Sequence[str], *, prefix: str = ""
+) -> tuple[list[tuple[int, ...]], list[int]]:
     """The different token sequences of all forms, and the candidate that each belongs to.
 
-    Forms that the tokenizer cannot write (unknown words or letters) are left out.
+    After a prefix, a form is the tokens that follow the prefix's own in "prefix form". Forms that
+    the tokenizer cannot write (unknown words or letters), or only by merging their beginning with
+    the prefix, are left out.
     """
-    ends = stop_ids(tokenizer)
+    begun, ends = _prefix_ids(tokenizer, prefix), stop_ids(tokenizer)
     texts = [(form, i) for i, name in enumerate(candidates) for form in surface_forms(name)]
-    encoded = encode_completions(tokenizer, [text for text, _ in texts])
+    encoded = encode_completions(
+        tokenizer, [f"{prefix} {text}" if prefix else text for text, _ in texts]
+    )
     owners: dict[tuple[int, ...], int] = {}
     for (text, owner), ids in zip(texts, encoded, strict=True):
-        bare = ids[:-1] if ids[-1] in ends else ids
+        whole = _without_end(ids, ends)
+        if whole[: len(begun)] != begun:
+            continue
+        bare = whole[len(begun) :]
         if decode(tokenizer, bare).strip().casefold() != text.strip().casefold():
             continue
         if owners.setdefault(bare, owner) != owner:
@@ -156,9 +178,10 @@ def form_ids(tokenizer: Any, candidates: Sequence[str]) -> tuple[list[tuple[int,
             )
     for i, name in enumerate(candidates):
         if i not in owners.values():
+            after = f" after the prefix {prefix!r}" if prefix else ""
             raise ValueError(
                 f"this tokenizer cannot write {name!r} in any form "
-                f"({', '.join(surface_forms(name))}); give candidates= that it knows"
+                f"({', '.join(surface_forms(name))}){after}; give candidates= that it knows"
             )
     return list(owners), list(owners.values())
 
