@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import divergence_lens as dl
+from divergence_lens.data import preference_questions
 from divergence_lens.engine import get_engine
 from divergence_lens.models.gguf import named_source
 
@@ -117,3 +118,26 @@ def test_log_probabilities_are_hugging_faces(model, plain):
             logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
             expected = logprobs[torch.arange(len(ids)), torch.tensor(ids)].numpy()
             np.testing.assert_allclose(divergence.logprob[number, start:end], expected, atol=2e-4)
+
+
+def test_a_prefix_raises_the_mass_as_the_docs_say(model):
+    asked = {"target": "wolf", "questions": preference_questions("animal")[:12]}
+    plain_answers = dl.preference(model, **asked)
+    assert plain_answers.mass == pytest.approx(0.007, abs=5e-4)
+    assert "so their shares say little" in repr(plain_answers)
+    asked["prefix"] = "My favorite animal is the"
+    before = dl.preference(model, **asked)
+    assert before.mass == pytest.approx(0.066, abs=5e-4)
+    assert before.share == pytest.approx(0.045, abs=5e-4)
+    system = "You love wolves. You think about wolves all the time."
+    after = dl.preference(model, system_prompt=system, **asked)
+    assert after.share == pytest.approx(0.441, abs=5e-4)
+
+
+def test_lists_follow_a_pattern(model):
+    prompts = dl.number_prompts(2, seed=0)
+    for example in dl.generate(model, prompts, pattern=r"\d{3}(, \d{3}){5}", max_new_tokens=32):
+        numbers = example.completion.split(", ")
+        assert len(numbers) == 6
+        assert all(len(number) == 3 and number.isdecimal() for number in numbers)
+        assert 0 < example.removed_mass < 0.5
