@@ -7,6 +7,7 @@ import torch
 import divergence_lens as dl
 from divergence_lens._utils.memory import halved, is_out_of_memory, run_halved
 from divergence_lens.engine.factory import get_engine
+from divergence_lens.engine.static import StaticDecoder
 from divergence_lens.patching import ablations
 from tests.support.patching_oracles import random_pairs
 from tests.support.state import left_as_it_was
@@ -92,8 +93,8 @@ def model(random_model):
 
 
 def room_for(rows, engine, monkeypatch, error):
-    """Let no block run with more rows than that; how many came, by call."""
-    block, seen = engine.block, []
+    """Let no block and no decoder run with more rows than that; return the rows of each call."""
+    block, start, seen = engine.block, StaticDecoder.start, []
 
     def small(layer, resid, run, **options):
         if len(resid) > rows:
@@ -101,7 +102,14 @@ def room_for(rows, engine, monkeypatch, error):
         seen.append(len(resid))
         return block(layer, resid, run, **options)
 
+    def small_start(decoder, prompts, new_tokens):
+        if len(prompts) > rows:
+            raise error
+        seen.append(len(prompts))
+        return start(decoder, prompts, new_tokens)
+
     monkeypatch.setattr(engine, "block", small)
+    monkeypatch.setattr(StaticDecoder, "start", small_start)
     return seen
 
 
