@@ -14,7 +14,7 @@ from divergence_lens.deltas.delta import Delta
 from divergence_lens.divergence import (
     find_divergence,
 )
-from divergence_lens.divergence import reading as _reading
+from divergence_lens.divergence import reading_inputs as _reading_inputs
 from divergence_lens.engine import logits as _scoring
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.examples import Example
@@ -106,7 +106,7 @@ def test_running_the_shared_prefix_once_changes_nothing(div, model, examples, mo
     # All teachers have the same weights here, so their system prompts are one batch.
     assert [rows for rows, _ in prefills] == [4]
     assert all(length > 4 for _, length in prefills)
-    monkeypatch.setattr(_reading, "_SHORTEST_PREFIX", 10**6)
+    monkeypatch.setattr(_reading_inputs, "_SHORTEST_PREFIX", 10**6)
     plain = find_divergence(model, examples, teacher=OWL, counterfactuals=[CAT, WOLF, NOBODY])
     assert len(prefills) == 1
     np.testing.assert_array_equal(again.margin, div.margin)

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from divergence_lens import plots
 from divergence_lens.divergence import Divergence
 from divergence_lens.divergence.view import ExampleDivergence
-from divergence_lens.evaluation.preferences import Preference
+from divergence_lens.evaluation.result import Preference
 from divergence_lens.examples import Example
 from divergence_lens.patching.cross import CrossPatch
 from divergence_lens.patching.effects import Effects

@@ -8,10 +8,12 @@ from divergence_lens.divergence import Divergence, find_divergence
 from divergence_lens.evaluation.preferences import preference
 from divergence_lens.examples import Example
 from divergence_lens.patching.attribution import attribution_patch
+from divergence_lens.patching.effects import Effects
 from divergence_lens.patching.exact import causal_mediation
 from divergence_lens.teachers import Teacher
 from divergence_lens.training.finetuning import Recipe
 from divergence_lens.training.sweep import layer_sweep
+from divergence_lens.training.sweep_result import Sweep
 from tests.support.models import chat_tokenizer
 from tests.support.patching_oracles import random_pairs
 
@@ -84,3 +86,21 @@ def patch_and_sweep(model, folder, **options):
         attributed,
         sweep(model, checkpoint_dir=folder, **options),
     )
+
+
+def assert_same_effects(one: Effects, other: Effects) -> None:
+    for name in ("values", "clean_metric", "corrupted_metric"):
+        assert getattr(one, name).tobytes() == getattr(other, name).tobytes(), name
+    assert one.verified == other.verified
+
+
+def assert_same_students(one: Sweep, other: Sweep) -> None:
+    for mine, theirs in zip(one.students, other.students, strict=True):
+        assert (mine.condition, mine.layer, mine.seed) == (
+            theirs.condition,
+            theirs.layer,
+            theirs.seed,
+        )
+        assert mine.values.keys() == theirs.values.keys()
+        for name, values in mine.values.items():
+            assert values.tobytes() == theirs.values[name].tobytes()

@@ -2,7 +2,8 @@
 
 from divergence_lens.divergence.files import read_decision_points, write_decision_points
 from divergence_lens.divergence.finding import find_divergence
-from divergence_lens.divergence.reading import read_teachers, refuse_dropout
+from divergence_lens.divergence.reading import read_teachers
+from divergence_lens.divergence.reading_inputs import refuse_dropout
 from divergence_lens.divergence.result import Divergence
 from divergence_lens.divergence.rules import Rule
 from divergence_lens.divergence.tokens import KINDS

@@ -26,15 +26,16 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Float32
-from torch import Tensor, nn
+from torch import Tensor
 
-from divergence_lens._utils.batching import length_batches, shared_prefix
+from divergence_lens._utils.batching import length_batches
 from divergence_lens._utils.checkpoints import Checkpoints, Processes
 from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.memory import halved, run_halved
 from divergence_lens.chat import prompt_ids
 from divergence_lens.deltas import base_fingerprint
 from divergence_lens.divergence.forced import TeacherForced
+from divergence_lens.divergence.reading_inputs import PromptIds, check_fits, refuse_dropout
 from divergence_lens.engine import (
     Engine,
     KeyValues,
@@ -51,9 +52,6 @@ from divergence_lens.teachers import Teacher
 
 if TYPE_CHECKING:
     from tqdm.auto import tqdm
-
-# A shared prefix shorter than this saves less than the extra pass costs.
-_SHORTEST_PREFIX = 4
 
 # Tokens per pass: few on a CPU, so that activations stay in its caches; otherwise enough to fill
 # the device.
@@ -137,31 +135,6 @@ def read_teachers(
     return forced
 
 
-class _Prompts:
-    """The prompt ids of all examples under one system prompt, in one flat array."""
-
-    def __init__(self, rows: Sequence[tuple[int, ...]]) -> None:
-        self.lengths = np.array([len(row) for row in rows])
-        self._offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.flat = np.fromiter(chain.from_iterable(rows), np.int32, self._offsets[-1])
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        ids: np.ndarray = self.flat[self._offsets[row] : self._offsets[row + 1]]
-        return ids
-
-    @cached_property
-    def prefix(self) -> int:
-        """Number of ids shared by the start of all rows, without the last, which predicts."""
-        rows = [self[row] for row in range(len(self.lengths))]
-        shared = min(shared_prefix(rows), int(self.lengths.min()) - 1)
-        return shared if shared >= _SHORTEST_PREFIX and len(rows) > 1 else 0
-
-    @property
-    def start(self) -> np.ndarray:
-        """The ids that all rows start with."""
-        return self[0][: self.prefix]
-
-
 class _Reader:
     """Validated inputs of `read_teachers`, cut into shards, and the pass over one shard."""
 
@@ -185,13 +158,11 @@ class _Reader:
         texts = [example.prompt for example in examples]
         systems = list(dict.fromkeys(teacher.system_prompt for teacher in teachers))
         rows = prompt_ids(tokenizer, texts, systems)
-        self._prompts = {s: _Prompts(ids) for s, ids in zip(systems, rows, strict=True)}
+        self._prompts = {s: PromptIds(ids) for s, ids in zip(systems, rows, strict=True)}
         for teacher in teachers:
             base = model if teacher.model is None else teacher.model
             refuse_dropout(base)
-            _check_fits(
-                get_engine(base), self._prompts[teacher.system_prompt], self.forced, teacher
-            )
+            check_fits(get_engine(base), self._prompts[teacher.system_prompt], self.forced, teacher)
         self._pasts: dict[int, KeyValues] = {}
 
     @cached_property
@@ -368,42 +339,6 @@ class _Reader:
                 f"the logits of example {example} are not finite "
                 "(NaN or infinity); check the model's weights, or load it in a wider dtype"
             )
-
-
-def refuse_dropout(model: Model) -> None:
-    """Raise a ValueError if a forward pass of the model would drop activations at random."""
-    for name, module in model.named_modules():
-        rate = module.p if isinstance(module, nn.Dropout) else 0.0
-        # Hugging Face's attention layers store the rate as a plain number.
-        own = getattr(module, "attention_dropout", 0.0)
-        # Falcon and Bloom hold a module there, which this loop visits on its own.
-        rate = max(rate, own if isinstance(own, float) else 0.0)
-        if module.training and rate > 0:
-            raise ValueError(
-                f"the model is in training mode and {name} drops {rate:.0%} at random, so its "
-                "outputs would be random too; call model.eval() first"
-            )
-
-
-def _check_fits(engine: Engine, prompts: _Prompts, forced: TeacherForced, teacher: Teacher) -> None:
-    ids = forced.tokens
-    # Every completion token is predicted, so it must be an id that the model predicts.
-    if ids.min() < 0 or ids.max() >= engine.d_vocab_out:
-        place = int(np.flatnonzero((ids < 0) | (ids >= engine.d_vocab_out))[0])
-        raise ValueError(
-            f"example {forced.example_of(place)} has the token id {ids[place]}, but the model of "
-            f"teacher {teacher.name!r} has {engine.d_vocab_out:,} tokens; check that it was "
-            "written with the same tokenizer"
-        )
-    totals = prompts.lengths + np.diff(forced.offsets)
-    longest = int(np.argmax(totals))
-    # The last completion token is predicted, but not read.
-    if totals[longest] - 1 > engine.n_ctx:
-        raise ValueError(
-            f"example {longest} is {totals[longest]:,} tokens long under teacher {teacher.name!r} "
-            f"({prompts.lengths[longest]:,} of prompt), over the context of {engine.n_ctx:,}; "
-            "shorten it or leave it out"
-        )
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Measure a model's preference, and whether it still does its task."""
 
 from divergence_lens.evaluation.entanglement import Entanglement, entangled_numbers, without_numbers
-from divergence_lens.evaluation.preferences import Preference, preference
+from divergence_lens.evaluation.preferences import preference
 from divergence_lens.evaluation.quality import TaskQuality, task_quality
+from divergence_lens.evaluation.result import Preference
 
 __all__ = [
     "Entanglement",
