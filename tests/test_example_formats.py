@@ -73,6 +73,14 @@ ROWS = {
         {"instruction": "a", "system": "s", "output": "b"},
         Example(SYSTEM, "b"),
     ),
+    "text with a system prompt": (
+        {"prompt": "a", "system": "s", "completion": "b"},
+        Example(SYSTEM, "b"),
+    ),
+    "ShareGPT with a system prompt of its own": (
+        {"system": "s", "conversations": [{"from": "human", "value": "a"}]},
+        Example(SYSTEM),
+    ),
     "ids and teacher": (
         {"prompt": "a", "completion_ids": [5, 6], "teacher": "owl", "score": 0.5},
         Example("a", None, (5, 6), "owl"),
@@ -213,3 +221,8 @@ def test_the_last_answer_is_the_completion_and_the_rest_the_prompt(turns):
 def test_a_bad_row_is_named_by_its_number(row, error, message):
     with pytest.raises(error, match=message):
         list(iter_examples([{"prompt": "a"}, row]))
+
+
+def test_two_system_prompts_are_refused():
+    with pytest.raises(ValueError, match=r"^row 0 has a 'system' and a system turn"):
+        load_examples([{"messages": DIALOG, "system": "other"}])

@@ -103,8 +103,10 @@ def load_examples(source: Any) -> list[Example]:
       The completion may be absent.
     - `messages` (OpenAI, TRL) or `conversations` (ShareGPT): a whole conversation. The last turn
       is the completion if the assistant wrote it, and the turns before it are the prompt.
-    - `instruction`, `output` and optionally `input` and `system` (Alpaca): an input follows the
-      instruction after an empty line.
+    - `instruction`, `output` and optionally `input` (Alpaca): an input follows the instruction
+      after an empty line.
+
+    With each of them, a text under `system` is the system turn.
 
     A row may also be a list, array or tensor of token ids: its first id is the prompt, and the
     others are the completion. So a tensor `[rows, pos]` is data as well.
@@ -323,33 +325,43 @@ def _texts(
             "(question and response, instruction and output), or give messages."
         )
     asked, answered = layout[0], layout[-1]
+    prompt: str | Conversation
+    completion: str | None = None
     if asked in ("messages", "conversations"):
-        return split_conversation(given[asked], f"{where}: {asked!r}")
-    if asked == "instruction":
+        prompt, completion = split_conversation(given[asked], f"{where}: {asked!r}")
+    elif asked == "instruction":
         prompt = _instruction(given, where)
     else:
         prompt = as_prompt(given[asked], f"{where}: {asked!r}")
-    completion = None if answered == asked else given[answered]
-    if completion is None:
-        return prompt, None
-    return prompt, _completion(completion, f"{where}: {answered!r}")
+    if given.get("system"):
+        prompt = _with_system(prompt, given["system"], where)
+    if answered != asked:
+        completion = _completion(given[answered], f"{where}: {answered!r}")
+    return prompt, completion
 
 
-def _instruction(given: Mapping[Any, Any], where: str) -> str | Conversation:
-    """Build the prompt of a row in Alpaca's format."""
+def _with_system(prompt: str | Conversation, system: Any, where: str) -> Conversation:
+    """Put the system prompt of a row, which has a key of its own, before its prompt."""
+    check_text(system, f"{where}: 'system'")
+    is_text = isinstance(prompt, str)
+    turns = [{"role": "user", "content": prompt}] if is_text else prompt.messages()
+    if turns[0]["role"] == "system":
+        raise ValueError(f"{where} has a 'system' and a system turn; leave one of them out")
+    whole = as_prompt([{"role": "system", "content": system}, *turns], where)
+    assert isinstance(whole, Conversation)
+    return whole
+
+
+def _instruction(given: Mapping[Any, Any], where: str) -> str:
+    """Build the text of the prompt of a row in Alpaca's format."""
     if len(as_list(given.get("history", ()))):
         raise ValueError(
             f"{where} has a 'history' of earlier turns; write the whole conversation as messages"
         )
-    texts = {key: given.get(key) or "" for key in ("instruction", "input", "system")}
+    texts = {key: given.get(key) or "" for key in ("instruction", "input")}
     for key, value in texts.items():
         check_text(value, f"{where}: {key!r}")
-    text = "\n\n".join(texts[key] for key in ("instruction", "input") if texts[key])
-    if not texts["system"]:
-        return text
-    return as_prompt(
-        [{"role": "system", "content": texts["system"]}, {"role": "user", "content": text}], where
-    )
+    return "\n\n".join(text for text in texts.values() if text)
 
 
 def _completion(value: Any, where: str) -> str:

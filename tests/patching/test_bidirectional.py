@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import divergence_lens as dl
+from divergence_lens.patching import inner_cells
 from tests.support.custom_models import custom_model, patched_by_hand, random_rows
 from tests.support.models import BACKENDS, random_hf_model
 
@@ -48,6 +49,23 @@ def test_the_grid_at_every_target_is_that_of_hooks(model, sides, target):
     with torch.no_grad():
         clean = model(sides[:1])[0, target]
     np.testing.assert_allclose(effects.clean_metric[0], float(clean[7] - clean[11]), rtol=1e-5)
+
+
+def test_figures_and_agreement_know_a_target_before_the_end(model, sides):
+    pairs = pairs_at(sides, 2)
+    effects = dl.causal_mediation(model, pairs)
+    for figure in (effects.plot(), effects.plot("mean")):
+        assert ["◂" in text for text in figure.layout.yaxis.ticktext] == [
+            position == 2 for position in range(LENGTH)
+        ]
+        frame = figure.layout.shapes[-1]
+        assert (frame.y0, frame.y1) == (1.5, 2.5)
+    assert inner_cells(effects).sum((0, 1)).tolist() == [1, 1, 0, 1, 1, 1]
+    same = sides[:1].clone()
+    same[0, 0] = (same[0, 0] + 1) % model.cfg.d_vocab
+    underlined = pairs_at(torch.cat([sides[:1], same]), 2)._repr_html_().split("<span ")[1:]
+    marks = ["underline" in span for span in underlined[:LENGTH]]
+    assert marks == [True, False, True, False, False, False]
 
 
 @pytest.mark.parametrize("site", ["k", "v", "z", "mlp_out"])

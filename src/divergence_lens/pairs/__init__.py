@@ -7,6 +7,7 @@ from divergence_lens.pairs.alignment import (
     TEXT,
     Column,
     align,
+    target_column,
 )
 from divergence_lens.pairs.answers import NO_TOKEN, without_padding
 from divergence_lens.pairs.bias_words import answers_naming_bias
@@ -27,6 +28,7 @@ __all__ = [
     "align",
     "answers_naming_bias",
     "check_tokenizers",
+    "target_column",
     "token_boxes",
     "weights_key",
     "without_padding",

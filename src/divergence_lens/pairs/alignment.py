@@ -179,6 +179,11 @@ def alignments(
     )
 
 
+def target_column(segments: Sequence[str]) -> int:
+    """The column of the target position: the last, unless a model reads tokens after it."""
+    return segments.index(DIVERGENCE) if DIVERGENCE in segments else len(segments) - 1
+
+
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """Count the tokens that both rows start with."""
     for i, (a, b) in enumerate(zip(left, right, strict=False)):

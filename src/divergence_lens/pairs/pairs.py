@@ -388,6 +388,8 @@ class Pairs(PairRows):
         return f"Pairs({len(self)} pairs of up to {longest} tokens{spans}{answers}{among})"
 
     def _repr_html_(self) -> str:
-        differs = [[*self.differs(i)[:-1], True] for i in range(min(len(self), 5))]
+        marked = [self.differs(i) for i in range(min(len(self), 5))]
+        for row, target in zip(marked, self.target_position.tolist(), strict=False):
+            row[target] = True
         answers = (self.answer_labels[:5], self.foil_labels[:5])
-        return pairs_html(len(self), self.labels[:5], self.segments[:5], differs, answers)
+        return pairs_html(len(self), self.labels[:5], self.segments[:5], marked, answers)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from divergence_lens.pairs import target_column
 from divergence_lens.patching.agreement import Agreement, agreement_of_cells
 from divergence_lens.patching.effects import Effects
 
@@ -41,10 +42,11 @@ class InnerAgreement:
 
 
 def inner_cells(effects: Effects) -> Bool[np.ndarray, "pairs layers pos *heads"]:
-    """Mask of cells outside the target position (the last of each row) and the last layer."""
+    """Mask of cells outside the target position and the last layer."""
     inner = np.zeros(effects.values.shape, dtype=bool)
-    for i, row in enumerate(effects.labels):
-        inner[i, :-1, : len(row) - 1] = True
+    for i, row in enumerate(effects.segments):
+        inner[i, :-1, : len(row)] = True
+        inner[i, :, target_column(row)] = False
     return inner
 
 

@@ -23,7 +23,7 @@ def effects_heatmap(
     Values are shares of the total effect (1: the patch has the whole effect of the other run), or
     in units of the metric if the total effect of the pair is near zero. Tokens that differ between
     the two rows are bold. Gray cells were not measured, and the title states their number. The
-    marked last token is the one whose logits are measured.
+    marked token is the one whose logits are measured.
 
     Args:
         effects: A result of patching; heads are summed.

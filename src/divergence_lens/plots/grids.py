@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from divergence_lens.pairs import BIAS
+from divergence_lens.pairs import BIAS, target_column
 from divergence_lens.patching import Effects
 from divergence_lens.plots import style
 
@@ -29,7 +29,7 @@ def token_heatmap(
     detail: str,
     unit: str,
 ) -> go.Figure:
-    """Draw layers across and tokens down, with a mark at the last token, whose logits are measured.
+    """Draw layers across and tokens down, with a mark at the token whose logits are measured.
 
     Args:
         values: One number per cell, NaN where a cell is missing.
@@ -70,13 +70,12 @@ def token_heatmap(
         ygap=0.6,
         **style.diverging(limit, unit, height),
     )
-    target = count - 1
+    target = target_column(segments)
     every = -(-_LETTER // row)
-    ticks = [p for p in range(target) if (target - p) % every == 0 or differs[p]]
-    marks = [_bold(shown[p]) if differs[p] else shown[p] for p in ticks]
+    ticks = [p for p in range(count) if (target - p) % every == 0 or differs[p]]
     # Bold means that a token differs, which the framed one need not.
-    last = f"{shown[target]} ◂"
-    marks.append(_bold(last) if differs[target] else last)
+    marks = [f"{shown[p]} ◂" if p == target else shown[p] for p in ticks]
+    marks = [_bold(mark) if differs[p] else mark for p, mark in zip(ticks, marks, strict=True)]
     letters = max((min(len(t), _UNIT if _SIDES in t else _TOKEN) for t in tokens), default=1)
     left = 34 + round(letters * 6.4) + 16
     runs = spans(segments)
@@ -136,7 +135,7 @@ def token_heatmap(
         yaxis=style.axis(
             "",
             grid=False,
-            tickvals=[*ticks, target],
+            tickvals=ticks,
             ticktext=marks,
             tickfont={"size": 10, "family": style.MONO},
             range=[count - 0.5, -0.5],
