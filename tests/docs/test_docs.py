@@ -43,6 +43,7 @@ LINK = re.compile(r"(?<!\!)\[[^\]\[]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)|sr
 REASONS = {
     "needs a model from the hub": (ValueError, "cannot load '.*connect"),
     "needs a GPU": ((RuntimeError, AssertionError), "CUDA"),
+    "needs a server": (ConnectionError, "cannot be reached|still fails"),
 }
 MOST_NOT_RUN = 6
 

@@ -98,5 +98,6 @@ def test_the_peak_of_memory_does_not_grow_with_the_positions():
             [sys.executable, "-c", MEMORY, side], capture_output=True, text=True, check=True
         )
         peaks[side] = float(run.stdout)
-    assert peaks["plain"] > 900
+    # The logits and their gradient: about 930 MiB, of which other parts may reuse some.
+    assert peaks["plain"] > 464
     assert peaks["chunked"] < 300
