@@ -105,7 +105,7 @@ CASES: list[Case] = [
             ],
         ),
         ValueError,
-        "has 164 tokens; check that it was written with the same tokenizer",
+        "predicts ids below 164; check that it was written with the same tokenizer",
     ),
     ("no prompts to make", lambda k: dl.number_prompts(-1, seed=0), ValueError, "-1"),
     ("an unknown persona", lambda k: dl.persona_prompt("unicorn"), ValueError, "unicorn"),

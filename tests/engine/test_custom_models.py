@@ -84,6 +84,15 @@ def test_ungrouped_keys_and_values_are_patched_for_each_query_head():
     np.testing.assert_array_equal(again.values, grouped.values)
 
 
+@pytest.mark.parametrize("act_fn", ["solu_ln", "relu"])
+def test_an_activation_with_a_norm_is_patched(act_fn):
+    model = custom_model(act_fn=act_fn)
+    clean, corrupted = random_rows(model, 2, 5)
+    pairs = dl.Pairs.from_tokens([clean], [corrupted], answers=[7], foils=[11])
+    expected = patched_by_hand(model, clean, corrupted, 4, (7, 11))
+    np.testing.assert_allclose(dl.causal_mediation(model, pairs).values[0], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_result", "use_hook_mlp_in"])
 def test_further_hook_points_change_no_number(flag):
     model = custom_model()

@@ -69,8 +69,8 @@ def check_fits(engine: Engine, prompts: PromptIds, forced: TeacherForced, teache
         place = int(np.flatnonzero((ids < 0) | (ids >= engine.d_vocab_out))[0])
         raise ValueError(
             f"example {forced.example_of(place)} has the token id {ids[place]}, but the model of "
-            f"teacher {teacher.name!r} has {engine.d_vocab_out:,} tokens; check that it was "
-            "written with the same tokenizer"
+            f"teacher {teacher.name!r} predicts ids below {engine.d_vocab_out:,}; check that it "
+            "was written with the same tokenizer"
         )
     totals = prompts.lengths + np.diff(forced.offsets)
     longest = int(np.argmax(totals))

@@ -82,6 +82,8 @@ class FusedBlocks(ABC):
     """The blocks of one model, without hook points. Get it with `fused_blocks(engine, lens)`."""
 
     def __init__(self, engine: "Engine", lens: Any, activation: str, eps: float) -> None:
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"no fused block has the activation function {activation!r}")
         self._engine, self._lens = engine, lens
         self._activation = activation
         self._eps = eps
