@@ -3,11 +3,12 @@
 1. `check_no_pointer`: the files are weights, not Git LFS pointers.
 2. `check_checkpoint_names`: every tensor of the checkpoint became a parameter, and every parameter
    came from the checkpoint. Transformers fills gaps with random values and only logs them.
-3. `check_weights`: no parameter is NaN, infinite, or without data.
+3. `check_checkpoint_shapes`: every tensor has the shape that the configuration gives it.
+4. `check_weights`: no parameter is NaN, infinite, or without data.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -41,6 +42,26 @@ def check_checkpoint_names(missing: Iterable[str], unexpected: Iterable[str], *,
     else:
         hint = "such weights would be random or ignored; save the model with save_pretrained"
     raise ValueError(f"the checkpoint {name!r} {' and '.join(parts)}; {hint}")
+
+
+def check_checkpoint_shapes(
+    mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], *, name: str
+) -> None:
+    """Refuse a checkpoint with tensors of other shapes than the configuration gives them.
+
+    Args:
+        mismatched: Name, shape in the checkpoint and shape in the model of each such tensor.
+        name: The checkpoint, for the message.
+
+    Raises:
+        ValueError: Names the first ten, with both shapes.
+    """
+    wrong = [f"{key} {list(own)} instead of {list(wanted)}" for key, own, wanted in mismatched]
+    if wrong:
+        raise ValueError(
+            f"the shapes in the checkpoint {name!r} do not fit its config.json: {_listed(wrong)}; "
+            "use the configuration that the weights were saved with"
+        )
 
 
 def _listed(names: list[str]) -> str:
@@ -82,8 +103,8 @@ def check_weights(model: nn.Module, name: str) -> None:
         ):
             bad = int((~torch.isfinite(parameter.detach())).sum())
             raise ValueError(
-                f"{parameter_name} of {name!r} holds {bad:,} values that are NaN or infinite; the "
-                "checkpoint is damaged, or its training diverged"
+                f"{bad:,} of {parameter.numel():,} values of {parameter_name} of {name!r} are NaN "
+                "or infinite; the checkpoint is damaged, or its training diverged"
             )
 
 

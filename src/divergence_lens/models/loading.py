@@ -101,7 +101,7 @@ def _load(
     if is_lens_model(source):
         return _loaded(source, backend, device, dtype)
     hf_model: Any
-    if isinstance(source, nn.Module):
+    if isinstance(source, nn.Module) and hasattr(source, "config"):
         _refuse_adapters_around(source)
         _refuse_several_devices(source)
         name = str(getattr(source.config, "name_or_path", "") or "model")

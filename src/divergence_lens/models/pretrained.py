@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from divergence_lens.models.checkpoint import check_checkpoint_names, check_no_pointer
+from divergence_lens.models.checkpoint import (
+    check_checkpoint_names,
+    check_checkpoint_shapes,
+    check_no_pointer,
+)
 from divergence_lens.models.gguf import check_gguf, forget_quantization, is_gguf, named_source
 from divergence_lens.tiny import TINY_MODELS, tiny_folder
 
@@ -54,7 +58,11 @@ def from_pretrained(
         with no_bar(hidden=name in TINY_MODELS):
             # Transformers types one return value; with this option there are two.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                location, dtype=dtype, output_loading_info=True, **options
+                location,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `check_checkpoint_shapes` refuses them by name
+                **options,
             )
             model, loading = loaded
         if options:
@@ -66,6 +74,7 @@ def from_pretrained(
             f"cannot load {name!r} (a shipped name is one of {', '.join(TINY_MODELS)}; otherwise "
             f"a hub name or a folder in Hugging Face's layout): {first_line(error)}"
         ) from error
+    check_checkpoint_shapes(loading["mismatched_keys"], name=name)
     check_checkpoint_names(loading["missing_keys"], loading["unexpected_keys"], name=name)
     return model, tokenizer, name
 
@@ -86,7 +95,9 @@ def _tokenizer(location: str | Path, options: dict[str, Any]) -> Any:
         named = json.loads(config.read_text()).get("tokenizer_class")
         if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):
             return PreTrainedTokenizerFast.from_pretrained(location)
-    return AutoTokenizer.from_pretrained(location)
+    loaded = AutoTokenizer.from_pretrained(location)
+    # Where there are no files, some classes come without a vocabulary instead of an error.
+    return loaded if loaded.vocab_size else None
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from divergence_lens.models.positions import (
     short_windows,
     sliding_layers,
 )
+from divergence_lens.models.pretrained import first_line
 
 _FEWEST_TOKENS = 16
 _MOST_TOKENS = {"cpu": 1024}
@@ -77,6 +78,9 @@ class Reference:
         Args:
             hf_model: The model as transformers loaded it.
             shorten: Shorten all windows and chunks, so that a short probe crosses them.
+
+        Raises:
+            ValueError: The model does not return logits for token ids.
         """
         parameter = next(hf_model.parameters())
         tokens = _probe(_probe_length(hf_model), _vocabulary(hf_model), parameter.device)
@@ -84,7 +88,16 @@ class Reference:
         positions = torch.linspace(0, length - 1, min(_COMPARED, length)).round().long().unique()
         positions = positions.to(parameter.device)
         with short_windows(hf_model, shortened=shorten):
-            logits = hf_model(tokens, use_cache=False).logits[:, positions].float()
+            try:
+                logits = hf_model(tokens, use_cache=False).logits[:, positions].float()
+            # Out of memory is no property of the model.
+            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise ValueError(
+                    f"the {type(hf_model).__name__} does not return logits for token ids: "
+                    f"{first_line(error)}; give a causal language model, in one dtype"
+                ) from error
         return cls(
             tokens,
             positions,
