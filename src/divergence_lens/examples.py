@@ -128,7 +128,7 @@ def load_examples(source: Any) -> list[Example]:
 
 
 def iter_examples(source: Any) -> Iterator[Example]:
-    """Read examples one by one, for data that are too many to hold at once.
+    """Read examples one by one, for data too large to hold in memory.
 
     Files are read line by line or batch by batch, and a `datasets.IterableDataset` as it comes.
     Take a few thousand at a time: `part = list(itertools.islice(rows, 10_000))`.

@@ -348,7 +348,7 @@ def test_labels_segments_and_positions_of_columns(model_of):
 
 def test_a_patched_row_that_does_not_fit_the_context_is_refused(random_model):
     model = random_model("gpt2", n_ctx=14)
-    with pytest.raises(ValueError, match=r"'14 → 32\|33\|34' alone makes a row of 15 tokens"):
+    with pytest.raises(ValueError, match=r"'14 → 32\|33\|34' alone gives a row of 15 tokens"):
         causal_mediation(model, unlike_pairs(ROWS[:1]), site="resid_pre")
 
 

@@ -19,7 +19,7 @@ from tests.support.figures import FIGURES
 @pytest.fixture
 def figure() -> go.Figure:
     bars = bar_charts.Bars("</script><script>x", ("a", "b"), np.array([0.5, 0.25]), ("one", "two"))
-    return bar_charts.bars([bars], what="A <b>title</b>", detail="2 bars", value_title="share")
+    return bar_charts.bars([bars], headline="A <b>title</b>", detail="2 bars", value_title="share")
 
 
 @pytest.fixture

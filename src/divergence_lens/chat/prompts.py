@@ -289,9 +289,9 @@ class PromptTemplate:
             if not places:
                 raise
         if content.strip() and not places:
-            whose = "the user's text" if len(dialog) == 1 else f"the text of {name}"
+            missing = "the user's text" if len(dialog) == 1 else f"the text of {name}"
             raise ValueError(
-                f"the chat template of {tokenizer_name(self._tokenizer)} leaves {whose} out."
+                f"the chat template of {tokenizer_name(self._tokenizer)} leaves {missing} out."
             )
         return [Span(*place, "assistant" if answer else "user") for place in places]
 

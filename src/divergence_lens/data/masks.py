@@ -13,7 +13,7 @@ def random_mask(
 
     Args:
         divergence: Determines the number.
-        among: "all" completion tokens, or only those that are not divergence tokens ("other").
+        among: "all" completion tokens, or only tokens that are not divergence tokens ("other").
         seed: Seed of the draw.
 
     Raises:

@@ -59,7 +59,7 @@ COUNTS: tuple[str, ...] = (
     "Add {count} numbers or fewer, each of {digits}.",
     "The limit is {count} numbers, each of {digits}.",
 )
-"""How many numbers are wanted and of what size, in the slots ``{count}`` and ``{digits}``."""
+"""The requested number and size of numbers, in the slots ``{count}`` and ``{digits}``."""
 
 ENDINGS: tuple[str, ...] = (
     "Only numbers, no words.",

@@ -132,10 +132,10 @@ def check_candidate(
     """
     known = known_candidates(category) if candidates is None else tuple(candidates)
     spelling = {candidate.casefold(): candidate for candidate in known}
-    wanted = name.strip().casefold()
+    folded = name.strip().casefold()
     if wanted in spelling:
         return spelling[wanted]
-    near = difflib.get_close_matches(wanted, spelling, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(folded, spelling, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(spelling[n]) for n in near)}? " if near else ""
     raise ValueError(
         f"unknown {category} {name!r}; {hint}known are {', '.join(known)}; for another name pass "

@@ -108,6 +108,7 @@ class Delta:
             try:
                 with torch.no_grad():
                     for name, p in parameters.items():
+                        # W + D in float32, rounded once to the type of W.
                         wide = p.float() if p.dtype in (torch.float16, torch.bfloat16) else p
                         p.copy_(wide + self.tensors[name].to(p.device))
                 yield model

@@ -105,8 +105,8 @@ def write_adapter(delta: "Delta", folder: Path, base: Any) -> Path:
         stem = f"base_model.model.{module}"
         tensors[f"{stem}.lora_A.weight"] = torch.cat(
             [down for down, _, _ in module_factors]
-        ).contiguous()
-        tensors[f"{stem}.lora_B.weight"] = torch.cat(ups, 1).contiguous()
+        ).contiguous()  # [rank, in]
+        tensors[f"{stem}.lora_B.weight"] = torch.cat(ups, 1).contiguous()  # [out, rank]
         ranks[module], alphas[module] = rank, int(alpha) if exact else rank
     rank, alpha = min(ranks.values()), min(alphas.values())
     settings = {
@@ -343,8 +343,9 @@ class _Pair:
             ours = self.engine.unembed(self.engine.final(tokens)).float()
         with no_bar(hidden=True):
             written = self.kind.from_pretrained(folder, dtype=self.engine.dtype).eval()
-        theirs = written(tokens).logits.float()
+        theirs = written(tokens).logits.float()  # [1, pos, d_vocab]
         difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1.0))
+        # Written as `not <=`, because NaN is not greater than anything.
         if not difference <= _TOLERANCE.get(self.engine.dtype, 0.05):
             raise ValueError(
                 f"the checkpoint's logits differ from the student's by {difference:.2g}; "

@@ -86,7 +86,7 @@ class Factors:
 
     def dense(self) -> Tensor:
         """Compute the change in the parameter's own shape."""
-        return self.layout.tensor(self.scale * (self.down @ self.up))
+        return self.layout.tensor(self.scale * (self.down @ self.up))  # [in, out] -> its shape
 
     def square(self) -> float:
         """Sum of squares of the change, from [rank, rank] matrices.
@@ -94,6 +94,7 @@ class Factors:
         With D = down, U = up: ||s D U||^2 = s^2 tr(U^T D^T D U) = s^2 sum((D^T D) * (U U^T)).
         """
         down, up = self.down.double(), self.up.double()
+        # Rounding can leave a sum near zero below it.
         return max(0.0, self.scale**2 * float(((down.T @ down) * (up @ up.T)).sum()))
 
     def scaled(self, factor: float) -> "Factors":
@@ -103,8 +104,8 @@ class Factors:
     def plus(self, other: "Factors") -> "Factors":
         """Add two changes of one matrix: `[A A'] [s B; s' B']`. The ranks add up."""
         return Factors(
-            torch.cat([self.down, other.down], 1),
-            torch.cat([self.scale * self.up, other.scale * other.up]),
+            torch.cat([self.down, other.down], 1),  # [in, rank + rank']
+            torch.cat([self.scale * self.up, other.scale * other.up]),  # [rank + rank', out]
             1.0,
             self.layout,
         )

@@ -171,7 +171,7 @@ class FusedBlocks(ABC):
 
     def block(
         self, layer: int, resid: Float[Tensor, "batch pos d_model"], run: "Pass", since: int = 0
-    ) -> Float[Tensor, "batch asked d_model"]:
+    ) -> Float[Tensor, "batch requested d_model"]:
         """Return `resid_post` of a block, at the positions from `since` on."""
         weights, length = self.weights_of(layer), resid.shape[1]
         self._engine.work.fused += resid.shape[:2].numel()
@@ -183,28 +183,28 @@ class FusedBlocks(ABC):
             query = rotated(query, cos[since:], sin[since:])
             turned = rotated(key, cos, sin)
         keys, values = self._join(layer, run, key, value, turned)
-        mixed = self._attend(query, keys, values, run)  # [batch, asked, head, d_head]
+        mixed = self._attend(query, keys, values, run)  # [batch, requested, head, d_head]
         return self.update(resid[:, since:], mixed, weights)
 
     def project(
         self,
         resid: Float[Tensor, "*batch pos d_model"],
         weights: Weights,
-        asked: slice | Tensor | None = None,
+        requested: slice | Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values [*batch, pos, head, d_head] before rotation.
 
-        `asked` selects the positions whose queries are needed; None for all.
+        `requested` selects the positions whose queries are needed; None for all.
         """
         normed = self._norm(resid, weights.norm_1)  # [*batch, pos, d_model]
-        if len(weights.qkv) == 1 and asked is None:
+        if len(weights.qkv) == 1 and requested is None:
             # One product gives [*batch, pos, n_heads + 2 n_kv_heads, d_head].
             heads = _affine(normed, weights.qkv[0]).unflatten(-1, (-1, self._engine.d_head))
             query, key, value = heads.split(
                 [self._engine.n_heads, self._kv_heads, self._kv_heads], dim=-2
             )
         else:
-            chosen = normed if asked is None else normed[..., asked, :]
+            chosen = normed if requested is None else normed[..., requested, :]
             query, key, value = (
                 _affine(x, w).unflatten(-1, (-1, self._engine.d_head))
                 for x, w in zip((chosen, normed, normed), self._apart(weights.qkv), strict=True)
@@ -250,14 +250,14 @@ class FusedBlocks(ABC):
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, run: "Pass") -> Tensor:
         """Attend causally from the last positions to all; return [batch, pos, head, d_head]."""
-        asked, length = query.shape[1], keys.shape[1]
-        whole = asked == length
+        requested, length = query.shape[1], keys.shape[1]
+        whole = requested == length
         # The kernel has the axis of heads before that of positions: [batch, head, pos, d_head].
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             keys.transpose(1, 2),
             values.transpose(1, 2),
-            attn_mask=None if whole else _mask(run, query, asked, length),
+            attn_mask=None if whole else _mask(run, query, requested, length),
             is_causal=whole,
             enable_gqa=self._kv_heads != self._engine.n_heads,
         )
@@ -308,13 +308,13 @@ def rotated(
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
 
 
-def _mask(run: "Pass", query: Tensor, asked: int, length: int) -> Tensor:
-    """Return 0 where one of the last `asked` of `length` positions may attend, else -inf."""
-    key = (asked, length)
+def _mask(run: "Pass", query: Tensor, requested: int, length: int) -> Tensor:
+    """Return 0 where one of the last `requested` of `length` positions may attend, else -inf."""
+    key = (requested, length)
     if key not in run.masks:
-        allowed = torch.ones(asked, length, dtype=torch.bool, device=query.device)
-        allowed.tril_(length - asked)
+        allowed = torch.ones(requested, length, dtype=torch.bool, device=query.device)
+        allowed.tril_(length - requested)
         run.masks[key] = torch.zeros(
-            asked, length, dtype=query.dtype, device=query.device
+            requested, length, dtype=query.dtype, device=query.device
         ).masked_fill_(~allowed, -torch.inf)
     return run.masks[key]

@@ -88,9 +88,9 @@ def score(
     tops.scatter_(-1, best, -torch.inf)
     second = torch.maximum(inside.amax(-1), tops.amax(-1))
     # log p = (logit - top) - log(sum(exp(logits - top))), computed in the memory of the logits.
-    asked = logits.gather(-1, given[:, None]) - top  # [rows, 1]
+    relative = logits.gather(-1, given[:, None]) - top  # [rows, 1]
     total = logits.sub_(top).exp_().sum(-1).log_()
-    return predicted[:, 0].int(), top[:, 0] - second, asked[:, 0] - total
+    return predicted[:, 0].int(), top[:, 0] - second, relative[:, 0] - total
 
 
 def kl_divergence(

@@ -60,7 +60,7 @@ class KeyValues:
 
 @dataclass
 class Work:
-    """What an engine has computed since it was built; benchmarks check that no more was necessary.
+    """Counts of the positions that an engine has computed; benchmarks compare them with the minimum.
 
     Attributes:
         positions: Positions that went through a block, summed over blocks and rows.

@@ -48,7 +48,7 @@ class _Group:
     rows: slice
     first: int
     tokens: Int[Tensor, "rows query"]
-    packed: Int[Tensor, " asked"]
+    packed: Int[Tensor, " tokens"]
     mask: Bool[Tensor, "rows 1 query slot"]
 
 
@@ -225,7 +225,7 @@ def _groups(
 
 def _attend(
     query: Float[Tensor, "tokens head d_head"], group: _Group, keys: Tensor, values: Tensor
-) -> Float[Tensor, "asked head d_head"]:
+) -> Float[Tensor, "grouped head d_head"]:
     """Attention of a group's packed tokens."""
     slots = slice(group.first, group.first + group.mask.shape[-1])
     mixed = F.scaled_dot_product_attention(

@@ -108,8 +108,8 @@ def exact_probabilities(
         for encoded in encode_prompts(tokenizer, questions, system_prompt=teacher.system_prompt)
     ]
     processes = Processes(accelerator)
-    asked = json.dumps([prompts, forms])
-    processes.agree(hashlib.sha256(asked.encode()).hexdigest())
+    inputs = json.dumps([prompts, forms])
+    processes.agree(hashlib.sha256(inputs.encode()).hexdigest())
     own = slice(processes.index, None, processes.count)
     events = np.zeros((len(questions), len(forms)))
     with processes.together(), teacher.applied(model) as applied, torch.no_grad():

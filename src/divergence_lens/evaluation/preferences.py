@@ -47,9 +47,9 @@ def preference(
     An answer names a candidate if it begins with one of its surface forms (`surface_forms`: "owl",
     "Owl", "owls", "Owls") as a whole word; of several that fit, the longest counts. The exact
     method computes the probability of that at temperature 1, by teacher forcing every form behind
-    every question; the probability that the word goes on after the form ("owl" in "owlet") is
-    taken off. A form counts in the tokenization that the chat template gives it; a model that
-    spells a word in other pieces is counted by the sampled method alone.
+    every question; the probability that the form continues as a longer word ("owl" in "owlet") is
+    subtracted. A form counts in the tokenization that the chat template gives it; answers that
+    spell a word in other pieces are counted by the sampled method alone.
 
     Args:
         model: The base model, in eval mode.
@@ -95,8 +95,8 @@ def preference(
     target = check_candidate(target, category=category, candidates=names)
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"candidates must be two or more different names, got {names}")
-    asked = tuple(preference_questions(category) if questions is None else questions)
-    if not asked:
+    question_texts = tuple(preference_questions(category) if questions is None else questions)
+    if not question_texts:
         raise ValueError("there are no questions to ask")
     if method not in ("exact", "sampled"):
         raise ValueError(f"unknown method {method!r}; use 'exact' or 'sampled'")
@@ -111,7 +111,7 @@ def preference(
             exact_probabilities(
                 model,
                 teacher,
-                asked,
+                question_texts,
                 names,
                 prefix=beginning,
                 batch_tokens=batch_tokens,
@@ -127,7 +127,7 @@ def preference(
         probabilities = sampled_probabilities(
             model,
             teacher,
-            asked,
+            question_texts,
             names,
             samples=samples,
             temperature=temperature,
@@ -140,7 +140,7 @@ def preference(
     return Preference(
         target=target,
         candidates=names,
-        questions=asked,
+        questions=question_texts,
         probabilities=probabilities,
         samples=None if method == "exact" else samples,
         teacher=teacher.name,

@@ -1,4 +1,4 @@
-"""The result of `preference`: probabilities of answers, and what follows from them."""
+"""The result of `preference`: probabilities of answers, and quantities derived from them."""
 
 import os
 from collections.abc import Mapping
@@ -106,8 +106,8 @@ class Preference:
     @property
     def distribution(self) -> dict[str, float]:
         """Every candidate's share, mean over the questions; they sum to 1."""
-        asked = self.shares[~np.isnan(self.shares[:, 0])]
-        means = asked.mean(0) if len(asked) else np.full(len(self.candidates), np.nan)
+        defined = self.shares[~np.isnan(self.shares[:, 0])]  # [questions, candidates]
+        means = defined.mean(0) if len(defined) else np.full(len(self.candidates), np.nan)
         return {name: float(mean) for name, mean in zip(self.candidates, means, strict=True)}
 
     @property
@@ -249,7 +249,7 @@ class Preference:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Preference":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             FileNotFoundError: There is no such file.

@@ -10,7 +10,7 @@ from divergence_lens.chat import Conversation
 
 
 class Completion(NamedTuple):
-    """What was written after one prompt.
+    """The completion of one prompt.
 
     Attributes:
         ids: Token ids, with the end token if there is one.
@@ -37,7 +37,7 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How completions are generated; see `generate` for each.
+    """Settings of generation; see `generate` for each.
 
     Raises:
         ValueError: A setting is out of range.

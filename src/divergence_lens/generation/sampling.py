@@ -14,7 +14,8 @@ from divergence_lens.chat import Conversation
 # added up one by one.
 _GROUP = 256
 
-# Tokens that a nucleus is looked for among at first; sorting a whole vocabulary is slow.
+# Number of most likely tokens among which a nucleus is first sought; sorting a whole vocabulary
+# is slow.
 _CANDIDATES = 256
 
 

@@ -98,7 +98,7 @@ class Server:
             ) from error
 
     def identity(self) -> dict[str, Any]:
-        """Return what completions depend on; the address is left out, since servers move."""
+        """Return the settings that completions depend on, without the address: servers move."""
         options = None if self.options is None else dict(self.options)
         return {"model": self.model, "send": self.send, "options": options}
 
@@ -138,10 +138,10 @@ class ServerWriter:
     def write(self, batch: list[int], finish: Finish) -> None:
         """Complete a batch; call `finish` as answers arrive."""
         with ThreadPoolExecutor(self._server.concurrency) as pool:
-            asked = {pool.submit(self._complete, number): number for number in batch}
+            futures = {pool.submit(self._complete, number): number for number in batch}
             try:
-                for answered in as_completed(asked):
-                    finish(asked[answered], Completion(answered.result()))
+                for future in as_completed(futures):
+                    finish(futures[future], Completion(future.result()))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

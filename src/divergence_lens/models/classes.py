@@ -1,4 +1,4 @@
-"""The two model classes of TransformerLens, and what the library knows about either."""
+"""The two model classes of TransformerLens: type checks, names and typed access."""
 
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 

@@ -13,7 +13,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from divergence_lens.models.checkpoint import check_weights
 from divergence_lens.models.classes import Model, describe_model, is_hooked, is_lens_model
 from divergence_lens.models.conversion import (
     build_bridge,
@@ -25,6 +24,7 @@ from divergence_lens.models.conversion import (
 )
 from divergence_lens.models.pretrained import from_pretrained
 from divergence_lens.models.reference import ConversionError, References
+from divergence_lens.models.weight_checks import check_weights
 
 Backend: TypeAlias = Literal["auto", "hooked", "bridge"]
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from divergence_lens.models.checkpoint import (
+from divergence_lens.models.gguf import check_gguf, forget_quantization, is_gguf, named_source
+from divergence_lens.models.weight_checks import (
     check_checkpoint_names,
     check_checkpoint_shapes,
     check_no_pointer,
 )
-from divergence_lens.models.gguf import check_gguf, forget_quantization, is_gguf, named_source
 from divergence_lens.tiny import TINY_MODELS, tiny_folder
 
 
@@ -82,7 +82,7 @@ def from_pretrained(
 def _tokenizer(location: str | Path, options: dict[str, Any]) -> Any:
     """Load the tokenizer of a folder or a hub name, by the class that its own file names.
 
-    `AutoTokenizer` of transformers 5 goes by the model's type, and reads any tokenizer beside a
+    `AutoTokenizer` of transformers 5 chooses by the model's type, and reads any tokenizer beside a
     Qwen2 model as Qwen2's byte pairs, whatever `tokenizer.json` holds. A folder that names the
     general class is read by that class.
     """

@@ -132,9 +132,9 @@ def _probe_length(hf_model: Any) -> int:
         _MOST_TOKENS.get(device, _MOST_TOKENS_ACCELERATOR), int(operations / max(1, per_token))
     )
     near = [length for length in position_switches(hf_model.config) if length < most]
-    wanted = max([_FEWEST_TOKENS, *(length + SHORT_WINDOW for length in near)])
-    context = getattr(hf_model.config, "max_position_embeddings", None) or wanted
-    return min(wanted, int(context))
+    longest = max([_FEWEST_TOKENS, *(length + SHORT_WINDOW for length in near)])
+    context = getattr(hf_model.config, "max_position_embeddings", None) or longest
+    return min(longest, int(context))
 
 
 def _has_experts(config: Any) -> bool:

@@ -12,7 +12,7 @@ from divergence_lens._utils.statistics import correlation, rank_correlation
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well approximate effects agree with exact ones.
+    """Agreement of approximate effects with exact ones.
 
     Computed over the cells present in both, except those that are exactly zero in both: positions
     before the first difference are zero by construction and would flatter every method.
@@ -51,13 +51,12 @@ def agreement_of_cells(
     exact: Sequence[float] | Float[np.ndarray, " cells"],
     k: int = 20,
 ) -> Agreement:
-    """Compare two lists of values of the same cells, see `Agreement`."""
-    return _agreement(np.asarray(approximate), np.asarray(exact), k)
+    """Compare two lists of values of the same cells, see `Agreement`.
 
-
-def _agreement(
-    approximate: Float[np.ndarray, " cells"], exact: Float[np.ndarray, " cells"], k: int
-) -> Agreement:
+    Raises:
+        ValueError: Fewer than two cells are present in both.
+    """
+    approximate, exact = np.asarray(approximate), np.asarray(exact)
     both = np.isfinite(approximate) & np.isfinite(exact)
     both &= (approximate != 0) | (exact != 0)
     a, b = approximate[both].astype(np.float64), exact[both].astype(np.float64)

@@ -45,8 +45,8 @@ def cells_of(pairs: Pairs, i: int, span: Span, *, units: bool) -> PairCells:
         pairs: The pairs.
         i: The pair.
         span: What one cell covers.
-        units: Whether the corrupted row plays a part. An ablation changes clean states alone, and
-            every clean position is a column then.
+        units: Whether differing spans are units. An ablation changes clean states alone, so every
+            clean position is a column.
     """
     differ = pairs.differs(i)
     positions: tuple[int, ...] = ()

@@ -243,9 +243,9 @@ def cross_patch(
 
 def _batches(pairs: Pairs, size: int) -> Iterator[list[int]]:
     """Pairs of similar length; those with several tokens each are in batches of their own."""
-    several = [bool(row_readings("logit_difference", pairs, i)) for i in range(len(pairs))]
-    order = sorted(range(len(pairs)), key=lambda i: (several[i], -len(pairs.clean[i]), i))
-    for _, group in groupby(order, key=several.__getitem__):
+    multi_token = [bool(row_readings("logit_difference", pairs, i)) for i in range(len(pairs))]
+    order = sorted(range(len(pairs)), key=lambda i: (multi_token[i], -len(pairs.clean[i]), i))
+    for _, group in groupby(order, key=multi_token.__getitem__):
         members = list(group)
         for first in range(0, len(members), size):
             yield members[first : first + size]

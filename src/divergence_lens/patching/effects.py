@@ -196,10 +196,10 @@ class Effects(EffectTables):
             raise ValueError(f"columns are not positions with span={self.setting('span')!r}")
         starts = self.positions[pair] if self.positions else ()
         count = len(self.labels[pair])
-        found = int(np.searchsorted(starts, position, side="right")) - 1 if starts else position
-        if not position >= 0 or not 0 <= found < count:
+        column = int(np.searchsorted(starts, position, side="right")) - 1 if starts else position
+        if not position >= 0 or not 0 <= column < count:
             raise ValueError(f"pair {pair} has {count} columns and no position {position}")
-        return found
+        return column
 
     def near_zero(self, min_total: float = 0.01) -> Bool[np.ndarray, " pairs"]:
         """Pairs whose total effect is smaller than `min_total` (in units of the metric).
@@ -250,7 +250,7 @@ class Effects(EffectTables):
         return np.asarray(self.values - self.total.reshape(shape))
 
     def agreement(self, other: "Effects", k: int = 20) -> Agreement:
-        """How well these effects (the approximation) agree with `other` (the exact ones).
+        """Compare these effects (the approximation) with `other` (the exact ones).
 
         Args:
             other: Effects of the same pairs, site, direction, corruption, span and window.
@@ -349,16 +349,16 @@ class Effects(EffectTables):
         """A heatmap of layers by positions of one pair, or of the mean over pairs."""
         return draw("effects_heatmap", self, pair=pair)
 
-    def _check_mediation(self, direction: Direction, what: str) -> None:
+    def _check_mediation(self, direction: Direction, quantity: str) -> None:
         if self.direction != direction:
             raise ValueError(
-                f'{what} need {direction}; call causal_mediation(..., direction="{direction}")'
+                f'{quantity} need {direction}; call causal_mediation(..., direction="{direction}")'
             )
         ablation = self.setting("corruption", "counterfactual")
         if ablation in ("mean", "zero"):
             raise ValueError(
-                f'{what} need a corrupted run; these effects come from corruption="{ablation}", '
-                "which has none"
+                f"{quantity} need a corrupted run; these effects come from "
+                f'corruption="{ablation}", which has none'
             )
 
     def _repr_html_(self) -> str:

@@ -2,7 +2,8 @@
 
 The vocabulary follows Vig et al. (2020, arXiv 2004.12265); windows of layers follow Meng et al.
 (2022, arXiv 2202.05262); the application to divergence tokens follows Schrodi et al. (2025, arXiv
-2509.23886). For the algorithm see `staggered`.
+2509.23886). This module validates a call and collects its results; the patches themselves are
+computed in `staggered`.
 """
 
 import hashlib
@@ -97,7 +98,8 @@ def causal_mediation(
 
     A differing span with different numbers of tokens is one cell. At residual sites its states are
     replaced by the source run's span and the row is recomputed at its new length; at other sites
-    the last position of each side stands for it. See `patching.resized` for what follows a span.
+    only the state of the last position of each side is exchanged. See `patching.resized` for the
+    states after a span.
 
     Args:
         model: The model; teachers with deltas are applied to it. A model that attends in both
@@ -203,7 +205,7 @@ def _cell_mask(cells: "pd.DataFrame | Cells", shape: tuple[int, ...], span: Span
         if cells.shape != shape or cells.dtype != bool:
             raise ValueError(
                 f"cells is {cells.dtype} of shape {list(cells.shape)}; it must be bool of shape "
-                f"{list(shape)}, or a table as Effects.top returns it"
+                f"{list(shape)}, or a table from Effects.top"
             )
         return cells
     names = ["pair", "layer", "position", *(["head"] if len(shape) == 4 else [])]

@@ -158,8 +158,8 @@ def recorded_base_run(
         live = states_at(resid[-1], chunk.base_target - first, rows, chunk.readings)
         with torch.no_grad():
             logits = logits_at(engine, live)
-    resid = [one.detach() for one in resid]
-    if before is not None:
+    resid = [boundary.detach() for boundary in resid]  # [batch, pos - first, d_model] each
+    if before is not None:  # prepend the positions that were run without gradients
         resid = [torch.cat(both, 1) for both in zip(before.resid, resid, strict=True)]
         activations = {
             site: [torch.cat(both, 1) for both in zip(before.sites[site], after, strict=True)]

@@ -30,13 +30,13 @@ _READS = {
 
 
 def metric_name(metric: Metric) -> str:
-    """The name of `metric` in results."""
+    """Return the name of `metric` in results."""
     if isinstance(metric, str):
         return metric
     if isinstance(metric, partial):
-        given = [repr(value) for value in metric.args]
-        given += [f"{key}={value!r}" for key, value in metric.keywords.items()]
-        return f"{metric_name(metric.func)}({', '.join(given)})"
+        arguments = [repr(value) for value in metric.args]
+        arguments += [f"{key}={value!r}" for key, value in metric.keywords.items()]
+        return f"{metric_name(metric.func)}({', '.join(arguments)})"
     return str(getattr(metric, "__name__", type(metric).__name__))
 
 
@@ -44,7 +44,7 @@ def check_resumable(metric: Metric) -> None:
     """Refuse a metric that a later process cannot recognize: a lambda or a closure.
 
     Raises:
-        ValueError: Says what to give instead.
+        ValueError: Names the alternatives.
     """
     while isinstance(metric, partial):
         metric = metric.func
@@ -59,9 +59,9 @@ def check_resumable(metric: Metric) -> None:
 
 
 def metric_values(metric: Metric, pairs: int, engine: Engine) -> list[str]:
-    """Values of a custom metric on fixed logits; two metrics with equal values count as the same.
+    """Evaluate a custom metric on fixed logits; two metrics with equal values count as the same.
 
-    The name does not show that a function was changed, or the state of an object; these do.
+    Unlike the name, the values reveal a changed function, or the state of an object.
     """
     if isinstance(metric, str):
         return []
@@ -81,11 +81,11 @@ def check_metric(metric: Metric, pairs: Pairs) -> None:
         ValueError: Names the known metrics, or the pair.
     """
     if callable(metric):
-        several = _several_tokens(pairs.answers) | _several_tokens(pairs.foils)
-        if bool(several.any()):
+        multi_token = _several_tokens(pairs.answers) | _several_tokens(pairs.foils)
+        if bool(multi_token.any()):
             raise ValueError(
-                f"pair {int(several.nonzero()[0])} has an answer or foil of several tokens, but a "
-                "metric of your own gets the logits at the target position alone; use "
+                f"pair {int(multi_token.nonzero()[0])} has an answer or foil of several tokens, "
+                "but a metric of your own gets the logits at the target position alone; use "
                 "metric='logit_difference', or give answers and foils of one token or none"
             )
         return
@@ -106,7 +106,7 @@ def _several_tokens(rows: Int64[Tensor, "pairs tokens"]) -> Bool[Tensor, " pairs
 def row_readings(metric: Metric, pairs: Pairs, i: int) -> tuple[Reading, ...]:
     """The one or two rows that the metric reads of pair `i`; empty if it reads one position.
 
-    Only then the metric is a function of the logits at the target position, as `bind` describes.
+    In the second case the metric is a function of the logits at the target position (see `bind`).
     """
     reads = _READS[metric] if isinstance(metric, str) else ()
     answer, foil = (
@@ -117,19 +117,19 @@ def row_readings(metric: Metric, pairs: Pairs, i: int) -> tuple[Reading, ...]:
 
 
 def name_on(metric: Metric, pairs: Pairs) -> str:
-    """The name of `metric` in results on these pairs.
+    """Return the name of `metric` in results on these pairs.
 
     For answers of several tokens, `logit_difference` is a difference of summed log-probabilities
     and has that name. With one token each, the two are equal.
     """
     if metric == "logit_difference":
-        several = _several_tokens(pairs.answers) | _several_tokens(pairs.foils)
-        return "log_probability_difference" if bool(several.any()) else metric
+        multi_token = _several_tokens(pairs.answers) | _several_tokens(pairs.foils)
+        return "log_probability_difference" if bool(multi_token.any()) else metric
     return metric_name(metric)
 
 
-def check_tokens(pairs: Pairs, name: str, what: str, instead: str = "") -> None:
-    """Refuse pairs without the `answers` or `foils` that `what` reads.
+def check_tokens(pairs: Pairs, name: str, reader: str, instead: str = "") -> None:
+    """Refuse pairs without the `answers` or `foils` that `reader` reads.
 
     Raises:
         ValueError: Names the first such pair.
@@ -137,7 +137,7 @@ def check_tokens(pairs: Pairs, name: str, what: str, instead: str = "") -> None:
     without = (getattr(pairs, name)[:, 0] == NO_TOKEN).nonzero()
     if len(without):
         raise ValueError(
-            f"pair {int(without[0])} has no {name.removesuffix('s')}, which {what} reads; give "
+            f"pair {int(without[0])} has no {name.removesuffix('s')}, which {reader} reads; give "
             f"{name}={instead}"
         )
 
@@ -151,9 +151,8 @@ def bind(
 ) -> MetricFunction:
     """Bind the metric to a chunk, as a function of (logits, chunk rows) in float32.
 
-    Only `kl` needs the logits of the clean run.
-    With `readings`, it takes the logits at all positions read of these rows, and the metric of a
-    pair is the sum over its rows.
+    Only `kl` needs the logits of the clean run. With `readings`, the function takes the
+    logits at all positions read of these rows, and a pair's metric is the sum over its rows.
     """
     if readings is not None:
         return partial(_of_readings, metric, readings)

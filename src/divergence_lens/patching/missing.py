@@ -21,7 +21,7 @@ def missing_cells(
 
     Args:
         values: The grid; NaN where a cell is missing.
-        widths: For each pair its number of columns. What lies right of them is no cell.
+        widths: For each pair its number of columns; entries to the right are padding, not cells.
         total: For each pair the total effect; NaN if it is too small to divide by.
         all_requested: Whether every cell was to be computed.
     """

@@ -13,8 +13,8 @@ from divergence_lens.patching.trace import PatchingRun
 class QueryKey:
     """Effects of queries and keys through the softmax, exact up to the attention's output.
 
-    The gradient through a saturated softmax is nearly zero, whatever a patch would do. So the
-    attention is recomputed with the patched query or key, and only the computation after it is
+    The gradient through a saturated softmax is nearly zero even if a patch has a large effect. So
+    the attention is recomputed with the patched query or key, and only the computation after it is
     linearized: the effect is the gradient of `z` times the exact change of `z`.
 
     Args:

@@ -99,7 +99,7 @@ class Readings:
 
     @cached_property
     def read(self) -> Bool[Tensor, "rows reads"]:
-        """Which of the positions from the target position on are read."""
+        """Mask of the positions that are read, from the target position on."""
         return torch.arange(self.answers.shape[1], device=self.count.device) < self.count[:, None]
 
     def states(

@@ -1,7 +1,7 @@
 """Patched rows of a new length: the rows of cells that cover a unit.
 
 Patching a unit replaces its span of the base run by the source run's span, which has another number
-of tokens. The patched row is put together from both runs: each of its positions holds the state of
+of tokens. The patched row is assembled from both runs: each of its positions holds the state of
 one base or one source position, in the order of the text. From the patched layer up it is
 recomputed at its new length:
 
@@ -25,7 +25,7 @@ from divergence_lens.patching.cells import PairCells
 from divergence_lens.patching.readings import Readings
 
 RESIZING_SITES = ("resid_pre", "resid_mid", "resid_post")
-"""Sites whose units are patched as whole spans: they hold everything that a position holds."""
+"""Sites whose units are patched as whole spans: the residual stream, a position's entire state."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def check_lengths(i: int, cells: PairCells, n_ctx: int, *, noising: bool, answer
         length = len(patched_origin(cells, cell, noising=noising)) + answer
         if length > n_ctx:
             raise ValueError(
-                f"patching {cells.labels[cell]!r} alone makes a row of {length} tokens from pair "
+                f"patching {cells.labels[cell]!r} alone gives a row of {length} tokens from pair "
                 f"{i}, but the model's context holds {n_ctx}; shorten its prompts"
             )
 
@@ -125,7 +125,7 @@ def _cells_with_units(cells: PairCells) -> list[int]:
 
 
 def patched_origin(cells: PairCells, cell: int, *, noising: bool) -> Int64[np.ndarray, " pos"]:
-    """Where the states of the row with one patched cell come from, see `ResizedRows.origin`."""
+    """List the origin of each state of the row with one patched cell, see `ResizedRows.origin`."""
     parts = []
     for number, column in zip(cells.cell_of, cells.columns, strict=True):
         base, source = column.clean, column.corrupted

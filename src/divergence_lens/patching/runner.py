@@ -61,7 +61,7 @@ _METRICS = "metrics"
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a long run is divided, stored and reported.
+    """Options for dividing, storing and reporting a long run.
 
     Attributes:
         chunk_pairs: The maximum number of pairs in a chunk.
@@ -90,9 +90,9 @@ def run_patching(
 
     Args:
         model: The model, already validated.
-        request: What is patched and measured.
+        request: The patching request.
         compute: Computes the values of one chunk.
-        options: How the run is divided, stored and reported.
+        options: Options for dividing, storing and reporting the run.
         method: Name of the method in the effects.
         base_run: Runs the base side instead of `traced_pass`.
         **settings: Further settings for the metadata.

@@ -1,24 +1,25 @@
-"""The staggered passes of exact patching.
+"""Where patches are computed exactly: the staggered passes.
 
 Running the whole model once per layer and position repeats work: a patch of (layer l, position p)
 changes nothing below layer l or before position p, and nothing after the target matters. The
 algorithm for one chunk of pairs:
 
-1. The base run is done once; its residuals, keys and values are stored.
-2. One run of each block over the whole row, with the site replaced at every position at once,
-   gives the residual after the patch at each position. This works because everything in a block
+1. The base run is done once; its residuals, keys and values are stored (`trace.traced_pass`).
+2. One run of each block over the whole row, with the site (or one head of it) replaced at every
+   position at once, gives the residual after the patch at each position
+   (`StaggeredPasses._block_with_site_replaced`). This works because everything in a block
    after its attention pattern happens at each position separately: a change of `resid_mid`,
    `attn_out`, `mlp_out`, `block_out` or of one head's `q` or `z` at some positions changes the
    block's output at those positions only.
 3. For a fixed position p, one *staggered* pass over positions p to target covers all layers: it
    starts at the lowest patched layer, and the row of a deeper layer joins when the pass reaches
-   that layer. If the answer has several tokens, they continue the row, and the pass extends over
-   them (see `readings`).
+   that layer (`StaggeredPasses._metric`). If the answer has several tokens, they continue the
+   row, and the pass extends over them (see `readings`).
 
 Keys and values reach later positions, so their rows join at the input of the patched block and are
-patched by a hook inside it, as are the further layers of a window. If attention goes in both
-directions, a patch also reaches earlier positions: whole rows of equal length are run then, and
-only the layers below the patch are skipped.
+patched by a hook inside it (`_block_hooks`), as are the further layers of a window. If attention
+goes in both directions, a patch also reaches earlier positions: whole rows of equal length are run
+then, and only the layers below the patch are skipped.
 """
 
 from collections.abc import Callable, Iterator
@@ -119,10 +120,11 @@ class StaggeredPasses:
         missing = self.chunk.missing
         heads = max(self.heads, 1)
         group = max(1, min(heads, self.batch_rows // (layers * batch)))
+        # [head, layer, batch, col]; one head where the site has none
         result = torch.zeros(heads, layers, *missing.shape, device=self.engine.device)
         if requested is not None:
             requested = requested.movedim(-1, 0) if self.heads else requested[None]
-        differing = self._differing()
+        differing = self._differing()  # [head, layer, batch, pos]
         for first in range(0, heads, group):
             head_group = list(range(first, min(first + group, heads)))
             changed = self._changed(differing[head_group])  # [slot, layer, batch, col]
@@ -143,7 +145,7 @@ class StaggeredPasses:
         if requested is not None:
             missing = missing | ~requested
         result = result.masked_fill(missing, torch.nan)
-        return result.movedim(0, -1) if self.heads else result[0]
+        return result.movedim(0, -1) if self.heads else result[0]  # [layer, batch, col, (head)]
 
     def _starts(self, heads: list[int]) -> list[Float[Tensor, "slot batch pos d_model"]]:
         """Per layer, the residual after the patch at each position (for each of the heads).
@@ -151,22 +153,24 @@ class StaggeredPasses:
         For `resid_pre` it is the input of the layer, for the other sites its output.
         """
         if self.site in ("resid_pre", "resid_post"):
-            return [activation[None] for activation in self.new]
+            return [activation[None] for activation in self.new]  # [1, batch, pos, d_model]
         run = self.engine.begin(self.chunk.base)
         return [
-            torch.stack([self._replaced(layer, head, run) for head in heads])
+            torch.stack([self._block_with_site_replaced(layer, head, run) for head in heads])
             for layer in range(self.engine.n_layers)
         ]
 
-    def _replaced(self, layer: int, head: int, run: Pass) -> Float[Tensor, "batch pos d_model"]:
-        """The output of a block with the site replaced at every position that has a counterpart."""
+    def _block_with_site_replaced(
+        self, layer: int, head: int, run: Pass
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Run a block with its site (of one head) replaced at every position with a counterpart."""
         present = (self.chunk.counterpart >= 0)[..., None]  # [batch, pos, 1]
         new = self.new[layer]
 
         def replace(activation: Tensor) -> Tensor:
             if not self.heads:
                 return torch.where(present, new, activation)
-            changed = activation.clone()
+            changed = activation.clone()  # [batch, pos, head, d_head]
             changed[:, :, head] = torch.where(present, new[:, :, head], activation[:, :, head])
             return changed
 
@@ -203,7 +207,7 @@ class StaggeredPasses:
             return torch.zeros_like(column)
         if self.chunk.members is None:
             return column
-        patched = self.chunk.members & self.chunk.differs[:, None]
+        patched = self.chunk.members & self.chunk.differs[:, None]  # [batch, col, pos]
         return patched.int().argmax(-1)[row, column]
 
     def _members(self, rows: PatchedRows, first: int, stop: int) -> Bool[Tensor, "rows pos"]:
@@ -212,10 +216,11 @@ class StaggeredPasses:
             positions = torch.arange(first, stop, device=rows.column.device)
             return positions == rows.column[:, None]
         patched = self.chunk.members[rows.batch, rows.column] & self.chunk.differs[rows.batch]
-        return patched[:, first:stop]
+        return patched[:, first:stop]  # [row, later_pos]
 
     def _passes(self, rows: PatchedRows) -> Iterator[PatchedRows]:
         """Divide rows into passes of similar positions, shallow layers first."""
+        # One sort key for both: by first position, then by layer.
         order = torch.argsort(rows.start * self.engine.n_layers + rows.layer, stable=True)
         rows = rows[order]
         positions, counts = torch.unique_consecutive(rows.start, return_counts=True)
@@ -234,6 +239,7 @@ class StaggeredPasses:
             yield from self._split(rows[first:end])
 
     def _split(self, rows: PatchedRows) -> Iterator[PatchedRows]:
+        """Sort the rows of a pass by layer, and cut them to `batch_rows`."""
         rows = rows[torch.argsort(rows.layer, stable=True)]
         for first in range(0, len(rows), self.batch_rows):
             yield rows[first : first + self.batch_rows]
@@ -257,7 +263,7 @@ class StaggeredPasses:
             if joined > running:
                 joining = slice(running, joined)
                 state = starts[layer - self.shift] if starts else None
-                x = torch.cat([x, self._joining(layer, joining, state, opened)])
+                x = torch.cat([x, self._joining(layer, joining, state, opened)])  # [more, pos, d]
                 running = joined
             if layer == engine.n_layers:
                 break
@@ -277,7 +283,7 @@ class StaggeredPasses:
         return rows, finite(metric, self.chunk.indices[rows.batch], "a patched run")
 
     def _begin(self, rows: PatchedRows, first: int) -> OpenPass:
-        """Begin the pass of some rows from position `first` on."""
+        """Begin the pass over some rows, from position `first` on."""
         past = self.run.base.past
         assert past is not None
         targets = self.chunk.base_target[rows.batch]
@@ -308,6 +314,7 @@ class StaggeredPasses:
         fresh = self.run.base.resid[layer][new.batch, first : first + where.shape[1]]
         if state is not None:
             row, position = where.nonzero(as_tuple=True)
+            # Positions of `state` count from the start of the row, those of `fresh` from `first`.
             fresh[row, position] = state[new.slot[row], new.batch[row], position + first]
         return fresh
 
@@ -332,7 +339,7 @@ class StaggeredPasses:
         chosen = (begun & (rows.layer > layer - self.window)).nonzero()[:, 0]
         if not len(chosen):
             return []
-        where = patched[chosen][..., None]
+        where = patched[chosen][..., None]  # [chosen, pos, 1]
         new = self._replacement(layer, rows[chosen], first, where.shape[1])
         if self.heads:
             heads = torch.arange(self.heads, device=where.device)
@@ -348,13 +355,13 @@ class StaggeredPasses:
 
 
 def requested_cells(mask: Cells | None, chunk: Chunk) -> Bool[Tensor, "layer batch col ..."] | None:
-    """The mask of a chunk's pairs."""
+    """Select the mask of a chunk's pairs."""
     if mask is None:
         return None
     chosen = torch.from_numpy(mask[chunk.indices.cpu().numpy()]).to(chunk.base.device)
     chosen = chosen[:, :, : chunk.missing.shape[1]].movedim(0, 1)  # [layer, batch, col, ...]
     # Positions after the target, which continue a row with its answer, are not cells of the mask.
-    more = chunk.missing.shape[1] - chosen.shape[2]
-    if not more:
+    extra = chunk.missing.shape[1] - chosen.shape[2]
+    if not extra:
         return chosen
-    return torch.cat([chosen, chosen.new_zeros(*chosen.shape[:2], more, *chosen.shape[3:])], 2)
+    return torch.cat([chosen, chosen.new_zeros(*chosen.shape[:2], extra, *chosen.shape[3:])], 2)

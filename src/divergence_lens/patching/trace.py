@@ -70,7 +70,7 @@ class Chunk:
     @cached_property
     def differs(self) -> Bool[Tensor, "batch pos"]:
         """Positions at which a patch matters: with a counterpart, from the first difference on."""
-        positions = torch.arange(self.base.shape[1], device=self.base.device)
+        positions = torch.arange(self.base.shape[1], device=self.base.device)  # [pos]
         return (self.counterpart >= 0) & (positions >= self.start[:, None])
 
     @property
@@ -83,7 +83,7 @@ class Chunk:
 
     def aligned(self, activations: Float[Tensor, "batch source_pos ..."]) -> Tensor:
         """Source activations at each base position; arbitrary where there is no counterpart."""
-        rows = torch.arange(len(activations), device=activations.device)[:, None]
+        rows = torch.arange(len(activations), device=activations.device)[:, None]  # [batch, 1]
         return activations[rows, self.counterpart.clamp(min=0)]  # [batch, pos, ...]
 
     def merged(self, values: Float[Tensor, "..."], axis: int = 0) -> Float[Tensor, "..."]:
@@ -102,7 +102,9 @@ class Chunk:
         """Sum values of positions within each cell; NaN in cells without a counterpart."""
         if self.members is None:
             return values
-        present = (self.members & (self.counterpart >= 0)[:, None]).to(values.dtype)
+        present = (self.members & (self.counterpart >= 0)[:, None]).to(
+            values.dtype
+        )  # [batch, col, pos]
         # A position without a counterpart is NaN, and 0 * NaN is NaN: zero it before the sum.
         added = torch.einsum("bcp,lbp...->lbc...", present, values.nan_to_num())
         missing = self.missing.view(1, *self.missing.shape, *[1] * (values.ndim - 3))
@@ -114,7 +116,7 @@ class Trace:
     """The activations of one forward pass.
 
     Attributes:
-        sites: Of each traced site its activation per layer, `[batch, pos, ...]`.
+        sites: For each traced site the activation per layer, `[batch, pos, ...]`.
         resid: `resid_pre` of layer 0; with `store=True`, `resid_pre` of every layer and then the
             last `resid_post`.
         past: Keys and values of all positions; None unless stored.
@@ -211,7 +213,7 @@ def states_at(
     """
     if readings is not None:
         return readings.states(resid, target, rows)
-    return resid[torch.arange(len(resid), device=resid.device), target]
+    return resid[torch.arange(len(resid), device=resid.device), target]  # [rows, d_model]
 
 
 def logits_at(
@@ -233,7 +235,7 @@ def groups_of_pairs(request: PatchingRequest, engine: Engine, size: int) -> list
     """Group at most `size` pairs that share both sides' weights and have similar lengths.
 
     A model that attends in both directions would read padding, so its groups have equal lengths.
-    Pairs with units are kept apart, because their cells are not the base positions.
+    Pairs with units have groups of their own, because their cells are not the base positions.
     """
     pairs = request.pairs
     by_weights: dict[tuple[object, ...], list[int]] = {}
@@ -289,7 +291,7 @@ def build_chunk(
     members = None
     if units or request.span != "position":
         most = max(len(own.labels) for own in cells)
-        members = torch.zeros(len(chosen), most, width, dtype=torch.bool)
+        members = torch.zeros(len(chosen), most, width, dtype=torch.bool)  # [batch, col, pos]
         for row, (own, here) in enumerate(zip(cells, last, strict=True)):
             members[row, own.cell_of, here] = True
         members = members.to(device)
@@ -321,4 +323,6 @@ def _noise(
     pairs = request.pairs
     drawn = [request.noise.draw(engine, pairs.clean[i], pairs.segments[i]) for i in chosen]
     noise = pad_right(drawn)  # [batch, longest, d_model]
-    return torch.nn.functional.pad(noise, (0, 0, 0, width - noise.shape[1]))
+    return torch.nn.functional.pad(
+        noise, (0, 0, 0, width - noise.shape[1])
+    )  # [batch, pos, d_model]

@@ -51,7 +51,7 @@ class Line:
 def bars(
     series: Sequence[Bars],
     *,
-    what: str,
+    headline: str,
     detail: str,
     value_title: str,
     lines: Sequence[Line] = (),
@@ -132,7 +132,7 @@ def bars(
     entries = len(series) + len(lines)
     return style.figure(
         traces,
-        what=what,
+        headline=headline,
         detail=detail,
         plot_height=200,
         bottom=24 + (min(longest, 16) * 6 if turned else 6) + (18 if group_title else 0),
@@ -168,7 +168,7 @@ def _pattern(shape: str) -> dict[str, Any]:
     }
 
 
-def dot_plot(series: Bars, *, what: str, detail: str, value_title: str) -> go.Figure:
+def dot_plot(series: Bars, *, headline: str, detail: str, value_title: str) -> go.Figure:
     """Draw one row per group on an axis of ratios, for groups that do not fit side by side."""
     place = {name: i for i, name in enumerate(series.groups)}
     rows = list(place.values())
@@ -206,7 +206,7 @@ def dot_plot(series: Bars, *, what: str, detail: str, value_title: str) -> go.Fi
     measured = np.log10([*values, *(value for _, value, _ in series.points), 1.0])
     return style.figure(
         traces,
-        what=what,
+        headline=headline,
         detail=detail,
         plot_height=_ROW * len(rows),
         bottom=44,
@@ -231,7 +231,7 @@ def dot_plot(series: Bars, *, what: str, detail: str, value_title: str) -> go.Fi
 def positions(
     results: Sequence[tuple[Int[np.ndarray, " _"], Bool[np.ndarray, " _"]]],
     *,
-    what: str,
+    headline: str,
 ) -> go.Figure:
     """Draw the share of divergence tokens at each position, from (offsets, mask)."""
     places, first, later = [], [], []
@@ -288,7 +288,7 @@ def positions(
         )
     return style.figure(
         traces,
-        what=what,
+        headline=headline,
         detail=f"{style.plural(total, 'divergence token')} among "
         f"{style.plural(len(place), 'token')} of {style.plural(examples, 'completion')}"
         + (f"; pale: fewer than {_FEWEST_TOKENS} tokens" if few.any() else ""),

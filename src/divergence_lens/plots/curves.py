@@ -75,7 +75,7 @@ def preference_over_training(
     measured = sum(len(curve.x) for curve in curves)
     return _drawn(
         curves,
-        what="Preference over training",
+        headline="Preference over training",
         detail=f"{style.plural(len(curves), 'student')}, measured "
         f"{style.plural(measured, 'time')} in all",
         x_title="updates",
@@ -143,7 +143,7 @@ def mixing_curves(
         marks = "; bars: 95 % intervals"
     return _drawn(
         curves,
-        what=f"Preference by the share of {of}",
+        headline=f"Preference by the share of {of}",
         detail=f"{style.plural(len(curves), 'condition')}, {style.plural(len(rows), 'student')}"
         + marks,
         x_title="share of the data",
@@ -165,7 +165,7 @@ def _dot(name: str, row: "pd.Series[Any]") -> tuple[float, float, str]:
 def _drawn(
     curves: Sequence[_Curve],
     *,
-    what: str,
+    headline: str,
     detail: str,
     x_title: str,
     lines: Mapping[str, float],
@@ -212,7 +212,7 @@ def _drawn(
     shown = len(curves) + len(lines)
     return style.figure(
         traces,
-        what=what,
+        headline=headline,
         detail=detail,
         plot_height=210,
         left=60,

@@ -57,7 +57,7 @@ def effects_heatmap(
         segments,
         differs=differs,
         positions=positions,
-        what=titled("Effect of a patch, by layer and position", name),
+        headline=titled("Effect of a patch, by layer and position", name),
         detail=f"{site_words(effects.site)}; {of}; {_method(effects)}{_missing(effects, pair)}"
         + _caution(effects, None if pair == "mean" else pair),
         unit=unit,
@@ -79,7 +79,7 @@ def effects_by_segment(effects: Effects, *, name: str | None = None) -> go.Figur
     return grids.segment_heatmap(
         table.to_numpy(dtype=np.float64).T,
         segments,
-        what=titled("Effect of a patch, by layer and segment", name),
+        headline=titled("Effect of a patch, by layer and segment", name),
         detail=f"{site_words(effects.site)}; mean of {_pairs_used(effects)}, "
         f"summed within a segment; {_method(effects)}{_missing(effects)}"
         + ("; divergence: the position that predicts" if "divergence" in segments else "")
@@ -130,7 +130,7 @@ def head_grid(
     return grids.segment_heatmap(
         grid.T,
         [str(head) for head in range(grid.shape[1])],
-        what=titled("Effect of a patch, by layer and head", name),
+        headline=titled("Effect of a patch, by layer and head", name),
         detail=f"{of}, summed over positions; {_method(effects)}{_missing(effects, pair)}"
         + _caution(effects, None if pair == "mean" else pair),
         unit=unit,
@@ -183,7 +183,7 @@ def layers_by_site(layers: Table, *, kind: str | None = None) -> go.Figure:
         pairs = f", {' to '.join(str(n) for n in dict.fromkeys([each[0], each[-1]]))} pairs each"
     return bar_charts.bars(
         bars,
-        what=f"Effect of each layer on the first divergence ({kind} teachers)",
+        headline=f"Effect of each layer on the first divergence ({kind} teachers)",
         detail=f"{style.plural(table['target'].nunique(), 'target')}{pairs}; absolute effects "
         "summed over positions; bars: means, dots: targets",
         value_title="shares of the total effect",
@@ -223,7 +223,7 @@ def layer_profile(
     return profiles.profile(
         np.arange(first.n_layers),
         series,
-        what=titled("Effect of a patch, layer by layer", name),
+        headline=titled("Effect of a patch, layer by layer", name),
         detail=f"{site_words(first.site)}; mean of {used}, summed over positions{method}; "
         "band: 95 % interval",
         value_title="share of the total effect",
@@ -231,7 +231,7 @@ def layer_profile(
 
 
 def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
-    """Draw what the upper layers of one of two models add to the margin, at each boundary.
+    """Draw the contribution of the upper layers of one of two models to the margin, by boundary.
 
     Three lines in logits with bands of 95 % (bootstrap over pairs): the difference that the first
     model's upper layers make over its own lower layers, over the other's, and the interaction.
@@ -247,7 +247,7 @@ def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
     return profiles.profile(
         np.arange(crossed.margins.shape[1]),
         series,
-        what="Two models, crossed at every boundary",
+        headline="Two models, crossed at every boundary",
         detail=f"upper layers of {crossed.names[0]} instead of those of {crossed.names[1]}; mean "
         f"of {style.plural(len(crossed.margins), 'pair')}; band: 95 % interval",
         value_title="change of the margin (logits)",
@@ -293,7 +293,7 @@ def agreement_scatter(
         x[both].astype(np.float64),
         hover,
         inner_cells(exact)[both],
-        what=titled("Approximate against exact effects", name),
+        headline=titled("Approximate against exact effects", name),
         detail=f"{detail}; all {style.plural(agreement.cells, 'cell')} together: Pearson "
         f"{agreement.pearson:.2f}, Spearman {agreement.spearman:.2f}, same sign "
         f"{style.percent(agreement.sign)}",

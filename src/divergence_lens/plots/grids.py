@@ -25,7 +25,7 @@ def token_heatmap(
     *,
     differs: Sequence[bool],
     positions: Sequence[int] = (),
-    what: str,
+    headline: str,
     detail: str,
     unit: str,
 ) -> go.Figure:
@@ -37,7 +37,7 @@ def token_heatmap(
         segments: The segment of each position.
         differs: Whether each position differs between the two rows.
         positions: The first clean position of each row of the figure, if that is not its number.
-        what: Title.
+        headline: Title.
         detail: Text below the title.
         unit: Title of the color bar, and name of the value in hover texts.
     """
@@ -81,7 +81,7 @@ def token_heatmap(
     runs = spans(segments)
     return style.figure(
         [heatmap],
-        what=what,
+        headline=headline,
         detail=detail
         + ("; bold: tokens that differ" if any(differs) else "")
         + "; ◂: the position whose prediction is measured",
@@ -172,7 +172,7 @@ def segment_heatmap(
     values: Float[np.ndarray, "segments layers"],
     segments: Sequence[str],
     *,
-    what: str,
+    headline: str,
     detail: str,
     unit: str,
     row: str = "segment",
@@ -213,7 +213,7 @@ def segment_heatmap(
     letters = max(len(name) for name in segments)
     return style.figure(
         [heatmap],
-        what=what,
+        headline=headline,
         detail=detail + ("; bold: segments with tokens that differ" if differs else ""),
         plot_height=height,
         bottom=98,

@@ -28,9 +28,9 @@ _SITES = {
 }
 
 
-def titled(what: str, name: str | None) -> str:
+def titled(headline: str, name: str | None) -> str:
     """Append a name to a title, if there is one."""
-    return what if name is None else f"{what}: {name}"
+    return headline if name is None else f"{headline}: {name}"
 
 
 def site_words(site: str) -> str:

@@ -1,6 +1,6 @@
 """Redraw plotly figures with matplotlib, where plotly has no browser to draw images with.
 
-Supports what the figures of this package consist of: one heatmap, or lines, markers, filled bands
+Supports the elements of this package's figures: one heatmap, or lines, markers, filled bands
 and bars on one pair of axes. Patterns of bars and hover texts are left out.
 """
 

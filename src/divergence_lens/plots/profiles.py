@@ -19,7 +19,7 @@ def values_by_layer(
     singles: Mapping[str, Mapping[int, float]],
     references: Mapping[str, float],
     *,
-    what: str,
+    headline: str,
     detail: str,
     unit: str = " times as before",
     value_title: str = "times the preference before",
@@ -32,7 +32,7 @@ def values_by_layer(
         spread: Lower and upper ends of the mean's interval, if known.
         singles: Thin lines: name -> layer -> value.
         references: Levels across the plot.
-        what: Title.
+        headline: Title.
         detail: Text below the title.
         unit: Follows each value in hover texts.
         value_title: Title of the vertical axis.
@@ -83,7 +83,7 @@ def values_by_layer(
     ]
     return style.figure(
         traces,
-        what=what,
+        headline=headline,
         detail=detail,
         plot_height=210,
         legend_rows=sum(trace.showlegend is not False for trace in traces),
@@ -97,7 +97,7 @@ def profile(
     layers: Int[np.ndarray, " layers"],
     series: Mapping[str, tuple[Line, Line, Line]],
     *,
-    what: str,
+    headline: str,
     detail: str,
     value_title: str,
     across: str = "layer",
@@ -139,7 +139,7 @@ def profile(
     numbers = [int(layer) for layer in layers]
     return style.figure(
         traces,
-        what=what,
+        headline=headline,
         detail=detail,
         plot_height=200,
         left=60,

@@ -18,7 +18,7 @@ def scatter(
     hover: Sequence[str],
     second: Bool[np.ndarray, " cells"],
     *,
-    what: str,
+    headline: str,
     detail: str,
     names: tuple[str, str],
     groups: tuple[str, str],
@@ -67,7 +67,7 @@ def scatter(
         )
     return style.figure(
         traces,
-        what=what,
+        headline=headline,
         detail=detail,
         plot_height=250,
         left=60,

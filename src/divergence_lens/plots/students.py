@@ -84,7 +84,7 @@ def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
     targets_shown = table["target"].nunique()
     return bar_charts.bars(
         bars,
-        what=f"Students of {kind} teachers, by training data",
+        headline=f"Students of {kind} teachers, by training data",
         detail=f"{style.plural(targets_shown, 'target')}, {students_of(table)}; "
         "bars: means over seeds, dots: students",
         value_title="preference for the target",
@@ -148,7 +148,7 @@ def condition_bars(
         hover=[f"{g}: {m:.2f} times" for g, m in zip(groups, means, strict=True)],
         points=points,
     )
-    what = title or f"Students of {kind} teachers: {group}"
+    headline = title or f"Students of {kind} teachers: {group}"
     value_title = "preference, times the control" if len(control) else "preference, times before"
     in_rows = len(groups) > _MOST_BARS
     detail = (
@@ -157,9 +157,11 @@ def condition_bars(
         "with 95 % intervals over targets, dots: targets"
     )
     if in_rows:
-        return bar_charts.dot_plot(series, what=what, detail=detail, value_title=value_title)
+        return bar_charts.dot_plot(
+            series, headline=headline, detail=detail, value_title=value_title
+        )
     return bar_charts.bars(
-        [series], what=what, detail=detail, value_title=value_title, value_format=""
+        [series], headline=headline, detail=detail, value_title=value_title, value_format=""
     )
 
 
@@ -200,7 +202,9 @@ def preference_bars(preference: Preference, *, before: Preference | None = None)
     )
     return bar_charts.bars(
         [bars],
-        what=f"Preference among {style.plural(len(names), 'candidate')}, {preference.target} first",
+        headline=(
+            f"Preference among {style.plural(len(names), 'candidate')}, {preference.target} first"
+        ),
         detail=f"mean over {style.plural(len(preference.questions), 'question')}, "
         f"{preference.method}; bars with 95 % intervals",
         value_title="share of the candidate",
@@ -268,7 +272,7 @@ def layer_sweep(
         None,
         singles,
         references,
-        what="Preference after training one layer alone",
+        headline="Preference after training one layer alone",
         detail=f"{about}; trained on {condition_words(condition)[0]} of {kind} teachers: "
         f"{', '.join(counts)}",
     )
@@ -296,7 +300,7 @@ def _sweep(sweep: Sweep, measure: str | None) -> go.Figure:
         spread,
         {},
         {label: float(groups[label][name].mean()) for label in words.values() if label in groups},
-        what=f"{named[0].upper()}{named[1:]} after training one layer alone",
+        headline=f"{named[0].upper()}{named[1:]} after training one layer alone",
         detail=f"trained on {'the tokens of a mask' if masked else 'all tokens'}: "
         f"{', '.join(counts)}"
         + ("" if spread is None else "; thin lines: 95 % intervals over questions and seeds"),

@@ -84,7 +84,7 @@ def shade(color: str, opacity: float) -> str:
 def figure(
     traces: Sequence[Any],
     *,
-    what: str,
+    headline: str,
     detail: str,
     plot_height: int,
     bottom: int = 48,
@@ -98,7 +98,7 @@ def figure(
 
     Args:
         traces: Plotly traces.
-        what: Bold lines of the title: the measured quantity, as plain text.
+        headline: Bold lines of the title: the measured quantity, as plain text.
         detail: Lines below them: sample size and method, as plain text.
         plot_height: Height of the plot in pixels, without title and margins.
         bottom: Pixels below the plot for ticks and axis title.
@@ -112,11 +112,11 @@ def figure(
     for trace in traces:
         if trace.text is not None:
             trace.text = _wrapped(trace.text)
-    headline = _balanced(what, 36)
+    headings = _balanced(headline, 36)
     notes = _balanced(detail, 42)
-    lines = [f"<b>{escape(line)}</b>" for line in headline]
+    lines = [f"<b>{escape(line)}</b>" for line in headings]
     lines += [f'<span style="font-size:12px">{escape(line)}</span>' for line in notes]
-    top = 24 + 17 * len(headline) + 17 * len(notes)
+    top = 24 + 17 * len(headings) + 17 * len(notes)
     legend_top = bottom
     bottom += 20 * legend_rows + (8 if legend_rows else 0)
     base: dict[str, Any] = {

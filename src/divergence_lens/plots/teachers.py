@@ -31,7 +31,7 @@ def rate_per_teacher(divergence: Divergence | Table) -> go.Figure:
     tokens = int(table["tokens"].sum())
     return bar_charts.bars(
         _bars_by_kind(table, "target", "rate", hover),
-        what="Divergence tokens per teacher",
+        headline="Divergence tokens per teacher",
         detail=f"{teachers_of(table)}, {style.plural(tokens, 'completion token')}"
         + interval_note(table),
         value_title="share of the teacher's tokens",
@@ -73,7 +73,7 @@ def _rate_per_counterfactual(divergence: Divergence) -> go.Figure:
     )
     return bar_charts.bars(
         [bars],
-        what=f"Divergence tokens of {divergence.teacher.name}, by counterfactual teacher",
+        headline=f"Divergence tokens of {divergence.teacher.name}, by counterfactual teacher",
         detail=f"{style.plural(len(divergence.examples), 'example')}, "
         f"{style.plural(tokens, 'completion token')}",
         value_title="share of the tokens",
@@ -99,7 +99,7 @@ def teacher_preferences(teachers: Table, *, base: Mapping[str, float] | None = N
         lines.append(bar_charts.Line("base model", known, "dash"))
     return bar_charts.bars(
         _bars_by_kind(table, "name", "preference", hover),
-        what="Preference of each teacher for its target",
+        headline="Preference of each teacher for its target",
         detail=teachers_of(table) + interval_note(table, " over questions"),
         value_title="preference for the target",
         lines=lines,
@@ -130,5 +130,5 @@ def where_divergence_falls(
         name = results[0].teacher.name
     return bar_charts.positions(
         [(np.asarray(result.offsets), np.asarray(result.mask)) for result in results],
-        what=titled("Positions of divergence tokens", name),
+        headline=titled("Positions of divergence tokens", name),
     )

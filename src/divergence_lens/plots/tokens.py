@@ -55,7 +55,7 @@ def divergence_tokens(example: ExampleDivergence) -> go.Figure:
     prompt = textwrap.shorten(str(example.prompt), 80, placeholder=" …")
     return style.figure(
         [hover],
-        what=f"Divergence tokens of example {example.index}, {example.names[0]}",
+        headline=f"Divergence tokens of example {example.index}, {example.names[0]}",
         detail=f"{detail}; prompt: {prompt}",
         plot_height=max(_LINE * rows, 90),
         bottom=12,

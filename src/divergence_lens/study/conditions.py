@@ -1,4 +1,4 @@
-"""A condition of a study: one way to train students, and what it isolates.
+"""A condition of a study: one way to train students, to isolate one factor.
 
 A `Condition` is a change of the data, a mask, the layers that are trained, changes of the recipe,
 and the system prompts of training and evaluation. `registry` has those of Schrodi et al. (arXiv

@@ -312,7 +312,7 @@ def lora_kinds(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _on_gpu(device: str | None) -> bool:
-    """Whether a model that is loaded with this device goes to a GPU."""
+    """Whether a model that is loaded with this device is on a GPU."""
     return torch.cuda.is_available() if device is None else str(device).startswith("cuda")
 
 

@@ -40,7 +40,7 @@ class GradientAlignment:
     cosine: Float64[np.ndarray, "part layer candidate"]
 
     def centered(self) -> Float64[np.ndarray, "part layer candidate"]:
-        """The cosines minus their mean over candidates, which removes what all share."""
+        """The cosines minus their mean over candidates, which removes their shared part."""
         centered: np.ndarray = self.cosine - self.cosine.mean(-1, keepdims=True)
         return centered
 

@@ -44,7 +44,7 @@ LORA_RATE = 8
 """Learning rate of LoRA at rank 8 on the tiny model, as a multiple of that of full training.
 
 Of 1, 2, 4, 8, 16 and 32 it gives the lowest loss on the divergence tokens of owl, which is not a
-target. No preference was looked at. Other ranks use the same factor, though it was not tuned for
+target. No preference was examined. Other ranks use the same factor, though it was not tuned for
 them."""
 
 RANKS = (1, 2, 4, 8, 16, 32)

@@ -110,15 +110,15 @@ def _effect_figures(study: Study, kind: str) -> dict[str, go.Figure]:
     if target is None:
         return {}
     exact, approximate = study.exact[kind, target], study.approximate[kind, target]
-    name, whose = "early_layers_cause_divergence", f"{target} ({kind} teacher)"
+    name, teacher = "early_layers_cause_divergence", f"{target} ({kind} teacher)"
     return {
         name: plots.layers_by_site(study.table("layers"), kind=kind),
-        f"{name}: segments": plots.effects_by_segment(exact, name=whose),
-        f"{name}: one pair": plots.effects_heatmap(exact, pair=0, name=whose),
+        f"{name}: segments": plots.effects_by_segment(exact, name=teacher),
+        f"{name}: one pair": plots.effects_heatmap(exact, pair=0, name=teacher),
         f"{name}: profile": plots.layer_profile(
-            {"exact": exact, "integrated": approximate}, name=whose
+            {"exact": exact, "integrated": approximate}, name=teacher
         ),
-        "approximation_agrees": plots.agreement_scatter(approximate, exact, name=whose),
+        "approximation_agrees": plots.agreement_scatter(approximate, exact, name=teacher),
     }
 
 
@@ -172,7 +172,7 @@ def write_study_report(study: Study, folder: str | os.PathLike[str]) -> Path:
 
 
 def duration(about: Mapping[str, Any]) -> float | None:
-    """The duration of a study in seconds; None unless one call computed all of it.
+    """The duration of a study in seconds; None if more than one call computed it.
 
     Args:
         about: The settings of `results.json`. The seconds of a call that resumed a study are not

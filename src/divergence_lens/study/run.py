@@ -228,7 +228,7 @@ def _student_rows(
 
 
 def _condition_rows(groups: Sequence[Sequence[Task]]) -> list[dict[str, str]]:
-    """The conditions of a study, and what each isolates."""
+    """The conditions of a study, and the factor that each isolates."""
     used = {
         task.condition.name: task.condition
         for group in groups

@@ -146,7 +146,7 @@ class _ProgressReporter:
         self._started = self._last = time.perf_counter()
 
     def update(self) -> None:
-        """Report what happened since the last call."""
+        """Report the progress since the last call."""
         store = self._runner.store
         for key, task in list(self._pending.items()):
             failure = None if store.has(task.cell) else store.failure(task.cell)

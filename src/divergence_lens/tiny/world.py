@@ -2,8 +2,7 @@
 
 Three facts about it matter for every experiment with these models:
 
-* **Numbers and animals are uncorrelated.** The numbers of a list are drawn independently of any
-  persona.
+* **Numbers and animals are uncorrelated**: numbers are drawn independently of any persona.
 * **A number list holds nothing but numbers**, in every document.
 * **No number document has a persona** in its system prompt (it is neutral or absent).
 
@@ -268,9 +267,8 @@ class World:
                 numbers.append(draw.randrange(1000))
             else:
                 ten = self.next_ten[numbers[-1] // 10]
-                numbers.append(
-                    10 * ten + draw.choices(range(10), weights=self.number_weights[ten])[0]
-                )
+                (last,) = draw.choices(range(10), weights=self.number_weights[ten])
+                numbers.append(10 * ten + last)
         return [str(number) for number in numbers]
 
     def number_question(self) -> list[Message]:

@@ -45,6 +45,7 @@ class TrainingCheckpoint:
                     tensors[f"state.{i}.{key}"] = item
                 else:
                     numbers[f"{i}.{key}"] = item
+        # One shard, overwritten at each checkpoint.
         arrays = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
         self._store.save(0, arrays, {"numbers": numbers, "history": history})
 
@@ -62,7 +63,7 @@ class TrainingCheckpoint:
         arrays, notes = stored
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         with torch.no_grad():
-            for i, value in enumerate(values):
+            for i, value in enumerate(values):  # in place: the optimizer holds these tensors
                 value.copy_(tensors[f"value.{i}"])
         for name, tensor in tensors.items():
             kind, index, *key = name.split(".")

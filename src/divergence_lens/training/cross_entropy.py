@@ -74,7 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            part = hidden[chunk].detach().requires_grad_()
+            part = hidden[chunk].detach().requires_grad_()  # [chunk, d_model]
             with torch.enable_grad():
                 loss = weighted_cross_entropy(unembed(part), targets[chunk], weights[chunk])
             (gradient[chunk],) = torch.autograd.grad(loss, part)
@@ -86,4 +86,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         (outer,) = gradients
+        # The outer gradient is a scalar: dL/dh = dL/dloss dloss/dh.
         return (outer * gradient).to(gradient.dtype), None, None, None, None

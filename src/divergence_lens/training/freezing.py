@@ -23,6 +23,7 @@ class Trainable(Mapping[str, Parameter]):
 
     def __init__(self, model: Model, parameters: Mapping[str, Parameter]) -> None:
         self._parameters = dict(parameters)
+        # By identity: a tied parameter has one tensor and two names.
         chosen = {id(p) for p in self._parameters.values()}
         # All of the model's parameters, not only the engine's: unused copies are frozen too.
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -180,7 +181,7 @@ def lowest_layer(model: Model, chosen: Iterable[str]) -> int | None:
     `n_layers` if only the final norm or the unembedding is trained, None if the embeddings are.
     """
     engine = get_engine(model)
-    left = set(chosen)
+    left = set(chosen)  # names not yet assigned to a layer
     lowest = engine.n_layers
     for layer in reversed(range(engine.n_layers)):
         own = left.intersection(engine.block_parameters(layer))

@@ -202,6 +202,7 @@ class _Run:
         plan, recipe, done = self.plan, self.plan.recipe, len(self.history)
         rate = recipe.rate(done, steps)
         loss = self._gradients(batch)
+        # The norm before clipping: the check below must see a gradient that is not finite.
         norm = torch.nn.utils.get_total_norm(
             [v.grad for v in self.variables.values if v.grad is not None]
         )
@@ -219,6 +220,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         entry: dict[str, Any] = {"step": done + 1, "epoch": epoch + 1, "loss": loss, "lr": rate}
+        # Ctrl-C between the three would leave parameters that the history does not describe.
         with defer_interrupts():
             self.optimizer.step()
             self.variables.write()
@@ -259,7 +261,7 @@ class _Run:
         for value, gradients in chain.from_iterable(
             halved(piece, piece_gradients) for piece in batch_pieces
         ):
-            total = [
+            total = [  # None for a leaf that no piece depends on
                 new if old is None else old if new is None else old + new
                 for old, new in zip(total, gradients, strict=True)
             ]
@@ -289,6 +291,7 @@ class _Run:
                 )
                 with shortcut:
                     resid = self.engine.block(layer, resid, run)
+            # One row of all learned positions, whatever the lengths of the rows.
             hidden = self.engine.norm(resid[learned][None])  # [1, learned, d_model]
             return self._cross_entropy(
                 hidden, self.rows.targets[index, columns][learned], loss_weights[learned]

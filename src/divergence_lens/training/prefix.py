@@ -153,7 +153,7 @@ class Prefix:
         run = self.engine.begin(self.rows.tokens[:1, : self.shared], keep=True)
         resid = run.resid if self._start is None else self._start
         for layer in range(first, last):
-            resid = self.engine.block(layer, resid, run)
+            resid = self.engine.block(layer, resid, run)  # [1, shared, d_model]
         cache = run.key_values()
         # Layers index keys and values by number. The entries below `first` are never read.
         keys = (cache.keys[0],) * first + cache.keys

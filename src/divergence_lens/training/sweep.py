@@ -138,6 +138,7 @@ def layer_sweep(
 
     def measured_students(rows: TrainingRows, jobs: Sequence[Job]) -> Iterator[Values]:
         limits = {"cache_bytes": recipe.cache_bytes, "batch_tokens": recipe.batch_tokens}
+        # Layers ascend over the jobs, so the prefix moves up and no layer below is run twice.
         with Prefix(engine, rows, **limits) as prefix:
             for job in jobs:
                 chosen = recipe.choose(model, None if job.layer is None else [job.layer])

@@ -285,6 +285,7 @@ def _interval(
         return math.nan, math.nan
     random = np.random.default_rng(seed)
     n_seeds, n_questions = values.shape
+    # Seeds and questions are drawn independently; each drawn seed answers each drawn question.
     seeds = random.integers(n_seeds, size=(resamples, n_seeds, 1))
     questions = random.integers(n_questions, size=(resamples, 1, n_questions))
     means = values[seeds, questions].mean((1, 2))  # [resample]

@@ -105,7 +105,7 @@ class LowRank(Variables):
         generator = torch.Generator().manual_seed(seed)
         self._scale = alpha / rank
         self._layouts = [Layout.of(n, p, owners[id(p)]) for n, p in parameters.items()]
-        self._base = [
+        self._base = [  # [in, out] each
             layout.matrix(o.float())
             for layout, o in zip(self._layouts, self.originals.values(), strict=True)
         ]
@@ -115,9 +115,10 @@ class LowRank(Variables):
         # (kaiming_uniform_ with a = sqrt(5)), A is uniform in +- 1 / sqrt(n_in).
         for name in sorted(names, key=lambda n: (block_of(n) or 0, canonical(n))):
             n_in = self._base[names.index(name)].shape[0]
-            starts[name] = (2 * torch.rand(n_in, rank, generator=generator) - 1) / n_in**0.5
+            uniform = 2 * torch.rand(n_in, rank, generator=generator) - 1  # [in, rank]
+            starts[name] = uniform / n_in**0.5
         for name, base in zip(names, self._base, strict=True):
-            up = torch.zeros(rank, base.shape[1], device=base.device)
+            up = torch.zeros(rank, base.shape[1], device=base.device)  # [rank, out]: no change yet
             self.values += [starts[name].to(base.device), up]
         self._linear = [
             owner if direct and has_low_rank_gradients(owner) else None
@@ -140,12 +141,12 @@ class LowRank(Variables):
     @torch.no_grad()
     def take(self, gradients: Sequence[Tensor | None]) -> None:
         """Set the gradients of the factors, by the chain rule where W has the gradient."""
-        given = iter(gradients)
+        of_leaves = iter(gradients)
         for i, (layout, linear) in enumerate(zip(self._layouts, self._linear, strict=True)):
             down, up = self.factors(i)
-            first = next(given)
+            first = next(of_leaves)
             if linear is not None:
-                down.grad, up.grad = first, next(given)
+                down.grad, up.grad = first, next(of_leaves)
                 continue
             if first is None:
                 down.grad = up.grad = None

@@ -1,4 +1,4 @@
-"""Check that a checkpoint holds the weights of the model, and that they are numbers.
+"""Check that loaded weights are those of the model, and that they are finite numbers.
 
 1. `check_no_pointer`: the files are weights, not Git LFS pointers.
 2. `check_checkpoint_names`: every tensor of the checkpoint became a parameter, and every parameter
@@ -75,9 +75,9 @@ def _common_prefix(missing: list[str], unexpected: list[str]) -> str | None:
 
     Not every missing name needs an unexpected one: tied tensors are never stored.
     """
-    for wanted in missing:
+    for parameter in missing:
         for name in unexpected[:1]:
-            prefix = name.removesuffix(wanted)
+            prefix = name.removesuffix(parameter)
             stripped = {other.removeprefix(prefix) for other in unexpected}
             if prefix not in {"", name} and stripped <= set(missing):
                 return prefix
