@@ -324,27 +324,26 @@ def _texts(
             f"{where} has no prompt; its keys are {keys}. Rename them to prompt and completion "
             "(question and response, instruction and output), or give messages."
         )
-    asked, answered = layout[0], layout[-1]
+    prompt_key, completion_key = layout[0], layout[-1]
     prompt: str | Conversation
     completion: str | None = None
-    if asked in ("messages", "conversations"):
-        prompt, completion = split_conversation(given[asked], f"{where}: {asked!r}")
-    elif asked == "instruction":
+    if prompt_key in ("messages", "conversations"):
+        prompt, completion = split_conversation(given[prompt_key], f"{where}: {prompt_key!r}")
+    elif prompt_key == "instruction":
         prompt = _instruction(given, where)
     else:
-        prompt = as_prompt(given[asked], f"{where}: {asked!r}")
+        prompt = as_prompt(given[prompt_key], f"{where}: {prompt_key!r}")
     if given.get("system"):
         prompt = _with_system(prompt, given["system"], where)
-    if answered != asked:
-        completion = _completion(given[answered], f"{where}: {answered!r}")
+    if completion_key != prompt_key:
+        completion = _completion(given[completion_key], f"{where}: {completion_key!r}")
     return prompt, completion
 
 
 def _with_system(prompt: str | Conversation, system: Any, where: str) -> Conversation:
     """Put the system prompt of a row, which has a key of its own, before its prompt."""
     check_text(system, f"{where}: 'system'")
-    is_text = isinstance(prompt, str)
-    turns = [{"role": "user", "content": prompt}] if is_text else prompt.messages()
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt.messages()
     if turns[0]["role"] == "system":
         raise ValueError(f"{where} has a 'system' and a system turn; leave one of them out")
     whole = as_prompt([{"role": "system", "content": system}, *turns], where)

@@ -133,8 +133,8 @@ def check_candidate(
     known = known_candidates(category) if candidates is None else tuple(candidates)
     spelling = {candidate.casefold(): candidate for candidate in known}
     folded = name.strip().casefold()
-    if wanted in spelling:
-        return spelling[wanted]
+    if folded in spelling:
+        return spelling[folded]
     near = difflib.get_close_matches(folded, spelling, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(spelling[n]) for n in near)}? " if near else ""
     raise ValueError(

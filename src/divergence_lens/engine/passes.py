@@ -60,7 +60,7 @@ class KeyValues:
 
 @dataclass
 class Work:
-    """Counts of the positions that an engine has computed; benchmarks compare them with the minimum.
+    """Counts of the positions that an engine has computed, which benchmarks compare with a minimum.
 
     Attributes:
         positions: Positions that went through a block, summed over blocks and rows.
