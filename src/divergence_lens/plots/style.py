@@ -236,14 +236,17 @@ def error_bars(
     }
 
 
+_DASHES = {"control": "dot", "before": "dashdot"}
+
+
 def level(label: str, ends: Sequence[float], value: float, words: str) -> go.Scatter:
-    """A dashed line across the plot at one value; dotted for the control."""
+    """Draw a dashed line across the plot at one value; the kinds of dashes differ by label."""
     return go.Scatter(
         x=[ends[0], (ends[0] + ends[1]) / 2, ends[1]],
         y=[value] * 3,
         mode="lines",
         name=escape(label),
-        line={"color": INK, "width": 1.6, "dash": "dot" if label == "control" else "dash"},
+        line={"color": INK, "width": 1.6, "dash": _DASHES.get(label, "dash")},
         text=[words] * 3,
         hoverinfo="text",
     )
