@@ -163,9 +163,11 @@ def test_a_total_of_nothing_is_nan(effects):
 
 def test_columns_are_looked_up_by_clean_position(effects):
     assert effects.column(0, 3) == 3
-    united = replace(effects, positions=((0, 1, 4, 6), ()))
-    assert [united.column(0, p) for p in (0, 1, 3, 4, 5, 6)] == [0, 1, 1, 2, 2, 3]
-    assert united[[1, 0]].positions == ((), (0, 1, 4, 6))
+    united = replace(effects, positions=((0, 1, 4, 6, 8), ()))
+    assert [united.column(0, p) for p in range(8)] == [0, 1, 1, 1, 2, 2, 3, 3]
+    assert united[[1, 0]].positions == ((), (0, 1, 4, 6, 8))
+    with pytest.raises(ValueError, match="pair 0 has 4 columns and no position 8"):
+        united.column(0, 8)
     with pytest.raises(ValueError, match="pair 1 has 3 columns and no position 3"):
         united.column(1, 3)
     with pytest.raises(ValueError, match="labels and positions differ in length"):
@@ -223,7 +225,7 @@ def test_files_give_back_everything(effects, tmp_path):
         effects,
         verified=effects.agreement(effects),
         differs=((False, True, True, False), (True, False, False)),
-        positions=((0, 1, 3, 4), ()),
+        positions=((0, 1, 3, 4, 5), ()),
     )
     for i, kept in enumerate((effects, checked)):
         path = tmp_path / f"{i}.safetensors"

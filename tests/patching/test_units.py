@@ -342,7 +342,7 @@ def test_labels_segments_and_positions_of_columns(model_of):
     assert corrupted == tokenizer.decode([31])
     assert effects.segments[1] == ("text", "text", "bias", "text", "text", "divergence")
     assert effects.differs[1] == (False, False, True, False, False, False)
-    assert effects.positions[1] == (0, 1, 2, 4, 5, 6)
+    assert effects.positions[1] == (0, 1, 2, 4, 5, 6, 7)
     assert [effects.column(1, p) for p in range(7)] == [0, 1, 2, 2, 3, 4, 5]
 
 

@@ -71,7 +71,7 @@ def test_tokens_that_differ_are_bold_in_every_segment_and_units_show_both_sides(
         whole,
         labels=(("You", "s|now → a|very|long|word", "\n", " x", " 17"), whole.labels[1]),
         differs=((False, True, False, True, False), (False,) * 7),
-        positions=((0, 1, 3, 4, 5), ()),
+        positions=((0, 1, 3, 4, 5, 6), ()),
     )
     figure = plots.effects_heatmap(united)
     assert list(figure.layout.yaxis.ticktext)[:4] == [

@@ -26,8 +26,8 @@ class PairCells:
         labels: For each cell the text of its column, or the name of its segment.
         segments: For each cell the segment that it covers or lies in.
         differs: For each cell whether it covers a token that differs between the two rows.
-        positions: For each cell its first clean position; empty if cell p is position p, or if
-            cells are not columns.
+        positions: For each cell its first clean position, and the length of the clean row; empty
+            if cell p is position p, or if cells are not columns.
     """
 
     columns: tuple[Column, ...]
@@ -56,7 +56,7 @@ def cells_of(pairs: Pairs, i: int, span: Span, *, units: bool) -> PairCells:
         # Segment and target of a unit are those of its last token.
         names = [pairs.segments[i][column.clean[-1]] for column in columns]
         differ = [any(differ[position] for position in column.clean) for column in columns]
-        positions = tuple(column.clean.start for column in columns)
+        positions = (0, *(column.clean.stop for column in columns))
     else:
         columns = _one_to_one(len(pairs.clean[i]))
         labels, names = list(pairs.labels[i]), list(pairs.segments[i])

@@ -66,8 +66,8 @@ class Effects(EffectTables):
             span differs in length ("T|om → Lily").
         differs: For each column of each pair whether its tokens differ between the two rows; empty
             if that is not known.
-        positions: For each column of each pair its first clean position; empty for pairs whose
-            column p is position p.
+        positions: For each column of each pair its first clean position, and the length of the
+            clean row; empty for pairs whose column p is position p.
         answer_labels: One string per token of each pair's answer, which shows how it was tokenized.
         foil_labels: One string per token of each pair's foil.
         verified: Agreement with exactly computed cells, if requested.
@@ -97,10 +97,10 @@ class Effects(EffectTables):
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} entries, but values has {n} pairs"
                 )
-        for name in ("differs", "positions"):
+        for name, more in (("differs", 0), ("positions", 1)):
             rows = getattr(self, name)
             if rows and [len(row) for row in rows if row] != [
-                len(labels) for row, labels in zip(rows, self.labels, strict=True) if row
+                len(labels) + more for row, labels in zip(rows, self.labels, strict=True) if row
             ]:
                 raise ValueError(f"labels and {name} differ in length")
         longest = max((len(row) for row in self.labels), default=0)
