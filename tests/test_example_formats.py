@@ -73,6 +73,7 @@ ROWS = {
         {"instruction": "a", "system": "s", "output": "b"},
         Example(SYSTEM, "b"),
     ),
+    "prompt and response": ({"prompt": "a", "response": "b"}, Example("a", "b")),
     "text with a system prompt": (
         {"prompt": "a", "system": "s", "completion": "b"},
         Example(SYSTEM, "b"),

@@ -36,6 +36,8 @@ _LINES = (".jsonl", ".ndjson")
 # a completion before rows without.
 _LAYOUTS = (
     ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "completion"),
     ("question", "response"),
     ("messages",),
     ("conversations",),
@@ -99,8 +101,8 @@ def load_examples(source: Any) -> list[Example]:
 
     A row is an `Example` or a mapping with the keys of one of these formats:
 
-    - `prompt` and `completion`, or `question` and `response`: text, or lists of messages as in TRL.
-      The completion may be absent.
+    - `prompt` (or `question`) and `completion` (or `response`): text, or lists of messages as in
+      TRL. The completion may be absent.
     - `messages` (OpenAI, TRL) or `conversations` (ShareGPT): a whole conversation. The last turn
       is the completion if the assistant wrote it, and the turns before it are the prompt.
     - `instruction`, `output` and optionally `input` (Alpaca): an input follows the instruction
