@@ -16,9 +16,9 @@ once per cell; its time is measured on `--cells` random cells and multiplied. Th
 `integrated` is one trace per layer and step, measured on three layers and multiplied. That of
 `gradient` is two forward passes and one backward pass of the Hugging Face model, without gradients
 of the weights and with logits of the last position only. Sides alternate for `--repeats` rounds;
-the table shows medians of CPU seconds over all threads (which other programs hardly affect), and the
-range of the ratio. Results are compared, and the command stops at
-a difference above 1e-3 of the largest value.
+the table shows medians of CPU seconds over all threads, which other programs hardly affect, and
+the range of the ratio. Results are compared, and the command stops at a difference above 1e-3 of
+the largest value.
 """
 
 import argparse
