@@ -193,7 +193,7 @@ CASES: list[Case] = [
         "ids outside the vocabulary",
         lambda k: find(k, [dl.Example("a", "b", completion_ids=(10**6,))]),
         ValueError,
-        "token id 1000000, but the model of teacher 'owl' has 1,728",
+        "token id 1000000, but the model of teacher 'owl' predicts ids below 1,728",
     ),
     (
         "a completion over the context",
