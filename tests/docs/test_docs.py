@@ -43,7 +43,10 @@ LINK = re.compile(r"(?<!\!)\[[^\]\[]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)|sr
 REASONS = {
     "needs a model from the hub": (ValueError, "cannot load '.*connect"),
     "needs a GPU": ((RuntimeError, AssertionError), "CUDA"),
-    "needs a server": (ConnectionError, "cannot be reached|still fails"),
+    "needs a server": (
+        (ConnectionError, ValueError),
+        "cannot be reached|no tokenizer can be loaded",
+    ),
 }
 MOST_NOT_RUN = 6
 

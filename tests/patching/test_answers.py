@@ -144,6 +144,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 def test_one_row_for_both_sides_equals_a_row_for_each(model_of, monkeypatch, call, direction):
@@ -158,6 +159,7 @@ def test_one_row_for_both_sides_equals_a_row_for_each(model_of, monkeypatch, cal
     np.testing.assert_allclose(together.clean_metric, apart.clean_metric, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["q", "k"])
 @pytest.mark.parametrize("method", ["qk", "atp*"])
 def test_corrected_queries_and_keys_of_two_rows_equal_those_of_one(

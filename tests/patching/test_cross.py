@@ -63,6 +63,7 @@ def test_margins_are_those_of_a_plain_pass_of_each_half(model_of, family, batch_
                     assert actual == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_rows", [1, 128])
 def test_margins_of_answers_of_several_tokens_are_those_of_a_pass_for_each_token(
     model_of, batch_rows

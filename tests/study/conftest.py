@@ -6,6 +6,7 @@ import pytest
 
 from divergence_lens.study import StudyConfig, run_study
 from divergence_lens.study.presets import STUDENT
+from tests.support.small_studies import copy_folder
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +27,13 @@ def config():
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory, config):
+def finished(tmp_path_factory, config):
     out = tmp_path_factory.mktemp("cells")
     run_study(config, out)
     return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, finished):
+    """A copy for each module: a second run rewrites the results of the first."""
+    return copy_folder(finished, tmp_path_factory.mktemp("module") / "cells")

@@ -89,6 +89,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other units of ru_maxrss")
 def test_the_peak_of_memory_does_not_grow_with_the_positions():
     """800 positions of 151,936 logits: 464 MiB each time they exist."""

@@ -115,7 +115,8 @@ def test_a_damaged_shard_is_refused_with_the_reason(damage, model, examples, tmp
     file = shards(tmp_path)[1]
     content = file.read_bytes()
     file.write_bytes(content[:-3] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(ValueError, match=rf"{file.name} was {damage}"):
+    says = {"cut": "is not a safetensors file, or was cut short", "altered": "was altered"}[damage]
+    with pytest.raises(ValueError, match=rf"{file.name} .*{says}"):
         find(model, examples, checkpoint_dir=tmp_path)
 
 
