@@ -66,7 +66,7 @@ CASES: list[Case] = [
         "header.safetensors",
     ),
     (
-        "a folder in place of a file",
+        "a folder instead of a file",
         lambda k: k.student.save(k.file("nothing")),
         OSError,
         "nothing",
@@ -91,7 +91,7 @@ CASES: list[Case] = [
         "2",
     ),
     (
-        "a metric of one's own on answers of several tokens",
+        "a custom metric on answers of several tokens",
         lambda k: dl.causal_mediation(
             k.model, from_prompts(k, answers=["owl cat"]), metric=lambda x, _: x[:, 0]
         ),

@@ -1,4 +1,4 @@
-"""Conditions of one's own, and configurations that are refused before anything runs."""
+"""Custom conditions, and configurations that are refused before anything runs."""
 
 import re
 from dataclasses import replace

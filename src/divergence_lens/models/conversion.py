@@ -96,6 +96,8 @@ def build_hooked(hf_model: Any, name: str) -> Model:
                 folder, hf_cfg=config, dtype=dtype, device=device, default_prepend_bos=False
             )
             weights = get_pretrained_state_dict(folder, cfg, hf_model, dtype=dtype)
+        # TransformerLens has no error of its own for an architecture that it cannot convert: a
+        # converter fails at the first field or module that it does not find.
         except (KeyError, ValueError, AttributeError, NotImplementedError, TypeError) as error:
             raise ConversionError(first_line(error)) from error
     cfg.model_name = name

@@ -7,10 +7,8 @@ after it. A differing span whose two sides have different numbers of tokens is o
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -46,11 +44,7 @@ from divergence_lens.pairs.rows import PairRows
 from divergence_lens.pairs.view import pairs_html
 from divergence_lens.teachers import Teacher
 
-if TYPE_CHECKING:
-    pass
 
-
-@dataclass(frozen=True, repr=False)
 class Pairs(PairRows):
     """Clean and corrupted rows, with the tokens that the metric compares at their end.
 
@@ -86,22 +80,6 @@ class Pairs(PairRows):
         ValueError: If the fields do not fit each other, an answer equals its foil, or the two
             runs of a pair are the same.
     """
-
-    clean: tuple[Int64[Tensor, " _"], ...]
-    corrupted: tuple[Int64[Tensor, " _"], ...]
-    answers: Int64[Tensor, "pairs tokens"]
-    foils: Int64[Tensor, "pairs foil_tokens"]
-    segments: tuple[tuple[str, ...], ...]
-    alignment: tuple[Int64[np.ndarray, " _"], ...]
-    clean_teacher: tuple[Teacher | None, ...]
-    corrupted_teacher: tuple[Teacher | None, ...]
-    labels: tuple[tuple[str, ...], ...]
-    corrupted_labels: tuple[tuple[str, ...], ...]
-    answer_labels: tuple[tuple[str, ...], ...]
-    foil_labels: tuple[tuple[str, ...], ...]
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    targets: Int64[Tensor, " pairs"] | None = None
-    cut: bool = False
 
     @classmethod
     def from_tokens(

@@ -1,6 +1,8 @@
 """The rows of pairs: their checks, target positions, and aligned columns."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@dataclass(frozen=True, repr=False)
 class PairRows:
-    """The rows of `Pairs`, which documents the attributes."""
+    """The rows of `Pairs`, which documents the attributes and builds them."""
 
     clean: tuple[Int64[Tensor, " _"], ...]
     corrupted: tuple[Int64[Tensor, " _"], ...]
@@ -37,8 +40,9 @@ class PairRows:
     corrupted_labels: tuple[tuple[str, ...], ...]
     answer_labels: tuple[tuple[str, ...], ...]
     foil_labels: tuple[tuple[str, ...], ...]
-    targets: Int64[Tensor, " pairs"] | None
-    cut: bool
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    targets: Int64[Tensor, " pairs"] | None = None
+    cut: bool = False
 
     def __post_init__(self) -> None:
         n = len(self.clean)
