@@ -190,6 +190,7 @@ def test_the_page_links_to_the_guide_only_where_it_exists(study, tmp_path):
     assert "[The study](study.md) explains" in results_page(tmp_path / "mine")
 
 
+@pytest.mark.slow
 def test_the_script_writes_the_page_of_a_run(study, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -175,6 +175,7 @@ def test_corrected_queries_and_keys_of_two_rows_equal_those_of_one(
     assert_same(together.values, apart.values, atol=2e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_values_do_not_depend_on_order_batches_or_neighbors(model_of, data):

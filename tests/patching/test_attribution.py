@@ -111,6 +111,7 @@ def test_the_gradient_is_the_limit_of_small_exact_patches(model_of, site):
             assert summed == pytest.approx(slope, rel=1e-2, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 def test_integrated_residuals_add_up_to_the_total_effect(model_of, direction):
     model = model_of("gpt2")

@@ -295,6 +295,7 @@ def test_leaves_no_hooks_flags_or_gradients(model_of):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_several_sites_equal_each_site_alone(model_of):
     model = model_of("qwen2")
     pairs = random_pairs(model.cfg.d_vocab, longer=(0, 1, 0, 2))

@@ -151,7 +151,7 @@ def check_everything_at_layer_0(model, rows, site="resid_pre"):
             assert by_column.values[0, 0, at] == pytest.approx(effects.total[0], abs=1e-4)
 
 
-@settings(max_examples=12)
+@settings(max_examples=5)
 @given(rows=rows_of_unlike_length())
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_everything_at_layer_0_is_the_total_effect(model_of, family, rows):

@@ -21,6 +21,7 @@ from divergence_lens.study.presets import GPT2_RECIPES, QWEN2_RECIPES
 from divergence_lens.study.report import findings_table, study_figures, write_study_report
 from divergence_lens.training.recipe import Recipe
 from tests.support.browser import check_in_a_browser
+from tests.support.models import BACKENDS
 
 SMALL = {
     "targets": ("owl", "cat"),
@@ -30,6 +31,17 @@ SMALL = {
     "held_out": 10,
     "pairs": 3,
 }
+
+
+# A whole study takes a while: the fast tests run it on one model class.
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(name, marks=() if name == "bridge" else pytest.mark.slow) for name in BACKENDS
+    ],
+)
+def backend(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,7 @@ def undisturbed(model, examples):
     return find(model, examples)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_run_killed_at_random_moments_resumes_to_the_same_bits(
