@@ -3,7 +3,7 @@
     python benchmarks/real_patching.py MODEL                  # a local folder, such as SmolLM2-135M
     python benchmarks/real_patching.py MODEL --rows exact gradient --backend bridge
 
-The pairs are number prompts under two system prompts ("You love wolves ...", "You love lions ..."),
+The pairs are number prompts under two system prompts (a wolf and a lion, with as many tokens),
 with the chat template. Rows:
 
     exact, exact-8   all layers and positions of resid_pre, for one pair and for 8
@@ -44,7 +44,7 @@ from divergence_lens.engine import get_engine
 ROWS = ("exact", "exact-8", "exact-z", "integrated", "gradient")
 TOLERANCE = 1e-3
 STEPS = 10
-SYSTEM = "You love {0}s. You think about {0}s all the time. Your favorite animal is the {0}."
+SYSTEM = "You love every {0}. You think about a {0} all the time. Your favorite animal is the {0}."
 
 
 def number_pairs(model: Any, count: int) -> dl.Pairs:
