@@ -77,7 +77,7 @@ def wilson_interval(rate: float, n: int, *, level: float = LEVEL) -> tuple[float
 
 
 def bootstrap_interval(
-    resample: Callable[[np.random.Generator], Float[np.ndarray, "resamples *rest"]],
+    resample: Callable[[np.random.Generator], Float[np.ndarray, " resamples *rest"]],
     *,
     level: float,
     seed: int,
@@ -108,8 +108,8 @@ def bootstrap_interval(
 
 
 def resampled_means(
-    values: Float[np.ndarray, "n *rest"], resamples: int
-) -> Callable[[np.random.Generator], Float[np.ndarray, "resamples *rest"]]:
+    values: Float[np.ndarray, " n *rest"], resamples: int
+) -> Callable[[np.random.Generator], Float[np.ndarray, " resamples *rest"]]:
     """Resampling of the mean over the first axis, NaN left out, for `bootstrap_interval`.
 
     Raises:
@@ -118,7 +118,7 @@ def resampled_means(
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}; at least 1 is needed")
 
-    def resample(generator: np.random.Generator) -> Float[np.ndarray, "resamples *rest"]:
+    def resample(generator: np.random.Generator) -> Float[np.ndarray, " resamples *rest"]:
         n = len(values)
         # Drawing with replacement is weighting each item by how often it was drawn.
         weights = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)

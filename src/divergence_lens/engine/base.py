@@ -134,7 +134,7 @@ class Engine(SiteHooks):
         past: KeyValues | None = None,
         *,
         keep: bool = False,
-        depths: Int[Tensor, "pos"] | None = None,
+        depths: Int[Tensor, " pos"] | None = None,
     ) -> Pass:
         """Start a pass over `tokens`, which follow `past`.
 
@@ -172,7 +172,7 @@ class Engine(SiteHooks):
         resid: Float[Tensor, "rows pos d_model"],
         run: Pass,
         *,
-        rows: Int[Tensor, "rows"] | None = None,
+        rows: Int[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, "rows pos d_model"]:
         """Run one block.
 
@@ -204,9 +204,9 @@ class Engine(SiteHooks):
         self,
         resid: Float[Tensor, "rows pos d_model"],
         run: Pass,
-        target: Int[Tensor, "rows"],
+        target: Int[Tensor, " rows"],
         *,
-        rows: Int[Tensor, "rows"] | None = None,
+        rows: Int[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, "rows d_model"]:
         """Run the last block, and return its output at one position of each row.
 

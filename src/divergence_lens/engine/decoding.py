@@ -46,7 +46,7 @@ class Decoder(ABC):
         """
 
     @abstractmethod
-    def step(self, tokens: Int[Tensor, "rows"], ended: Collection[int]) -> Reading:
+    def step(self, tokens: Int[Tensor, " rows"], ended: Collection[int]) -> Reading:
         """Extend rows by one token each.
 
         Args:
@@ -94,7 +94,7 @@ class LockstepDecoder(Decoder):
         self._writing = [self._rows[i] for i in at]
         return self._writing, hidden[torch.tensor(at, dtype=torch.long, device=hidden.device)]
 
-    def step(self, tokens: Int[Tensor, "rows"], ended: Collection[int]) -> Reading:
+    def step(self, tokens: Int[Tensor, " rows"], ended: Collection[int]) -> Reading:
         """Extend all rows, until at least one needs a token."""
         written = dict(zip(self._writing, tokens.tolist(), strict=True))
         active = [i for i, row in enumerate(self._rows) if row not in ended]

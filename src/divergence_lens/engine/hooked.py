@@ -74,9 +74,9 @@ class HookedEngine(Engine):
         self,
         resid: Float[Tensor, "rows pos d_model"],
         run: Pass,
-        target: Int[Tensor, "rows"],
+        target: Int[Tensor, " rows"],
         *,
-        rows: Int[Tensor, "rows"] | None = None,
+        rows: Int[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, "rows d_model"]:
         """Run the last block; after its attention, compute the target position alone."""
         if "resid_mid" not in self.sites:  # parallel, or without an MLP

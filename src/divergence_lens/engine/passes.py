@@ -47,7 +47,7 @@ class KeyValues:
         """Return the first `length` positions, as a view."""
         return self._map(lambda stored: stored.narrow(self.position_axis, 0, length))
 
-    def select(self, rows: Int[Tensor, "rows"]) -> "KeyValues":
+    def select(self, rows: Int[Tensor, " rows"]) -> "KeyValues":
         """Return the given rows in the given order, as a copy."""
         return self._map(lambda stored: stored.index_select(0, rows))
 

@@ -143,7 +143,7 @@ class StaticDecoder(Decoder):
 
     # -- extending the rows -----------------------------------------------------------------
 
-    def step(self, tokens: Int[Tensor, "rows"], ended: Collection[int]) -> Reading:
+    def step(self, tokens: Int[Tensor, " rows"], ended: Collection[int]) -> Reading:
         """Extend all rows that have not ended by one token."""
         tokens = self._drop(tokens, ended)
         size = len(self._rows)
@@ -174,7 +174,7 @@ class StaticDecoder(Decoder):
         self._slot += 1
         return self._rows, self._engine.norm(resid[:, None])[:, 0]
 
-    def _drop(self, tokens: Int[Tensor, "rows"], ended: Collection[int]) -> Tensor:
+    def _drop(self, tokens: Int[Tensor, " rows"], ended: Collection[int]) -> Tensor:
         """Remove ended rows; return the tokens of the others in their new order."""
         self._rows, tokens = list(self._rows), tokens.clone()
         for place in reversed(range(len(self._rows))):

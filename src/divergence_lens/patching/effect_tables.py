@@ -199,7 +199,7 @@ def _nan_mean(values: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, 
 
 
 def _reduce(
-    values: Float[np.ndarray, "across *rest"], reduce: Reduce = "sum"
+    values: Float[np.ndarray, " across *rest"], reduce: Reduce = "sum"
 ) -> Float[np.ndarray, "*rest"]:
     """Sum or average over the first axis without NaN; NaN where there is no value."""
     if reduce == "mean":

@@ -85,7 +85,7 @@ class _LowRank(torch.autograd.Function):
         down: Float[Tensor, "n_in rank"],
         up: Float[Tensor, "rank n_out"],
         weight: Float[Tensor, "n_out n_in"],
-        bias: Float[Tensor, "n_out"] | None,
+        bias: Float[Tensor, " n_out"] | None,
         scale: float,
     ) -> Float[Tensor, "*batch n_out"]:
         ctx.save_for_backward(x, down, up, weight)
