@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     )
     from divergence_lens.deltas import Delta
     from divergence_lens.divergence import Divergence, find_divergence
-    from divergence_lens.evaluation import Preference, TaskQuality, preference, task_quality
+    from divergence_lens.evaluation import (
+        Preference,
+        SampledAnswers,
+        TaskQuality,
+        preference,
+        task_quality,
+    )
     from divergence_lens.examples import Example, load_examples, save_examples
     from divergence_lens.generation import Server, generate
     from divergence_lens.models import Model, load_model
@@ -67,6 +73,7 @@ __all__ = [
     "Pairs",
     "Preference",
     "Recipe",
+    "SampledAnswers",
     "Server",
     "Study",
     "StudyConfig",
@@ -112,7 +119,7 @@ _HOMES = {
     ),
     "deltas": ("Delta",),
     "divergence": ("Divergence", "find_divergence"),
-    "evaluation": ("Preference", "TaskQuality", "preference", "task_quality"),
+    "evaluation": ("Preference", "SampledAnswers", "TaskQuality", "preference", "task_quality"),
     "examples": ("Example", "load_examples", "save_examples"),
     "generation": ("Server", "generate"),
     "models": ("Model", "load_model"),

@@ -329,7 +329,7 @@ CASES: list[Case] = [
     ),
     (
         "no samples",
-        lambda k: dl.preference(k.model, target="owl", method="sampled", samples=0),
+        lambda k: dl.preference(k.model, target="owl", sampled=dl.SampledAnswers(samples=0)),
         ValueError,
         "samples",
     ),

@@ -21,6 +21,7 @@ from divergence_lens.deltas.delta import Delta
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.evaluation import answers as _answers
 from divergence_lens.evaluation.preferences import preference
+from divergence_lens.evaluation.sampled import SampledAnswers
 from divergence_lens.models import load_model
 from divergence_lens.provenance import fingerprint
 from divergence_lens.teachers import Teacher
@@ -206,14 +207,14 @@ def test_sampling_agrees_with_the_exact_probability(letter_model):
         "category": "letter",
     }
     exact = preference(model, **asked)
-    sampled = preference(model, **asked, method="sampled", samples=250, seed=1)
+    sampled = preference(model, **asked, sampled=SampledAnswers(samples=250, seed=1))
     low, high = sampled.wilson(level=0.999)
     assert low < exact.probability < high
     assert high - low < 0.2
     # Each question and candidate within five standard errors of what was computed.
     error = np.sqrt(exact.probabilities * (1 - exact.probabilities) / 250)
     assert (abs(sampled.probabilities - exact.probabilities) < 5 * error).all()
-    again = preference(model, **asked, method="sampled", samples=250, seed=1)
+    again = preference(model, **asked, sampled=SampledAnswers(samples=250, seed=1))
     np.testing.assert_array_equal(again.probabilities, sampled.probabilities)
     assert sampled.method == "sampled"
     assert sampled.metadata["settings"]["samples"] == 250
@@ -225,7 +226,7 @@ def test_both_methods_agree_on_the_shipped_model(category, names, tiny):
     asked = {"target": names[0], "category": category}
     asked["questions"] = preference_questions(category)[:6]
     exact = preference(tiny, **asked)
-    sampled = preference(tiny, **asked, method="sampled", samples=100, seed=3)
+    sampled = preference(tiny, **asked, sampled=SampledAnswers(samples=100, seed=3))
     assert exact.mass > 0.5
     n = 100 * 6
     for name in names:
@@ -288,8 +289,6 @@ def test_defaults_are_twelve_candidates_and_fifty_questions(model):
         ({"candidates": ["owl"]}, "two or more different"),
         ({"candidates": ["owl", "cat", "owl"]}, "two or more different"),
         ({"candidates": ["owl", "Owl "]}, "share the answer"),
-        ({"method": "guess"}, "unknown method 'guess'"),
-        ({"method": "sampled", "samples": 0}, "samples must be 1 or more"),
         ({"system_prompt": "x", "teacher": Teacher("x")}, "not both"),
         ({"questions": ["owl " * 300]}, "over the context of 256"),
         ({"category": "planet"}, "unknown category"),
@@ -366,7 +365,7 @@ def test_fifty_questions_take_well_under_a_second_on_the_tiny_model(tiny):
 def test_sampling_the_tiny_model_agrees_with_the_exact_probability(tiny):
     asked = {"target": "owl", "questions": [f"Which animal is your favorite? {i}" for i in (1, 2)]}
     exact = preference(tiny, **asked)
-    sampled = preference(tiny, **asked, method="sampled", samples=300)
+    sampled = preference(tiny, **asked, sampled=SampledAnswers(samples=300))
     for name in ANIMALS:
         low, high = sampled.about(name).wilson(level=0.9999)
         assert low <= exact.about(name).probability <= high

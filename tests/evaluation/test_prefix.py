@@ -70,7 +70,6 @@ def test_no_prefix_is_an_empty_one(model):
     [
         ({"prefix": "I love the "}, "begins or ends with a space"),
         ({"prefix": []}, "no prefixes"),
-        ({"prefix": "the", "method": "sampled"}, "takes no prefix"),
         ({"prefix": "x" * 300}, "over the context of 256"),
     ],
 )

@@ -29,7 +29,9 @@ def models(random_model, monkeypatch):
     return [random_model("llama", seed=2) for _ in range(2)]
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "sampled", "samples": 4, "batch_tokens": 99}])
+@pytest.mark.parametrize(
+    "options", [{}, {"sampled": dl.SampledAnswers(samples=4), "batch_tokens": 99}]
+)
 def test_preference(options, models):
     alone = dl.preference(models[0], **PREFERENCE, **options)
     both = shared(

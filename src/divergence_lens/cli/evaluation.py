@@ -29,10 +29,17 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Beginning of the answer; repeat it to average over several."),
     ] = None,
-    method: Annotated[
-        str, typer.Option(help='"exact" for probabilities, "sampled" for sampled answers.')
-    ] = "exact",
-    samples: Annotated[int, typer.Option(help="Samples per question.")] = 100,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Sample this many answers per question instead of exact probabilities."),
+    ] = None,
+    anywhere: Annotated[
+        bool,
+        typer.Option("--anywhere", help="Count mentions anywhere in a sampled answer."),
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Maximum tokens of a sampled answer.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the preference to a file.")] = None,
     seed: Seed = 0,
     *,
@@ -42,8 +49,20 @@ def evaluate(
 
     Example: divergence-lens evaluate --target owl --teacher student=@student.safetensors
     """
-    from divergence_lens.evaluation import preference
+    from divergence_lens.evaluation import SampledAnswers, preference
 
+    if samples is None and (anywhere or max_new_tokens is not None):
+        raise ValueError(
+            "--anywhere and --max-new-tokens are for sampled answers; give --samples N"
+        )
+    sampled = None
+    if samples is not None:
+        sampled = SampledAnswers(
+            samples=samples,
+            mention="anywhere" if anywhere else "start",
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
     result = preference(
         loading.load(),
         target=target,
@@ -51,9 +70,7 @@ def evaluate(
         candidates=None if candidates is None else list(split_names(candidates)),
         prefix=prefix or "",
         teacher=read_teacher(teacher, loading.load),
-        method=method,
-        samples=samples,
-        seed=seed,
+        sampled=sampled,
         progress=True,
     )
     if out is not None:

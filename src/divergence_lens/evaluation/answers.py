@@ -1,7 +1,7 @@
-"""Probabilities of answers: counted over samples, or computed by teacher forcing.
+"""Exact probabilities of answers, by teacher forcing.
 
 An answer counts for a candidate if it begins with one of its surface forms as a whole word. The
-exact method runs the tokens of every form after every question, on the question's keys and values:
+tokens of every form run after every question, on the question's keys and values:
 
     p(form) = prod_k p(token k | question, tokens before k) * p(the next token ends the word)
 
@@ -10,7 +10,6 @@ Forms that begin with the same tokens are branches of one tree, and a tree is on
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,17 +22,12 @@ from torch import Tensor
 
 from divergence_lens._utils.batching import length_batches, pad_right, shared_prefix
 from divergence_lens._utils.checkpoints import Processes
-from divergence_lens._utils.interrupts import discard_partial
 from divergence_lens._utils.memory import run_halved
 from divergence_lens.chat import decode, encode_completions, encode_prompts, stop_ids
-from divergence_lens.data import read_answer, surface_forms
+from divergence_lens.data import surface_forms
 from divergence_lens.engine import Engine, KeyValues, chunk_rows, get_engine, in_chunks
-from divergence_lens.generation import generate
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher
-
-# Extra tokens of a sampled answer beyond the longest form, to see where its word ends.
-_SLACK = 2
 
 # Number of stored positions that take as much memory as one position of a forward pass.
 _STORED_PER_TOKEN = 4
@@ -43,47 +37,6 @@ _SHORTEST_PREFIX = 16
 
 # How byte-level and SentencePiece tokenizers write the space before a word.
 _SPACES = frozenset("Ġ▁")
-
-
-@discard_partial()
-def sampled_probabilities(
-    model: Model,
-    teacher: Teacher,
-    questions: tuple[str, ...],
-    candidates: tuple[str, ...],
-    *,
-    samples: int,
-    temperature: float,
-    seed: int,
-    batch_tokens: int,
-    checkpoint_dir: str | os.PathLike[str] | None = None,
-    accelerator: Any = None,
-    progress: bool = False,
-) -> Float64[np.ndarray, "questions candidates"]:
-    """Return the fraction of `samples` answers to each question that name each candidate."""
-    forms, _ = form_ids(model.tokenizer, candidates)
-    answers = generate(
-        model,
-        [question for question in questions for _ in range(samples)],
-        teacher=teacher,
-        max_new_tokens=max(map(len, forms)) + _SLACK,
-        temperature=temperature,
-        seed=seed,
-        batch_tokens=batch_tokens,
-        checkpoint_dir=checkpoint_dir,
-        accelerator=accelerator,
-        progress=progress,
-    )
-    counts = np.zeros((len(questions), len(candidates)))
-    known: dict[str, str | None] = {}
-    for row, answer in enumerate(answers):
-        text = answer.completion or ""
-        if text not in known:
-            known[text] = read_answer(text, candidates=candidates)
-        name = known[text]
-        if name is not None:
-            counts[row // samples, candidates.index(name)] += 1
-    return counts / samples
 
 
 def exact_probabilities(

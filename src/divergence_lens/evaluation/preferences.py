@@ -16,8 +16,9 @@ from divergence_lens.data import (
     preference_questions,
 )
 from divergence_lens.divergence import refuse_dropout
-from divergence_lens.evaluation.answers import exact_probabilities, sampled_probabilities
+from divergence_lens.evaluation.answers import exact_probabilities
 from divergence_lens.evaluation.result import Preference
+from divergence_lens.evaluation.sampled import SampledAnswers, sampled_probabilities
 from divergence_lens.models import Model, check_model
 from divergence_lens.provenance import run_metadata
 from divergence_lens.teachers import Teacher, check_teacher
@@ -33,10 +34,7 @@ def preference(
     prefix: str | Sequence[str] = "",
     system_prompt: str | None = None,
     teacher: Teacher | None = None,
-    method: str = "exact",
-    samples: int = 100,
-    temperature: float = 1.0,
-    seed: int = 0,
+    sampled: SampledAnswers | None = None,
     batch_tokens: int = 8192,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     accelerator: Any = None,
@@ -60,28 +58,26 @@ def preference(
         prefix: The beginning of the answer, such as "My favorite animal is the"; candidates follow
             it. Of several prefixes, the probabilities are averaged. A model that seldom begins its
             answer with a candidate (a low `mass`) is measured more precisely after a prefix.
-            Exact method only.
+            Not for sampled answers.
         system_prompt: The system prompt of the evaluation.
         teacher: Evaluate under this teacher's system prompt and weights instead.
-        method: "exact", or "sampled": `samples` answers per question at `temperature`.
-        samples: Answers per question of the sampled method.
-        temperature: Temperature of the sampled method.
-        seed: Seed of the sampled method.
+        sampled: Count sampled answers, as described there, instead of computing exact
+            probabilities.
         batch_tokens: Tokens per forward pass.
-        checkpoint_dir: A folder for the sampled method's finished batches, from which the same call
+        checkpoint_dir: A folder for finished batches of sampled answers, from which the same call
             resumes; see `generate`. The exact method takes a few passes and stores nothing.
         accelerator: An `accelerate.Accelerator` or `accelerate.PartialState`, whose processes
             divide the questions. All processes make the same call, and each returns the result.
-        progress: Whether the sampled method shows a progress bar; the exact one takes a few passes.
+        progress: Whether sampling shows a progress bar; the exact method takes a few passes.
 
     Returns:
         The probability of every candidate for every question.
 
     Raises:
         ValueError: An unknown target; no questions; fewer than two candidates, or two of one name
-            or with the same form; a system prompt beside a teacher; a question over the context; a
-            prefix with the sampled method, or that ends in a space;
-            a model with dropout in training mode; logits that are not finite.
+            or with the same form; a system prompt beside a teacher; a question and prefix over the
+            context; a prefix for sampled answers, or one that ends in a space; a model with dropout
+            in training mode; logits that are not finite.
     """
     check_model(model)
     refuse_one_string(questions, "questions")
@@ -98,15 +94,14 @@ def preference(
     question_texts = tuple(preference_questions(category) if questions is None else questions)
     if not question_texts:
         raise ValueError("there are no questions to ask")
-    if method not in ("exact", "sampled"):
-        raise ValueError(f"unknown method {method!r}; use 'exact' or 'sampled'")
     refuse_dropout(model if teacher.model is None else teacher.model)
     prefixes = (prefix,) if isinstance(prefix, str) else tuple(prefix)
-    _check_prefixes(prefixes, method)
-    settings: dict[str, Any] = {"method": method, "system_prompt": teacher.system_prompt}
-    if prefixes != ("",):
-        settings["prefixes"] = list(prefixes)
-    if method == "exact":
+    _check_prefixes(prefixes, sampled)
+    settings: dict[str, Any] = {"system_prompt": teacher.system_prompt}
+    if sampled is None:
+        settings |= {"method": "exact"}
+        if prefixes != ("",):
+            settings |= {"prefixes": list(prefixes)}
         read = [
             exact_probabilities(
                 model,
@@ -121,17 +116,13 @@ def preference(
         ]
         probabilities = sum(read[1:], start=read[0]) / len(read)
     else:
-        if samples < 1:
-            raise ValueError(f"samples must be 1 or more, got {samples}")
-        settings |= {"samples": samples, "temperature": temperature, "seed": seed}
+        settings |= {"method": "sampled", **sampled.describe()}
         probabilities = sampled_probabilities(
             model,
             teacher,
             question_texts,
             names,
-            samples=samples,
-            temperature=temperature,
-            seed=seed,
+            sampled,
             batch_tokens=batch_tokens,
             checkpoint_dir=checkpoint_dir,
             accelerator=accelerator,
@@ -142,19 +133,17 @@ def preference(
         candidates=names,
         questions=question_texts,
         probabilities=probabilities,
-        samples=None if method == "exact" else samples,
+        samples=None if sampled is None else sampled.samples,
         teacher=teacher.name,
         metadata=run_metadata(model, **settings),
     )
 
 
-def _check_prefixes(prefixes: Sequence[str], method: str) -> None:
+def _check_prefixes(prefixes: Sequence[str], sampled: SampledAnswers | None) -> None:
     if not prefixes:
         raise ValueError('there are no prefixes; leave prefix out, or give "" for none')
-    if method == "sampled" and any(prefixes):
-        raise ValueError(
-            "the sampled method counts whole answers and takes no prefix; use method='exact'"
-        )
+    if sampled is not None and any(prefixes):
+        raise ValueError("sampled answers are whole answers and take no prefix; leave sampled out")
     for prefix in prefixes:
         if prefix != prefix.strip():
             raise ValueError(

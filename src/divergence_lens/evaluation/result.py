@@ -13,6 +13,7 @@ from jaxtyping import Float64
 from divergence_lens._utils.statistics import bootstrap_interval, check_level, wilson_interval
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.data import check_candidate
+from divergence_lens.evaluation.distance import Distance, permuted_distance
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,9 +69,10 @@ class Preference:
 
     @property
     def mass(self) -> float:
-        """Probability that the answer is any candidate, mean over the questions.
+        """Sum of the candidates' probabilities, mean over the questions.
 
-        A student whose mass has fallen has forgotten how to answer; its share says little then.
+        A student whose mass has fallen has forgotten how to answer; its share says little then. The
+        mass can exceed 1 where one sampled answer mentions several candidates.
         """
         return float(self.probabilities.sum(1).mean())
 
@@ -191,6 +193,37 @@ class Preference:
         known = difference[~np.isnan(difference)]
         mean = float(known.mean()) if len(known) else float("nan")
         return (mean, *_bootstrap(difference, level, resamples, seed))
+
+    def distance(
+        self, other: "Preference", *, value: str = "share", permutations: int = 9999, seed: int = 0
+    ) -> Distance:
+        """Total-variation distance between the answers of two preferences, with its p-value.
+
+        The test exchanges the two at random questions, so a small p-value says that their answers
+        differ in the same way over the questions, more than chance explains.
+
+        Args:
+            other: A preference over the same questions and candidates, such as before training.
+            value: "share" compares the distributions over the candidates, "probability" also the
+                probability of any other answer.
+            permutations: Number of random exchanges; all of them where there are fewer.
+            seed: Seed of the exchanges.
+
+        Raises:
+            ValueError: The two were asked other questions or have other candidates; an unknown
+                value; no permutations.
+        """
+        self._check_same(other)
+        if value == "share":
+            first, second = self.shares, other.shares
+        elif value == "probability":
+            first, second = (
+                np.column_stack([p, 1 - p.sum(1)])
+                for p in (self.probabilities, other.probabilities)
+            )
+        else:
+            raise ValueError(f"unknown value {value!r}; use 'share' or 'probability'")
+        return permuted_distance(first, second, permutations=permutations, seed=seed)
 
     def wilson(self, *, level: float = 0.95) -> tuple[float, float]:
         """Wilson's interval for the sampled probability, over all answers to these questions.

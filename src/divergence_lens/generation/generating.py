@@ -45,6 +45,8 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     pattern: str | None = None,
     batch_tokens: int = 16384,
@@ -73,6 +75,12 @@ def generate(
         temperature: Divides the logits; 0 takes the most likely token (greedy).
         top_p: Sample from the smallest set of tokens with at least this probability (nucleus
             sampling, Holtzman et al. 2020, arXiv 1904.09751); 1 takes all. Unused when greedy.
+        top_k: Sample from this many most likely tokens, before `top_p`; None for all. Unused when
+            greedy.
+        repetition_penalty: Divides positive logits, and multiplies negative ones, of tokens in the
+            prompt or the completion so far (Keskar et al. 2019, arXiv 1909.05858); 1 for none. Not
+            available with a server, like `top_k`. `models.sampling_defaults` returns a model's
+            own values.
         seed: Seed of the sampling.
         pattern: A regular expression for whole completions, such as `r"\d{1,3}(, \d{1,3}){5}"`: at
             each step only tokens that can still lead to a match are allowed, and end tokens only
@@ -99,7 +107,16 @@ def generate(
         TypeError: `prompts` is one string, or `teacher` is not a `Teacher`.
         ConnectionError: A server that cannot be reached, or that still fails after all retries.
     """
-    settings = Settings(max_new_tokens, temperature, top_p, seed, batch_tokens, pattern)
+    settings = Settings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        batch_tokens=batch_tokens,
+        pattern=pattern,
+    )
     request, encoded = _request(model, prompts, teacher, settings)
     processes = Processes(accelerator)
     identity = ""
@@ -190,9 +207,10 @@ def _writer(
                 f"teacher {teacher.name!r} has weights of its own, which a server does not have; "
                 "serve that model, and leave delta= and model= out"
             )
-        if request.settings.pattern is not None:
+        for name, value in request.settings.local_only().items():
             raise ValueError(
-                "a server does not take pattern=; generate with a model of this process instead"
+                f"a server does not take {name}={value!r}; generate with a model of this process "
+                "instead"
             )
         with closing(ServerWriter(model, request)) as writer:
             yield writer
@@ -208,7 +226,7 @@ def _identity(model: Model | Server, teacher: Teacher | None, request: Request) 
     settings = request.settings
     listed = [
         *(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed),
-        *(settings.batch_tokens, settings.pattern, sorted(request.stops)),
+        *(settings.batch_tokens, settings.local_only(), sorted(request.stops)),
     ]
     if isinstance(model, Server):
         source = [run_metadata(None, settings=listed), model.identity(), request.system_prompt]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from divergence_lens._utils.batching import balanced_batches
@@ -45,6 +45,7 @@ class LocalWriter:
             settings.seed,
             request.prompts,
             settings.max_new_tokens,
+            top_k=settings.top_k,
         )
 
     def batches(self) -> list[Int64[np.ndarray, " rows"]]:
@@ -77,6 +78,8 @@ class LocalWriter:
         prompts = [request.rows[row] for row in batch]
         written: list[list[int]] = [[] for _ in prompts]
         constraint = None if self._pattern is None else _Constraint(self._pattern, len(prompts))
+        factor = request.settings.repetition_penalty
+        penalty = None if factor == 1 else _Penalty(factor, prompts, engine)
         rows, hidden = self._decoder.start(prompts, limit)
         while rows:
             logits = engine.unembed(hidden).float()  # [row, d_vocab]
@@ -87,10 +90,14 @@ class LocalWriter:
                     f"the logits after prompt {batch[rows[bad]]} are not all numbers; load the "
                     "model in a wider dtype, or check its weights"
                 )
+            if penalty is not None:
+                logits = penalty.applied(logits, rows)
             if constraint is not None:
                 logits = constraint.applied(logits, rows)
             steps = [(batch[row], len(written[row])) for row in rows]
             chosen = self._sampler.choose(logits, steps)
+            if penalty is not None:
+                penalty.append(rows, chosen)
             ended = set()
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 written[row].append(token)
@@ -103,6 +110,29 @@ class LocalWriter:
                     removed = None if constraint is None else constraint.removed_mass(row, length)
                     yield batch[row], Completion(tuple(written[row]), removed)
             rows, hidden = self._decoder.step(chosen, ended)
+
+
+class _Penalty:
+    """The repetition penalty of Keskar et al. (arXiv 1909.05858), for every row of a batch."""
+
+    def __init__(self, factor: float, prompts: Sequence[Sequence[int]], engine: Engine) -> None:
+        self._factor = factor
+        # Prompts may contain ids that the model reads but cannot write.
+        width = max(engine.d_vocab, engine.d_vocab_out)
+        self._seen = torch.zeros(len(prompts), width, dtype=torch.bool, device=engine.device)
+        for row, ids in enumerate(prompts):
+            self._seen[row, list(ids)] = True
+
+    def applied(
+        self, logits: Float[Tensor, "rows d_vocab"], rows: Sequence[int]
+    ) -> Float[Tensor, "rows d_vocab"]:
+        """Return the logits with a lower value for each token that occurred in its row."""
+        lower = torch.where(logits < 0, logits * self._factor, logits / self._factor)
+        return torch.where(self._seen[list(rows), : logits.shape[1]], lower, logits)
+
+    def append(self, rows: Sequence[int], tokens: Int[Tensor, " rows"]) -> None:
+        """Extend each row by a token."""
+        self._seen[list(rows), tokens] = True
 
 
 class _Constraint:

@@ -35,7 +35,7 @@ class Writer(Protocol):
         """Complete a batch; call `finish` as completions end."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Settings of generation; see `generate` for each.
 
@@ -48,6 +48,8 @@ class Settings:
     top_p: float
     seed: int
     batch_tokens: int
+    top_k: int | None = None
+    repetition_penalty: float = 1.0
     pattern: str | None = None
 
     def __post_init__(self) -> None:
@@ -59,8 +61,24 @@ class Settings:
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, or None for all tokens, got {self.top_k}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(
+                "repetition_penalty must be a positive number, 1 for none, got "
+                f"{self.repetition_penalty}"
+            )
         if self.batch_tokens < 1:
             raise ValueError(f"batch_tokens must be 1 or more, got {self.batch_tokens}")
+
+    def local_only(self) -> dict[str, Any]:
+        """Return the settings in use that only a model of this process supports."""
+        unused = {"top_k": None, "repetition_penalty": 1.0, "pattern": None}
+        return {
+            name: getattr(self, name)
+            for name, default in unused.items()
+            if getattr(self, name) != default
+        }
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,10 @@ class Sampler:
         seed: int,
         prompts: Sequence[str | Conversation],
         max_new_tokens: int,
+        *,
+        top_k: int | None = None,
     ) -> None:
-        self._temperature, self._top_p = temperature, top_p
+        self._temperature, self._top_p, self._top_k = temperature, top_p, top_k
         if temperature == 0:
             return
         self._draws = np.empty((len(prompts), max_new_tokens))
@@ -43,6 +45,9 @@ class Sampler:
         """Choose one token per row of logits; `steps` holds the (prompt, step) of each row."""
         if self._temperature == 0:
             return logits.argmax(-1)
+        if self._top_k is not None and self._top_k < logits.shape[1]:
+            least = logits.topk(self._top_k).values[:, -1:]  # [rows, 1]
+            logits = logits.masked_fill(logits < least, -torch.inf)
         # Subtract the maximum first, so that a low temperature does not overflow.
         logits = (logits - logits.amax(-1, keepdim=True)) / self._temperature
         wide = torch.float32 if logits.device.type == "mps" else torch.float64

@@ -15,6 +15,7 @@ from divergence_lens.models.classes import (
     is_hooked,
     lens_model,
     model_name,
+    sampling_defaults,
 )
 from divergence_lens.models.loading import Backend, load_model
 from divergence_lens.models.pretrained import from_pretrained, no_bar
@@ -33,4 +34,5 @@ __all__ = [
     "load_model",
     "model_name",
     "no_bar",
+    "sampling_defaults",
 ]

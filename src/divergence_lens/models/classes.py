@@ -81,6 +81,18 @@ def end_token_ids(model: Model) -> frozenset[int]:
     return frozenset(getattr(lens_model(model).cfg, "end_token_ids", ()))
 
 
+def sampling_defaults(model: Model) -> dict[str, Any]:
+    """Return the sampling of the generation configuration that `model` was loaded with.
+
+    The names are those of `generate`: `temperature`, `top_p`, `top_k` and `repetition_penalty`, as
+    far as the configuration has them. They are how Hugging Face samples unless told otherwise:
+
+        generate(model, prompts, **sampling_defaults(model) | {"temperature": 1.0})
+    """
+    check_model(model)
+    return dict(getattr(lens_model(model).cfg, "sampling_defaults", {}))
+
+
 def describe_model(model: Model) -> str:
     """Describe a model in one line: its class, device and precision, and whether norms are folded.
 

@@ -158,11 +158,16 @@ def set_tokenizer(model: Any, tokenizer: Any) -> None:
         cfg.tokenizer_prepends_bos, cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
 
 
-def set_end_tokens(model: Any, hf_model: Any) -> None:
-    """Store the end tokens of the generation configuration, which TransformerLens drops."""
-    ends = getattr(getattr(hf_model, "generation_config", None), "eos_token_id", None)
+def set_generation_defaults(model: Any, hf_model: Any) -> None:
+    """Store what TransformerLens drops of the generation configuration: end tokens, sampling."""
+    generation = getattr(hf_model, "generation_config", None)
+    ends = getattr(generation, "eos_token_id", None)
     ends = [ends] if isinstance(ends, int) else ends or []
     model.cfg.end_token_ids = tuple(int(end) for end in ends)
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    values = {name: getattr(generation, name, None) for name in names}
+    # transformers writes 0 where no tokens are cut off.
+    model.cfg.sampling_defaults = {name: value for name, value in values.items() if value}
 
 
 def limit_context(model: Any, config: Any, name: str) -> None:

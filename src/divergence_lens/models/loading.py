@@ -18,7 +18,7 @@ from divergence_lens.models.conversion import (
     build_bridge,
     build_hooked,
     limit_context,
-    set_end_tokens,
+    set_generation_defaults,
     set_tokenizer,
     structural_copy,
 )
@@ -124,7 +124,7 @@ def _load(
     else:
         _log.info("comparing %s with Hugging Face took %.2f s", name, references.seconds)
     set_tokenizer(model, tokenizer)
-    set_end_tokens(model, hf_model)
+    set_generation_defaults(model, hf_model)
     limit_context(model, hf_model.config, name)
     return model
 
