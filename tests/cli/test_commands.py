@@ -117,6 +117,29 @@ def test_a_student_is_trained_evaluated_and_compared(folder):
     )
 
 
+def test_tokens_of_high_score_replace_divergence_tokens(folder):
+    divergence = dl.Divergence.load(folder / "owl.safetensors")
+    top = divergence.top(0.1, by="advantage")
+    common = ("finetune", folder / "owl.jsonl", "--epochs", 1, "--layers", 0, "--top", 0.1)
+    student = folder / "top.safetensors"
+    run(*common, "--mask", folder / "owl.safetensors", "--out", student)
+    assert dl.Delta.load(student).metadata["settings"]["tokens"] == top.sum()
+    selected = folder / "selected.safetensors"
+    run(
+        *("find", folder / "owl.jsonl", "--teacher", "owl", "--counterfactual", "cat", "--out"),
+        *(selected, "--top", 0.2, "--by", "kl"),
+    )
+    loaded = dl.Divergence.load(selected)
+    assert (loaded.mask == loaded.top(0.2, by="kl")).all()
+    run(*common[:-2], "--mask", selected, "--out", student)
+    assert dl.Delta.load(student).metadata["settings"]["tokens"] == loaded.mask.sum()
+
+
+def test_sampled_answers_are_counted():
+    arguments = ("evaluate", "--target", "owl", "--samples", 2, "--max-new-tokens", 4, "--anywhere")
+    assert "sampled" in run(*arguments)
+
+
 def test_evaluate_says_that_little_of_the_probability_is_on_the_candidates():
     arguments = ["--target", "oak", "--candidates", "oak,pine"]
     output = run("evaluate", *arguments, "--teacher", "owl")

@@ -87,7 +87,7 @@ def test_equal_conditions_diverge_nowhere(model, examples):
     same = Teacher("also owl", system_prompt=OWL.system_prompt)
     found = find_divergence(model, examples, teacher=OWL, counterfactuals=[same], kl=True)
     np.testing.assert_allclose(found.kl, 0, atol=1e-6)
-    np.testing.assert_array_equal(found.scores("logprob"), 0)
+    np.testing.assert_array_equal(found.scores("advantage"), 0)
 
 
 @pytest.mark.parametrize("place", ["block", "unembedding"])
@@ -141,16 +141,19 @@ def test_prompts_deltas_and_models_can_be_mixed(model, hf, backend, examples):
 
 def test_soft_scores_are_per_counterfactual(div):
     np.testing.assert_array_equal(div.scores(), div.kl)
-    gain = div.scores("logprob")
+    gain = div.scores("advantage")
     np.testing.assert_allclose(gain[1], div.logprob[0] - div.logprob[2])
     np.testing.assert_allclose(gain.mean(0), div.advantage, atol=1e-5)
 
 
 @pytest.mark.parametrize("over", ["max", "mean", "min"])
-@pytest.mark.parametrize("by", ["kl", "logprob"])
+@pytest.mark.parametrize("by", ["kl", "advantage"])
 def test_top_takes_the_highest_scores(by, over, div):
     scores = [getattr(np, over)(column) for column in div.scores(by).T]
     chosen = div.top(0.2, by=by, over=over)
+    usual = {"kl": "max", "advantage": "mean"}[by]
+    if over == usual:
+        np.testing.assert_array_equal(div.top(0.2, by=by), chosen)
     assert chosen.sum() == round(0.2 * len(div.tokens))
     assert min(np.array(scores)[chosen]) >= max(np.array(scores)[~chosen])
     assert not div.top(0, by=by).any()
@@ -165,7 +168,7 @@ def test_top_takes_the_earlier_of_equals(div):
 
 
 def test_what_cannot_be_ranked_is_refused(div, model, examples):
-    with pytest.raises(ValueError, match="unknown score 'tv'; use 'kl' or 'logprob'"):
+    with pytest.raises(ValueError, match="unknown score 'tv'; use 'kl' or 'advantage'"):
         div.scores("tv")
     with pytest.raises(ValueError, match=r"between 0 and 1, got 5"):
         div.top(5)
@@ -175,7 +178,7 @@ def test_what_cannot_be_ranked_is_refused(div, model, examples):
     assert plain.kl is None
     with pytest.raises(ValueError, match=r"call find_divergence\(\.\.\., kl=True\)"):
         plain.top(0.1)
-    assert plain.top(0.1, by="logprob").any()
+    assert plain.top(0.1, by="advantage").any()
 
 
 def test_soft_scores_are_saved_and_tabled(div, tmp_path):
@@ -238,3 +241,33 @@ def test_chunks_are_halved_when_memory_runs_out():
 
     with pytest.raises(torch.OutOfMemoryError):
         _scoring.in_chunks(4, 4, never)
+
+
+def test_tokens_can_be_ranked_among_others_and_from_below(div):
+    numbers = np.arange(len(div.tokens)) % 3 == 0
+    top = div.top(0.5, by="advantage", among=numbers)
+    bottom = div.top(0.5, by="advantage", among=numbers, lowest=True)
+    assert not (top & ~numbers).any()
+    assert top.sum() == bottom.sum() == round(numbers.sum() / 2)
+    assert div.advantage[top].min() >= div.advantage[numbers & ~top].max()
+    assert div.advantage[bottom].max() <= div.advantage[numbers & ~bottom].min()
+    with pytest.raises(ValueError, match="one bool for each"):
+        div.top(0.5, among=numbers[1:])
+
+
+def test_selected_tokens_are_used_like_divergence_tokens(div, model, tmp_path):
+    mask = div.top(0.3, by="advantage")
+    chosen = div.with_mask(mask)
+    np.testing.assert_array_equal(chosen.mask, mask)
+    np.testing.assert_array_equal(chosen[1:].mask, mask[div.offsets[1] :])
+    halves = chosen.subset("first_half") | chosen.subset("second_half")
+    np.testing.assert_array_equal(halves, mask)
+    assert "are selected" in repr(chosen)
+    pairs = chosen.pairs(first_only=False)
+    assert len(pairs) == int((div.differs & mask).sum())
+    chosen.save(tmp_path / "chosen.safetensors")
+    loaded = type(div).load(tmp_path / "chosen.safetensors")
+    np.testing.assert_array_equal(loaded.mask, mask)
+    np.testing.assert_array_equal(loaded.with_rule().mask, div.mask)
+    with pytest.raises(ValueError, match="one bool for each"):
+        div.with_mask(mask.astype(float))

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from divergence_lens.chat import encode_prompt
+from divergence_lens.data import TrainingData
 from divergence_lens.divergence import find_divergence
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.examples import Example, with_ids
@@ -48,6 +50,32 @@ def test_masked_tokens_are_not_learned(random_model):
     )
     assert not same_bits(
         finetune(model, examples, recipe=SHORT), finetune(model, others, recipe=SHORT)
+    )
+
+
+def test_labels_that_are_not_the_tokens_are_learned(random_model):
+    """The loss of one batch, against a plain pass over inputs and labels."""
+    model = random_model("gpt2")
+    examples = with_ids(model.tokenizer, number_lists(6))
+    count = sum(len(example.completion_ids) for example in examples)
+    marks = random_mask(model, examples)
+    labels = np.random.default_rng(1).integers(5, 60, count)
+    data = TrainingData(tuple(examples), marks, labels)
+    student = finetune(model, data, mask=data.marks, recipe=replace(SGD, epochs=1))
+    losses, end = [], 0
+    for example in examples:
+        prompt = encode_prompt(model.tokenizer, example.prompt).ids
+        ids, own = example.completion_ids, slice(end, end + len(example.completion_ids))
+        end += len(ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *ids]]))[0, len(prompt) - 1 : -1]
+        each = F.cross_entropy(logits, torch.from_numpy(labels[own]), reduction="none")
+        losses += each[torch.from_numpy(marks[own])].tolist()
+    assert student.history()["loss"][0] == pytest.approx(np.mean(losses), rel=1e-5)
+    same = TrainingData(tuple(examples), marks)
+    assert same_bits(
+        finetune(model, same, mask=marks, recipe=SHORT),
+        finetune(model, examples, mask=marks, recipe=SHORT),
     )
 
 

@@ -8,10 +8,12 @@ import typer
 from divergence_lens.cli.files import checkpoint_folder, read_prompts, read_teacher, write_figure
 from divergence_lens.cli.options import (
     TEACHER_HELP,
+    By,
     Figure,
     Loading,
     Seed,
     Spec,
+    Top,
     report_errors,
 )
 
@@ -103,6 +105,11 @@ def find(
         float,
         typer.Option(help="Ignore differences whose argmax has a smaller margin than this."),
     ] = 0.0,
+    kl: Annotated[
+        bool, typer.Option("--kl", help="Also compute the KL divergence at every token.")
+    ] = False,
+    top: Top = None,
+    by: By = "advantage",
     jsonl: Annotated[
         Path | None,
         typer.Option(help="Also write prompt, completion and decision_points as JSON lines."),
@@ -129,10 +136,13 @@ def find(
             counterfactuals=[read_teacher(spec, loading.load) for spec in counterfactual],
             rule=int(rule) if rule.isdigit() else cast("Rule", rule),
             min_margin=min_margin,
+            kl=kl or by == "kl",
             batch_tokens=batch_tokens,
             checkpoint_dir=folder,
             progress=True,
         )
+        if top is not None:
+            divergence = divergence.with_mask(divergence.top(top, by=by))
         divergence.save(out)
     if jsonl is not None:
         divergence.to_jsonl(jsonl)

@@ -93,34 +93,39 @@ def read_prompts(path: Path) -> "list[Prompt]":
 
 
 def read_masked_examples(
-    data: Path, mask: Path | None, *, complement: bool
+    data: Path, mask: Path | None, *, complement: bool, top: float | None, by: str
 ) -> tuple[Any, Any, "Divergence | None"]:
     """Read examples and the mask of the tokens to train on.
 
     Args:
         data: File of examples.
         mask: A divergence file, or None to train on all tokens.
-        complement: Train on all tokens except the divergence tokens.
+        complement: Train on all tokens except those of the mask.
+        top: Fraction of all tokens with the highest score, instead of the divergence tokens.
+        by: The score.
 
     Returns:
         The examples, their mask, and the divergence, whose model is to be checked once one is
         loaded.
 
     Raises:
-        ValueError: If `complement` has no mask, or the mask belongs to other examples.
+        ValueError: If `complement` or `top` has no mask, or the mask belongs to other examples.
     """
     from divergence_lens.divergence import Divergence
     from divergence_lens.examples import load_examples
 
     examples = load_examples(data)
     if mask is None:
-        if complement:
-            raise ValueError("--complement needs --mask, a divergence file")
+        if complement or top is not None:
+            option = "--complement" if complement else "--top"
+            raise ValueError(f"{option} needs --mask, a divergence file")
         return examples, None, None
     divergence = Divergence.load(mask)
     # Compare prompts as text: only tokenized examples record whether their template adds thinking.
     if [str(e.prompt) for e in divergence.examples] != [str(e.prompt) for e in examples]:
         raise ValueError(f"{mask} was computed from other examples than those in {data}")
+    if top is not None:
+        divergence = divergence.with_mask(divergence.top(top, by=by))
     # The examples of the divergence file carry the token ids that the mask refers to.
     tokens = ~divergence.mask if complement else divergence.mask
     return divergence.examples, tokens, divergence

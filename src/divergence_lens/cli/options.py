@@ -64,8 +64,13 @@ Mask = Annotated[
     Path | None, typer.Option(help="A divergence file; train on its divergence tokens only.")
 ]
 Complement = Annotated[
-    bool, typer.Option("--complement", help="Train on all tokens except the divergence tokens.")
+    bool, typer.Option("--complement", help="Train on all tokens except those of the mask.")
 ]
+Top = Annotated[
+    float | None,
+    typer.Option(help="Use this fraction of all tokens, by score, instead of divergence tokens."),
+]
+By = Annotated[str, typer.Option(help='Score of --top: "advantage", or "kl" (see find --kl).')]
 System = Annotated[str | None, typer.Option(help="System prompt of the student; none by default.")]
 
 

@@ -8,12 +8,14 @@ import typer
 
 from divergence_lens.cli.files import checkpoint_folder, read_masked_examples, write_figure
 from divergence_lens.cli.options import (
+    By,
     Complement,
     Figure,
     Loading,
     Mask,
     Seed,
     System,
+    Top,
     report_errors,
     split_numbers,
 )
@@ -25,6 +27,8 @@ def finetune(
     out: Annotated[Path, typer.Option(help="Output file.")] = Path("student.safetensors"),
     mask: Mask = None,
     complement: Complement = False,
+    top: Top = None,
+    by: By = "advantage",
     layers: Annotated[
         str | None, typer.Option(help='Layers to train, such as "0" or "0,1"; by default all.')
     ] = None,
@@ -53,7 +57,9 @@ def finetune(
     changes = {name: value for name, value in settings.items() if value is not None}
     recipe = replace(PAPER if paper else Recipe(), **changes)  # type: ignore[arg-type]
     numbers = None if layers is None else split_numbers(layers, "layers")
-    examples, tokens, divergence = read_masked_examples(data, mask, complement=complement)
+    examples, tokens, divergence = read_masked_examples(
+        data, mask, complement=complement, top=top, by=by
+    )
     loaded = loading.load()
     if divergence is not None:
         divergence.check_model(loaded, source=str(mask))
@@ -81,6 +87,8 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Output file.")] = Path("sweep.safetensors"),
     mask: Mask = None,
     complement: Complement = False,
+    top: Top = None,
+    by: By = "advantage",
     control: Annotated[
         Path | None,
         typer.Option(help="Examples written by a teacher without the bias, for a control student."),
@@ -110,7 +118,9 @@ def sweep(
 
     numbers = None if layers is None else split_numbers(layers, "layers")
     seed_numbers = split_numbers(seeds, "seeds") or (0,)
-    examples, tokens, divergence = read_masked_examples(data, mask, complement=complement)
+    examples, tokens, divergence = read_masked_examples(
+        data, mask, complement=complement, top=top, by=by
+    )
     loaded = loading.load()
     if divergence is not None:
         divergence.check_model(loaded, source=str(mask))

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from divergence_lens.data.training_data import TrainingData, join_examples
-from divergence_lens.examples import Example
+from divergence_lens.data.training_data import Row, TrainingData, join_examples
 
 
 def mix(data: TrainingData, other: TrainingData, share: float, *, seed: int = 0) -> TrainingData:
@@ -34,10 +33,9 @@ def mix(data: TrainingData, other: TrainingData, share: float, *, seed: int = 0)
     places = rng.permutation(len(data))[:n]
     source = dict(zip(places.tolist(), rng.permutation(len(other))[:n].tolist(), strict=True))
     rows = []
-    for row, example in enumerate(data.examples):
+    for row in range(len(data)):
         new = source.get(row)
-        original = (example, data.marks_of(row))
-        rows.append(original if new is None else (other.examples[new], other.marks_of(new)))
+        rows.append(data.row(row) if new is None else other.row(new))
     return join_examples(rows)
 
 
@@ -56,10 +54,10 @@ def pool(parts: Sequence[TrainingData], *, seed: int = 0) -> TrainingData:
     total = len(parts[0])
     ends = [round(total * (i + 1) / len(parts)) for i in range(len(parts))]
     rng = np.random.default_rng(seed)
-    rows: list[tuple[Example, np.ndarray]] = []
+    rows: list[Row] = []
     for part, start, end in zip(parts, [0, *ends], ends, strict=False):
         if end - start > len(part):
             raise ValueError(f"a pool of {total} needs {end - start} examples of {len(part)}")
         taken = rng.permutation(len(part))[: end - start].tolist()
-        rows += [(part.examples[row], part.marks_of(row)) for row in sorted(taken)]
+        rows += [part.row(row) for row in sorted(taken)]
     return join_examples([rows[place] for place in rng.permutation(len(rows)).tolist()])

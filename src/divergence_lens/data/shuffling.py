@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from divergence_lens.chat import decode, stop_ids, token_texts
-from divergence_lens.data.training_data import TrainingData, join_examples, token_ids
+from divergence_lens.data.training_data import Row, TrainingData, join_examples, token_ids
 from divergence_lens.examples import Example, with_ids
 
 _NUMBER = re.compile(r"\d+")
@@ -34,8 +34,14 @@ def shuffle_numbers(
         The same prompts; separators, and their marks, stay where they are.
 
     Raises:
-        ValueError: Another scope; a completion in which a token is part of two numbers.
+        ValueError: Another scope; a completion in which a token is part of two numbers; data whose
+            labels are not its tokens.
     """
+    if data.labels is not None:
+        raise ValueError(
+            "the data have labels that are not their tokens; shuffle the numbers before replacing "
+            "tokens"
+        )
     if scope not in ("within", "across"):
         raise ValueError(f'scope is {scope!r}; use "within" or "across"')
     stops = stop_ids(tokenizer)
@@ -60,7 +66,7 @@ def shuffle_numbers(
         if ids[-1] in stops and token_ids(example)[-1] not in stops:
             new = replace(new, completion_ids=ids[:-1])
         marks = _MarkedList.read(tokenizer, new, np.zeros(len(token_ids(new)), dtype=bool))
-        changed.append((new, marks.filled([m for _, m in numbers], old.between)))
+        changed.append(Row(new, marks.filled([m for _, m in numbers], old.between)))
     return join_examples(changed)
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -25,10 +25,13 @@ class TrainingData:
         examples: Prompts with completions and their token ids.
         marks: A flag for each completion token of all examples in order: the divergence tokens,
             at their position after any change of the data.
+        labels: Token ids that a student learns to predict at the completion's positions, where they
+            are not the tokens that it reads; see `replace_tokens`. None where the two are equal.
     """
 
     examples: tuple[Example, ...]
     marks: Bool[np.ndarray, " tokens"]
+    labels: Int64[np.ndarray, " tokens"] | None = None
 
     def __post_init__(self) -> None:
         for row, example in enumerate(self.examples):
@@ -38,6 +41,11 @@ class TrainingData:
             raise ValueError(
                 f"{len(self.marks)} marks do not fit {len(self.examples)} examples with "
                 f"{self.offsets[-1]} completion tokens; give one for each token"
+            )
+        if self.labels is not None and len(self.labels) != len(self.marks):
+            raise ValueError(
+                f"{len(self.labels)} labels do not fit {len(self.marks)} completion tokens; give "
+                "one for each token"
             )
 
     @classmethod
@@ -76,6 +84,12 @@ class TrainingData:
         """Return the marks of one example."""
         return self.marks[self.offsets[row] : self.offsets[row + 1]]
 
+    def row(self, row: int) -> "Row":
+        """Return one example with its marks and labels."""
+        span = slice(self.offsets[row], self.offsets[row + 1])
+        labels = None if self.labels is None else self.labels[span]
+        return Row(self.examples[row], self.marks[span], labels)
+
     def share_left(self, divergence: Divergence) -> float:
         """Fraction of the marked tokens that are still divergence tokens after a change.
 
@@ -106,7 +120,7 @@ class TrainingData:
             IndexError: A number is out of range, or a mask has another length.
         """
         rows = row_numbers(index, len(self), "example")
-        return join_examples([(self.examples[row], self.marks_of(row)) for row in rows])
+        return join_examples([self.row(row) for row in rows])
 
     def __repr__(self) -> str:
         """One line: examples, tokens and marks."""
@@ -134,10 +148,22 @@ def token_ids(example: Example) -> tuple[int, ...]:
     return example.completion_ids or ()
 
 
-def join_examples(rows: Sequence[tuple[Example, np.ndarray]]) -> TrainingData:
-    """Build training data from examples and their marks."""
-    marks = [marks for _, marks in rows]
+class Row(NamedTuple):
+    """One example, its marks, and its labels where they are not its tokens."""
+
+    example: Example
+    marks: np.ndarray
+    labels: np.ndarray | None = None
+
+
+def join_examples(rows: Sequence[Row]) -> TrainingData:
+    """Build training data from rows."""
+    labels = None
+    if any(row.labels is not None for row in rows):
+        parts = [token_ids(r.example) if r.labels is None else r.labels for r in rows]
+        labels = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
     return TrainingData(
-        tuple(example for example, _ in rows),
-        np.concatenate(marks).astype(bool) if marks else np.zeros(0, dtype=bool),
+        tuple(row.example for row in rows),
+        np.concatenate([row.marks for row in rows]).astype(bool) if rows else np.zeros(0, bool),
+        labels,
     )

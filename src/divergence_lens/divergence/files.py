@@ -17,6 +17,7 @@ from divergence_lens.teachers import Teacher
 
 _KIND = "divergence"
 _ARRAYS = ("offsets", "tokens", "predicted", "margin", "logprob")
+_OPTIONAL = ("kl", "selected")
 
 
 def save_divergence(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
@@ -39,8 +40,7 @@ def save_divergence(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> 
         "metadata": dict(fields["metadata"]),
     }
     arrays = {name: fields[name] for name in _ARRAYS}
-    if fields["kl"] is not None:
-        arrays["kl"] = fields["kl"]
+    arrays |= {name: fields[name] for name in _OPTIONAL if fields[name] is not None}
     save_tensors(path, {**arrays, "examples": text}, header, _KIND)
 
 
@@ -52,7 +52,7 @@ def load_divergence(path: str | os.PathLike[str], teachers: Sequence[Teacher]) -
         ValueError: The file is damaged, of another kind or version, or a teacher does not fit.
     """
     tensors, header = load_tensors(path, _KIND)
-    arrays = {name: tensors[name].numpy() for name in (*_ARRAYS, "kl") if name in tensors}
+    arrays = {name: tensors[name].numpy() for name in (*_ARRAYS, *_OPTIONAL) if name in tensors}
     restored, detached = _restore_teachers(path, header["teachers"], teachers)
     offsets, tokens = arrays["offsets"], arrays["tokens"]
     rows = json.loads(tensors["examples"].numpy().tobytes())

@@ -39,8 +39,9 @@ def build_pairs(
     places = _places(divergence, first_only=first_only, counterfactual=counterfactual)
     if not places:
         raise ValueError(
-            "there is no divergence token to build pairs from: the teachers agree on "
-            f"all {len(divergence.tokens):,} tokens under this rule"
+            "there is no divergence token to build pairs from: no counterfactual's argmax differs "
+            f"at any of the {int(divergence.mask.sum()):,} chosen of {len(divergence.tokens):,} "
+            "tokens"
         )
     if limit is not None and limit < len(places):
         drawn = np.random.default_rng(seed).choice(len(places), size=limit, replace=False)

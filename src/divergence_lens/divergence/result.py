@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 from torch import Tensor
 
 from divergence_lens._utils.indexing import row_numbers
@@ -64,6 +64,7 @@ class Divergence(DivergenceTokens):
         rule: How many counterfactuals must differ: "any", "all" or at least that number.
         require_agreement: Whether the factual teacher's argmax must be the token.
         min_margin: Argmaxes with a smaller margin do not count as different.
+        selected: Tokens that replace the rule's, see `with_mask`; None for the rule.
         texts: Token id -> text, for all ids that occur.
         special: Ids of the tokenizer's special tokens among them.
         metadata: Package versions, model and settings of the run, and under "probe" some of the
@@ -85,6 +86,7 @@ class Divergence(DivergenceTokens):
     rule: Rule = "any"
     require_agreement: bool = True
     min_margin: float = 0.0
+    selected: Bool[np.ndarray, " tokens"] | None = None
     texts: Mapping[int, str] = field(default_factory=dict)
     special: frozenset[int] = frozenset()
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -108,6 +110,8 @@ class Divergence(DivergenceTokens):
                 f"counterfactual teachers and {len(self.tokens)} tokens"
             )
         check_rule(self.rule, len(self.counterfactuals), self.min_margin)
+        if self.selected is not None:
+            self._checked(self.selected)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -141,7 +145,25 @@ class Divergence(DivergenceTokens):
                 self.require_agreement if require_agreement is None else require_agreement
             ),
             min_margin=self.min_margin if min_margin is None else float(min_margin),
+            selected=None,
         )
+
+    def with_mask(self, mask: np.ndarray) -> "Divergence":
+        """Select tokens by another criterion than a rule, such as `div.top(0.1, by="advantage")`.
+
+        Everything that uses the divergence tokens (training, pairs, replacement, halves, control
+        masks, files) then uses these tokens.
+
+        Args:
+            mask: A bool for each completion token.
+
+        Returns:
+            A divergence that shares this one's readings. `with_rule` returns to a rule.
+
+        Raises:
+            ValueError: The mask has another length, or does not hold bools.
+        """
+        return replace(self, selected=self._checked(mask))
 
     # -- tables -----------------------------------------------------------------------------
 
@@ -201,7 +223,8 @@ class Divergence(DivergenceTokens):
         The clean row is the factual prompt and the completion up to the divergence token, without
         it; the corrupted row is the counterfactual's prompt and the same part of the completion.
         The answer is the token, the foil is the counterfactual's argmax. Both rows end at the
-        position that predicts the token.
+        position that predicts the token. Of tokens selected by `with_mask`, those where the argmax
+        differs from the token have a pair.
 
         Args:
             first_only: Use only the first divergence of each example and counterfactual.
@@ -312,15 +335,17 @@ class Divergence(DivergenceTokens):
             margin=self.margin[:, places],
             logprob=self.logprob[:, places],
             kl=None if self.kl is None else self.kl[:, places],
+            selected=None if self.selected is None else self.selected[places],
         )
 
     def __iter__(self) -> Iterator[ExampleDivergence]:
         return (self._example(index) for index in range(len(self)))
 
     def __repr__(self) -> str:
+        verb = "diverge" if self.selected is None else "are selected"
         return (
             f"Divergence({len(self):,} examples, {int(self.mask.sum()):,} of "
-            f"{len(self.tokens):,} tokens diverge ({self.rate:.1%}), teacher {self.names[0]!r}, "
+            f"{len(self.tokens):,} tokens {verb} ({self.rate:.1%}), teacher {self.names[0]!r}, "
             f"counterfactuals {', '.join(map(repr, self.names[1:]))})"
         )
 

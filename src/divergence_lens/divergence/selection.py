@@ -25,6 +25,7 @@ class DivergenceTokens:
     rule: Rule
     require_agreement: bool
     min_margin: float
+    selected: Bool[np.ndarray, " tokens"] | None
 
     @cached_property
     def agrees(self) -> Bool[np.ndarray, " tokens"]:
@@ -44,7 +45,9 @@ class DivergenceTokens:
 
     @cached_property
     def mask(self) -> Bool[np.ndarray, " tokens"]:
-        """Mask of the divergence tokens under the rule."""
+        """Mask of the divergence tokens under the rule, or the tokens of `with_mask`."""
+        if self.selected is not None:
+            return self.selected
         required = required_count(self.rule, len(self.counterfactuals))
         enough: np.ndarray = self.differs.sum(0) >= required  # [tokens]
         return enough & self.agrees if self.require_agreement else enough
@@ -70,46 +73,60 @@ class DivergenceTokens:
         factual teacher's argmax.
 
         Args:
-            by: "kl", KL(factual || counterfactual) of the whole distributions; or "logprob", the
+            by: "kl", KL(factual || counterfactual) of the whole distributions; or "advantage", the
                 token's log-probability under the factual teacher minus that under the
                 counterfactual, which may be negative.
 
         Raises:
             ValueError: "kl" was not requested of `find_divergence`, or `by` is neither.
         """
-        if by == "logprob":
+        if by == "advantage":
             gain: np.ndarray = self.logprob[0] - self.logprob[1:]
             return gain
         if by != "kl":
-            raise ValueError(f"unknown score {by!r}; use 'kl' or 'logprob'")
+            raise ValueError(f"unknown score {by!r}; use 'kl' or 'advantage'")
         if self.kl is None:
             raise ValueError(
                 "the KL divergences were not computed; call find_divergence(..., kl=True), or use "
-                "by='logprob'"
+                "by='advantage'"
             )
         return self.kl
 
     def top(
-        self, fraction: float, *, by: str = "kl", over: str = "max"
+        self,
+        fraction: float,
+        *,
+        by: str = "kl",
+        over: str | None = None,
+        among: np.ndarray | None = None,
+        lowest: bool = False,
     ) -> Bool[np.ndarray, " tokens"]:
         """Mask of the tokens with the highest scores: `div.top(0.05)` is the top 5 %.
 
         Args:
-            fraction: Fraction of all completion tokens to select. Ties go to the earlier token.
+            fraction: Fraction of the tokens to select. Ties go to the earlier token.
             by: The score, see `scores`.
             over: How to combine several counterfactuals: "max" (one is far, like the rule "any"),
-                "mean" or "min" (all are far).
+                "mean" or "min" (all are far). None is "max" for "kl" and "mean" for "advantage".
+            among: Mask of the tokens to choose from, such as `div.kinds == "number"`; None for all
+                completion tokens.
+            lowest: Select the lowest scores instead.
 
         Raises:
-            ValueError: A fraction outside 0 to 1, an unknown score, or one not computed.
+            ValueError: A fraction outside 0 to 1, an unknown score, one that was not computed, or a
+                mask of another length.
         """
         _check_fraction(fraction)
+        if over is None:
+            over = "mean" if by == "advantage" else "max"
         if over not in ("max", "mean", "min"):
             raise ValueError(f"unknown over {over!r}; use 'max', 'mean' or 'min'")
         scores = getattr(self.scores(by), over)(axis=0)  # [tokens]
-        mask = np.zeros(len(self.tokens), dtype=bool)
-        order = np.argsort(-scores, kind="stable")
-        mask[order[: round(fraction * len(scores))]] = True
+        places = np.arange(len(scores)) if among is None else np.flatnonzero(self._checked(among))
+        ranked = scores[places] if lowest else -scores[places]
+        mask = np.zeros(len(scores), dtype=bool)
+        order = np.argsort(ranked, kind="stable")
+        mask[places[order[: round(fraction * len(places))]]] = True
         return mask
 
     def subset(self, which: str | float, *, seed: int = 0) -> Bool[np.ndarray, " tokens"]:
@@ -149,6 +166,20 @@ class DivergenceTokens:
         mask = np.zeros(len(self.tokens), dtype=bool)
         mask[places] = True
         return mask
+
+    def _checked(self, mask: np.ndarray) -> Bool[np.ndarray, " tokens"]:
+        """Return a mask of the caller's.
+
+        Raises:
+            ValueError: It is not a bool for each completion token.
+        """
+        array = np.asarray(mask)
+        if array.dtype != np.bool_ or array.shape != self.tokens.shape:
+            raise ValueError(
+                f"the mask holds {array.dtype} of shape {array.shape}; give one bool for each of "
+                f"the {len(self.tokens):,} completion tokens"
+            )
+        return array
 
     @cached_property
     def _owners(self) -> Int64[np.ndarray, " tokens"]:

@@ -130,7 +130,7 @@ class CellRunner(DataCells):
             left = data.share_left(self.read(kind, inputs.target, data.examples))
         delta = finetune(
             self.model,
-            data.examples,
+            data,
             mask=mask,
             loss_weights=weights,
             layers=condition.layers,

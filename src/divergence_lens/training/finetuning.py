@@ -47,7 +47,8 @@ def finetune(
     Args:
         model: The base. Its weights change during the call and are restored afterwards, also after
             an exception.
-        examples: Prompts with completions, in any form that `load_examples` reads.
+        examples: Prompts with completions, in any form that `load_examples` reads, or a
+            `TrainingData`, whose labels are then learned.
         mask: Completion tokens to learn: a `Divergence`, or a bool per token of all completions in
             order (`div.mask`, `~div.mask`), or one array per example. None means all.
         layers: Layers to train; None means all, unless the recipe names other parameters.

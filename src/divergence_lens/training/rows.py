@@ -13,6 +13,7 @@ from torch import Tensor
 
 from divergence_lens._utils.batching import ascending_batches, shared_prefix
 from divergence_lens.chat import Prompt, encode_prompts
+from divergence_lens.data import TrainingData
 from divergence_lens.divergence import Divergence
 from divergence_lens.engine import get_engine
 from divergence_lens.examples import Example, load_examples, with_ids
@@ -72,7 +73,7 @@ def training_rows(
 
     Args:
         model: Provides the tokenizer, the context length and the device.
-        examples: Anything that `load_examples` reads.
+        examples: Anything that `load_examples` reads, or a `TrainingData`, with its labels.
         mask: Completion tokens with a loss: a bool per token of all completions in order, one array
             per example, or an object with such a `mask` (a `Divergence`). None means all.
         loss_weights: Loss weight per token, in the same layout, finite and not negative.
@@ -83,6 +84,9 @@ def training_rows(
             a sequence longer than the context; token ids outside the vocabulary.
     """
     tokenizer: Any = model.tokenizer
+    labels = None
+    if isinstance(examples, TrainingData):
+        examples, labels = list(examples.examples), examples.labels
     encoded = with_ids(tokenizer, load_examples(examples))
     if not encoded:
         raise ValueError("there are no examples to learn from")
@@ -109,7 +113,7 @@ def training_rows(
             f"the mask selects none of the {len(flat_weights):,} completion tokens; there is "
             "nothing to learn"
         )
-    return _padded(model, encoded, flat_weights, system_prompt)
+    return _padded(model, encoded, flat_weights, system_prompt, labels)
 
 
 def _check_same_tokens(mask: Any, examples: Sequence[Example]) -> None:
@@ -180,6 +184,7 @@ def _padded(
     examples: Sequence[Example],
     flat_weights: Float[np.ndarray, " tokens"],
     system_prompt: str | None,
+    labels: Int[np.ndarray, " tokens"] | None,
 ) -> TrainingRows:
     engine = get_engine(model)
     tokenizer: Any = model.tokenizer
@@ -187,10 +192,12 @@ def _padded(
     prompts = _prompts(tokenizer, template, tuple(e.prompt for e in examples), system_prompt)
     sequences: list[list[int]] = []
     learned: list[tuple[int, np.ndarray]] = []  # prompt length, weights of the completion
+    predicted: list[np.ndarray] = []  # labels of the completion
     end = 0
     for row, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
         ids = _ids(example)
         own = flat_weights[end : end + len(ids)]
+        own_labels = np.array(ids) if labels is None else labels[end : end + len(ids)]
         end += len(ids)
         if not own.any():
             continue
@@ -203,6 +210,7 @@ def _padded(
         last = int(own.nonzero()[0][-1])
         sequences.append([*prompt, *ids[: last + 1]])
         learned.append((len(prompt), own[: last + 1]))
+        predicted.append(own_labels[: last + 1])
     # The last token of a sequence is only a target, never an input.
     lengths = np.array([len(ids) - 1 for ids in sequences])
     tokens = np.zeros((len(sequences), int(lengths.max()) + 1), np.int64)  # [row, pos + 1]
@@ -211,17 +219,22 @@ def _padded(
         tokens[row, : len(sequence)] = sequence
         # Position k predicts token k + 1.
         loss_weights[row, start - 1 : start - 1 + len(own)] = own
-    largest = tokens[:, 1:][loss_weights > 0].max()
-    if tokens.min() < 0 or tokens[:, :-1].max() >= engine.d_vocab or largest >= engine.d_vocab_out:
+    targets = tokens[:, 1:].copy()  # [row, pos]
+    for row, ((start, _), own_labels) in enumerate(zip(learned, predicted, strict=True)):
+        targets[row, start - 1 : start - 1 + len(own_labels)] = own_labels
+    learned_ids = targets[loss_weights > 0]
+    smallest = min(tokens.min(), learned_ids.min())
+    largest = learned_ids.max()
+    if smallest < 0 or tokens[:, :-1].max() >= engine.d_vocab or largest >= engine.d_vocab_out:
         raise ValueError(
-            f"token ids run from {tokens.min()} to {tokens.max()}, the vocabulary has "
+            f"token ids run from {smallest} to {max(tokens.max(), largest)}, the vocabulary has "
             f"{engine.d_vocab_out}: do the completions come from another tokenizer?"
         )
     padded = torch.from_numpy(tokens).to(engine.device)
     first_loss = min(start for start, _ in learned) - 1
     return TrainingRows(
         tokens=padded[:, :-1],
-        targets=padded[:, 1:],
+        targets=torch.from_numpy(targets).to(engine.device),
         loss_weights=torch.from_numpy(loss_weights).to(engine.device),
         lengths=lengths,
         tokens_learned=int((loss_weights > 0).sum()),
