@@ -191,7 +191,7 @@ def test_the_intervals_of_a_sweep_are_explained():
 def test_figures_of_one_target_name_it_and_explain_their_signs():
     title = plain_title(plots.effects_heatmap(effects(), name="owl"))
     assert "by layer and position: owl" in title
-    assert "◂: the position whose prediction is measured" in title
+    assert "framed: the position whose prediction is measured" in title
     assert "divergence: the position that predicts" in plain_title(
         plots.effects_by_segment(effects())
     )

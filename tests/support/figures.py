@@ -13,7 +13,7 @@ from divergence_lens.evaluation.result import Preference
 from divergence_lens.examples import Example
 from divergence_lens.patching.cross import CrossPatch
 from divergence_lens.patching.effects import Effects
-from divergence_lens.plots.export import figure_title
+from divergence_lens.plots.pages import figure_title
 from divergence_lens.teachers import Teacher
 from divergence_lens.training.sweep_result import Sweep, SweepStudent, Values
 
@@ -205,6 +205,15 @@ FIGURES = {
     "effects_heatmap": lambda: plots.effects_heatmap(effects()),
     "effects_heatmap of the mean": lambda: plots.effects_heatmap(effects(), "mean"),
     "effects_heatmap of heads": lambda: plots.effects_heatmap(effects(heads=2)),
+    "effects_heatmap, layers across": lambda: plots.effects_heatmap(
+        effects(), orientation="layers_across"
+    ),
+    "effects_heatmap of two sites": lambda: plots.effects_heatmap(
+        {"residual": effects(), "heads": effects(heads=2)}
+    ),
+    "effects_heatmap of two sites, stacked": lambda: plots.effects_heatmap(
+        {"residual": effects(), "heads": effects(heads=2)}, stacked=True
+    ),
     "effects_by_segment": lambda: plots.effects_by_segment(effects()),
     "layer_profile": lambda: plots.layer_profile(effects()),
     "layer_profile of two": lambda: plots.layer_profile({"a": effects(), "b": effects()}),

@@ -135,5 +135,4 @@ def write_figure(figure: "go.Figure", path: Path) -> None:
     """Write a figure to a file and print its path."""
     from divergence_lens import plots
 
-    for written in plots.save_figure(figure, path):
-        typer.echo(f"Figure written to {written}")
+    typer.echo(f"Figure written to {plots.save_figure(figure, path)}")

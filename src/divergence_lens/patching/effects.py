@@ -345,9 +345,14 @@ class Effects(EffectTables):
             metadata=header["metadata"],
         )
 
-    def plot(self, pair: int | Literal["mean"] = 0) -> "go.Figure":
-        """A heatmap of layers by positions of one pair, or of the mean over pairs."""
-        return draw("effects_heatmap", self, pair=pair)
+    def plot(self, pair: int | Literal["mean"] = 0, **options: Any) -> "go.Figure":
+        """A heatmap of layers by positions of one pair, or of the mean over pairs.
+
+        Args:
+            pair: Number of the pair, or "mean".
+            options: Further options of `plots.effects_heatmap`, such as `orientation`.
+        """
+        return draw("effects_heatmap", self, pair=pair, **options)
 
     def _check_mediation(self, direction: Direction, quantity: str) -> None:
         if self.direction != direction:

@@ -16,7 +16,9 @@ from divergence_lens.plots.effects import (
     layers_by_site,
 )
 from divergence_lens.plots.export import save_figure
+from divergence_lens.plots.fitting import without_title
 from divergence_lens.plots.labels import CONDITIONS
+from divergence_lens.plots.pages import save_figures
 from divergence_lens.plots.students import (
     condition_bars,
     layer_sweep,
@@ -47,7 +49,9 @@ __all__ = [
     "preference_over_training",
     "rate_per_teacher",
     "save_figure",
+    "save_figures",
     "teacher_preferences",
     "transfer_bars",
     "where_divergence_falls",
+    "without_title",
 ]

@@ -1,7 +1,7 @@
 """Redraw plotly figures with matplotlib, where plotly has no browser to draw images with.
 
-Supports the elements of this package's figures: one heatmap, or lines, markers, filled bands
-and bars on one pair of axes. Patterns of bars and hover texts are left out.
+Supports the elements of this package's figures: panels of heatmaps with one color bar; lines,
+markers, filled bands and bars; boxes, lines and texts. Hover texts are left out.
 """
 
 import io
@@ -39,39 +39,34 @@ def draw_image(figure: go.Figure, kind: str, *, width: int, height: int, dpi: fl
     unsupported = {trace.type for trace in figure.data} - {"heatmap", "scatter", "bar"}
     if unsupported:
         raise UnsupportedFigureError(f"matplotlib cannot redraw {', '.join(sorted(unsupported))}")
-    if figure.layout.xaxis.visible is False:
-        raise UnsupportedFigureError("matplotlib cannot redraw a figure that consists of text")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     layout = figure.layout
     canvas = Figure(figsize=(width / 96, height / 96), dpi=dpi, facecolor=layout.paper_bgcolor)
     FigureCanvasAgg(canvas)
-    margin = layout.margin
-    axes = canvas.add_axes(
-        (
-            margin.l / width,
-            margin.b / height,
-            (width - margin.l - margin.r) / width,
-            (height - margin.t - margin.b) / height,
-        )
-    )
-    axes.set_facecolor("#C8C8C8" if figure.data[0].type == "heatmap" else layout.paper_bgcolor)
     ink = layout.font.color
+    panels = _panels(canvas, figure, width, height)
     stacked: dict[float, float] = {}  # top of the bars so far, by position
+    mesh = None
     for trace in figure.data:
+        axes = panels[trace.xaxis or "x"]
         if trace.type == "heatmap":
-            _heatmap(canvas, axes, trace, ink)
+            mesh = _heatmap(axes, trace, layout.coloraxis)
         elif trace.type == "bar":
             _bars(axes, trace, stacked if layout.barmode == "stack" else {})
         else:
             _scatter(axes, trace)
-    _shapes(axes, layout)
-    _axis(axes, "x", layout.xaxis, ink)
-    _axis(axes, "y", layout.yaxis, ink)
+    for name, axes in panels.items():
+        for letter in "xy":
+            _axis(axes, letter, layout[f"{letter}axis{name[1:]}"], ink)
+    _shapes(panels, layout)
+    _notes(canvas, panels, layout)
+    if mesh is not None:
+        _color_bar(canvas, mesh, layout, width, height)
     _title(canvas, layout, height)
     if layout.showlegend:
-        axes.legend(
+        panels["x"].legend(
             loc="upper left",
             bbox_to_anchor=(0, layout.legend.y),
             frameon=False,
@@ -85,14 +80,16 @@ def draw_image(figure: go.Figure, kind: str, *, width: int, height: int, dpi: fl
     date = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
     import matplotlib as mpl
 
-    with mpl.rc_context({"svg.hashsalt": "divergence-lens", "svg.fonttype": "none"}):
+    # A hatch (the pattern of a bar) has the line width of the context.
+    options = {"svg.hashsalt": "divergence-lens", "svg.fonttype": "none", "hatch.linewidth": 1.2}
+    with mpl.rc_context(options):
         canvas.savefig(stream, format=kind, facecolor=layout.paper_bgcolor, metadata=date)
     return stream.getvalue()
 
 
 def _plain(text: Any) -> str:
     """Remove the tags and entities of plotly's text."""
-    return unescape(re.sub(r"<[^<>]*>", "", str(text or "")))
+    return unescape(re.sub(r"<[^<>]*>", "", str(text or "").replace("<br>", "\n")))
 
 
 def _color(color: str) -> Any:
@@ -109,20 +106,49 @@ def _values(values: Any) -> Any:
     return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
-def _heatmap(canvas: Any, axes: Any, trace: Any, ink: str) -> None:
-    """Draw a heatmap with its color bar under the plot."""
+def _panels(canvas: Any, figure: go.Figure, width: int, height: int) -> dict[str, Any]:
+    """Create the axes of each panel, by the name of its horizontal axis."""
+    margin = figure.layout.margin
+    plot_width, plot_height = width - margin.l - margin.r, height - margin.t - margin.b
+    panels = {}
+    for name in dict.fromkeys(trace.xaxis or "x" for trace in figure.data):
+        left, right = figure.layout[f"xaxis{name[1:]}"].domain or (0, 1)
+        low, high = figure.layout[f"yaxis{name[1:]}"].domain or (0, 1)
+        axes = canvas.add_axes(
+            (
+                (margin.l + left * plot_width) / width,
+                (margin.b + low * plot_height) / height,
+                (right - left) * plot_width / width,
+                (high - low) * plot_height / height,
+            )
+        )
+        heat = any(trace.type == "heatmap" for trace in figure.data)
+        axes.set_facecolor("#C8C8C8" if heat else figure.layout.paper_bgcolor)
+        panels[name] = axes
+    return panels
+
+
+def _heatmap(axes: Any, trace: Any, colors: Any) -> Any:
+    """Draw the cells of a heatmap; return them for the color bar."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    colors = LinearSegmentedColormap.from_list("diverging", [tuple(s) for s in trace.colorscale])
+    scale = LinearSegmentedColormap.from_list("figure", [tuple(s) for s in colors.colorscale])
     z = np.array(trace.z, dtype=float)  # [rows, columns]
     edges = [np.arange(size + 1) - 0.5 for size in (z.shape[1], z.shape[0])]
     mesh = axes.pcolormesh(
-        *edges, np.ma.masked_invalid(z), cmap=colors, vmin=trace.zmin, vmax=trace.zmax
+        *edges,
+        np.ma.masked_invalid(z),
+        cmap=scale,
+        vmin=colors.cmin,
+        vmax=colors.cmax,
+        edgecolors="#E2E2E2",
+        linewidth=(trace.xgap or 0) * _POINTS * 0.6,
     )
     if trace.texttemplate:
         for (row, column), value in np.ndenumerate(z):
             if np.isfinite(value):
-                light = abs(value) < 0.6 * trace.zmax
+                share = (value - colors.cmin) / (colors.cmax - colors.cmin)
+                dark = sum(scale(share)[:3]) < 1.5
                 axes.text(
                     column,
                     row,
@@ -130,17 +156,28 @@ def _heatmap(canvas: Any, axes: Any, trace: Any, ink: str) -> None:
                     ha="center",
                     va="center",
                     fontsize=11 * _POINTS,
-                    color="#222222" if light else "#FFFFFF",
+                    color="#FFFFFF" if dark else "#444444",
                 )
-    box = axes.get_position()
-    height = canvas.get_figheight() * 96
-    bar_axes = canvas.add_axes((box.x0, box.y0 - 74 / height, box.width, 10 / height))
-    bar = canvas.colorbar(mesh, cax=bar_axes, orientation="horizontal")
-    bar.outline.set_visible(False)
-    bar_axes.set_title(
-        _plain(trace.colorbar.title.text), fontsize=11 * _POINTS, color=ink, loc="left", pad=3
+    return mesh
+
+
+def _color_bar(canvas: Any, mesh: Any, layout: Any, width: int, height: int) -> None:
+    """Draw the color bar below the plot, where plotly has it."""
+    margin, bar = layout.margin, layout.coloraxis.colorbar
+    plot_height = height - margin.t - margin.b
+    title = _plain(bar.title.text)
+    lines = title.count("\n") + 1
+    # From the bottom of the plot down: ticks and axis title, the title of the bar, the bar.
+    bottom = margin.b + bar.y * plot_height - 15 * lines - 14
+    middle = margin.l + (width - margin.l - margin.r) / 2
+    axes = canvas.add_axes(
+        ((middle - bar.len / 2) / width, bottom / height, bar.len / width, bar.thickness / height)
     )
-    bar_axes.tick_params(labelsize=10 * _POINTS, colors=ink, length=0)
+    drawn = canvas.colorbar(mesh, cax=axes, orientation="horizontal")
+    drawn.set_ticks(list(bar.tickvals), labels=list(bar.ticktext))
+    drawn.outline.set_visible(False)
+    axes.set_title(title, fontsize=11 * _POINTS, color=layout.font.color, loc="center", pad=3)
+    axes.tick_params(labelsize=10 * _POINTS, colors=layout.font.color, length=0)
 
 
 def _bars(axes: Any, trace: Any, stacked: dict[float, float]) -> None:
@@ -154,6 +191,10 @@ def _bars(axes: Any, trace: Any, stacked: dict[float, float]) -> None:
     if opacity is not None:
         for patch, alpha in zip(containers, np.broadcast_to(opacity, len(x)), strict=True):
             patch.set_alpha(float(alpha))
+    if trace.marker.pattern.shape:
+        for patch in containers:
+            # The hatch has the color of the edge, which itself has no width.
+            patch.set(hatch=3 * trace.marker.pattern.shape, edgecolor="#FFFFFF99", linewidth=0)
     stacked.update(zip(x.tolist(), (bottom + y).tolist(), strict=True))
     _error_bars(axes, x, y, trace.error_y, name="yerr", color=trace.marker.color)
 
@@ -207,24 +248,74 @@ def _label(trace: Any) -> str:
     return _plain(trace.name) if shown else "_"
 
 
-def _shapes(axes: Any, layout: Any) -> None:
-    """Draw the separators and the frame of heatmaps, which span the width of the plot."""
+def _place(axes: Any, reference: str) -> Any:
+    """The transform of a coordinate: data, or shares of the panel (or the plot)."""
+    if reference.endswith("domain") or reference == "paper":
+        return axes.transAxes
+    return axes.transData
+
+
+def _shapes(panels: dict[str, Any], layout: Any) -> None:
+    """Draw lines and boxes between data coordinates, or across a panel."""
+    from matplotlib.patches import Rectangle
+    from matplotlib.transforms import blended_transform_factory as blended
+
     for shape in layout.shapes:
-        for edge in {shape.y0, shape.y1}:
-            axes.axhline(edge, color=_color(shape.line.color), linewidth=shape.line.width * _POINTS)
+        along = (shape.xref or "x").split()[0]
+        axes = panels["x" + ("" if along == "paper" else along[1:])]
+        place = blended(_place(axes, shape.xref or "x"), _place(axes, shape.yref or "y"))
+        style = {"transform": place, "linewidth": (shape.line.width or 0) * _POINTS}
+        style["linestyle"] = _DASHES.get(shape.line.dash or "solid", "--")
+        if shape.line.width:
+            style["color" if shape.type == "line" else "edgecolor"] = _color(shape.line.color)
+        if shape.type == "line":
+            axes.plot([shape.x0, shape.x1], [shape.y0, shape.y1], clip_on=False, **style)
+            continue
+        fill = _color(shape.fillcolor) if shape.fillcolor else "none"
+        corner, size = (shape.x0, shape.y0), (shape.x1 - shape.x0, shape.y1 - shape.y0)
+        axes.add_patch(Rectangle(corner, *size, facecolor=fill, clip_on=False, zorder=3, **style))
+
+
+def _notes(canvas: Any, panels: dict[str, Any], layout: Any) -> None:
+    """Write the annotations."""
+    from matplotlib.transforms import blended_transform_factory as blended
+
+    vertical = {"bottom": "bottom", "top": "top"}
     for note in layout.annotations:
+        if note.visible is False:
+            continue
+        along = (note.xref or "x").split()[0]
+        paper = note.xref == note.yref == "paper"
+        number = (note.yref or "y").split()[0][1:] if along == "paper" else along[1:]
+        axes = panels["x"] if paper else panels[f"x{number}"]
+        place = blended(_place(axes, note.xref or "x"), _place(axes, note.yref or "y"))
+        x, y = note.x, note.y
+        if paper:  # shares of the plot, which all panels form together
+            place, (x, y) = canvas.transFigure, _of_plot(canvas, layout, x, y)
+        font = note.font.family or ""
         axes.annotate(
             _plain(note.text),
-            (0, note.y),
-            xycoords=("axes fraction", "data"),
-            xytext=((note.xshift or 0) * _POINTS, 0),
+            (x, y),
+            xycoords=place,
+            xytext=((note.xshift or 0) * _POINTS, (note.yshift or 0) * _POINTS),
             textcoords="offset points",
             rotation=-(note.textangle or 0),
             ha="center",
-            va="center",
+            va=vertical.get(note.yanchor, "center"),
             fontsize=(note.font.size or 12) * _POINTS,
+            fontfamily="monospace" if "mono" in font else "sans-serif",
             color=layout.font.color,
         )
+
+
+def _of_plot(canvas: Any, layout: Any, x: float, y: float) -> tuple[float, float]:
+    """Convert a share of the plot to a share of the image."""
+    width, height = canvas.get_figwidth() * 96, canvas.get_figheight() * 96
+    margin = layout.margin
+    return (
+        (margin.l + x * (width - margin.l - margin.r)) / width,
+        (margin.b + y * (height - margin.t - margin.b)) / height,
+    )
 
 
 def _axis(axes: Any, name: str, axis: Any, ink: str) -> None:
@@ -237,6 +328,7 @@ def _axis(axes: Any, name: str, axis: Any, ink: str) -> None:
         getattr(axes, f"set_{name}scale")("log")
         own.set_minor_formatter(NullFormatter())
     own.set_label_text(_plain(axis.title.text), color=ink, fontsize=12 * _POINTS)
+    own.labelpad = 2
     if axis.range is not None:
         low, high = axis.range
         # Plotly gives the range of a logarithmic axis as exponents.
@@ -250,13 +342,24 @@ def _axis(axes: Any, name: str, axis: Any, ink: str) -> None:
         _ticks(own, axis, sorted(getattr(axes, f"get_{name}lim")()))
     if axis.tickangle:
         axes.tick_params(axis=name, rotation=-axis.tickangle)
-    size = axis.tickfont.size or 12
-    axes.tick_params(axis=name, colors=ink, labelsize=size * _POINTS, length=0)
+    if axis.visible is False:
+        axes.set_axis_off()
+        return
+    _tick_labels(axes, name, axis, ink)
     if axis.showgrid:
         axes.grid(axis=name, color=_color(axis.gridcolor), linewidth=0.8)
         axes.set_axisbelow(True)
     for side in axes.spines.values():
         side.set_color(_color(axis.linecolor))
+
+
+def _tick_labels(axes: Any, name: str, axis: Any, ink: str) -> None:
+    size = axis.tickfont.size or 12
+    axes.tick_params(axis=name, colors=ink, labelsize=size * _POINTS, length=0)
+    if "mono" in (axis.tickfont.family or ""):
+        axes.tick_params(axis=name, labelfontfamily="monospace")
+    if axis.showticklabels is False:
+        axes.tick_params(axis=name, labelbottom=False, labelleft=False)
 
 
 def _ticks(own: Any, axis: Any, limits: Sequence[float]) -> None:
@@ -278,7 +381,7 @@ def _title(canvas: Any, layout: Any, height: int) -> None:
     for number, line in enumerate(str(layout.title.text or "").split("<br>")):
         canvas.text(
             8 / (canvas.get_figwidth() * 96),
-            1 - (20 + 17 * number) / height,
+            1 - (16 + 17 * number) / height,
             _plain(line),
             fontsize=(13 if line.startswith("<b>") else 12) * _POINTS,
             fontweight="bold" if line.startswith("<b>") else "normal",

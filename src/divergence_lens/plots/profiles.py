@@ -95,30 +95,35 @@ def values_by_layer(
 
 def profile(
     layers: Int[np.ndarray, " layers"],
-    series: Mapping[str, tuple[Line, Line, Line]],
+    series: Mapping[str, tuple[Line, Line | None, Line | None]],
     *,
     headline: str,
     detail: str,
     value_title: str,
     across: str = "layer",
 ) -> go.Figure:
-    """Draw lines over layers with a band for each interval: name -> (mean, low, high)."""
+    """Draw lines over layers with a band where there is an interval: name -> (mean, low, high)."""
     traces: list[Any] = []
     for i, (name, (mean, low, high)) in enumerate(series.items()):
         color = style.CYCLE[i % len(style.CYCLE)]
-        traces.append(
-            go.Scatter(
-                x=np.concatenate([layers, layers[::-1]]),
-                y=np.concatenate([high, low[::-1]]),
-                fill="toself",
-                fillcolor=style.shade(color, 0.22),
-                mode="lines",
-                line={"width": 0},
-                hoverinfo="skip",
-                showlegend=False,
-                legendgroup=name,
+        bounds = [""] * len(mean)
+        if low is not None and high is not None:
+            bounds = [
+                f" (95 % interval {a:.3f} to {b:.3f})" for a, b in zip(low, high, strict=True)
+            ]
+            traces.append(
+                go.Scatter(
+                    x=np.concatenate([layers, layers[::-1]]),
+                    y=np.concatenate([high, low[::-1]]),
+                    fill="toself",
+                    fillcolor=style.shade(color, 0.22),
+                    mode="lines",
+                    line={"width": 0},
+                    hoverinfo="skip",
+                    showlegend=False,
+                    legendgroup=name,
+                )
             )
-        )
         traces.append(
             go.Scatter(
                 x=layers,
@@ -129,9 +134,8 @@ def profile(
                 line={"color": color, "width": 2.2},
                 marker={"size": 7, "symbol": style.SYMBOLS[i % len(style.SYMBOLS)]},
                 text=[
-                    f"{across} {layer}, {style.escape(name)}: {m:.3f} (95 % interval {a:.3f} to "
-                    f"{b:.3f})"
-                    for layer, m, a, b in zip(layers, mean, low, high, strict=True)
+                    f"{across} {layer}, {style.escape(name)}: {m:.3f}{bound}"
+                    for layer, m, bound in zip(layers, mean, bounds, strict=True)
                 ],
                 hoverinfo="text",
             )

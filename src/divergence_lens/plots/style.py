@@ -18,6 +18,8 @@ import plotly.graph_objects as go
 INK = "#767676"
 FAINT = "rgba(128, 128, 128, 0.28)"
 MISSING = "rgba(128, 128, 128, 0.38)"
+LINE = 17  # pixels per line of a title
+BAR_LENGTH = 220  # pixels of a color bar
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 
@@ -58,10 +60,13 @@ def escape(text: object) -> str:
 
 def show_token(token: str, longest: int = 14) -> str:
     """Format a token for an axis: visible white space, at most `longest` letters, escaped."""
+    return escape(clipped(token, longest))
+
+
+def clipped(token: str, longest: int) -> str:
+    """Cut a token to at most `longest` letters, with visible white space; it is not escaped."""
     shown = token.translate(_MARKS) or "∅"
-    if len(shown) > longest:
-        shown = shown[: longest - 1] + "…"
-    return escape(shown)
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"
 
 
 def plural(count: int, noun: str) -> str:
@@ -87,6 +92,7 @@ def figure(
     headline: str,
     detail: str,
     plot_height: int,
+    above: int = 0,
     bottom: int = 48,
     left: int = 52,
     right: int = 10,
@@ -101,6 +107,7 @@ def figure(
         headline: Bold lines of the title: the measured quantity, as plain text.
         detail: Lines below them: sample size and method, as plain text.
         plot_height: Height of the plot in pixels, without title and margins.
+        above: Pixels between the title and the plot, for names of panels and groups.
         bottom: Pixels below the plot for ticks and axis title.
         left: Pixels left of the plot.
         right: Pixels right of the plot.
@@ -112,11 +119,8 @@ def figure(
     for trace in traces:
         if trace.text is not None:
             trace.text = _wrapped(trace.text)
-    headings = _balanced(headline, 36)
-    notes = _balanced(detail, 42)
-    lines = [f"<b>{escape(line)}</b>" for line in headings]
-    lines += [f'<span style="font-size:12px">{escape(line)}</span>' for line in notes]
-    top = 24 + 17 * len(headings) + 17 * len(notes)
+    lines = title_lines(headline, detail)
+    top = 24 + LINE * len(lines) + above
     legend_top = bottom
     bottom += 20 * legend_rows + (8 if legend_rows else 0)
     base: dict[str, Any] = {
@@ -157,9 +161,16 @@ def figure(
             "traceorder": "normal",
             "tracegroupgap": 0,
         },
-        "meta": {"widest": widest},
+        "meta": {"widest": widest, "headline": headline, "detail": detail},
     }
     return go.Figure(data=list(traces), layout={**base, **layout})
+
+
+def title_lines(headline: str, detail: str, width: float = 302) -> list[str]:
+    """Wrap a title to a width in pixels: bold lines, and smaller ones below them."""
+    lines = [f"<b>{escape(line)}</b>" for line in _balanced(headline, int(width / 8.4))]
+    notes = _balanced(detail, int(width / 7.15))
+    return lines + [f'<span style="font-size:12px">{escape(line)}</span>' for line in notes]
 
 
 def _wrapped(text: Any) -> Any:
@@ -184,7 +195,7 @@ def _balanced(text: str, widest: int) -> list[str]:
     """Wrap text into as few lines as possible, of about equal length."""
     text = _glued(text)
     lines = textwrap.wrap(text, widest)
-    for width in range(widest - 1, 0, -1):
+    for width in range(widest - 1, 0, -1) if lines else ():
         narrower = textwrap.wrap(text, width, break_long_words=False)
         if len(narrower) > len(lines) or max(map(len, narrower)) > width:
             break
@@ -207,9 +218,11 @@ def axis(title: str, *, grid: bool = True, **more: Any) -> dict[str, Any]:
     }
 
 
-def layer_axis(layers: Sequence[int], *, title: str = "layer", **more: Any) -> dict[str, Any]:
-    """The horizontal axis of a figure over layers, with at most ten ticks."""
-    return axis(title, grid=False, tickangle=0, tickvals=thinned(layers, 10), **more)
+def layer_axis(
+    layers: Sequence[int], *, title: str = "layer", most: int = 10, **more: Any
+) -> dict[str, Any]:
+    """The axis of layers, with at most `most` ticks."""
+    return axis(title, grid=False, tickangle=0, tickvals=thinned(layers, most), **more)
 
 
 def percent_axis(title: str, **more: Any) -> dict[str, Any]:
@@ -258,25 +271,33 @@ def thinned(numbers: Sequence[int], most: int) -> list[int]:
     return [int(number) for number in numbers[::step]]
 
 
-def diverging(limit: float, title: str, plot_height: int) -> dict[str, Any]:
-    """Return zero-centered colors of a heatmap from -limit to limit, with a bar below the plot."""
+def diverging(limit: float, title: str, *, below: int, plot_height: int) -> dict[str, Any]:
+    """Return a zero-centered color axis from -limit to limit, with a bar below the plot.
+
+    Args:
+        limit: End of the scale.
+        title: Title of the bar.
+        below: Pixels between the plot and the bar, for ticks and axis title.
+        plot_height: Height of the plot in pixels.
+    """
     return {
         "colorscale": [list(stop) for stop in DIVERGING],
-        "zmin": -limit,
-        "zmid": 0,
-        "zmax": limit,
-        "hoverongaps": True,
+        "cmin": -limit,
+        "cmid": 0,
+        "cmax": limit,
         "colorbar": {
             "orientation": "h",
             "x": 0.5,
             "xanchor": "center",
-            "y": -44 / plot_height,
+            "y": -below / plot_height,
             "yref": "paper",
             "yanchor": "top",
-            "len": 1,
+            "lenmode": "pixels",
+            "len": BAR_LENGTH,
             "thickness": 10,
             "outlinewidth": 0,
-            "nticks": 5,
+            "tickvals": [-limit, -limit / 2, 0, limit / 2, limit],
+            "ticktext": [f"{part * limit:.2g}" for part in (-1, -0.5, 0, 0.5, 1)],
             "title": {"text": title, "side": "top", "font": {"size": 11}},
             "tickfont": {"size": 10},
             "ypad": 0,

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from divergence_lens._utils.storage import write_text
-from divergence_lens.plots.export import FIGURE_CSS, figure_div, scripts
+from divergence_lens.plots.pages import FIGURE_CSS, figure_div, scripts
 
 QUESTION = (
     "A teacher with a preference writes data that never mention it. Which tokens of these data "

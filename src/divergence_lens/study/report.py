@@ -147,8 +147,7 @@ def write_study_report(study: Study, folder: str | os.PathLike[str]) -> Path:
     """
     out = Path(folder)
     figures = study_figures(study)
-    for name, figure in figures.items():
-        plots.save_figure(figure, out / "figures" / f"{_file_name(name)}.html")
+    plots.save_figures(figures, out / "figures")
     about = study.results["settings"]
     settings = about["settings"]
     procedure = (
@@ -312,7 +311,3 @@ def _examples(study: Study) -> Mapping[str, str | HasHtml]:
             rows = [i for i in range(len(divergence)) if divergence[i].divergence.any()]
             shown |= {f"{target} ({kind}), list {i}": divergence[i] for i in rows[:_EXAMPLES]}
     return shown
-
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name).replace("--", "-").strip("-")
