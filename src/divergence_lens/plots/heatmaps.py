@@ -146,7 +146,10 @@ def heatmap(
         labels_below = 20 + (18 if items.noun else 0)
     left = 46 if down else 18 + label_pixels + (16 if items.groups or items.noun else 0)
     above = (18 if named else 0) + (16 if down and items.groups else 0)
-    traces, axes, shapes, notes = [], {}, [], []
+    traces: list[go.Heatmap] = []
+    axes: dict[str, Any] = {}
+    shapes: list[dict[str, Any]] = []
+    notes: list[dict[str, Any]] = []
     for i, (name, values) in enumerate(panels.items()):
         suffix = str(i + 1) if i else ""
         own = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}

@@ -81,8 +81,9 @@ def draw_image(figure: go.Figure, kind: str, *, width: int, height: int, dpi: fl
     import matplotlib as mpl
 
     # A hatch (the pattern of a bar) has the line width of the context.
-    options = {"svg.hashsalt": "divergence-lens", "svg.fonttype": "none", "hatch.linewidth": 1.2}
-    with mpl.rc_context(options):
+    with mpl.rc_context(
+        {"svg.hashsalt": "divergence-lens", "svg.fonttype": "none", "hatch.linewidth": 1.2}
+    ):
         canvas.savefig(stream, format=kind, facecolor=layout.paper_bgcolor, metadata=date)
     return stream.getvalue()
 
@@ -264,7 +265,7 @@ def _shapes(panels: dict[str, Any], layout: Any) -> None:
         along = (shape.xref or "x").split()[0]
         axes = panels["x" + ("" if along == "paper" else along[1:])]
         place = blended(_place(axes, shape.xref or "x"), _place(axes, shape.yref or "y"))
-        style = {"transform": place, "linewidth": (shape.line.width or 0) * _POINTS}
+        style: dict[str, Any] = {"transform": place, "linewidth": (shape.line.width or 0) * _POINTS}
         style["linestyle"] = _DASHES.get(shape.line.dash or "solid", "--")
         if shape.line.width:
             style["color" if shape.type == "line" else "edgecolor"] = _color(shape.line.color)
