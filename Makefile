@@ -46,7 +46,7 @@ $(READY_TL4): pyproject.toml constraints.txt constraints-tl4.txt
 	@touch $@
 
 demo: $(READY)
-	$(OFFLINE) $(BIN)/divergence-lens demo
+	$(OFFLINE) $(BIN)/divergence-lens demo --force
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not real"

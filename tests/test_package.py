@@ -289,7 +289,7 @@ def test_the_wheel_holds_the_tiny_models_and_they_are_small(wheel):
 
 def test_the_wheel_has_the_license_and_the_command(wheel):
     info = f"divergence_lens-{dl.__version__}.dist-info"
-    assert b"divergence-lens = divergence_lens.cli.main:app" in wheel.read(
+    assert b"divergence-lens = divergence_lens.__main__:main" in wheel.read(
         f"{info}/entry_points.txt"
     )
     assert wheel.read(f"{info}/licenses/LICENSE").startswith(b"MIT License")

@@ -5,29 +5,35 @@ from typing import Annotated, cast
 
 import typer
 
-from divergence_lens.cli.files import checkpoint_folder, read_prompts, read_teacher, write_figure
+from divergence_lens.cli.files import check_outputs, checkpoint_folder, read_prompts, write_figure
 from divergence_lens.cli.options import (
-    TEACHER_HELP,
     By,
+    ExamplesFile,
     Figure,
+    Force,
     Loading,
     Seed,
     Spec,
     Top,
     report_errors,
 )
+from divergence_lens.cli.teachers import TEACHER_HELP, check_teachers, read_teacher
 
 
 @report_errors
 def generate(
     prompts: Annotated[
         Path | None,
-        typer.Argument(help='File of prompts: one per line, or .jsonl with the key "prompt".'),
+        typer.Argument(
+            help='File of prompts: one per line, or .jsonl with the key "prompt".',
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Output file (.jsonl).")] = Path("data.jsonl"),
     teacher: Spec = "base=",
     numbers: Annotated[
-        int, typer.Option(help="Use this many number prompts instead of a file of prompts.")
+        int, typer.Option(help="Use this many number prompts instead of a file of prompts.", min=0)
     ] = 0,
     instructions: Annotated[
         bool,
@@ -36,14 +42,19 @@ def generate(
     only_numbers: Annotated[
         bool, typer.Option("--only-numbers", help="Drop completions that are not number lists.")
     ] = False,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Probability mass to sample from.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per completion.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 is greedy.", min=0)
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Probability mass to sample from.", min=0, max=1)
+    ] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per completion.", min=1)] = 64,
     pattern: Annotated[
         str | None,
         typer.Option(help="Regular expression that each completion must match as a whole."),
     ] = None,
     seed: Seed = 0,
+    force: Force = False,
     *,
     loading: Loading,
 ) -> None:
@@ -51,12 +62,13 @@ def generate(
 
     Example: divergence-lens generate --numbers 200 --teacher owl --only-numbers --out owl.jsonl
     """
+    if (prompts is None) == (numbers == 0):
+        raise ValueError("give either a file of prompts or --numbers N")
+    check_outputs(out, force=force)
     from divergence_lens.data import NumberFilter, number_prompts
     from divergence_lens.examples import save_examples
     from divergence_lens.generation import generate as generate_examples
 
-    if (prompts is None) == (numbers == 0):
-        raise ValueError("give either a file of prompts or --numbers N")
     texts = (
         number_prompts(numbers, seed=seed, instructions=instructions)
         if prompts is None
@@ -88,11 +100,14 @@ def generate(
 
 @report_errors
 def find(
-    data: Annotated[Path, typer.Argument(help="Examples: .jsonl or .parquet.")],
+    data: ExamplesFile,
     teacher: Spec,
     counterfactual: Annotated[
         list[str],
-        typer.Option(help=f"A teacher to compare with; may be repeated. {TEACHER_HELP}"),
+        typer.Option(
+            callback=check_teachers,
+            help=f"A teacher to compare with; may be repeated. {TEACHER_HELP}",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Output file.")] = Path("divergence.safetensors"),
     rule: Annotated[
@@ -103,7 +118,7 @@ def find(
     ] = "any",
     min_margin: Annotated[
         float,
-        typer.Option(help="Ignore differences whose argmax has a smaller margin than this."),
+        typer.Option(help="Ignore differences whose argmax has a smaller margin than this.", min=0),
     ] = 0.0,
     kl: Annotated[
         bool, typer.Option("--kl", help="Also compute the KL divergence at every token.")
@@ -115,7 +130,8 @@ def find(
         typer.Option(help="Also write prompt, completion and decision_points as JSON lines."),
     ] = None,
     figure: Figure = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens per forward pass.")] = 8192,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per forward pass.", min=1)] = 8192,
+    force: Force = False,
     *,
     loading: Loading,
 ) -> None:
@@ -123,6 +139,15 @@ def find(
 
     Example: divergence-lens find owl.jsonl --teacher owl --counterfactual cat --counterfactual wolf
     """
+    names = [spec.partition("=")[0] for spec in (teacher, *counterfactual)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the teachers are {', '.join(names)}; give each another name")
+    if rule not in ("any", "all") and not (rule.isdigit() and 1 <= int(rule) < len(names)):
+        raise ValueError(
+            f'--rule is {rule!r}; write "any", "all", or a number of counterfactual teachers, 1 to '
+            f"{len(names) - 1}"
+        )
+    check_outputs(out, jsonl, figure=figure, force=force)
     from divergence_lens.divergence import Rule, find_divergence
     from divergence_lens.examples import load_examples
 

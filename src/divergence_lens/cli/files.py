@@ -1,7 +1,10 @@
-"""Files that commands read and write: prompts, teachers, masks, figures and checkpoints."""
+"""Files that commands read and write: prompts, masks, results, figures and checkpoints."""
 
-from collections.abc import Callable, Iterator
+import json
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +15,8 @@ if TYPE_CHECKING:
 
     from divergence_lens.chat import Prompt
     from divergence_lens.divergence import Divergence
-    from divergence_lens.models import Model
-    from divergence_lens.teachers import Teacher
+
+IMAGES = (".png", ".svg", ".pdf")
 
 
 @contextmanager
@@ -37,40 +40,68 @@ def checkpoint_folder(out: Path) -> Iterator[Path]:
         delete_shards(folder)
 
 
-def read_teacher(spec: str, load: Callable[[str | Path], "Model"]) -> "Teacher":
-    """Parse a teacher given on the command line.
+def check_outputs(*paths: Path | None, figure: Path | None = None, force: bool) -> None:
+    """Refuse outputs that exist or cannot be written, before anything is computed.
 
     Args:
-        spec: A known animal ("owl": a system prompt to love owls); "NAME=a system prompt"; "NAME="
-            for no system prompt; "NAME=@file.safetensors" for a delta; "NAME=@folder" for another
-            model.
-        load: Loads another model.
+        paths: Files that the command will write; None for none.
+        figure: The figure that it will draw.
+        force: Whether files that exist may be overwritten.
 
     Raises:
-        ValueError: If `spec` has none of these forms.
-        FileNotFoundError: If there is no such file or folder.
+        ValueError: Names the file and the remedy.
     """
-    from divergence_lens.data import animal_teachers
-    from divergence_lens.deltas import Delta
-    from divergence_lens.teachers import Teacher
-
-    name, equals, value = spec.partition("=")
-    if not equals:
-        try:
-            return animal_teachers([name])[0]
-        except ValueError as error:
+    outputs = [path for path in paths if path is not None]
+    if figure is not None:
+        suffix = figure.suffix.lower()
+        if suffix not in {*IMAGES, ".html", ""}:
+            raise ValueError(f"--figure is {figure}; its name ends in .html, .png, .svg or .pdf")
+        if suffix in IMAGES and not (find_spec("kaleido") or find_spec("matplotlib")):
             raise ValueError(
-                f'teacher {spec!r} is not a known animal ({error}); write "{name}=a system prompt" '
-                f'or "{name}=@student.safetensors"'
-            ) from error
-    if not value.startswith("@"):
-        return Teacher(name, system_prompt=value or None)
-    path = Path(value[1:]).expanduser()
-    if path.is_dir():
-        return Teacher(name, model=load(path))
-    if not path.is_file():
-        raise FileNotFoundError(f"teacher {name!r}: there is no file or folder {value[1:]!r}")
-    return Teacher(name, delta=Delta.load(path))
+                f"{figure} needs kaleido or matplotlib, and neither is installed; run pip install "
+                "'divergence-lens[images]', or write .html"
+            )
+        outputs.append(figure if suffix in IMAGES else figure.with_suffix(".html"))
+    for path in outputs:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file")
+        if path.exists() and not force:
+            raise ValueError(f"{path} exists; name another file, or overwrite it with --force")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"{path} cannot be written, because {folder} cannot be written to")
+
+
+def result_kind(path: Path) -> str:
+    """Return the kind of a saved result: effects, divergence, preference, sweep, delta, ...
+
+    Reads the header alone, without torch.
+
+    Raises:
+        ValueError: The file was not written by this library.
+    """
+    with path.open("rb") as file:
+        # A safetensors file begins with the length of its JSON header, in 8 bytes.
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(size) if size < path.stat().st_size else b""
+    try:
+        label = json.loads(json.loads(text)["__metadata__"]["divergence-lens"])
+        return str(label["kind"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a result saved by divergence-lens, or is damaged"
+        ) from error
+
+
+def check_kind(path: Path, kind: str, *, option: str) -> None:
+    """Refuse a result of another kind.
+
+    Raises:
+        ValueError: Names the option and both kinds.
+    """
+    stored = result_kind(path)
+    if stored != kind:
+        raise ValueError(f"{option} {path} holds {stored}, not {kind}")
 
 
 def read_prompts(path: Path) -> "list[Prompt]":
@@ -111,14 +142,16 @@ def read_masked_examples(
     Raises:
         ValueError: If `complement` or `top` has no mask, or the mask belongs to other examples.
     """
+    if mask is None and (complement or top is not None):
+        option = "--complement" if complement else "--top"
+        raise ValueError(f"{option} needs --mask, a divergence file")
+    if mask is not None:
+        check_kind(mask, "divergence", option="--mask")
     from divergence_lens.divergence import Divergence
     from divergence_lens.examples import load_examples
 
     examples = load_examples(data)
     if mask is None:
-        if complement or top is not None:
-            option = "--complement" if complement else "--top"
-            raise ValueError(f"{option} needs --mask, a divergence file")
         return examples, None, None
     divergence = Divergence.load(mask)
     # Compare prompts as text: only tokenized examples record whether their template adds thinking.
@@ -131,8 +164,20 @@ def read_masked_examples(
     return divergence.examples, tokens, divergence
 
 
-def write_figure(figure: "go.Figure", path: Path) -> None:
-    """Write a figure to a file and print its path."""
+def write_figure(figure: "go.Figure", path: Path, **options: Any) -> None:
+    """Write a figure to a file and print its path.
+
+    Args:
+        figure: The figure.
+        path: Where to write it.
+        options: Of `plots.save_figure`: theme, width and resolution.
+
+    Raises:
+        RuntimeError: The figure cannot be drawn on this machine.
+    """
     from divergence_lens import plots
 
-    typer.echo(f"Figure written to {plots.save_figure(figure, path)}")
+    written = plots.save_figure(figure, path, **options)
+    if not written.is_file():
+        raise RuntimeError(f"the figure {written} was not written")
+    typer.echo(f"Figure written to {written}")

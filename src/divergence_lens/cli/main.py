@@ -10,11 +10,12 @@ from divergence_lens.cli.data import find, generate
 from divergence_lens.cli.doctor import doctor
 from divergence_lens.cli.evaluation import evaluate
 from divergence_lens.cli.patching import patch
+from divergence_lens.cli.plotting import plot
 from divergence_lens.cli.study import demo, report, study
 from divergence_lens.cli.training import finetune, sweep
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(generate, find, patch, finetune, sweep, evaluate),  # one step each, file to file
+    *(generate, find, patch, finetune, sweep, evaluate, plot),  # one step each, file to file
     *(demo, study, report),  # the whole experiment
     doctor,
 )
@@ -22,7 +23,6 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 app = typer.Typer(
     help="Find divergence tokens, the layers that cause them, and the layer that carries a bias.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for command in COMMANDS:
@@ -46,7 +46,3 @@ def options(
     ] = False,
 ) -> None:
     """Find divergence tokens, the layers that cause them, and the layer that carries a bias."""
-
-
-if __name__ == "__main__":
-    app()

@@ -2,14 +2,18 @@
 
 import functools
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, overload
 
 import typer
+
+from divergence_lens.cli.choices import Backend, DataType, Score
+from divergence_lens.cli.interrupts import STOPPED, running
+from divergence_lens.cli.teachers import TEACHER_HELP, check_teachers
 
 if TYPE_CHECKING:
     from divergence_lens.models import Model
@@ -17,13 +21,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-FAILED, REFUSED, STOPPED = 1, 2, 130
-"""Exit codes: the command failed; the input was refused; the user pressed Ctrl-C."""
-
-TEACHER_HELP = (
-    "A teacher: a known animal (owl), NAME=a system prompt, NAME= for no system prompt, "
-    "NAME=@student.safetensors for trained weights, or NAME=@folder for another model."
-)
+FAILED, REFUSED = 1, 2
+"""Exit codes: the command failed; the input was refused. (Ctrl-C: `STOPPED`.)"""
 
 RESUME_HINT = (
     "Stopped. Every file written so far is complete. If there is a folder named *.partial beside "
@@ -31,47 +30,67 @@ RESUME_HINT = (
 )
 
 
-class Precision(str, Enum):
-    """Data type of the parameters."""
+def _check_model(name: str | None) -> str | None:
+    """Refuse a folder or a file that does not exist; a name on the hub is looked up later."""
+    if name is None or Path(name).expanduser().exists():
+        return name
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not name.endswith(".gguf"):
+        return name
+    raise typer.BadParameter(f"there is no file or folder {name!r}, and it is no name of a model")
 
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
-
-class ModelClass(str, Enum):
-    """TransformerLens class of the model."""
-
-    auto = "auto"
-    hooked = "hooked"
-    bridge = "bridge"
+def _check_device(name: str | None) -> str | None:
+    """Refuse the name of no device; whether the machine has it is checked with torch."""
+    if name is None or re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        return name
+    raise typer.BadParameter(f"{name!r} is no device; write cpu, cuda, cuda:1 or mps")
 
 
 ModelName = Annotated[
-    str, typer.Option("--model", help='"tiny", "tiny-qwen2", a folder, or a Hugging Face name.')
+    str,
+    typer.Option(
+        "--model",
+        callback=_check_model,
+        help='"tiny", "tiny-qwen2", "smollm2", a folder, a .gguf file, or a Hugging Face name.',
+    ),
 ]
 ClassName = Annotated[
-    ModelClass, typer.Option("--backend", help="TransformerLens class of the model.")
+    Backend, typer.Option("--backend", help="TransformerLens class of the model.")
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")
+    str | None,
+    typer.Option(
+        callback=_check_device,
+        help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.",
+    ),
 ]
-DType = Annotated[Precision, typer.Option(help="Data type of the parameters.")]
-Seed = Annotated[int, typer.Option(help="Random seed.")]
-Spec = Annotated[str, typer.Option(help=TEACHER_HELP)]
+DType = Annotated[DataType, typer.Option(help="Data type of the parameters.")]
+Seed = Annotated[int, typer.Option(help="Random seed.", min=0)]
+Spec = Annotated[str, typer.Option(callback=check_teachers, help=TEACHER_HELP)]
 Figure = Annotated[Path | None, typer.Option(help="Also draw a figure: .html, .png, .svg or .pdf.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
 Mask = Annotated[
-    Path | None, typer.Option(help="A divergence file; train on its divergence tokens only.")
+    Path | None,
+    typer.Option(
+        help="A divergence file; train on its divergence tokens only.", exists=True, dir_okay=False
+    ),
 ]
 Complement = Annotated[
     bool, typer.Option("--complement", help="Train on all tokens except those of the mask.")
 ]
 Top = Annotated[
     float | None,
-    typer.Option(help="Use this fraction of all tokens, by score, instead of divergence tokens."),
+    typer.Option(
+        help="Use this fraction of all tokens, by score, instead of divergence tokens.",
+        min=0,
+        max=1,
+    ),
 ]
-By = Annotated[str, typer.Option(help='Score of --top: "advantage", or "kl" (see find --kl).')]
+By = Annotated[Score, typer.Option(help="Score of --top; for kl see find --kl.")]
 System = Annotated[str | None, typer.Option(help="System prompt of the student; none by default.")]
+ExamplesFile = Annotated[
+    Path, typer.Argument(help="Examples: .jsonl or .parquet.", exists=True, dir_okay=False)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,21 +98,45 @@ class Loading:
     """Options of every command that loads a model, as one parameter called `loading`."""
 
     model: ModelName = "tiny"
-    backend: ClassName = ModelClass.auto
+    backend: ClassName = "auto"
     device: Device = None
-    dtype: DType = Precision.float32
+    dtype: DType = "float32"
 
     def load(self, source: str | Path | None = None) -> "Model":
         """Load the command's model, or the model at `source` with the same settings."""
+        check_device_exists(self.device)
         import torch
 
         from divergence_lens.models import load_model
 
         return load_model(
             self.model if source is None else source,
-            backend=self.backend.value,
+            backend=self.backend,
             device=self.device,
-            dtype=getattr(torch, self.dtype.value),
+            dtype=getattr(torch, self.dtype),
+        )
+
+
+def check_device_exists(device: str | None) -> None:
+    """Refuse a GPU that PyTorch does not see, before TransformerLens is imported.
+
+    Raises:
+        ValueError: Names the devices of this machine.
+    """
+    if device is None or device == "cpu":
+        return
+    import torch
+
+    kind, _, index = device.partition(":")
+    if kind == "mps":
+        available = torch.backends.mps.is_available()
+    else:
+        available = int(index or 0) < torch.cuda.device_count()
+    if not available:
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise ValueError(
+            f"--device is {device!r}, which PyTorch {torch.__version__} does not see on this "
+            f"machine; it has {', '.join(['cpu', *gpus])}"
         )
 
 
@@ -124,7 +167,7 @@ def report_errors(command: Callable[..., Any] | None = None, *, stopped: str = R
         if options:
             kwargs["loading"] = Loading(**{name: kwargs.pop(name) for name in options})
         try:
-            with warnings.catch_warnings():
+            with running(stopped), warnings.catch_warnings():
                 warnings.showwarning = _echo_warning
                 return command(*args, **kwargs)
         except typer.Exit:

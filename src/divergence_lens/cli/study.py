@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from divergence_lens.cli.choices import Backend, DataType
 from divergence_lens.cli.options import (
     FAILED,
     Device,
     DType,
+    Force,
     ModelName,
-    Precision,
+    check_device_exists,
     report_errors,
     split_names,
     split_numbers,
@@ -40,21 +42,25 @@ def demo(
     kinds: Kinds = None,
     prompts: Prompts = None,
     device: Device = None,
-    dtype: DType = Precision.float32,
-    workers: Annotated[int, typer.Option(help="Number of parallel processes.")] = 2,
+    dtype: DType = "float32",
+    workers: Annotated[int, typer.Option(help="Number of parallel processes.", min=1)] = 2,
+    force: Force = False,
 ) -> None:
     """Run the whole experiment on a tiny model and write a report.
 
     Teachers that love an animal write number lists; the command finds the divergence tokens,
     locates their causes, trains students on parts of the data, and tests every claim of the paper.
-    Each run starts over; `study` covers more conditions and resumes.
+    Each run starts over, and deletes earlier results only with --force; `study` covers more
+    conditions and resumes.
 
     Example: divergence-lens demo --out runs/demo --targets wolf,lion,eagle,panda
     """
+    if (out / "results.json").exists() and not force:
+        raise ValueError(f"{out} holds a study; name another folder, or overwrite it with --force")
     options: dict[str, Any] = {
         "model": model,
         "device": device,
-        "dtype": dtype.value,
+        "dtype": dtype,
         "workers": workers,
     }
     if targets is not None:
@@ -65,6 +71,7 @@ def demo(
         options["kinds"] = split_names(kinds)
     if seeds is not None:
         options["seeds"] = options["layer_seeds"] = split_numbers(seeds, "seeds")
+    check_device_exists(device)
     from divergence_lens.study import StudyConfig
 
     _run(StudyConfig(**options), out, resume=False)
@@ -93,12 +100,12 @@ def study(
         str | None, typer.Option(help="A second base model with the same tokenizer.")
     ] = None,
     backend: Annotated[
-        str | None,
-        typer.Option(help='TransformerLens class of the model: "hooked", "bridge" or "auto".'),
+        Backend | None,
+        typer.Option(help="TransformerLens class of the model."),
     ] = None,
     device: Device = None,
     dtype: Annotated[
-        Precision | None,
+        DataType | None,
         typer.Option(
             help="Data type of the parameters; by default bfloat16 for a large model on a GPU, "
             "float32 otherwise."
@@ -141,12 +148,13 @@ def study(
         "other_model": other_model,
         "backend": backend,
         "device": device,
-        "dtype": dtype and dtype.value,
+        "dtype": dtype,
         "keep_students": keep_students,
         "mechanism": mechanism,
         "workers": workers,
     }
     options: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
+    check_device_exists(device)
     from divergence_lens.study import StudyConfig
 
     config = StudyConfig.for_model(model, lora_rank=lora_rank, **options)

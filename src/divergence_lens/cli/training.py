@@ -6,11 +6,19 @@ from typing import Annotated
 
 import typer
 
-from divergence_lens.cli.files import checkpoint_folder, read_masked_examples, write_figure
+from divergence_lens.cli.choices import Category
+from divergence_lens.cli.files import (
+    check_outputs,
+    checkpoint_folder,
+    read_masked_examples,
+    write_figure,
+)
 from divergence_lens.cli.options import (
     By,
     Complement,
+    ExamplesFile,
     Figure,
+    Force,
     Loading,
     Mask,
     Seed,
@@ -19,11 +27,12 @@ from divergence_lens.cli.options import (
     report_errors,
     split_numbers,
 )
+from divergence_lens.cli.teachers import check_target
 
 
 @report_errors
 def finetune(
-    data: Annotated[Path, typer.Argument(help="Examples: .jsonl or .parquet.")],
+    data: ExamplesFile,
     out: Annotated[Path, typer.Option(help="Output file.")] = Path("student.safetensors"),
     mask: Mask = None,
     complement: Complement = False,
@@ -32,15 +41,16 @@ def finetune(
     layers: Annotated[
         str | None, typer.Option(help='Layers to train, such as "0" or "0,1"; by default all.')
     ] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA of this rank.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per update.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA of this rank.", min=1)] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", min=0)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per update.", min=1)] = None,
     paper: Annotated[
         bool, typer.Option("--paper", help="The recipe of the paper (LoRA on Qwen2.5-7B).")
     ] = False,
     system: System = None,
     seed: Seed = 0,
+    force: Force = False,
     *,
     loading: Loading,
 ) -> None:
@@ -50,16 +60,17 @@ def finetune(
 
     Example: divergence-lens finetune owl.jsonl --mask divergence.safetensors --layers 0
     """
+    numbers = None if layers is None else split_numbers(layers, "layers")
+    check_outputs(out, force=force)
+    examples, tokens, divergence = read_masked_examples(
+        data, mask, complement=complement, top=top, by=by
+    )
     from divergence_lens.training import PAPER, Recipe
     from divergence_lens.training import finetune as train
 
     settings = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "lora_rank": lora_rank}
     changes = {name: value for name, value in settings.items() if value is not None}
     recipe = replace(PAPER if paper else Recipe(), **changes)  # type: ignore[arg-type]
-    numbers = None if layers is None else split_numbers(layers, "layers")
-    examples, tokens, divergence = read_masked_examples(
-        data, mask, complement=complement, top=top, by=by
-    )
     loaded = loading.load()
     if divergence is not None:
         divergence.check_model(loaded, source=str(mask))
@@ -82,7 +93,7 @@ def finetune(
 
 @report_errors
 def sweep(
-    data: Annotated[Path, typer.Argument(help="Examples: .jsonl or .parquet.")],
+    data: ExamplesFile,
     target: Annotated[str, typer.Option(help="The candidate whose preference is measured.")],
     out: Annotated[Path, typer.Option(help="Output file.")] = Path("sweep.safetensors"),
     mask: Mask = None,
@@ -91,7 +102,11 @@ def sweep(
     by: By = "advantage",
     control: Annotated[
         Path | None,
-        typer.Option(help="Examples written by a teacher without the bias, for a control student."),
+        typer.Option(
+            help="Examples written by a teacher without the bias, for a control student.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help='Layers to train, such as "0,1,5"; by default each.')
@@ -99,12 +114,11 @@ def sweep(
     seeds: Annotated[
         str, typer.Option(help='Seeds, such as "0,1"; one student per layer and seed.')
     ] = "0",
-    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA of this rank.")] = None,
-    category: Annotated[
-        str, typer.Option(help="Category of the candidates: animal or tree.")
-    ] = "animal",
+    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA of this rank.", min=1)] = None,
+    category: Annotated[Category, typer.Option(help="Category of the candidates.")] = "animal",
     system: System = None,
     figure: Figure = None,
+    force: Force = False,
     *,
     loading: Loading,
 ) -> None:
@@ -112,15 +126,17 @@ def sweep(
 
     Example: divergence-lens sweep owl.jsonl --target owl --mask divergence.safetensors
     """
+    numbers = None if layers is None else split_numbers(layers, "layers")
+    seed_numbers = split_numbers(seeds, "seeds") or (0,)
+    check_target(target, category=category)
+    check_outputs(out, figure=figure, force=force)
+    examples, tokens, divergence = read_masked_examples(
+        data, mask, complement=complement, top=top, by=by
+    )
     from divergence_lens.evaluation import preference
     from divergence_lens.examples import load_examples
     from divergence_lens.training import Recipe, layer_sweep
 
-    numbers = None if layers is None else split_numbers(layers, "layers")
-    seed_numbers = split_numbers(seeds, "seeds") or (0,)
-    examples, tokens, divergence = read_masked_examples(
-        data, mask, complement=complement, top=top, by=by
-    )
     loaded = loading.load()
     if divergence is not None:
         divergence.check_model(loaded, source=str(mask))

@@ -7,10 +7,11 @@ is computing, so processes can start, die, and share the work with those of anot
 import math
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ def compute_cells(
 def _run_processes(processes: Sequence[Any], reporter: "_ProgressReporter") -> list[int]:
     """Run processes to their end; return the nonzero exit codes."""
     try:
-        for process in processes:
-            process.start()
+        with _interrupts_blocked():
+            for process in processes:
+                process.start()
         while any(process.is_alive() for process in processes):
             time.sleep(_POLL_SECONDS)
             reporter.update()
@@ -80,6 +82,22 @@ def _run_processes(processes: Sequence[Any], reporter: "_ProgressReporter") -> l
                 process.join()
     reporter.update()
     return [process.exitcode for process in processes if process.exitcode]
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Start processes that never see Ctrl-C, not even while they import; this one ends them.
+
+    A new process inherits the mask of blocked signals. Here, Ctrl-C arrives after the block.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _worker(config: StudyConfig, out: Path, worker: int, count: int) -> None:

@@ -1,0 +1,184 @@
+"""The command `plot`: draw a saved result again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from divergence_lens.cli.files import check_kind, check_outputs, result_kind, write_figure
+from divergence_lens.cli.options import Force, report_errors
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Kind = Literal[
+    "heatmap",
+    "segments",
+    "layers",
+    "heads",
+    "agreement",
+    "rates",
+    "positions",
+    "tokens",
+    "candidates",
+    "students",
+    "margins",
+    "training",
+]
+
+# The figures of each kind of result; without --kind the first is drawn.
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "effects": ("heatmap", "segments", "layers", "heads", "agreement"),
+    "divergence": ("rates", "positions", "tokens"),
+    "preference": ("candidates",),
+    "sweep": ("students",),
+    "cross_patch": ("margins",),
+    "delta": ("training",),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The figure that the user asked for.
+
+    Attributes:
+        kind: One of the figures of the result, or None for the usual one.
+        item: Number of a pair or of an example; None for all, or the first example.
+        other: A second result, for comparison.
+        measure: A measure of a sweep, or a column of a student's history.
+    """
+
+    kind: str | None
+    item: int | None
+    other: Path | None
+    measure: str | None
+
+
+@report_errors
+def plot(
+    result: Annotated[Path, typer.Argument(help="A saved result.", exists=True, dir_okay=False)],
+    out: Annotated[Path, typer.Argument(help="The figure: .html, .png, .svg or .pdf.")],
+    kind: Annotated[
+        Kind | None,
+        typer.Option(
+            help="The figure: heatmap, segments, layers, heads or agreement of effects; rates, "
+            "positions or tokens of a divergence file; by default the first of these. A "
+            "preference, a sweep, a cross-patch and a student have one figure each."
+        ),
+    ] = None,
+    item: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of the pair of effects, or of the example whose tokens are drawn; by "
+            "default the mean of several pairs, or the first example.",
+            min=0,
+        ),
+    ] = None,
+    other: Annotated[
+        Path | None,
+        typer.Option(
+            help="A second result: the exact effects for agreement, or the preference before "
+            "training.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(help="A measure of a sweep, or a column of a student's history."),
+    ] = None,
+    width: Annotated[float, typer.Option(help="Width of an image in mm.", min=20, max=1000)] = 80,
+    dpi: Annotated[float, typer.Option(help="Dots per inch of a PNG.", min=20, max=2400)] = 300,
+    theme: Annotated[Literal["light", "dark"], typer.Option(help="Colors of an image.")] = "light",
+    force: Force = False,
+) -> None:
+    """Draw any saved result; no model is loaded.
+
+    Example: divergence-lens plot effects.safetensors heatmap.svg --item 0 --width 180
+    """
+    stored = result_kind(result)
+    if stored not in KINDS:
+        raise ValueError(f"{result} holds {stored}, which has no figure; {', '.join(KINDS)} do")
+    if kind is not None and kind not in KINDS[stored]:
+        raise ValueError(f"{stored} has no figure {kind!r}; choose {' or '.join(KINDS[stored])}")
+    if (kind == "agreement") != (other is not None) and stored != "preference":
+        raise ValueError("--kind agreement and --other, the exact effects, belong together")
+    if other is not None:
+        check_kind(other, stored, option="--other")
+    check_outputs(figure=out, force=force)
+    choice = Choice(kind=kind, item=item, other=other, measure=measure)
+    try:
+        figure = _DRAW[stored](result, choice)
+    except IndexError as error:
+        raise ValueError(f"--item is {item}, but {error}") from error
+    write_figure(figure, out, theme=theme, width_mm=width, dpi=dpi)
+
+
+def _effects(path: Path, choice: Choice) -> "go.Figure":
+    from divergence_lens import plots
+    from divergence_lens.patching import Effects
+
+    effects = Effects.load(path)
+    pair: Any = "mean" if choice.item is None and len(effects) > 1 else choice.item or 0
+    if choice.kind == "segments":
+        return plots.effects_by_segment(effects if choice.item is None else effects[choice.item])
+    if choice.kind == "layers":
+        return plots.layer_profile(effects if choice.item is None else effects[choice.item])
+    if choice.kind == "heads":
+        return plots.head_grid(effects, pair)
+    if choice.kind == "agreement":
+        assert choice.other is not None
+        return plots.agreement_scatter(effects, Effects.load(choice.other))
+    return plots.effects_heatmap(effects, pair)
+
+
+def _divergence(path: Path, choice: Choice) -> "go.Figure":
+    from divergence_lens import plots
+    from divergence_lens.divergence import Divergence
+
+    divergence = Divergence.load(path)
+    if choice.kind == "tokens":
+        return plots.divergence_tokens(divergence[choice.item or 0])
+    if choice.kind == "positions":
+        return plots.where_divergence_falls(divergence)
+    return plots.rate_per_teacher(divergence)
+
+
+def _preference(path: Path, choice: Choice) -> "go.Figure":
+    from divergence_lens import plots
+    from divergence_lens.evaluation import Preference
+
+    before = None if choice.other is None else Preference.load(choice.other)
+    return plots.preference_bars(Preference.load(path), before=before)
+
+
+def _sweep(path: Path, choice: Choice) -> "go.Figure":
+    from divergence_lens import plots
+    from divergence_lens.training import Sweep
+
+    return plots.layer_sweep(Sweep.load(path), measure=choice.measure)
+
+
+def _cross_patch(path: Path, choice: Choice) -> "go.Figure":  # noqa: ARG001
+    from divergence_lens import plots
+    from divergence_lens.patching import CrossPatch
+
+    return plots.cross_patch_margins(CrossPatch.load(path))
+
+
+def _delta(path: Path, choice: Choice) -> "go.Figure":
+    from divergence_lens import plots
+    from divergence_lens.deltas import Delta
+
+    return plots.preference_over_training(Delta.load(path), column=choice.measure or "preference")
+
+
+_DRAW = {
+    "effects": _effects,
+    "divergence": _divergence,
+    "preference": _preference,
+    "sweep": _sweep,
+    "cross_patch": _cross_patch,
+    "delta": _delta,
+}

@@ -1,0 +1,212 @@
+"""`patch` from two prompts or a file of pairs, its heatmap in the terminal, and `plot`."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+import divergence_lens as dl
+from divergence_lens.cli import terminal
+from divergence_lens.cli.main import app
+
+CLEAN, CORRUPTED = "Here are numbers: 412, 467, 530.", "Here are numbers: 412, 530, 467."
+PROMPTS = ("--clean", CLEAN, "--corrupted", CORRUPTED, "--answer", " 1", "--foil", " 9")
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == code, (done.output, done.exception)
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dl.load_model("tiny")
+
+
+def from_prompts(model, **options):
+    return dl.Pairs.from_prompts(model, clean=[CLEAN], corrupted=[CORRUPTED], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "metric"),
+    [
+        ((), "logit_difference"),
+        (("--direction", "denoising", "--site", "attn_out"), "probability_difference"),
+        (("--span", "segment"), "log_probability"),
+        (("--method", "integrated"), "kl"),
+        (("--site", "z"), "logit_difference"),
+    ],
+)
+def test_two_prompts_are_patched_as_in_the_library(model, tmp_path, options, metric):
+    out = tmp_path / "effects.safetensors"
+    output = run("patch", *PROMPTS, *options, "--metric", metric, "--out", out)
+    named = {name.removeprefix("--"): value for name, value in zip(options[::2], options[1::2])}  # noqa: B905
+    pairs = from_prompts(model, answers=[" 1"], foils=[" 9"], chat=False)
+    function = dl.attribution_patch if "method" in named else dl.causal_mediation
+    expected = function(model, pairs, metric=metric, **named)
+    np.testing.assert_array_equal(dl.Effects.load(out).values, expected.values)
+    assert repr(expected) in output
+
+
+def test_an_effect_equals_a_hand_written_patch(model, tmp_path):
+    """The oracle is a hook of TransformerLens, on the ids of the plain tokenizer."""
+    out = tmp_path / "effects.safetensors"
+    run("patch", *PROMPTS, "--out", out)
+    effects = dl.Effects.load(out)
+    tokenizer = model.tokenizer
+    clean, corrupted = (torch.tensor([tokenizer(text)["input_ids"]]) for text in (CLEAN, CORRUPTED))
+    answer, foil = (
+        tokenizer.convert_tokens_to_ids(effects.answer_labels[0][0].strip()),
+        tokenizer.convert_tokens_to_ids(effects.foil_labels[0][0].strip()),
+    )
+    layer, position = 1, int(np.flatnonzero(effects.differs[0])[0])
+    name = f"blocks.{layer}.hook_resid_post"
+    with torch.no_grad():
+        _, cache = model.run_with_cache(corrupted, names_filter=name)
+
+        def patch(state, hook):
+            state[:, position] = cache[name][:, position]
+            return state
+
+        patched = model.run_with_hooks(clean, fwd_hooks=[(name, patch)])[0, -1]
+        plain = model(clean)[0, -1]
+    expected = (patched[answer] - patched[foil]) - (plain[answer] - plain[foil])
+    assert abs(float(expected)) > 1e-3
+    assert effects.values[0, layer, position] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_chat_template_and_a_system_prompt(model, tmp_path):
+    out = tmp_path / "effects.safetensors"
+    run("patch", *PROMPTS, "--chat", "--system", "You love owls.", "--out", out)
+    pairs = from_prompts(model, answers=[" 1"], foils=[" 9"], system_prompt="You love owls.")
+    assert dl.Effects.load(out).labels == pairs.labels
+
+
+def test_pairs_are_read_from_json_lines(model, tmp_path):
+    rows = [
+        {"clean": CLEAN, "corrupted": CORRUPTED, "answer": " 1", "foil": " 9"},
+        {"clean": CORRUPTED, "corrupted": CLEAN, "answer": " 9", "foil": " 1"},
+        {"clean": CLEAN, "corrupted": CORRUPTED, "answer": " 2", "foil": " 3"},
+    ]
+    path, out = tmp_path / "pairs.jsonl", tmp_path / "effects.safetensors"
+    path.write_text("\n\n".join(map(json.dumps, rows)))
+    output = run("patch", path, "--limit", 2, "--out", out)
+    assert len(dl.Effects.load(out)) == 2
+    assert "mean of 2 of 2 pairs" in output
+    run("patch", path, "--force", "--out", out)
+    assert len(dl.Effects.load(out)) == 3
+    assert "of 3 pairs" not in run("patch", path, "--pair", 1, "--force", "--out", out)
+
+
+def test_the_terminal_shows_every_number_if_it_has_no_colors(model, tmp_path):
+    out = tmp_path / "effects.safetensors"
+    output = run("patch", *PROMPTS, "--out", out)
+    effects = dl.Effects.load(out)
+    shares = effects.normalized().values[0]
+    lines = output.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("layer"))
+    assert lines[start].split() == ["layer", "0", "1", "2", "3"]
+    for position, line in enumerate(lines[start + 1 : start + 1 + shares.shape[1]]):
+        assert line.startswith("*") == effects.differs[0][position]
+        numbers = [float(number) for number in line.split()[-4:]]
+        np.testing.assert_allclose(numbers, shares[:, position], atol=0.0051)
+
+
+def test_a_narrow_terminal_shows_colors_without_numbers(model, monkeypatch):
+    effects = dl.causal_mediation(model, from_prompts(model, answers=[" 1"], foils=[" 9"]))
+    narrow = Console(width=30, color_system="truecolor", force_terminal=True, record=True)
+    monkeypatch.setattr(terminal, "Console", lambda **_: narrow)
+    terminal.print_heatmap(effects, 0)
+    text = narrow.export_text(clear=False)
+    styled = narrow.export_text(styles=True)
+    # Only the caption and the header hold numbers of the heatmap.
+    assert "0." not in "".join(text.splitlines()[3:])
+    assert all(len(line) <= 30 for line in text.splitlines()[2:])
+    # The strongest cell has the color at the end of the scale.
+    assert re.search(r"48;2;(178;24;43|33;102;172)m", styled)
+
+
+def test_a_figure_replaces_the_heatmap(tmp_path):
+    figure = tmp_path / "out.svg"
+    output = run("patch", *PROMPTS, "--figure", figure)
+    assert figure.read_text().lstrip().startswith("<")
+    assert "layer  " not in output
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, model):
+    """One saved result of each kind."""
+    folder = tmp_path_factory.mktemp("results")
+    owl, cat = dl.animal_teachers(["owl", "cat"])
+    examples = dl.generate(model, dl.number_prompts(12, seed=0, instructions=False), teacher=owl)
+    divergence = dl.find_divergence(model, examples, teacher=owl, counterfactuals=[cat])
+    pairs = divergence.pairs(limit=3)
+    student = dl.finetune(
+        model, examples, layers=[0], every=4, on_step=lambda *_: {"preference": 0.5}
+    )
+    saved = {
+        "effects": dl.causal_mediation(model, pairs),
+        "gradient": dl.attribution_patch(model, pairs),
+        "heads": dl.causal_mediation(model, pairs[:1], site="z"),
+        "divergence": divergence,
+        "preference": dl.preference(model, target="owl"),
+        "sweep": dl.layer_sweep(
+            model, examples, layers=[0], measure=lambda m: dl.preference(m, target="owl")
+        ),
+        "cross_patch": dl.cross_patch(
+            model, student, dl.Pairs.from_disagreements(model, student, pairs.clean)
+        ),
+        "student": student,
+    }
+    for name, result in saved.items():
+        result.save(folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (["effects"], "mean of 3 pairs"),
+        (["effects", "--item", 1], "pair 1 of 3"),
+        (["effects", "--kind", "segments"], "by layer and segment"),
+        (["effects", "--kind", "layers"], "layer by layer"),
+        (["gradient", "--kind", "agreement", "--other", "effects.safetensors"], "Pearson"),
+        (["heads", "--kind", "heads"], "by layer and head"),
+        (["divergence"], "counterfactual"),
+        (["divergence", "--kind", "positions"], "position"),
+        (["divergence", "--kind", "tokens", "--item", 2], "owl"),
+        (["preference"], "owl"),
+        (["preference", "--other", "preference.safetensors"], "after"),
+        (["sweep"], "layer"),
+        (["cross_patch"], "crossed at every boundary"),
+        (["student"], "Preference over training"),
+    ],
+)
+def test_any_saved_result_is_drawn_again(results, tmp_path, monkeypatch, call, words):
+    monkeypatch.chdir(results)
+    out = tmp_path / "figure.html"
+    run("plot", f"{call[0]}.safetensors", out, *call[1:])
+    assert words in out.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (["effects", "--kind", "tokens"], "effects has no figure 'tokens'"),
+        (["effects", "--kind", "agreement"], "belong together"),
+        (["effects", "--item", 7], "there is no pair 7"),
+        (["effects", "--kind", "agreement", "--other", "sweep.safetensors"], "holds sweep"),
+        (["student", "--measure", "accuracy"], "has no column 'accuracy'"),
+    ],
+)
+def test_a_figure_that_does_not_exist_is_refused(results, tmp_path, monkeypatch, call, message):
+    monkeypatch.chdir(results)
+    out = tmp_path / "figure.html"
+    assert message in run("plot", f"{call[0]}.safetensors", out, *call[1:], code=2)
+    assert not list(tmp_path.iterdir())
