@@ -136,7 +136,7 @@ def test_tokens_of_high_score_replace_divergence_tokens(folder):
     )
     loaded = dl.Divergence.load(selected)
     assert (loaded.mask == loaded.top(0.2, by="kl")).all()
-    run(*common[:-2], "--mask", selected, "--out", student)
+    run(*common[:-2], "--mask", selected, "--out", student, "--force")
     assert dl.Delta.load(student).metadata["settings"]["tokens"] == loaded.mask.sum()
 
 

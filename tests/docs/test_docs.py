@@ -276,11 +276,16 @@ WITH_COMMANDS = [name for name in BLOCKS if command_lines(name)]
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS)
-def test_commands_on_a_page_parse(page):
+def test_commands_on_a_page_parse(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     group = typer.main.get_command(app)
     for words in command_lines(page):
         command = group.commands[words[0]]
         arguments = [word for word in words[1:] if word != "--help"]
+        for word in arguments:  # files that must exist
+            name = word.rpartition("@")[2]
+            if Path(name).suffix in (".jsonl", ".txt", ".safetensors", ".parquet", ".yaml"):
+                Path(name).touch()
         with command.make_context(words[0], arguments) as context:
             assert context.params, words
 
@@ -295,12 +300,15 @@ def test_commands_page_produces_a_heatmap_and_a_student(tmp_path, monkeypatch):
     """Run all commands of commands.md in order, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     written = [block for block in BLOCKS["commands.md"] if block.language == "json"]
-    (tmp_path / "prompts.jsonl").write_text(written[0].text)
+    (tmp_path / "pairs.jsonl").write_text(written[0].text)
+    (tmp_path / "prompts.jsonl").write_text(written[1].text)
     for words in command_lines("commands.md"):
         few = ["12" if word == "200" else word for word in words]
         run(few)
     assert "Plotly" in (tmp_path / "heatmap.html").read_text(encoding="utf-8")
     assert dl.Effects.load("mine-effects.safetensors").site == "resid_post"
+    assert len(dl.Effects.load("pairs-effects.safetensors")) == 2
+    assert (tmp_path / "pair.svg").stat().st_size > 1000
     assert dl.Delta.load("student.safetensors").norms()
     assert dl.Sweep.load("sweep.safetensors").layers
 
@@ -321,7 +329,7 @@ def test_the_example_in_the_help_of_every_command_runs(tmp_path, monkeypatch):
         "demo": little,
         "study": [*little, *few],
     }
-    order = ("generate", "find", "patch", "finetune", "evaluate", "sweep", "doctor", "demo")
+    order = ("generate", "find", "patch", "plot", "finetune", "evaluate", "sweep", "doctor", "demo")
     order = (*order, "report", "study")
     assert set(order) == set(group.commands)
     for name in order:

@@ -104,10 +104,9 @@ def patch(
 ) -> None:
     """Compute the effect of every layer and position on the choice between two tokens.
 
-    The pairs are two prompts, a file of them, or the first divergence tokens of a divergence file.
-
-    Example: divergence-lens patch --model gpt2 --clean "The capital of France is"
-    --corrupted "The capital of Italy is" --answer " Paris" --foil " Rome" --figure out.svg
+    The pairs are the first divergence tokens of a divergence file, a file of prompts, or two
+    prompts: --clean "The capital of France is" --corrupted "The capital of Italy is" --answer
+    " Paris" --foil " Rome". Without --figure, a heatmap is shown in the terminal.
 
     Example: divergence-lens patch divergence.safetensors --method integrated --figure owl.html
     """
