@@ -120,6 +120,10 @@ def find(
         float,
         typer.Option(help="Ignore differences whose argmax has a smaller margin than this.", min=0),
     ] = 0.0,
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="The pattern of generate: compare only the tokens that it allows."),
+    ] = None,
     kl: Annotated[
         bool, typer.Option("--kl", help="Also compute the KL divergence at every token.")
     ] = False,
@@ -162,6 +166,7 @@ def find(
             rule=int(rule) if rule.isdigit() else cast("Rule", rule),
             min_margin=min_margin,
             kl=kl or by == "kl",
+            pattern=pattern,
             batch_tokens=batch_tokens,
             checkpoint_dir=folder,
             progress=True,

@@ -38,6 +38,7 @@ def find_divergence(
     require_agreement: bool = True,
     min_margin: float = 0.0,
     kl: bool = False,
+    pattern: str | None = None,
     batch_tokens: int | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     accelerator: Any = None,
@@ -66,6 +67,9 @@ def find_divergence(
             different. Rule, agreement and margin can be changed later: `Divergence.with_rule`.
         kl: Whether to also compute KL(factual || counterfactual) for every token and
             counterfactual, for `Divergence.scores` and `Divergence.top`.
+        pattern: The pattern of `generate` that the completions follow. Argmaxes, margins,
+            log-probabilities and KL divergences are then those among the tokens that it allows at
+            each position. None reads whole distributions.
         batch_tokens: Tokens per forward pass, padding included; None chooses by device. Results
             depend on it only through floating-point rounding. Smaller batches take less memory,
             and a batch that does not fit the device is halved.
@@ -84,10 +88,10 @@ def find_divergence(
             teacher had read (the metadata's setting `finished_examples` holds their row numbers).
         ValueError: Empty data; an empty completion; no counterfactuals; the factual teacher among
             them; two teachers with one name; a prompt and completion longer than the context;
-            token ids outside the vocabulary; a model with dropout in training mode; logits that
-            are not finite. Each message names the example or teacher. Also an invalid rule or
-            margin, a damaged `checkpoint_dir` or one of another run, and processes that made
-            different calls.
+            token ids outside the vocabulary; a completion that does not follow the pattern; a model
+            with dropout in training mode; logits that are not finite. Each message names the
+            example or teacher. Also an invalid rule or margin, a damaged `checkpoint_dir` or one of
+            another run, and processes that made different calls.
         TypeError: `model` is not a TransformerLens model, or a teacher is not a `Teacher`.
     """
     check_model(model)
@@ -123,7 +127,8 @@ def find_divergence(
             min_margin=float(min_margin),
             texts=texts,
             special=special,
-            metadata=run_metadata(model, batch_tokens=batch_tokens, **settings) | {"probe": probe},
+            metadata=run_metadata(model, batch_tokens=batch_tokens, pattern=pattern, **settings)
+            | {"probe": probe},
             tokenizer=tokenizer,
         )
 
@@ -134,6 +139,7 @@ def find_divergence(
             teachers,
             batch_tokens=batch_tokens,
             kl=kl,
+            pattern=pattern,
             checkpoint_dir=checkpoint_dir,
             accelerator=accelerator,
             progress=progress,

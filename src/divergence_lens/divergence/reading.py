@@ -34,6 +34,7 @@ from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.memory import halved, run_halved
 from divergence_lens.chat import prompt_ids
 from divergence_lens.deltas import base_fingerprint
+from divergence_lens.divergence.allowed import AllowedTokens
 from divergence_lens.divergence.forced import TeacherForced
 from divergence_lens.divergence.reading_inputs import PromptIds, check_fits, refuse_dropout
 from divergence_lens.engine import (
@@ -71,6 +72,7 @@ def read_teachers(
     *,
     batch_tokens: int | None = None,
     kl: bool = False,
+    pattern: str | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     accelerator: Any = None,
     progress: bool = False,
@@ -83,6 +85,7 @@ def read_teachers(
         teachers: The teachers, the factual one first; each is applied in turn.
         batch_tokens: Tokens per forward pass, padding included; None chooses by device.
         kl: Whether to also compute KL divergences from the factual teacher.
+        pattern: Read only the tokens that this pattern allows at each position.
         checkpoint_dir: A folder for finished shards; the call resumes from those already there.
         accelerator: Divides the shards among its processes.
         progress: Whether to show a progress bar, in the first process.
@@ -95,7 +98,7 @@ def read_teachers(
             their readings.
         ValueError: See `find_divergence`.
     """
-    reader = _Reader(model, examples, teachers, batch_tokens=batch_tokens, kl=kl)
+    reader = _Reader(model, examples, teachers, batch_tokens=batch_tokens, kl=kl, pattern=pattern)
     processes = Processes(accelerator)
     if processes.count > 1:
         processes.agree(reader.identity())
@@ -146,6 +149,7 @@ class _Reader:
         *,
         batch_tokens: int | None,
         kl: bool,
+        pattern: str | None,
     ) -> None:
         if batch_tokens is None:
             device = next(model.parameters()).device.type
@@ -164,6 +168,12 @@ class _Reader:
             refuse_dropout(base)
             check_fits(get_engine(base), self._prompts[teacher.system_prompt], self.forced, teacher)
         self._pasts: dict[int, KeyValues] = {}
+        self._pattern = pattern
+        self._allowed: AllowedTokens | None = None
+        if pattern is not None:
+            bases = [self._base(index) for index in range(len(teachers))]
+            d_vocab = min(get_engine(base).d_vocab_out for base in bases)
+            self._allowed = AllowedTokens(pattern, bases[0], examples, d_vocab=d_vocab)
 
     @cached_property
     def shards(self) -> list[range]:
@@ -182,7 +192,7 @@ class _Reader:
     def identity(self, *, weights: bool = False) -> str:
         """Hash everything that the readings depend on, the models' weights only if requested."""
         digest = hashlib.sha256()
-        settings = [self._budget, self.forced.kl is not None, len(self._teachers)]
+        settings = [self._budget, self.forced.kl is not None, self._pattern, len(self._teachers)]
         record = run_metadata(self._model, settings=settings)
         digest.update(json.dumps(record, sort_keys=True).encode())
         prints: dict[int, str] = {}
@@ -211,12 +221,16 @@ class _Reader:
                 engine = get_engine(applied)
                 hidden = self._hidden(engine, index, span, bar)  # [tokens, d_model]
                 given = torch.from_numpy(tokens).to(engine.device)
-                readings = read_hidden(engine, hidden, given)  # three of [tokens]
+                readings = (  # three of [tokens]
+                    read_hidden(engine, hidden, given)
+                    if self._allowed is None
+                    else self._allowed.read(engine, hidden, given, places)
+                )
             for name, reading in zip(columns, readings, strict=True):
                 columns[name].append(reading.cpu().numpy())
             self._refuse_not_finite(columns, places.start)
             if self.forced.kl is not None and factual is not None:
-                divergences.append(self._kl(factual, index, hidden))
+                divergences.append(self._kl(factual, index, hidden, places))
             if self.forced.kl is not None and index == 0:
                 factual = hidden
         arrays = {name: np.stack(rows) for name, rows in columns.items()}
@@ -295,12 +309,20 @@ class _Reader:
         return self._pasts[index]
 
     def _kl(
-        self, factual: Float[Tensor, "tokens d_model"], index: int, hidden: Float[Tensor, "..."]
+        self,
+        factual: Float[Tensor, "tokens d_model"],
+        index: int,
+        hidden: Float[Tensor, "..."],
+        places: slice,
     ) -> Float32[np.ndarray, " tokens"]:
         """Return KL(factual || counterfactual `index`) at each token of a shard."""
         one, other = self._unembedding(0), self._unembedding(index)
         # Two sets of logits, and their log-softmaxes, are in memory at once.
         size = max(1, chunk_rows(get_engine(self._base(index))) // 4)
+        if self._allowed is not None:
+            return (
+                self._allowed.kl((one, factual), (other, hidden), places, rows=size).cpu().numpy()
+            )
         parts = in_chunks(
             len(hidden),
             size,
@@ -332,7 +354,9 @@ class _Reader:
 
     def _refuse_not_finite(self, columns: dict[str, list[np.ndarray]], start: int) -> None:
         margin, logprob = columns["margin"][-1], columns["logprob"][-1]
-        bad = np.flatnonzero(~np.isfinite(margin) | np.isnan(logprob))
+        # Where a pattern allows one token, nothing is second, and the margin is infinite.
+        no_margin = ~np.isfinite(margin) if self._allowed is None else np.isnan(margin)
+        bad = np.flatnonzero(no_margin | np.isnan(logprob))
         if len(bad):
             example = self.forced.example_of(start + int(bad[0]))
             raise ValueError(
