@@ -76,23 +76,28 @@ def test_other_weights_run_under_their_own_weights(model_of, site, direction):
     assert_same(effects.values, one_hook_per_cell(*models, pairs, site, noising=noising))
 
 
-@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "attn_out", "mlp_out", "z"])
-def test_equals_the_loops_of_transformer_lens(model_of, backend, site):
+LOOPS = {"z": "attn_head_out_by_pos", "pattern": "attn_head_pattern_by_pos"}
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "attn_out", "mlp_out", "z", "pattern"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])  # qwen2 has grouped queries
+def test_equals_the_loops_of_transformer_lens(model_of, backend, site, family):
     if backend != "hooked":
         pytest.skip("TransformerLens's own loops are for HookedTransformer")
     from transformer_lens import patching
 
-    model = model_of("gpt2")
+    model = model_of(family)
     assert is_hooked(model)
     pairs = random_pairs(model.cfg.d_vocab, lengths=(6,), longer=(0,))
-    name = "attn_head_out_by_pos" if site == "z" else site
-    loop = getattr(patching, f"get_act_patch_{name}")
+    loop = getattr(patching, f"get_act_patch_{LOOPS.get(site, site)}")
     answer, foil = int(pairs.answers[0]), int(pairs.foils[0])
     with torch.no_grad():
         _, cache = model.run_with_cache(pairs.corrupted[0][None])
         expected = loop(
             model, pairs.clean[0][None], cache, lambda x: x[0, -1, answer] - x[0, -1, foil]
         )
+    if site == "pattern":
+        expected = expected.movedim(1, 2)  # [layer, head, pos] -> [layer, pos, head]
     effects = causal_mediation(model, pairs, site=site)
     np.testing.assert_allclose(
         effects.values[0] + effects.clean_metric[0], expected.numpy(), atol=1e-4

@@ -11,6 +11,7 @@ from divergence_lens.divergence import Divergence
 from divergence_lens.divergence.view import ExampleDivergence
 from divergence_lens.evaluation.result import Preference
 from divergence_lens.examples import Example
+from divergence_lens.patching.attention import AttentionPatterns
 from divergence_lens.patching.cross import CrossPatch
 from divergence_lens.patching.effects import Effects
 from divergence_lens.plots.pages import figure_title
@@ -106,6 +107,21 @@ def sweep() -> Sweep:
     students.append(SweepStudent("all", None, 0, Values.of(preference("owl", 0.5))))
     metadata = {"settings": {"target": "owl", "masked": True}}
     return Sweep(Values.of(preference("owl", 0.1)), tuple(students), metadata)
+
+
+def attention() -> AttentionPatterns:
+    """Two heads in one pair of four tokens, of which one differs."""
+    weights = np.tril(np.ones((1, 2, 4, 4), dtype=np.float32))
+    weights /= weights.sum(-1, keepdims=True)
+    other = np.broadcast_to(np.eye(4, dtype=np.float32), weights.shape).copy()
+    return AttentionPatterns(
+        heads=((1, 0), (2, 1)),
+        clean=weights,
+        corrupted=other,
+        labels=(("You", " owl", "\n", " 17"),),
+        segments=(("system", "bias", "template", "divergence"),),
+        differs=((False, True, False, False),),
+    )
 
 
 def crossed() -> CrossPatch:
@@ -214,6 +230,8 @@ FIGURES = {
     "effects_heatmap of two sites, stacked": lambda: plots.effects_heatmap(
         {"residual": effects(), "heads": effects(heads=2)}, stacked=True
     ),
+    "attention_from": lambda: plots.attention_from(attention()),
+    "attention_pattern": lambda: plots.attention_pattern(attention(), (2, 1)),
     "effects_by_segment": lambda: plots.effects_by_segment(effects()),
     "layer_profile": lambda: plots.layer_profile(effects()),
     "layer_profile of two": lambda: plots.layer_profile({"a": effects(), "b": effects()}),

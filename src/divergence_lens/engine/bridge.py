@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,6 +85,26 @@ class BridgeEngine(Engine):
         finally:
             watch.remove()
         return returned[0]
+
+    @cached_property
+    def _reads_patterns(self) -> bool:
+        # In some families the hook point shows a pattern that was already used: replacing it has
+        # no effect. So replace it once, in the first block, on two tokens.
+        if "pattern" in self._absent:
+            return False
+        changed: list[Tensor] = []
+        point = self._site_module(0, "pattern")
+        with torch.no_grad():
+            for zero in (False, True):
+                handle = point.register_forward_hook(
+                    lambda _module, _inputs, pattern, zero=zero: pattern * (0.0 if zero else 1.0)
+                )
+                try:
+                    run = self.begin(torch.zeros(1, 2, dtype=torch.long))
+                    changed.append(self._block(0, run.resid, run))
+                finally:
+                    handle.remove()
+        return not torch.equal(*changed)
 
     def _begin(self, run: Pass, tokens: Tensor) -> Tensor:
         cached = {"past_key_values": _BridgeCache(run)} if run.keep or run.offset else {}

@@ -39,8 +39,18 @@ class SiteHooks(ABC):
     @property
     def sites(self) -> tuple[str, ...]:
         """The library's and the registered sites that this model has."""
-        own = tuple(site for site in SITES if site not in self._absent)
+        own = tuple(site for site in SITES if self._has_site(site))
         return own + tuple(site for site in registered_sites() if self._has_hook_point(site))
+
+    def _has_site(self, site: str) -> bool:
+        if site == "pattern" and not self._reads_patterns:
+            return False
+        return site in SITES and site not in self._absent
+
+    @property
+    def _reads_patterns(self) -> bool:
+        """Whether the attention computes with the pattern that its hook point returns."""
+        return True
 
     def _has_hook_point(self, site: str) -> bool:
         try:
@@ -66,9 +76,9 @@ class SiteHooks(ABC):
 
         Args:
             functions: (layer, site, function). A function gets the activation, [batch, pos,
-                d_model] or, per head, [batch, pos, head, d_head], and returns its replacement, or
-                None to leave it. Replacing `resid_mid` changes the residual itself, not only what
-                the MLP reads.
+                d_model] or, per head, [batch, pos, head, d_head] (for `pattern`, [batch, pos, head,
+                key]), and returns its replacement, or None to leave it. Replacing `resid_mid`
+                changes the residual itself, not only what the MLP reads.
 
         Raises:
             ValueError: The model has no such site or layer.
@@ -106,12 +116,12 @@ class SiteHooks(ABC):
 
     def _check_site(self, layer: int, site: str) -> None:
         self.check_layer(layer)
-        if site not in self.sites and site not in INNER:
-            reason = (
-                "its attention and MLP read the same residual, so there is none between them"
-                if site in SITES
-                else f"sites are {', '.join(self.sites)}"
-            )
+        if not self._has_site(site) and site not in (*INNER, *self.sites):
+            reason = f"sites are {', '.join(self.sites)}"
+            if site == "pattern":
+                reason = "its attention does not read the pattern back from the hook point"
+            elif site in SITES:
+                reason = "its attention and MLP read the same residual, so there is none between"
             raise ValueError(f"the model has no site {site!r}: {reason}")
 
     def _apply(self, layer: int, site: str, activation: Tensor) -> Tensor:
@@ -134,9 +144,15 @@ class SiteHooks(ABC):
             )  # [batch, pos, head, d_head]
             return None if changed is None else changed.reshape(z.shape)
 
+        def pattern(_module: nn.Module, _inputs: Any, weights: Tensor) -> Tensor | None:
+            changed = function(weights.transpose(1, 2))  # [batch, pos, head, key]
+            return None if changed is None else changed.transpose(1, 2)
+
         def plain(_module: nn.Module, _inputs: Any, activation: Tensor) -> Tensor | None:
             return function(activation)
 
+        if site == "pattern":
+            return pattern
         if site in PER_HEAD:
             return heads
         return mid if site == "resid_mid" else plain

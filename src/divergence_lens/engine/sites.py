@@ -7,21 +7,22 @@ block, so one table serves both. `register_site` adds a site of your own.
 from dataclasses import dataclass
 
 SITES = (
-    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "block_out", "z", "q", "k", "v"
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "block_out", "z", "q", "k", "v",
+    "pattern",
 )  # fmt: skip
 """The library's own sites: [batch, pos, d_model], or [batch, pos, head, d_head] for `z`, `q`, `k`
-and `v`.
+and `v`, or [batch, pos, head, key] for `pattern`, the weights with which each position attends.
 
 `block_out` is everything that the block adds to the residual. Queries and keys are taken before
 the rotary embedding. Keys and values have one head per group of query heads."""
 
-PER_HEAD = ("z", "q", "k", "v")
+PER_HEAD = ("z", "q", "k", "v", "pattern")
 """Sites with an axis of heads."""
 
 OUTSIDE_HOOKS = ("resid_pre", "resid_post", "block_out")
 """Sites that the engine reads between blocks, without a hook point."""
 
-INNER = ("attn_scores", "pattern", "mlp_pre", "mlp_pre_linear", "mlp_post")
+INNER = ("attn_scores", "mlp_pre", "mlp_pre_linear", "mlp_post")
 """Points inside a block that propagation rules read and change; they are not patched as sites."""
 
 

@@ -108,7 +108,9 @@ def causal_mediation(
         pairs: The pairs to patch.
         site: One name of `engine.SITES`, or several, each patched by itself: `resid_pre`,
             `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, `block_out` (everything that a block
-            adds), or per head `z`, `q`, `k`, `v`. Several sites share the unpatched runs.
+            adds), or per head `z`, `q`, `k`, `v` and `pattern` (the weights with which a position
+            attends; the two rows of a pair must correspond position by position). Several sites
+            share the unpatched runs.
         direction: Which run is patched.
         metric: What is measured at the target position: `logit_difference` (answer minus foil; for
             several tokens the difference of summed log-probabilities, each token predicted after

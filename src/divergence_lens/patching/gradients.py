@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from divergence_lens.engine import Engine, Pass, SiteFunction
 from divergence_lens.patching.relp import relevance_rules
@@ -162,7 +163,11 @@ def recorded_base_run(
     if before is not None:  # prepend the positions that were run without gradients
         resid = [torch.cat(both, 1) for both in zip(before.resid, resid, strict=True)]
         activations = {
-            site: [torch.cat(both, 1) for both in zip(before.sites[site], after, strict=True)]
+            site: [
+                # The patterns of the first positions have fewer keys: the others get no attention.
+                torch.cat([pad(start, (0, end.shape[-1] - start.shape[-1])), end], 1)
+                for start, end in zip(before.sites[site], after, strict=True)
+            ]
             for site, after in activations.items()
         }
     past = before.past if before else None

@@ -100,7 +100,7 @@ class QueryKey:
 
 def _check_softmax(activations: dict[str, Tensor]) -> None:
     if not torch.allclose(
-        activations["attn_scores"].softmax(-1), activations["pattern"], atol=0.02
+        activations["attn_scores"].softmax(-1), activations["pattern"].transpose(1, 2), atol=0.02
     ):
         raise ValueError(
             "this model's attention pattern is not the softmax of the scores that it exposes; "

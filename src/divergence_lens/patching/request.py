@@ -133,11 +133,15 @@ def validate(model: Model, request: PatchingRequest, *, batch_rows: int) -> Engi
             reason = (
                 "its blocks are parallel: attention and MLP read the same residual"
                 if site == "resid_mid" and "mlp_out" in engine.sites
+                else "its attention does not read the pattern back from the hook point"
+                if site == "pattern"
                 else "unknown name or not in this architecture"
             )
             raise ValueError(
                 f"this model has no site {site!r} ({reason}); it has {', '.join(engine.sites)}"
             )
+    if "pattern" in request.sites:
+        _check_patterns(request)
     request.pairs.check_direction(causal=engine.causal)
     _check_models(engine, request.pairs)
     warn_if_other_model(request.pairs.metadata, model, "the divergence behind these pairs")
@@ -165,6 +169,22 @@ def _check_corruption(request: PatchingRequest) -> None:
             'corruption="mean" needs two pairs or more: the mean of one run is the run itself, and '
             "every effect would be zero"
         )
+
+
+def _check_patterns(request: PatchingRequest) -> None:
+    """Refuse pairs whose patterns have other keys in the two runs."""
+    if request.corruption == "mean":
+        raise ValueError(
+            'corruption="mean" does not apply to site "pattern": the patterns of rows of different '
+            'lengths have no mean; use "counterfactual" or "zero"'
+        )
+    for i, pair in enumerate(request.cells):
+        lengths = len(request.pairs.clean[i]), len(request.corrupted(i))
+        if lengths[0] != lengths[1] or any(c.clean != c.corrupted for c in pair.columns):
+            raise ValueError(
+                f"the rows of pair {i} have {lengths[0]} and {lengths[1]} tokens or are aligned "
+                'with a shift; site "pattern" needs rows whose positions correspond one to one'
+            )
 
 
 def _check_models(engine: Engine, pairs: Pairs) -> None:

@@ -9,8 +9,8 @@ algorithm for one chunk of pairs:
    position at once, gives the residual after the patch at each position
    (`StaggeredPasses._block_with_site_replaced`). This works because everything in a block
    after its attention pattern happens at each position separately: a change of `resid_mid`,
-   `attn_out`, `mlp_out`, `block_out` or of one head's `q` or `z` at some positions changes the
-   block's output at those positions only.
+   `attn_out`, `mlp_out`, `block_out` or of one head's `q`, `pattern` or `z` at some positions
+   changes the block's output at those positions only.
 3. For a fixed position p, one *staggered* pass over positions p to target covers all layers: it
    starts at the lowest patched layer, and the row of a deeper layer joins when the pass reaches
    that layer (`StaggeredPasses._metric`). If the answer has several tokens, they continue the
@@ -347,8 +347,9 @@ class StaggeredPasses:
             where = where[..., None] & is_head[:, None, :, None]  # [chosen, pos, head, 1]
 
         def replace(activation: Tensor) -> Tensor:
-            changed = activation.clone()
-            changed[chosen] = torch.where(where, new, activation[chosen])
+            changed, old = activation.clone(), activation[chosen]
+            # The keys of a pattern end with the pass, which may stop before the end of the rows.
+            changed[chosen] = torch.where(where, new[..., : old.shape[-1]], old)
             return changed
 
         return [(layer, self.site, replace)]

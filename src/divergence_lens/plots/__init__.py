@@ -5,6 +5,7 @@ texts describe each value. Color-blind readers can distinguish the colors. Every
 readable in a column of 80 mm and on light and dark pages. `save_figure` writes figures to files.
 """
 
+from divergence_lens.plots.attention import attention_from, attention_pattern
 from divergence_lens.plots.curves import mixing_curves, preference_over_training
 from divergence_lens.plots.effects import (
     agreement_scatter,
@@ -35,6 +36,8 @@ from divergence_lens.plots.tokens import divergence_tokens
 __all__ = [
     "CONDITIONS",
     "agreement_scatter",
+    "attention_from",
+    "attention_pattern",
     "condition_bars",
     "cross_patch_margins",
     "divergence_tokens",

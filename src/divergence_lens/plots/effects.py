@@ -405,9 +405,8 @@ def _summed(*results: Effects) -> str:
 
 def _subject(effects: Effects, pair: int | Literal["mean"]) -> list[str]:
     """The model, and the answer and foil of one pair (or of all, if they are the same)."""
-    model = str(effects.metadata.get("model", {}).get("name") or "")
-    # A model in a folder is named by the folder.
-    notes = [f"model {model.rstrip('/').rsplit('/', 1)[-1]}"] if model else []
+    model = style.model_label(effects.metadata)
+    notes = [model] if model else []
     for word, labels in (("answer", effects.answer_labels), ("foil", effects.foil_labels)):
         rows = set(labels) if pair == "mean" else {labels[pair]} if labels else set()
         if len(rows) == 1 and any(row := next(iter(rows))):

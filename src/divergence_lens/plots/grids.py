@@ -20,6 +20,9 @@ def token_items(
     segments: Sequence[str],
     differs: Sequence[bool],
     positions: Sequence[int] = (),
+    *,
+    framed: int | None = None,
+    grouped: bool = True,
 ) -> Items:
     """The axis of positions, with a frame around the position whose logits are measured.
 
@@ -28,6 +31,8 @@ def token_items(
         segments: The segment of each position.
         differs: Whether each position differs between the two rows.
         positions: The first clean position of each item, if that is not its number.
+        framed: The framed position instead.
+        grouped: Whether the segments are named.
     """
     places = positions or range(len(tokens))
     labels = [_shown(token) for token in tokens]
@@ -40,8 +45,8 @@ def token_items(
             for p, (token, segment) in enumerate(zip(tokens, segments, strict=True))
         ],
         bold=differs,
-        groups=spans(segments),
-        framed=target_column(segments),
+        groups=spans(segments) if grouped else (),
+        framed=target_column(segments) if framed is None else framed,
     )
 
 

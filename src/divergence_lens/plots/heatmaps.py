@@ -21,7 +21,25 @@ Orientation = Literal["layers_down", "layers_across"]
 _LABEL = 10  # font size of tokens
 _MOST_ROWS = 90  # tokens down the figure at full height
 _WRITTEN = (6, 8)  # most layers and items of a panel whose values are written into its cells
-_GAP = 0.035  # between panels, as a share of the plot
+_GAP = 0.035  # between panels beside each other, as a share of the plot
+_NAME = 26  # pixels between panels below each other, for the name of the lower one
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Names for the axis of layers, if it shows something else.
+
+    Attributes:
+        labels: Text of each row, already escaped.
+        letters: Most letters of a label.
+        noun: Title of the axis.
+        hover: Text of each row for hover texts.
+    """
+
+    labels: Sequence[str]
+    letters: int
+    noun: str
+    hover: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -100,6 +118,7 @@ def heatmap(
     stacked: bool = False,
     limit: float | None = None,
     floor: float = 0.0,
+    rows: Rows | None = None,
 ) -> go.Figure:
     """Draw panels of layers by items with one color scale.
 
@@ -114,6 +133,7 @@ def heatmap(
         stacked: Whether panels are below each other instead of beside each other.
         limit: End of the color scale; chosen from the values if None.
         floor: See `color_limit`.
+        rows: Shown instead of layers, which then run down.
     """
     if orientation not in ("layers_down", "layers_across"):
         raise ValueError(f"orientation is {orientation!r}; it is 'layers_down' or 'layers_across'")
@@ -121,22 +141,17 @@ def heatmap(
         raise ValueError(f"limit is {limit!r}; the end of the color scale is a number above 0")
     down = orientation == "layers_down"
     layers, count = next(iter(panels.values())).shape
-    end, beyond = color_limit(list(panels.values()), floor=floor)
-    if limit is not None:
-        end = limit
-        beyond = sum(int((np.abs(panel) > limit).sum()) for panel in panels.values())
-    bar_title = unit
-    if beyond:
-        bar_title += f"<br>colors end at ±{end:.2g}: {style.plural(beyond, 'cell')} beyond"
+    end, bar_title = _color_bar(list(panels.values()), unit, limit, floor)
     written = layers <= _WRITTEN[0] and count <= _WRITTEN[1] and len(panels) == 1
     size = (
         _layer_row(layers, written=written) * layers
         if down
         else _item_row(count, written=written) * count
     )
-    domains = _domains(len(panels), stacked=stacked)
-    # Panels below each other share the height, so the whole plot is higher.
-    height = max(90, size) * (len(panels) if stacked else 1)
+    height = max(90, size)
+    if stacked:  # the panels share the height, with room for their names between them
+        height = height * len(panels) + _NAME * (len(panels) - 1)
+    domains = _domains(len(panels), _NAME / height if stacked else _GAP, stacked=stacked)
     named = len(panels) > 1
     label_pixels = round(6.2 * items.letters) + 8
     # Below the plot: labels of the items, or ticks and title of the layers; then the color bar.
@@ -144,7 +159,11 @@ def heatmap(
     short = down and items.letters <= 2  # labels that need no rotation
     if short:
         labels_below = 20 + (18 if items.noun else 0)
-    left = 46 if down else 18 + label_pixels + (16 if items.groups or items.noun else 0)
+    numbers = range(layers)
+    rows = rows or Rows(list(map(str, numbers)), 3, "layer", [f"layer {i}" for i in numbers])
+    left = 18 + label_pixels + (16 if items.groups or items.noun else 0)
+    if down:
+        left = 24 + round(6.4 * rows.letters)
     above = (18 if named else 0) + (16 if down and items.groups else 0)
     traces: list[go.Heatmap] = []
     axes: dict[str, Any] = {}
@@ -154,21 +173,20 @@ def heatmap(
         suffix = str(i + 1) if i else ""
         own = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
         traces.append(
-            _trace(values, items, name if named else "", unit, down=down, written=written)
+            _trace(values, rows, items, name if named else "", unit, down=down, written=written)
         )
         traces[-1].update(coloraxis="coloraxis", **own)
         (x0, x1), (y0, y1) = domains[i]
         layer_axis, item_axis = ("yaxis", "xaxis") if down else ("xaxis", "yaxis")
         outer = {"xaxis": not stacked or i == len(panels) - 1, "yaxis": stacked or i == 0}
-        axes[layer_axis + suffix] = _layer_axis(
-            layers, down=down, outer=outer[layer_axis], size=size
-        )
+        axes[layer_axis + suffix] = _layer_axis(rows, down=down, outer=outer[layer_axis], size=size)
         axes[item_axis + suffix] = _item_axis(items, down=down, outer=outer[item_axis], short=short)
         axes["xaxis" + suffix] |= {"domain": [x0, x1], "anchor": f"y{suffix}"}
         axes["yaxis" + suffix] |= {"domain": [y0, y1], "anchor": f"x{suffix}"}
         shapes += _marks(items, suffix, down=down)
         if named:
-            notes.append(_panel_name(name, (x0 + x1) / 2, y1, 16 if down and items.groups else 0))
+            grouped = down and bool(items.groups) and not (stacked and i)
+            notes.append(_panel_name(name, (x0 + x1) / 2, y1, 16 if grouped else 0))
     notes += _group_names(items, len(panels), down=down, left=left, size=size, stacked=stacked)
     figure = style.figure(
         traces,
@@ -176,7 +194,7 @@ def heatmap(
         detail=detail,
         plot_height=height,
         above=above,
-        bottom=labels_below + (66 if beyond else 54),
+        bottom=labels_below + 54 + 14 * bar_title.count("<br>"),
         left=left,
         right=12,
         widest=_widest(layers, count, down=down, across=1 if stacked else len(panels), left=left),
@@ -195,6 +213,21 @@ def heatmap(
             "letter": _LABEL + 1,
         }
     return fitted(figure, min(figure.layout.meta["widest"], 720))
+
+
+def _color_bar(
+    panels: Sequence[Float[np.ndarray, "layers items"]],
+    unit: str,
+    limit: float | None,
+    floor: float,
+) -> tuple[float, str]:
+    """The end of the color scale, and the title of its bar, which states the cells beyond."""
+    end, beyond = color_limit(panels, floor=floor)
+    if limit is not None:
+        end, beyond = limit, sum(int((np.abs(panel) > limit).sum()) for panel in panels)
+    if not beyond:
+        return end, unit
+    return end, f"{unit}<br>colors end at ±{end:.2g}: {style.plural(beyond, 'cell')} beyond"
 
 
 def _layer_row(layers: int, *, written: bool) -> int:
@@ -216,10 +249,9 @@ def _widest(layers: int, count: int, *, down: bool, across: int, left: int) -> i
 
 
 def _domains(
-    panels: int, *, stacked: bool
+    panels: int, gap: float, *, stacked: bool
 ) -> list[tuple[tuple[float, float], tuple[float, float]]]:
     """The horizontal and vertical share of the plot that each panel takes."""
-    gap = (0.09 if stacked else _GAP) if panels > 1 else 0.0
     size = (1 - gap * (panels - 1)) / panels
     starts = [i * (size + gap) for i in range(panels)]
     if stacked:
@@ -229,6 +261,7 @@ def _domains(
 
 def _trace(
     values: Float[np.ndarray, "layers items"],
+    rows: Rows,
     items: Items,
     panel: str,
     unit: str,
@@ -241,7 +274,7 @@ def _trace(
     hover = np.array(
         [
             [
-                f"{lead}layer {layer}, {items.hover[i]}<br>"
+                f"{lead}{rows.hover[layer]}, {items.hover[i]}<br>"
                 + (
                     f"{unit}: {values[layer, i]:+.3f}"
                     if np.isfinite(values[layer, i])
@@ -267,10 +300,14 @@ def _trace(
     )
 
 
-def _layer_axis(layers: int, *, down: bool, outer: bool, size: int) -> dict[str, Any]:
+def _layer_axis(rows: Rows, *, down: bool, outer: bool, size: int) -> dict[str, Any]:
+    layers = len(rows.labels)
     most = max(2, size // 13) if down else 10
     ends = {"range": [layers - 0.5, -0.5] if down else [-0.5, layers - 0.5]}
-    shown = style.layer_axis(range(layers), most=most, title="layer" if outer else "", **ends)
+    shown = style.layer_axis(range(layers), most=most, title=rows.noun if outer else "", **ends)
+    shown["ticktext"] = [rows.labels[layer] for layer in shown["tickvals"]]
+    if rows.letters > 4:  # tokens
+        shown["tickfont"] = {"size": _LABEL, "family": style.MONO}
     return shown if outer else {**shown, "showticklabels": False}
 
 

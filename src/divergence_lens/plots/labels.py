@@ -25,6 +25,7 @@ _SITES = {
     "q": "queries of attention heads",
     "k": "keys of attention heads",
     "v": "values of attention heads",
+    "pattern": "attention patterns of heads",
 }
 
 

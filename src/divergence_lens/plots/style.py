@@ -8,7 +8,7 @@ black, so that a figure fits the light and the dark theme of a notebook.
 import html
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,12 @@ DIVERGING: tuple[tuple[float, str], ...] = (
 )
 
 _MARKS = str.maketrans({" ": "·", "\n": "↵", "\r": "↵", "\t": "⇥"})
+
+
+def model_label(metadata: Mapping[str, Any]) -> str:
+    """The model of a result for a caption, or an empty text. A folder goes by its last part."""
+    name = str(metadata.get("model", {}).get("name") or "").rstrip("/")
+    return f"model {name.rsplit('/', 1)[-1]}" if name else ""
 
 
 def escape(text: object) -> str:
