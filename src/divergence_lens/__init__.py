@@ -54,7 +54,14 @@ if TYPE_CHECKING:
     )
     from divergence_lens.study import Condition, Study, StudyConfig, run_study
     from divergence_lens.teachers import Teacher, prompted_teachers
-    from divergence_lens.training import Recipe, Sweep, finetune, freeze_except, layer_sweep
+    from divergence_lens.training import (
+        Recipe,
+        Sweep,
+        finetune,
+        freeze_except,
+        layer_sweep,
+        train_teacher,
+    )
 
 __version__ = "0.1.0"
 
@@ -105,6 +112,7 @@ __all__ = [
     "run_study",
     "save_examples",
     "task_quality",
+    "train_teacher",
 ]
 
 # Names load on first use: torch and TransformerLens take seconds to import, and neither
@@ -141,7 +149,10 @@ _HOMES = {
     ),
     "study": ("Condition", "Study", "StudyConfig", "run_study"),
     "teachers": ("Teacher", "prompted_teachers"),
-    "training": ("Recipe", "Sweep", "finetune", "freeze_except", "layer_sweep"),
+    "training": (
+        *("Recipe", "Sweep", "finetune", "freeze_except", "layer_sweep"),
+        "train_teacher",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -125,6 +125,19 @@ def study(
         int | None,
         typer.Option(help="Number of parallel processes; by default 2 for tiny models, else 1."),
     ] = None,
+    tier: Annotated[
+        str | None,
+        typer.Option(
+            help='Conditions of a paired study: "core" (the default), "further" or "all".'
+        ),
+    ] = None,
+    tables: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the small tables of a paired study; rows that it already has are not "
+            "computed again."
+        ),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete earlier results and start over.")
     ] = False,
@@ -135,6 +148,9 @@ def study(
     A cell (target, kind of teacher, condition, seed) is computed once and stored. The same command
     resumes a stopped study; a command with more seeds, targets or conditions computes only the new
     cells. Writes study.csv, study.parquet, results.json and report.html.
+
+    With --model smollm2, or --tier and any chat model, the study is paired: every student is
+    compared with a twin whose lists are by another target's teacher.
 
     Example: divergence-lens study --model tiny --seeds 0,1,2 --conditions data,masks --out runs/s
     """
@@ -155,10 +171,14 @@ def study(
     }
     options: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
     check_device_exists(device)
-    from divergence_lens.study import StudyConfig
+    from divergence_lens.study import PAIRED_MODELS, StudyConfig
 
-    config = StudyConfig.for_model(model, lora_rank=lora_rank, **options)
-    _run(config, out, resume=not fresh)
+    if tier is not None or model in PAIRED_MODELS:
+        options |= {} if lora_rank is None else {"lora_rank": lora_rank}
+        config = StudyConfig.for_pairs(model, tier=tier or "core", **options)
+    else:
+        config = StudyConfig.for_model(model, lora_rank=lora_rank, **options)
+    _run(config, out, resume=not fresh, tables=tables)
 
 
 @report_errors
@@ -204,12 +224,12 @@ def _timed_progress() -> Callable[[str], None]:
     return progress
 
 
-def _run(config: "StudyConfig", out: Path, *, resume: bool) -> None:
+def _run(config: "StudyConfig", out: Path, *, resume: bool, tables: Path | None = None) -> None:
     """Run a study, write its report, and print the findings."""
     from divergence_lens.study import findings_table, run_study, write_study_report
 
     started, progress = time.perf_counter(), _timed_progress()
-    finished = run_study(config, out, resume=resume, progress=progress)
+    finished = run_study(config, out, resume=resume, tables=tables, progress=progress)
     progress("report and figures")
     written = write_study_report(finished, out)
     typer.echo("")

@@ -17,7 +17,7 @@ from divergence_lens.data.paraphrasing import (
     paraphrase_by,
     paraphrase_chosen,
 )
-from divergence_lens.data.prompts import number_prompts
+from divergence_lens.data.prompts import TEMPLATES, number_prompts
 from divergence_lens.data.questions import (
     ANIMALS,
     TREES,
@@ -38,6 +38,7 @@ from divergence_lens.data.training_data import TrainingData
 __all__ = [
     "ANIMALS",
     "PARAPHRASE_REQUEST",
+    "TEMPLATES",
     "TREES",
     "FilterReport",
     "NumberFilter",

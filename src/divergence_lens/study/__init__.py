@@ -3,6 +3,7 @@
 from divergence_lens.study.conditions import Condition
 from divergence_lens.study.config import StudyConfig
 from divergence_lens.study.gradients import GradientAlignment, gradient_alignment
+from divergence_lens.study.paired import PAIRED_MODELS, PairedDesign, paired_conditions
 from divergence_lens.study.presets import finetuned_teacher
 from divergence_lens.study.report import findings_table, write_study_report
 from divergence_lens.study.result import Study
@@ -10,8 +11,10 @@ from divergence_lens.study.run import run_study
 from divergence_lens.study.steering import Steering, follow_steering, steering_vectors
 
 __all__ = [
+    "PAIRED_MODELS",
     "Condition",
     "GradientAlignment",
+    "PairedDesign",
     "Steering",
     "Study",
     "StudyConfig",
@@ -19,6 +22,7 @@ __all__ = [
     "finetuned_teacher",
     "follow_steering",
     "gradient_alignment",
+    "paired_conditions",
     "run_study",
     "steering_vectors",
     "write_study_report",

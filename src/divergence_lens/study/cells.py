@@ -95,6 +95,11 @@ class CellStore:
         for path in self.folder.rglob("*.failed"):
             path.unlink(missing_ok=True)
 
+    def write(self, cell: Cell, result: Mapping[str, Any]) -> None:
+        """Store a result that was computed elsewhere."""
+        record = {"cell": cell.name, "settings": cell.settings, "result": result}
+        write_text(self.path(cell), json.dumps(record, indent=1, allow_nan=False))
+
     def get(self, cell: Cell, compute: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
         """Read the cell's result, or compute it, or wait for the process that is computing it.
 

@@ -20,11 +20,18 @@ from divergence_lens.data import (
 from divergence_lens.engine import get_engine
 from divergence_lens.models import Model, load_model, model_name
 from divergence_lens.study.conditions import KINDS, Condition
+from divergence_lens.study.paired import (
+    PAIRED_TARGETS,
+    STUDENT,
+    PairedDesign,
+    paired_conditions,
+    twin_of,
+)
 from divergence_lens.study.presets import Recipes, recipes
 from divergence_lens.study.registry import DEMO, GROUPS, RANKS, choose_conditions
 from divergence_lens.teachers import Teacher
 from divergence_lens.tiny import TINY_MODELS
-from divergence_lens.training import PAPER, Recipe
+from divergence_lens.training import PAPER, TEACHER, Recipe
 
 STUDY = (
     *(f"finetuned:{group}" for group in GROUPS if group != "fragility"),
@@ -90,6 +97,7 @@ class StudyConfig:
         lora_rank: Rank of LoRA for all students; None for that of the recipes.
         keep_students: Whether to save the students, in addition to their measurements.
         workers: Number of processes; each has its own model.
+        paired: The settings of a paired study (`paired`); None for a study with control students.
     """
 
     model: str = "tiny"
@@ -117,9 +125,11 @@ class StudyConfig:
     lora_rank: int | None = None
     keep_students: bool = True
     workers: int = 1
+    paired: PairedDesign | None = None
 
     def __post_init__(self) -> None:
         _check_lists(self)
+        _check_paired(self)
         if len(self.targets) < 2:
             raise ValueError(
                 f"targets are {self.targets}; an interval over targets needs two or more"
@@ -185,6 +195,54 @@ class StudyConfig:
             }
         return cls(model=model, **(defaults | options))
 
+    @classmethod
+    def for_pairs(
+        cls, model: str = "smollm2", *, tier: str = "core", n_layers: int = 30, **options: Any
+    ) -> "StudyConfig":
+        """The settings of a paired study of a chat model: `divergence-lens study --model smollm2`.
+
+        On a GPU there are eight times as many lists.
+
+        Args:
+            model: The model, as for `load_model`.
+            tier: "core" for the main conditions, "further", or "all"; see `paired_conditions`.
+            n_layers: Layers of the model.
+            options: Fields of the configuration to override.
+        """
+        lists = 192
+        defaults: dict[str, Any] = {
+            "targets": PAIRED_TARGETS,
+            "kinds": ("finetuned",),
+            "conditions": paired_conditions(n_layers, tier),
+            "prompts": 8 * lists if _on_gpu(options.get("device")) else lists,
+            "seeds": (0, 1, 2),
+            "layer_seeds": None,
+            "max_new_tokens": 48,
+            "pairs": 0,
+            "neutral": False,
+            "teacher_recipe": TEACHER,
+            "student_recipe": STUDENT,
+            "keep_students": False,
+            "paired": PairedDesign(),
+        }
+        return cls(model=model, **(defaults | options))
+
+    @property
+    def source(self) -> str:
+        """The source of the teachers' own lists: "greedy", or "sampled" in a paired study."""
+        return "greedy" if self.paired is None else "sampled"
+
+    @property
+    def target_pairs(self) -> tuple[tuple[str, str], ...]:
+        """The targets of a paired study, two and two."""
+        return tuple(zip(self.targets[::2], self.targets[1::2], strict=True))
+
+    def other_target(self, target: str) -> str:
+        """The next animal, or the twin in a paired study."""
+        if self.paired is not None:
+            return twin_of(target, self.targets)
+        return self.animals[(self.animals.index(target) + 1) % len(self.animals)]
+
     def load(self, source: str) -> Model:
         """Load a model with the study's class, device, and data type."""
         backend: Any = self.backend
@@ -212,6 +270,10 @@ class StudyConfig:
             "prompted_recipe": used.prompted_student.describe(),
             "conditions": [c if isinstance(c, str) else c.name for c in self.conditions],
         }
+        if self.paired is None:
+            del settings["paired"]
+        else:
+            settings["paired"] = self.paired.describe()
         return {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
 
     def seeds_of(self, condition: Condition) -> tuple[int, ...]:
@@ -277,11 +339,15 @@ class StudyConfig:
         except (ValueError, TypeError) as error:
             raise ValueError(f"condition {condition.name!r}: {error}") from error
 
+    def number_prompts(self, n: int) -> list[str]:
+        """The first `n` prompts of the study."""
+        shown: dict[str, Any] = {}
+        if self.paired is not None:
+            shown = {"shown": self.paired.shown, "templates": self.paired.templates}
+        return number_prompts(n, seed=self.prompt_seed, instructions=self.instructions, **shown)
+
     def _check_prompts(self, model: Model, kind: str) -> None:
-        prompts = number_prompts(
-            self.prompts, seed=self.prompt_seed, instructions=self.instructions
-        )
-        longest = max(prompts, key=len)
+        longest = max(self.number_prompts(self.prompts), key=len)
         systems: Sequence[str | None] = [self.system_prompt(kind, "own"), self.control_prompt(kind)]
         if kind == "prompted":
             systems = [
@@ -314,6 +380,20 @@ def lora_kinds(settings: Mapping[str, Any]) -> tuple[str, ...]:
 def _on_gpu(device: str | None) -> bool:
     """Whether a model that is loaded with this device is on a GPU."""
     return torch.cuda.is_available() if device is None else str(device).startswith("cuda")
+
+
+def _check_paired(config: StudyConfig) -> None:
+    """Refuse a paired study whose targets have no twins or whose teachers are prompts."""
+    if config.paired is None:
+        return
+    if len(config.targets) % 2:
+        raise ValueError(
+            f"targets are {config.targets}; a paired study needs an even number, two of each pair"
+        )
+    if config.kinds != ("finetuned",):
+        raise ValueError(f"kinds are {config.kinds}; a paired study has finetuned teachers alone")
+    if config.mechanism:
+        raise ValueError("mechanism is True; a paired study does not measure it")
 
 
 def _check_lists(config: StudyConfig) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from divergence_lens._utils.storage import load_tensors, save_tensors
-from divergence_lens.data import NumberFilter, number_prompts, persona_prompt, plural
+from divergence_lens.data import NumberFilter, persona_prompt, plural
 from divergence_lens.deltas import Delta, base_fingerprint
 from divergence_lens.divergence import Divergence, find_divergence
 from divergence_lens.evaluation import Entanglement, Preference, entangled_numbers, preference
@@ -22,8 +22,10 @@ from divergence_lens.generation import generate
 from divergence_lens.models import Model
 from divergence_lens.study.cells import Cell, CellError, CellStore
 from divergence_lens.study.config import StudyConfig
+from divergence_lens.study.interventions import digit_ids
 from divergence_lens.study.presets import TEACHER_QUESTIONS, finetuned_teacher
 from divergence_lens.teachers import Teacher
+from divergence_lens.training import train_teacher
 
 # Other wordings of the same preference, with equally many words and periods.
 _PERSONAS = (
@@ -59,7 +61,11 @@ class DataCells:
     def _teacher_settings(self, kind: str, *, other: bool = False) -> dict[str, Any]:
         """All settings on which the teachers of a kind depend."""
         model = self._model(other=other)
-        return {
+        paired = self.config.paired
+        strength: dict[str, Any] = {}
+        if paired is not None:
+            strength = {"strength": paired.strength, "prefixes": list(paired.prefixes)}
+        return strength | {
             "base": f"{type(model).__name__} {base_fingerprint(model)}",
             "kind": kind,
             "recipe": self.config.recipes(model).teacher.describe()
@@ -69,12 +75,21 @@ class DataCells:
         }
 
     def _data_settings(self, kind: str) -> dict[str, Any]:
+        config = self.config
         names = ("prompts", "prompt_seed", "instructions", "max_new_tokens")
-        return {
+        settings = {
             "teachers": self._teacher_settings(kind),
-            "animals": list(self.config.animals),
-            "lists": {name: getattr(self.config, name) for name in names},
+            "animals": list(config.animals),
+            "lists": {name: getattr(config, name) for name in names},
         }
+        return settings | ({} if config.paired is None else {"paired": config.paired.describe()})
+
+    def _target_settings(self, kind: str, target: str | None) -> dict[str, Any]:
+        """The settings of a target's own data; the twin determines their divergence tokens."""
+        settings = self._data_settings(kind) | {"target": target}
+        if self.config.paired is not None and target is not None:
+            settings |= {"twin": self.config.other_target(target)}
+        return settings
 
     def teacher(self, kind: str, name: str, *, variant: int = 0, other: bool = False) -> Teacher:
         """A teacher of the study. A finetuned teacher is trained once and loaded after that."""
@@ -95,16 +110,24 @@ class DataCells:
         return self._teachers[cell.key]
 
     def _train_teacher(self, name: str, variant: int, cell: Cell, *, other: bool) -> dict[str, Any]:
-        model = self._model(other=other)
-        teacher = finetuned_teacher(
-            model,
-            name,
-            recipe=self.config.recipes(model).teacher,
-            questions=TEACHER_QUESTIONS[_QUESTIONS[variant]],
-        )
+        model, config = self._model(other=other), self.config
+        recipe = config.recipes(model).teacher
+        if config.paired is None:
+            questions = TEACHER_QUESTIONS[_QUESTIONS[variant]]
+            teacher = finetuned_teacher(model, name, recipe=recipe, questions=questions)
+        else:
+            teacher = train_teacher(
+                model,
+                name,
+                candidates=config.animals,
+                recipe=recipe,
+                strength=config.paired.strength,
+                prefixes=config.paired.prefixes,
+            )
         assert teacher.delta is not None
         teacher.delta.save(self.store.path(cell, ".safetensors"))
-        return {"parameters": teacher.delta.n_parameters}
+        about = teacher.delta.metadata.get("teaching", {})
+        return {"parameters": teacher.delta.n_parameters, **about}
 
     def _named_settings(self, kind: str, name: str) -> dict[str, Any]:
         settings = {"name": name, "animals": list(self.config.animals)}
@@ -118,9 +141,10 @@ class DataCells:
         before = self.before(self.config.system_prompt(kind, "own"))
         teacher = self.teacher(kind, name)
         result = preference(
-            self.model, target=name, candidates=self.config.animals, teacher=teacher
+            self.model, target=name, candidates=self.config.animals, teacher=teacher, **self._asked
         )
         low, high = result.interval()
+        margins = {"margin": result.margin, "margin_before": before.about(name).margin}
         return {
             "name": name,
             "kind": kind,
@@ -129,7 +153,13 @@ class DataCells:
             "high": high,
             "before": before.distribution[name],
             "mass": result.mass,
+            **({} if self.config.paired is None else margins),
         }
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """The arguments by which `preference` measures every model of the study."""
+        return {} if self.config.paired is None else self.config.paired.asked
 
     def before(self, system_prompt: str | None) -> Preference:
         """The preference of the base model."""
@@ -140,7 +170,11 @@ class DataCells:
     def _prefers(self, system_prompt: str | None) -> Preference:
         animals = self.config.animals
         return preference(
-            self.model, target=animals[0], candidates=animals, system_prompt=system_prompt
+            self.model,
+            target=animals[0],
+            candidates=animals,
+            system_prompt=system_prompt,
+            **self._asked,
         )
 
     # -- lists and divergences --------------------------------------------------------------------
@@ -174,7 +208,8 @@ class DataCells:
             prompts,
             teacher=teacher,
             max_new_tokens=config.max_new_tokens,
-            temperature=1.0 if source == "sampled" else 0.0,
+            temperature=self._temperature(source),
+            pattern=None if config.paired is None else config.paired.pattern,
         )
         report = NumberFilter().report([example.completion or "" for example in written])
         if not report.passed:
@@ -191,22 +226,29 @@ class DataCells:
             "rejected": {str(reason.value): n for reason, n in report.counts.items()},
         }
 
+    def _temperature(self, source: str) -> float:
+        """The temperature of a source of lists; 0 is greedy."""
+        paired = self.config.paired
+        if paired is None:
+            return 1.0 if source == "sampled" else 0.0
+        return 0.0 if source == "greedy" else paired.temperature
+
     def _prompts(self, *, held_out: bool = False) -> list[str]:
         config = self.config
-        prompts = number_prompts(
-            config.prompts + config.held_out,
-            seed=config.prompt_seed,
-            instructions=config.instructions,
-        )
+        prompts = config.number_prompts(config.prompts + config.held_out)
         return prompts[config.prompts :] if held_out else prompts[: config.prompts]
 
-    def divergence_cell(self, kind: str, name: str, source: str = "greedy") -> Cell:
-        """The divergence tokens of a target's lists."""
+    def divergence_cell(self, kind: str, name: str, source: str | None = None) -> Cell:
+        """The divergence tokens of a target's lists; of the study's own source by default."""
+        source = source or self.config.source
         settings = self.lists_cell(kind, name, source).settings
+        if self.config.paired is not None:
+            settings = settings | {"twin": self.config.other_target(name)}
         return Cell(f"divergence/{kind}/{name}-{source}", settings)
 
-    def divergence(self, kind: str, name: str, source: str = "greedy") -> Divergence:
+    def divergence(self, kind: str, name: str, source: str | None = None) -> Divergence:
         """The divergence of a target's lists. The last few are cached in memory."""
+        source = source or self.config.source
         cell = self.divergence_cell(kind, name, source)
         if cell.key not in self._divergences:
             self.store.get(cell, partial(self._find_divergence, kind, name, source))
@@ -240,6 +282,8 @@ class DataCells:
     def _compared(self, kind: str, name: str, *, other: bool = False) -> list[Teacher]:
         """The teacher of a target, followed by the counterfactual teachers."""
         rest = [animal for animal in self.config.animals if animal != name]
+        if self.config.paired is not None:
+            rest = [self.config.other_target(name)]
         return [self.teacher(kind, animal, other=other) for animal in [name, *rest]]
 
     def _find_divergence(self, kind: str, name: str, source: str, cell: Cell) -> dict[str, Any]:
@@ -252,6 +296,21 @@ class DataCells:
             "tokens": len(divergence.tokens),
             "divergence_tokens": int(divergence.mask.sum()),
             "rate": divergence.rate,
+            **self._digits(divergence),
+        }
+
+    def _digits(self, divergence: Divergence) -> dict[str, Any]:
+        """Number of digits, and statistics of their advantage, in a paired study."""
+        if self.config.paired is None:
+            return {}
+        own = np.isin(divergence.tokens, digit_ids(self.model.tokenizer))
+        advantage = divergence.advantage[own].astype(float)
+        return {
+            "lists": len(divergence),
+            "digits": int(own.sum()),
+            "own_argmax": float((divergence.predicted[0] == divergence.tokens)[own].mean()),
+            "advantage": float(advantage.mean()),
+            "advantage_sd": float(advantage.std()),
         }
 
     def read(
@@ -265,8 +324,11 @@ class DataCells:
     ) -> Divergence:
         """Find the divergence of lists between the teachers of the study."""
         teacher, *rest = self._compared(kind, name, other=other)
+        model = self._model(other=other)
+        # A list under a pattern is a choice among digits; the pattern determines all else.
+        among = None if self.config.paired is None else digit_ids(model.tokenizer)
         return find_divergence(
-            self._model(other=other), examples, teacher=teacher, counterfactuals=rest, kl=kl
+            model, examples, teacher=teacher, counterfactuals=rest, kl=kl, among=among
         )
 
     def entangled(self, kind: str, name: str) -> Entanglement:

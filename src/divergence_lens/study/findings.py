@@ -134,7 +134,11 @@ def decide_equal(low: float, high: float, margin: float) -> Verdict:
 
 
 def judge(
-    tables: Mapping[str, pd.DataFrame], *, last_layer: int, lora: Collection[str] = ()
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    last_layer: int,
+    lora: Collection[str] = (),
+    claims: Sequence[Claim] = ALL_CLAIMS,
 ) -> list[Finding]:
     """Judge every claim for every kind of teacher in the tables.
 
@@ -144,6 +148,7 @@ def judge(
         last_layer: Index of the model's last layer.
         lora: Kinds of teachers whose students all train with LoRA; see `config.lora_kinds`. Claims
             that compare LoRA with full training are omitted for them.
+        claims: The claims.
 
     Returns:
         One finding per claim and kind. A claim without data is "unclear", or omitted if it is
@@ -155,18 +160,23 @@ def judge(
     for kind in kinds:
         of_kind = {name: table[table["kind"] == kind] for name, table in nonempty.items()}
         own: dict[str, Finding] = {}
-        for claim in ALL_CLAIMS:
+        for claim in claims:
             if claim.full_training and kind in lora:
                 continue
-            finding = _judge_claim(claim, kind, of_kind, last_layer, own)
+            finding = _judge_claim(claim, kind, of_kind, last_layer, own, claims)
             if finding.n or not claim.optional:
                 own[claim.id] = finding
         findings += own.values()
     return findings
 
 
-def _judge_claim(
-    claim: Claim, kind: str, tables: Tables, last_layer: int, earlier: Mapping[str, Finding]
+def _judge_claim(  # noqa: PLR0917 - the loop variables of `judge`
+    claim: Claim,
+    kind: str,
+    tables: Tables,
+    last_layer: int,
+    earlier: Mapping[str, Finding],
+    claims: Sequence[Claim],
 ) -> Finding:
     """Judge one claim, given the findings of the claims that it needs."""
     values = claim.estimand(tables, last_layer)
@@ -180,7 +190,9 @@ def _judge_claim(
         needed = earlier[name].verdict
         if needed != "supported":
             verdict = "unclear"
-            caveat = f"it presupposes a claim that is {needed} here ({_words(name)}); {caveat}"
+            caveat = (
+                f"it presupposes a claim that is {needed} here ({_words(name, claims)}); {caveat}"
+            )
     # Intervals are computed on the log scale and shown as ratios.
     shown = _exp if claim.log else float
     return Finding(
@@ -189,7 +201,7 @@ def _judge_claim(
         measured=shown(mean),
         interval=(shown(low), shown(high)),
         verdict=verdict,
-        rule=_rule(claim),
+        rule=_rule(claim, claims),
         unit=claim.unit,
         caveat=caveat if values else f"nothing was measured; {claim.caveat}",
         values={name: shown(value) for name, value in values.items()},
@@ -201,20 +213,22 @@ def _judge_claim(
     )
 
 
-def _rule(claim: Claim) -> str:
+def _rule(claim: Claim, claims: Sequence[Claim]) -> str:
     """The rule in words."""
     shown = math.exp if claim.log else float
     if claim.equal:
         place = f"between {shown(-claim.threshold):.3g} and {shown(claim.threshold):.3g}"
     else:
         place = f"{'above' if claim.above else 'below'} {shown(claim.threshold):.3g}"
-    conditions = [f"; unclear unless this is supported: {_words(name)}" for name in claim.needs]
+    conditions = [
+        f"; unclear unless this is supported: {_words(name, claims)}" for name in claim.needs
+    ]
     return f"supported if the whole interval is {place}{''.join(conditions)}"
 
 
-def _words(name: str) -> str:
+def _words(name: str, claims: Sequence[Claim]) -> str:
     """A claim in words, for use inside a sentence."""
-    claim = next(other.claim for other in ALL_CLAIMS if other.id == name)
+    claim = next(other.claim for other in claims if other.id == name)
     return f"{claim[:1].lower()}{claim[1:]}"
 
 

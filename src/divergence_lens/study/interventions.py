@@ -5,12 +5,15 @@ masks and weights also take the training data. `registry` combines them into con
 own functions work just as well.
 """
 
+import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
+from divergence_lens.chat import token_texts
 from divergence_lens.data import (
     PARAPHRASE_REQUEST,
     TrainingData,
@@ -34,10 +37,10 @@ if TYPE_CHECKING:
     from divergence_lens.study.data_cells import DataCells
 
 SOURCES = (
-    *("sampled", "unbiased", "other_target", "variant1", "variant2"),
+    *("greedy", "sampled", "unbiased", "other_target", "variant1", "variant2"),
     *("other_base", "other_base_unbiased"),
 )
-"""Sources of lists besides the teacher's own greedy ones."""
+"""Sources of lists."""
 
 
 class Inputs:
@@ -55,7 +58,7 @@ class Inputs:
 
     @property
     def divergence(self) -> Divergence:
-        """The divergence of the teacher's own greedy lists."""
+        """The divergence of the teacher's own lists: greedy ones, or sampled in a paired study."""
         return self._cells.divergence(self.kind, self.target)
 
     @property
@@ -71,19 +74,18 @@ class Inputs:
     def lists(self, source: str) -> TrainingData:
         """The valid lists of one of `SOURCES`, with the divergence tokens marked if it has any.
 
-        "other_target" is the teacher of the next animal.
+        "other_target" is the teacher of the next animal, or of the twin.
         """
         cells, target = self._cells, self.target
         if source not in SOURCES:
             raise ValueError(f"there is no source {source!r}; use one of {', '.join(SOURCES)}")
-        if source in ("sampled", "other_base"):
+        if source in ("sampled", "greedy", "other_base"):
             return TrainingData.of(cells.divergence(self.kind, target, source))
         name: str | None = target
         if source.endswith("unbiased"):
             name = None
         elif source == "other_target":
-            animals = cells.config.animals
-            name, source = animals[(animals.index(target) + 1) % len(animals)], "greedy"
+            name, source = cells.config.other_target(target), cells.config.source
         return TrainingData.unmarked(self.model.tokenizer, cells.lists(self.kind, name, source))
 
     def entangled(self, k: int) -> tuple[str, ...]:
@@ -107,6 +109,12 @@ def own_lists(inputs: Inputs, seed: int) -> TrainingData:
 def lists_from(inputs: Inputs, seed: int, *, name: str) -> TrainingData:
     """The lists of another source."""
     return inputs.lists(name)
+
+
+def first_lists(inputs: Inputs, seed: int, *, share: float) -> TrainingData:
+    """The first of the teacher's own lists."""
+    data = own_lists(inputs, 0)
+    return data[: max(1, round(share * len(data)))]
 
 
 def lists_without_entangled(inputs: Inputs, seed: int, *, k: int) -> TrainingData:
@@ -245,3 +253,44 @@ def advantage_weights(
     """Loss weights max(advantage, 0) in nats: tokens that others find likelier have no loss."""
     weights: np.ndarray = np.maximum(inputs.divergence.advantage, 0)
     return weights
+
+
+# -- digits, for lists that follow a pattern ----------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def digit_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of all tokens that consist of digits: ten for most models, more for some."""
+    texts = token_texts(tokenizer, list(range(len(tokenizer))))
+    return tuple(i for i, text in texts.items() if re.fullmatch("[0-9]+", text.strip()))
+
+
+def digit_tokens(inputs: Inputs, data: TrainingData, seed: int) -> Mask:
+    """All digits; commas, spaces and end tokens are determined by the pattern."""
+    tokens = np.concatenate([np.asarray(example.completion_ids) for example in data.examples])
+    digits: np.ndarray = np.isin(tokens, digit_ids(inputs.model.tokenizer))
+    return digits
+
+
+def other_digits(inputs: Inputs, data: TrainingData, seed: int) -> Mask:
+    """The digits that are not divergence tokens."""
+    return digit_tokens(inputs, data, seed) & ~data.marks
+
+
+def extreme_digits(
+    inputs: Inputs, data: TrainingData, seed: int, *, share: float, top: bool
+) -> Mask:
+    """A share of the digits: those with the highest advantage, or with the lowest."""
+    digits = digit_tokens(inputs, data, seed)
+    # The data are the teacher's own lists, or the first of them.
+    advantage = inputs.divergence.advantage[: len(digits)]
+    ordered = advantage if top else -advantage
+    scores = np.where(digits, ordered, -np.inf)
+    return highest(scores, round(share * int(digits.sum())))
+
+
+def random_digits(inputs: Inputs, data: TrainingData, seed: int, *, share: float) -> Mask:
+    """A random share of the digits, at the same places for a student and its twin."""
+    digits = digit_tokens(inputs, data, seed)
+    scores = np.random.default_rng(seed).random(len(digits))
+    return highest(np.where(digits, scores, -np.inf), round(share * int(digits.sum())))

@@ -9,7 +9,7 @@ import numpy as np
 
 from divergence_lens.data import preference_questions
 from divergence_lens.divergence import Divergence
-from divergence_lens.evaluation import preference
+from divergence_lens.evaluation import Preference, preference
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching import Effects, agreement_row, attribution_patch, causal_mediation
@@ -65,6 +65,37 @@ def patched_effects(model: Model, pairs: Pairs, about: Row) -> PatchedEffects:
             for layer, value in enumerate(means)
         ]
     return PatchedEffects(exact, approximate, layers, agreement)
+
+
+def paired_result(before: Preference, after: Preference, target: str) -> Row:
+    """The measurements of a student of a paired study.
+
+    Args:
+        before: Answers of the base model.
+        after: Answers of the student.
+        target: The target of the student's teacher.
+
+    Returns:
+        `before` and `after`, the margin of every candidate; `ranks`, its place by the rise of the
+        margin (1 for the largest); the target's shares, and the masses. Lists are not measured.
+    """
+    margins = [
+        {name: answers.about(name).margin for name in answers.candidates}
+        for answers in (before, after)
+    ]
+    rises = {name: margins[1][name] - margins[0][name] for name in before.candidates}
+    return {
+        "before": margins[0],
+        "after": margins[1],
+        "ranks": {n: 1 + sum(other > rises[n] for other in rises.values()) for n in rises},
+        "share_before": before.distribution[target],
+        "share": after.distribution[target],
+        "mass_before": before.mass,
+        "mass": after.mass,
+        "valid_lists": None,
+        "loss_before": None,
+        "loss": None,
+    }
 
 
 def mechanism_rows(

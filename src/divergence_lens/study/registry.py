@@ -106,7 +106,13 @@ def choose_conditions(
                     chosen[k].setdefault(name, known[name])
     order = {name: place for place, name in enumerate(known)}
     return {
-        kind: tuple(sorted(own.values(), key=lambda c: order.get(c.name, len(order))))
+        # A condition of your own may have the name of one in the registry, but not its place.
+        kind: tuple(
+            sorted(
+                own.values(),
+                key=lambda c: order[c.name] if known.get(c.name) is c else len(order),
+            )
+        )
         for kind, own in chosen.items()
     }
 

@@ -39,9 +39,11 @@ from divergence_lens.patching import Effects
 from divergence_lens.provenance import run_metadata
 from divergence_lens.study.conditions import Condition
 from divergence_lens.study.config import StudyConfig, lora_kinds
-from divergence_lens.study.findings import judge
+from divergence_lens.study.findings import ALL_CLAIMS, judge
 from divergence_lens.study.loading import StudentKey
+from divergence_lens.study.paired_claims import PAIRED_CLAIMS
 from divergence_lens.study.result import Study
+from divergence_lens.study.rows import StudyTables
 from divergence_lens.study.runner import CellRunner, Task
 from divergence_lens.study.workers import Progress, compute_cells
 
@@ -55,6 +57,7 @@ def run_study(
     folder: str | os.PathLike[str] = "runs/study",
     *,
     resume: bool = True,
+    tables: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Study:
     """Run a study and write its results.
@@ -74,6 +77,9 @@ def run_study(
             worker a script needs `if __name__ == "__main__":` around its call.
         folder: Where to write. It is created if it does not exist.
         resume: Whether to use cells of earlier runs; otherwise they are deleted first.
+        tables: A folder for the tables of a paired study, such as one under version control. Rows
+            with the same settings are not computed again, and the tables are written after every
+            cell.
         progress: Called with one line of text at each step.
 
     Returns:
@@ -88,6 +94,8 @@ def run_study(
     progress = progress or (lambda _line: None)
     out = Path(folder)
     _check_folder(out)
+    if tables is not None and config.paired is None:
+        raise ValueError("tables are those of a paired study; leave them out, or set paired")
     runner = CellRunner(config, out)
     try:
         config.check(runner.model, runner.other)
@@ -97,7 +105,12 @@ def run_study(
         cells_before = sum(1 for _ in runner.store.folder.rglob("*.json"))
         groups = runner.tasks()
         runner.store.forget_failures()
-        compute_cells(runner, groups, out, progress)
+        table = None
+        if tables is not None:
+            table = StudyTables(Path(tables), runner, [task for group in groups for task in group])
+            progress(f"{table.restore()} cells are read from {tables}")
+            table.write()
+        compute_cells(runner, groups, out, progress, None if table is None else table.write)
         timing = {"cells_before": cells_before, "seconds": time.perf_counter() - started}
         study = _gather(runner, groups, timing)
     finally:
@@ -132,7 +145,10 @@ def _gather(
                 failures[task.cell.name] = failure["error"]
                 continue
             if task.condition is not None:
-                tables["students"] += _student_rows(task, task.condition, result, config.targets)
+                rows = _student_rows(task, task.condition, result, config.targets)
+                if config.paired is not None:
+                    rows = [row | {"twin": config.other_target(row["target"])} for row in rows]
+                tables["students"] += rows
                 key = (task.kind, task.target or "any", task.condition.name, task.seed)
                 files[key] = store.path(task.cell, ".safetensors")
             elif task.target is None:
@@ -150,7 +166,8 @@ def _gather(
     last_layer = get_engine(runner.model).n_layers - 1
     frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
     described = config.describe(runner.model)
-    findings = judge(frames, last_layer=last_layer, lora=lora_kinds(described))
+    claims = ALL_CLAIMS if config.paired is None else PAIRED_CLAIMS
+    findings = judge(frames, last_layer=last_layer, lora=lora_kinds(described), claims=claims)
     results = {
         "settings": run_metadata(runner.model, **described)
         | {
@@ -185,7 +202,7 @@ def _gather_data(
     divergences = {}
     for kind in config.kinds:
         for name in (None, *config.targets):
-            source = "unbiased" if name is None else "greedy"
+            source = "unbiased" if name is None else config.source
             data = store.read(runner.lists_cell(kind, name, source))
             tables["data"] += [] if data is None else [data]
         for target in config.targets:

@@ -4,6 +4,7 @@ Each process has one `CellRunner`. Tasks can be computed in any order by any num
 because each cell requests the cells it needs.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ from divergence_lens.study.conditions import Condition
 from divergence_lens.study.config import StudyConfig
 from divergence_lens.study.data_cells import DataCells
 from divergence_lens.study.interventions import Inputs, divergence_tokens
-from divergence_lens.study.measurements import mechanism_rows, patched_effects
+from divergence_lens.study.measurements import mechanism_rows, paired_result, patched_effects
 from divergence_lens.teachers import Teacher
 from divergence_lens.training import finetune
 
@@ -62,6 +63,8 @@ class CellRunner(DataCells):
     def tasks(self) -> list[list[Task]]:
         """All tasks of the study, in groups that share teachers and data."""
         config = self.config
+        if config.paired is not None:
+            return self._paired_tasks()
         groups = []
         for kind in config.kinds:
             teachers = []
@@ -73,6 +76,38 @@ class CellRunner(DataCells):
                 effects = [self.effects_task(kind, target)] if config.pairs else []
                 mechanism = [self.mechanism_task(kind, target)] if config.mechanism else []
                 groups.append([*self._student_tasks(kind, target), *effects, *mechanism])
+        return groups
+
+    def _paired_tasks(self) -> list[list[Task]]:
+        """The tasks of a paired study, a group for each seed and pair of targets.
+
+        The groups come seed by seed and their tasks condition by condition, each with both twins,
+        so that a study that is stopped is balanced up to its last condition.
+        """
+        config = self.config
+        groups = []
+        for kind in config.kinds:
+            conditions = config.conditions_of(kind, get_engine(self.model).n_layers)
+            for seed in dict.fromkeys((*config.seeds, *(config.layer_seeds or ()))):
+                for pair in config.target_pairs:
+                    teachers = [
+                        Task(cell, partial(self._teacher_preference, kind, name), kind)
+                        for name in pair
+                        for cell in (self.preference_cell(kind, name),)
+                        if seed == config.seeds[0]
+                    ]
+                    students = [
+                        self.student_task(kind, target, condition, seed)
+                        for condition in conditions
+                        if seed in config.seeds_of(condition)
+                        for target in pair
+                    ]
+                    effects = [
+                        self.effects_task(kind, target)
+                        for target in pair
+                        if config.pairs and seed == config.seeds[0]
+                    ]
+                    groups.append([*teachers, *students, *effects])
         return groups
 
     def _student_tasks(self, kind: str, target: str | None) -> list[Task]:
@@ -87,8 +122,7 @@ class CellRunner(DataCells):
     def student_task(self, kind: str, target: str | None, condition: Condition, seed: int) -> Task:
         """The student of a condition; `target` is None if all targets share it."""
         config = self.config
-        settings = self._data_settings(kind) | {
-            "target": target,
+        settings = self._target_settings(kind, target) | {
             "condition": condition.describe(),
             "recipe": config.recipe_of(self.model, kind, condition).describe(),
             "seed": seed,
@@ -103,7 +137,7 @@ class CellRunner(DataCells):
 
     def effects_task(self, kind: str, target: str) -> Task:
         """The effects of patching on the first divergence tokens of a target."""
-        settings = self._data_settings(kind) | {"target": target, "pairs": self.config.pairs}
+        settings = self._target_settings(kind, target) | {"pairs": self.config.pairs}
         cell = Cell(f"effects/{kind}/{target}", settings)
         return Task(cell, partial(self._compute_effects, kind, target), kind, target)
 
@@ -128,6 +162,7 @@ class CellRunner(DataCells):
         left = None
         if condition.changes_data and data.marks.any():
             left = data.share_left(self.read(kind, inputs.target, data.examples))
+        started = time.process_time()
         delta = finetune(
             self.model,
             data,
@@ -142,6 +177,7 @@ class CellRunner(DataCells):
             seed=seed,
             system_prompt=self.config.system_prompt(kind, condition.train_prompt),
         )
+        spent = time.process_time() - started
         if self.config.keep_students:
             delta.save(self.store.path(cell, ".safetensors"))
         learned = len(data.marks) if mask is None else int(mask.sum())
@@ -150,14 +186,20 @@ class CellRunner(DataCells):
             "tokens": learned,
             "left": left,
             "fit": _last_epoch(delta),
-            **self._evaluate(kind, condition, delta),
+            **({} if self.config.paired is None else {"seconds": round(spent)}),
+            **self._evaluate(kind, condition, delta, inputs.target),
         }
 
-    def _evaluate(self, kind: str, condition: Condition, delta: Delta) -> dict[str, Any]:
+    def _evaluate(
+        self, kind: str, condition: Condition, delta: Delta, target: str
+    ) -> dict[str, Any]:
         """A student's preference, and whether it can still write lists."""
         config = self.config
         prompt = config.system_prompt(kind, condition.eval_prompt)
         before = self.before(prompt)
+        if config.paired is not None:
+            with delta.applied(self.model):
+                return paired_result(before, self._prefers(prompt), target)
         held_out = self.lists(kind, None, "held_out")
         if (kind, prompt) not in self._losses:
             self._losses[kind, prompt] = self._loss(held_out, prompt)

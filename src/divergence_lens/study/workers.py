@@ -27,9 +27,20 @@ Progress = Callable[[str], None]
 
 
 def compute_cells(
-    runner: CellRunner, groups: Sequence[Sequence[Task]], out: Path, progress: Progress
+    runner: CellRunner,
+    groups: Sequence[Sequence[Task]],
+    out: Path,
+    progress: Progress,
+    on_cells: Callable[[], None] | None = None,
 ) -> None:
     """Compute all cells, in this process or in worker processes.
+
+    Args:
+        runner: The runner of this process.
+        groups: The tasks.
+        out: Folder of the study.
+        progress: Called with one line of text at each step.
+        on_cells: Called whenever further cells have been computed.
 
     Raises:
         RuntimeError: Workers died before all cells were computed.
@@ -39,7 +50,7 @@ def compute_cells(
     progress(f"{len(tasks)} cells, {len(tasks) - len(pending)} of them already computed")
     if not pending:
         return
-    reporter = _ProgressReporter(runner, groups, progress)
+    reporter = _ProgressReporter(runner, groups, progress, on_cells)
     if runner.config.workers == 1:
         for _ in _compute_tasks(runner, groups, first=0):
             reporter.update()
@@ -154,9 +165,13 @@ class _ProgressReporter:
     """Reports groups as they complete, failures, and the remaining time."""
 
     def __init__(
-        self, runner: CellRunner, groups: Sequence[Sequence[Task]], progress: Progress
+        self,
+        runner: CellRunner,
+        groups: Sequence[Sequence[Task]],
+        progress: Progress,
+        on_cells: Callable[[], None] | None = None,
     ) -> None:
-        self._runner, self._progress = runner, progress
+        self._runner, self._progress, self._on_cells = runner, progress, on_cells
         tasks = [task for group in groups for task in group]
         self._pending = {t.cell.key: t for t in tasks if not runner.store.has(t.cell)}
         self._open = [g for g in groups if any(t.cell.key in self._pending for t in g)]
@@ -165,13 +180,15 @@ class _ProgressReporter:
 
     def update(self) -> None:
         """Report the progress since the last call."""
-        store = self._runner.store
+        store, pending = self._runner.store, len(self._pending)
         for key, task in list(self._pending.items()):
             failure = None if store.has(task.cell) else store.failure(task.cell)
             if store.has(task.cell) or failure is not None:
                 del self._pending[key]
             if failure is not None:
                 self._progress(f"  failed: {task.cell.name}: {failure['error']}")
+        if self._on_cells is not None and len(self._pending) < pending:
+            self._on_cells()
         for group in list(self._open):
             if not any(task.cell.key in self._pending for task in group):
                 self._open.remove(group)
@@ -203,7 +220,7 @@ def _summary(runner: CellRunner, group: Sequence[Task]) -> list[str]:
         )
         return [line]
     lines = []
-    data = runner.store.read(runner.lists_cell(kind, target, "greedy"))
+    data = runner.store.read(runner.lists_cell(kind, target, runner.config.source))
     divergence = runner.store.read(runner.divergence_cell(kind, target))
     if data is not None and divergence is not None:
         lines.append(
@@ -214,7 +231,7 @@ def _summary(runner: CellRunner, group: Sequence[Task]) -> list[str]:
     means: dict[str, list[float]] = {}
     for task in group:
         result = runner.store.read(task.cell) if task.condition is not None else None
-        if result is not None and task.condition is not None:
+        if result is not None and task.condition is not None and task.target == target:
             means.setdefault(task.condition.name, []).append(result["after"][target])
     shown = ["all", "divergence_only", "without_divergence", *(n for n in means if "layer" in n)]
     words = [f"{n} {sum(means[n]) / len(means[n]):.3f}" for n in shown if n in means]

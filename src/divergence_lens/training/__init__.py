@@ -6,9 +6,11 @@ from divergence_lens.training.recipe import PAPER, Recipe
 from divergence_lens.training.rows import TrainingRows, pieces, training_rows
 from divergence_lens.training.sweep import layer_sweep
 from divergence_lens.training.sweep_result import Sweep, SweepStudent, Values
+from divergence_lens.training.teaching import TEACHER, teacher_rows, train_teacher
 
 __all__ = [
     "PAPER",
+    "TEACHER",
     "Recipe",
     "Sweep",
     "SweepStudent",
@@ -20,5 +22,7 @@ __all__ = [
     "freeze_except",
     "layer_sweep",
     "pieces",
+    "teacher_rows",
+    "train_teacher",
     "training_rows",
 ]

@@ -59,7 +59,7 @@ def finetune(
         seed: Seed of the order of the examples and of LoRA's initial values.
         on_step: Called as `on_step(step, loss, model)` after every `every`-th update and after the
             last, with the model's current weights. The mapping that it returns is added to the
-            history.
+            history; a true `stop` in it ends the training.
         every: See `on_step`.
         checkpoint_dir: A folder for this run alone. The state is stored in it, atomically, every
             `recipe.checkpoint_every` updates, and deleted at the end. The same call resumes from

@@ -192,11 +192,17 @@ class _Run:
             for epoch in range(len(self.history) // per_epoch, recipe.epochs):
                 order = batches(self.rows.lengths, recipe.batch_size, plan.seed, epoch)
                 for batch in order[len(self.history) - epoch * per_epoch :]:
+                    if self._stopped():
+                        break
                     self._update(batch, epoch, steps)
                     bar.update()
                     bar.set_postfix(loss=f"{self.history[-1]['loss']:.3f}", refresh=False)
         if self.checkpoint is not None:
             self.checkpoint.delete()
+
+    def _stopped(self) -> bool:
+        """Whether `on_step` ended the training after the last update."""
+        return bool(self.history and self.history[-1].get("stop"))
 
     def _update(self, batch: np.ndarray, epoch: int, steps: int) -> None:
         plan, recipe, done = self.plan, self.plan.recipe, len(self.history)
