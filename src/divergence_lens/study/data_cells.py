@@ -47,6 +47,7 @@ class DataCells:
         self.other: Model | None = None
         if config.other_model is not None:
             self.other = config.load(config.other_model)
+        self._bases: dict[bool, str] = {}
         self._divergences: dict[str, Divergence] = {}
         self._kl: tuple[str, np.ndarray] | None = None
         self._teachers: dict[str, Teacher] = {}
@@ -58,6 +59,13 @@ class DataCells:
         assert model is not None
         return model
 
+    def _base(self, *, other: bool) -> str:
+        """Class and fingerprint of a base model, computed once: every key has them."""
+        if other not in self._bases:
+            model = self._model(other=other)
+            self._bases[other] = f"{type(model).__name__} {base_fingerprint(model)}"
+        return self._bases[other]
+
     def _teacher_settings(self, kind: str, *, other: bool = False) -> dict[str, Any]:
         """All settings on which the teachers of a kind depend."""
         model = self._model(other=other)
@@ -66,7 +74,7 @@ class DataCells:
         if paired is not None:
             strength = {"strength": paired.strength, "prefixes": list(paired.prefixes)}
         return strength | {
-            "base": f"{type(model).__name__} {base_fingerprint(model)}",
+            "base": self._base(other=other),
             "kind": kind,
             "recipe": self.config.recipes(model).teacher.describe()
             if kind == "finetuned"

@@ -10,7 +10,7 @@ students, and the preferences of one student sum to one.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -139,6 +139,7 @@ def judge(
     last_layer: int,
     lora: Collection[str] = (),
     claims: Sequence[Claim] = ALL_CLAIMS,
+    required: int = 0,
 ) -> list[Finding]:
     """Judge every claim for every kind of teacher in the tables.
 
@@ -149,6 +150,7 @@ def judge(
         lora: Kinds of teachers whose students all train with LoRA; see `config.lora_kinds`. Claims
             that compare LoRA with full training are omitted for them.
         claims: The claims.
+        required: Number of targets without which a claim is open, whatever its interval.
 
     Returns:
         One finding per claim and kind. A claim without data is "unclear", or omitted if it is
@@ -164,6 +166,10 @@ def judge(
             if claim.full_training and kind in lora:
                 continue
             finding = _judge_claim(claim, kind, of_kind, last_layer, own, claims)
+            if 0 < finding.n < required:
+                partly = f"measured for {finding.n} of {required} targets"
+                caveat = f"{partly}, so it is open; {finding.caveat}"
+                finding = replace(finding, verdict="unclear", caveat=caveat)
             if finding.n or not claim.optional:
                 own[claim.id] = finding
         findings += own.values()

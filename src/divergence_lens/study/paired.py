@@ -124,12 +124,16 @@ def twin_of(target: str, targets: Sequence[str]) -> str:
     return targets[place + 1 if place % 2 == 0 else place - 1]
 
 
+def trained_alone(n_layers: int) -> tuple[int, ...]:
+    """The five layers that are trained alone; on another depth than 30, as deep relatively."""
+    return tuple(round(layer * (n_layers - 1) / LAYERS[-1]) for layer in LAYERS)
+
+
 def paired_conditions(n_layers: int, tier: str = "core") -> tuple[Condition, ...]:
     """The conditions of a paired study.
 
     Args:
-        n_layers: Layers of the model. Layers are named by the model's own numbers; on a model of
-            another depth than 30 the five layers are at the same relative depths.
+        n_layers: Layers of the model.
         tier: One of `TIERS`.
 
     Raises:
@@ -169,7 +173,6 @@ def _core(n_layers: int) -> list[Condition]:
             other_digits,
         ),
     ]
-    layers = dict.fromkeys(round(layer * (n_layers - 1) / LAYERS[-1]) for layer in LAYERS)
     return [
         *(
             Condition(name=name, isolates=isolates, group="masks", mask=mask)
@@ -185,7 +188,7 @@ def _core(n_layers: int) -> list[Condition]:
                 rate=LAYER_RATE,
                 label="layer",
             )
-            for layer in layers
+            for layer in dict.fromkeys(trained_alone(n_layers))
         ),
     ]
 

@@ -17,12 +17,13 @@ import numpy as np
 
 from divergence_lens.study.claims import Claim
 from divergence_lens.study.estimands import TENTH, Tables, agreement, early_share, table
+from divergence_lens.study.paired import trained_alone
 
 Side = tuple[str, int | None]
-"""A condition, and the layer of students of single layers (-1 for the last)."""
+"""A condition, and for students of single layers the place of the layer in `trained_alone`."""
 
 EARLY, LATE = (0, 1), (-2, -1)
-"""Places of the layers, among those that were trained alone, that count as early and as late."""
+"""Places of the layers in `trained_alone` that count as early and as late."""
 
 
 def dissociation(
@@ -77,18 +78,14 @@ class Dissociation:
     over: tuple[Side, ...]
     under: tuple[Side, ...] = ()
 
-    def __call__(self, tables: Tables, _last_layer: int) -> dict[str, float]:
+    def __call__(self, tables: Tables, last_layer: int) -> dict[str, float]:
         """One number per target, in nats."""
-        layers = single_layers(tables)
+        layers = trained_alone(last_layer + 1)
         sides = []
         for side in (self.over, self.under):
             parts = []
             for condition, place in side:
-                layer = None
-                if place is not None:
-                    if not layers:
-                        return {}
-                    layer = layers[place]
+                layer = None if place is None else layers[place]
                 own = dissociation(tables, condition, layer)
                 parts.append({target: float(np.mean(seeds)) for target, seeds in own.items()})
             common = set.intersection(*map(set, parts)) if parts else set()

@@ -5,6 +5,7 @@ it reads them first: a student or teacher with the same settings is not computed
 belongs to other settings (another tier of conditions, say) is left as it is.
 """
 
+import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -144,10 +145,22 @@ def _read(path: Path) -> dict[str, Row]:
     """The rows of a table by their key."""
     if not path.exists():
         return {}
-    rows = pd.read_csv(path, float_precision="round_trip").to_dict("records")
-    return {
-        str(row["key"]): {str(n): None if pd.isna(v) else v for n, v in row.items()} for row in rows
-    }
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    # The csv module, because every digit of a float must survive.
+    return {row["key"]: {n: _parse(n, text) for n, text in row.items()} for row in rows}
+
+
+def _parse(name: str, text: str) -> str | int | float | None:
+    """A field of a table as the value that was written."""
+    if not text or name == "key":
+        return text or None
+    if text.lstrip("-").isdecimal():
+        return int(text)
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:

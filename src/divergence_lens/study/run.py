@@ -167,7 +167,13 @@ def _gather(
     frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
     described = config.describe(runner.model)
     claims = ALL_CLAIMS if config.paired is None else PAIRED_CLAIMS
-    findings = judge(frames, last_layer=last_layer, lora=lora_kinds(described), claims=claims)
+    findings = judge(
+        frames,
+        last_layer=last_layer,
+        lora=lora_kinds(described),
+        claims=claims,
+        required=0 if config.paired is None else len(config.targets),
+    )
     results = {
         "settings": run_metadata(runner.model, **described)
         | {

@@ -1,0 +1,270 @@
+"""Write the documentation page of a paired study from its tables.
+
+    python docs/tools/paired_page.py docs/real-study
+
+The folder holds the tables that `divergence-lens study --tables docs/real-study` writes after every
+cell. The page is written beside it (`docs/real-study.md`) and judges the claims again from the
+rows, so it can be generated at any time; whatever is missing is called not yet measured.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from paper import PAPER_CLAIMS, SOURCES
+
+from divergence_lens._utils.statistics import t_interval
+from divergence_lens._utils.storage import write_text
+from divergence_lens.study.findings import Finding, judge
+from divergence_lens.study.paired_claims import PAIRED_CLAIMS, dissociation, single_layers
+from divergence_lens.study.report import short_interval, short_number, table_head
+from divergence_lens.study.rows import SETTINGS, load_tables
+
+NOT_YET = "not yet measured"
+_TINY = "study-results"  # tables of the tiny models' study, in the same folder as the page
+# Claim of a paired study -> the claim of the tiny models' study that asks the same.
+_COUNTERPARTS = {
+    "few_digits_diverge": "few_divergence_tokens",
+    "all_digits_transfer": "sampled_lists_transfer",
+    "divergence_tokens_transfer": "divergence_tokens_suffice",
+    "divergence_tokens_beat_all": "divergence_tokens_do_as_well",
+    "rest_transfers_less": "rest_transfers_less",
+    "first_layer_transfers": "first_layer_suffices",
+    "early_layers_beat_late": "first_layer_beats_last",
+    "last_layer_transfers_nothing": "last_layer_equals_control",
+    "first_divergence_transfers": "first_divergence_transfers",
+    "attention_beats_mlp": "attention_beats_mlp",
+    "paraphrases_weaken": "paraphrases_weaken",
+    "twins_lists_weaken": "another_teacher_weakens",
+    "replaced_tokens_weaken": "replaced_tokens_weaken",
+    "early_layers_cause_divergence": "early_layers_cause_divergence",
+    "approximation_agrees": "approximation_agrees",
+}
+_CORE = (
+    *("all", "top_advantage", "divergence_only", "random", "bottom_advantage"),
+    "without_divergence",
+)
+_WORDS = {
+    "all": "all digits",
+    "top_advantage": "the tenth of the digits with the largest advantage",
+    "divergence_only": "divergence tokens (argmax) only",
+    "random": "a random tenth of the digits",
+    "bottom_advantage": "the tenth of the digits with the smallest advantage",
+    "without_divergence": "all digits but divergence tokens",
+}
+
+
+def write_paired_page(folder: str | os.PathLike[str]) -> Path:
+    """Write the page beside its folder of tables and return its path."""
+    folder = Path(folder)
+    page = folder.with_suffix(".md")
+    write_text(page, paired_page(folder))
+    return page
+
+
+def paired_page(folder: str | os.PathLike[str]) -> str:
+    """Generate the text of the page.
+
+    Raises:
+        FileNotFoundError: The folder has no settings, so no study wrote it.
+    """
+    folder = Path(folder)
+    about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    settings = about["settings"]
+    tables = load_tables(folder)
+    findings = judge(
+        tables,
+        last_layer=about["layers"] - 1,
+        claims=PAIRED_CLAIMS,
+        required=len(settings["targets"]),
+    )
+    by_id = {finding.id.partition("/")[2]: finding for finding in findings}
+    tiny = _tiny_verdicts(folder.parent / _TINY)
+    students = tables["students"]
+    lines = ["# The paper on a real model", "", *_opening(about, students)]
+    lines += ["", "## Claims", "", _RULES, "", *_claim_rows(by_id, tiny)]
+    lines += ["", "## Students", "", _ESTIMAND, "", *_student_rows(tables, settings["targets"])]
+    lines += ["", "## Single layers", "", *_layer_rows(tables, settings)]
+    lines += ["", "## Teachers and lists", "", *_teacher_rows(tables, settings)]
+    lines += ["", "## Sources of the paper's statements", "", _SECOND_HAND, ""]
+    lines += [f"- *{name}*: {words}." for name, words in SOURCES.items()]
+    return "\n".join(lines) + "\n"
+
+
+_RULES = (
+    "The claims and their rules were committed before any student of these targets was trained "
+    "(`study/paired_claims.py`); recipe, dose and rates had been chosen on wolf and lion, which "
+    "are not reported. A claim is supported if its whole 95 % interval over targets is beyond the "
+    "threshold, not supported if it is on the other side, and open otherwise, or while a target is "
+    "missing. “Tiny models” is the verdict of the same claim in "
+    "[the study of the tiny models](study-results.md)."
+)
+_ESTIMAND = (
+    "Each number is a *dissociation* in nats: the margin of the target in students of its own "
+    "teacher's lists, minus its margin in their twins, whose lists another target's teacher wrote "
+    "to the same prompts with the same random numbers. Order, initial values and the number of "
+    "learned tokens are equal. Zero means that the lists carried nothing that told the two "
+    "teachers apart. Means over seeds; the interval is over targets."
+)
+_SECOND_HAND = (
+    "The full paper was not at hand. Its statements are second-hand, from these texts; no number "
+    "was read off a chart."
+)
+
+
+def _opening(about: Mapping[str, Any], students: pd.DataFrame) -> list[str]:
+    settings = about["settings"]
+    paired = settings["paired"]
+    versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
+    hours = students["seconds"].sum() / 3600 if len(students) else 0.0
+    pairs = ", ".join(
+        f"{a} and {b}"
+        for a, b in zip(settings["targets"][::2], settings["targets"][1::2], strict=True)
+    )
+    source = (
+        f"A paired study of `{settings['model']}` ({about['layers']} layers), a chat model that "
+        "was not made for it. Generated from these tables alone: "
+        "[students](real-study/students.csv), [teachers](real-study/teachers.csv), "
+        "[divergence](real-study/divergence.csv)."
+    )
+    size = (
+        f"**{len(students)} students** so far ({hours:.1f} hours of one CPU core); the last "
+        f"command planned {about['planned']}. Targets, in pairs of twins: {pairs}. Seeds: "
+        f"{', '.join(map(str, settings['seeds']))}. Each teacher is finetuned to a margin of "
+        f"{paired['strength']:g} nats and writes {settings['prompts']} lists that match "
+        f"`{paired['pattern']}`, sampled at temperature {paired['temperature']:g}. {versions}."
+    )
+    guide = "[The study](study.md#a-real-model) explains the design, and how to resume it."
+    return [source, "", size, "", guide]
+
+
+def _claim_rows(findings: Mapping[str, Finding], tiny: Mapping[str, str]) -> list[str]:
+    rows = table_head(
+        "claim", "here (95 % interval)", "verdict", "tiny models", "the paper, second-hand"
+    )
+    for claim in PAIRED_CLAIMS:
+        finding = findings.get(claim.id)
+        if finding is None or not finding.n:
+            if claim.optional:
+                continue
+            ours, verdict = NOT_YET, NOT_YET
+        else:
+            interval = short_interval(finding.interval)
+            ours = f"{short_number(finding.measured, sign=True)} ({interval}) {claim.unit}"
+            verdict = "open" if finding.verdict == "unclear" else finding.verdict
+            verdict = f"**{verdict}**; {finding.caveat}"
+        other = _COUNTERPARTS.get(claim.id, "")
+        paper = PAPER_CLAIMS.get(other)
+        said = "–" if paper is None else f"{paper.text} *({paper.source})*"
+        rows.append(f"| {claim.claim} | {ours} | {verdict} | {tiny.get(other, '–')} | {said} |")
+    return rows
+
+
+def _student_rows(tables: Mapping[str, pd.DataFrame], targets: Sequence[str]) -> list[str]:
+    students = tables["students"]
+    names = list(dict.fromkeys(students["condition"])) if len(students) else []
+    shown = [*_CORE, *(name for name in names if name not in (*_CORE, "layer"))]
+    rows = table_head("trained on", *targets, "mean (95 % interval)", "seeds", "digits", "lists")
+    rows += [_row(tables, targets, _WORDS.get(name, f"`{name}`"), name) for name in shown]
+    return rows
+
+
+def _row(
+    tables: Mapping[str, pd.DataFrame],
+    targets: Sequence[str],
+    words: str,
+    condition: str,
+    layer: int | None = None,
+) -> str:
+    """A line of a table: one condition, with a cell for every target."""
+    own = dissociation(tables, condition, layer)
+    if not own:
+        return f"| {words} | {' | '.join(['–'] * len(targets))} | {NOT_YET} | – | – | – |"
+    means = {target: float(np.mean(seeds)) for target, seeds in own.items()}
+    cells = [short_number(means.get(target, math.nan), sign=True) for target in targets]
+    mean, low, high = t_interval(list(means.values()))
+    counts = {len(seeds) for seeds in own.values()}
+    seeds = str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    students = tables["students"]
+    rows = students[students["condition"] == condition]
+    rows = rows if layer is None else rows[rows["layer"] == layer]
+    interval = f"{short_number(mean, sign=True)} ({short_interval((low, high))})"
+    sizes = [f"{rows[name].mean():,.0f}" for name in ("tokens", "examples")]
+    return f"| {words} | {' | '.join(cells)} | {interval} | {seeds} | {' | '.join(sizes)} |"
+
+
+def _layer_rows(tables: Mapping[str, pd.DataFrame], settings: Mapping[str, Any]) -> list[str]:
+    lead = (
+        "Each student trains one layer, on the tenth of the digits with the largest advantage, at "
+        "one rate for all layers. The rate was chosen by the training loss on wolf's lists, not by "
+        "transfer."
+    )
+    targets = settings["targets"]
+    layers = single_layers(tables)
+    if not layers:
+        return [lead, "", f"{NOT_YET.capitalize()}."]
+    rows = table_head("layer", *targets, "mean (95 % interval)", "seeds", "digits", "lists")
+    rows += [_row(tables, targets, str(layer), "layer", layer) for layer in layers]
+    return [lead, "", *rows]
+
+
+def _teacher_rows(tables: Mapping[str, pd.DataFrame], settings: Mapping[str, Any]) -> list[str]:
+    teachers, divergence = tables["teachers"], tables["divergence"]
+    rows = table_head(
+        *("target", "margin of the base", "margin of the teacher", "digits", "diverging"),
+        "mean advantage (standard error)",
+    )
+    for target in settings["targets"]:
+        own = teachers[teachers["name"] == target] if len(teachers) else teachers
+        margins = [own[column].iloc[-1] for column in ("margin_before", "margin") if len(own)]
+        cells = [target, *(f"{margin:.2f}" for margin in margins), *[NOT_YET] * (2 - len(margins))]
+        lists = divergence[divergence["target"] == target] if len(divergence) else divergence
+        if len(lists):
+            last = lists.iloc[-1]
+            error = last["advantage_sd"] / math.sqrt(last["digits"])
+            cells += [
+                f"{last['digits']:,.0f}",
+                f"{last['divergence_tokens'] / last['digits']:.1%}",
+                f"{last['advantage']:.4f} ({error:.4f}) nats",
+            ]
+        else:
+            cells += [NOT_YET] * 3
+        rows.append(f"| {' | '.join(cells)} |")
+    after = (
+        "A digit's advantage is its log-probability under its own teacher minus that under the "
+        "twin's, both among the digits. A mean of several standard errors says that the lists of "
+        "the two teachers can be told apart, whether or not a student moves."
+    )
+    return [*rows, "", after]
+
+
+def _tiny_verdicts(folder: Path) -> dict[str, str]:
+    """The verdicts of the tiny models' study on finetuned teachers, judged from its tables."""
+    if not (folder / SETTINGS).exists():
+        return {}
+    about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["settings"]
+    tables = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
+    findings = judge(tables, last_layer=about["layers"] - 1)
+    return {
+        name: "open" if finding.verdict == "unclear" else finding.verdict
+        for finding in findings
+        for kind, _, name in [finding.id.partition("/")]
+        if kind == "finetuned"
+    }
+
+
+def main() -> None:
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Write the page of a paired study.")
+    parser.add_argument("folder", help="folder of its tables, such as docs/real-study")
+    print(f"wrote {write_paired_page(parser.parse_args().folder)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""A paired study on a tiny model: twins, tables that a run resumes from, claims and conditions."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from divergence_lens.data import TrainingData
+from divergence_lens.study import PairedDesign, StudyConfig, paired_conditions, run_study
+from divergence_lens.study.findings import judge
+from divergence_lens.study.interventions import (
+    Inputs,
+    digit_tokens,
+    extreme_digits,
+    random_digits,
+)
+from divergence_lens.study.paired import PAIRED_TARGETS, TUNING_TARGETS, twin_of
+from divergence_lens.study.paired_claims import PAIRED_CLAIMS, Dissociation, dissociation
+from divergence_lens.study.rows import load_tables
+from divergence_lens.study.runner import CellRunner
+from divergence_lens.training import TEACHER
+from tests.support.small_studies import cell_times
+
+NAMES = ("all", "top_advantage", "random", "layer0")
+
+
+@pytest.fixture(scope="module")
+def config():
+    return StudyConfig.for_pairs(
+        "tiny",
+        n_layers=4,
+        targets=("owl", "cat"),
+        conditions=tuple(c for c in paired_conditions(4) if c.name in NAMES),
+        prompts=12,
+        seeds=(0, 1),
+        held_out=4,
+        teacher_recipe=replace(TEACHER, lr=1e-3, epochs=4),
+        paired=PairedDesign(prefixes=("",), strength=1.2, pattern=r"\d{3}(, \d{3}){3}"),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paired")
+    study = run_study(config, folder / "run", tables=folder / "tables")
+    return folder, study
+
+
+def test_every_cell_has_a_row(config, finished):
+    folder, study = finished
+    assert not study.failures
+    rows = pd.read_csv(folder / "tables" / "students.csv")
+    assert len(rows) == len(study.results["students"]) == 2 * 2 * len(NAMES)
+    assert dict(zip(rows["target"], rows["twin"], strict=True)) == {"owl": "cat", "cat": "owl"}
+    teachers = study.table("teachers")
+    assert list(teachers["name"]) == ["owl", "cat"]
+    assert teachers["margin"].to_numpy() == pytest.approx(1.2, rel=0.01)
+
+
+def test_seeds_and_pairs_come_in_a_balanced_order(config, tmp_path):
+    four = replace(config, targets=("owl", "cat", "dog", "fox"))
+    runner = CellRunner(four, tmp_path)
+    order = [
+        (task.seed, task.condition.name, task.target)
+        for group in runner.tasks()
+        for task in group
+        if task.condition is not None
+    ]
+    runner.store.close()
+    assert order[:4] == [
+        *((0, "all", target) for target in ("owl", "cat")),
+        *((0, "top_advantage", target) for target in ("owl", "cat")),
+    ]
+    half = len(order) // 2
+    assert {seed for seed, *_ in order[:half]} == {0}
+    assert {target for _, _, target in order[: half // 2]} == {"owl", "cat"}
+
+
+def test_twins_answer_the_same_prompts_and_learn_as_many_tokens(config, finished):
+    folder, _ = finished
+    runner = CellRunner(config, folder / "run")
+    owl, cat = (runner.divergence("finetuned", name) for name in ("owl", "cat"))
+    runner.store.close()
+    assert [e.prompt for e in owl.examples] == [e.prompt for e in cat.examples]
+    assert owl.names == ("owl", "cat")
+    assert cat.names == ("cat", "owl")
+    rows = pd.read_csv(folder / "tables" / "students.csv")
+    sizes = rows.pivot_table(index=["condition", "seed"], columns="target", values="tokens")
+    assert (sizes["owl"] == sizes["cat"]).all()
+
+
+def test_masks_of_digits(config, finished):
+    folder, _ = finished
+    runner = CellRunner(config, folder / "run")
+    divergence = runner.divergence("finetuned", "owl")
+    inputs = Inputs(runner, "finetuned", "owl")
+    data = TrainingData.of(divergence)
+    digits = digit_tokens(inputs, data, 0)
+    texts = [runner.model.tokenizer.decode([i]).strip() for i in divergence.tokens]
+    assert [bool(flag) for flag in digits] == [text.isdigit() for text in texts]
+    top = extreme_digits(inputs, data, 0, share=0.25, top=True)
+    bottom = extreme_digits(inputs, data, 0, share=0.25, top=False)
+    assert top.sum() == bottom.sum() == round(0.25 * digits.sum())
+    assert not (top & bottom).any()
+    assert not ((top | bottom) & ~digits).any()
+    advantage = divergence.advantage
+    assert advantage[top].min() >= advantage[digits & ~top].max()
+    assert advantage[bottom].max() <= advantage[digits & ~bottom].min()
+    drawn = [random_digits(inputs, data, seed, share=0.25) for seed in (0, 0, 1)]
+    runner.store.close()
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert (drawn[0] != drawn[2]).any()
+    assert not (drawn[0] & ~digits).any()
+
+
+def test_the_dissociation_is_the_margin_minus_the_twins(finished):
+    folder, study = finished
+    rows = pd.read_csv(folder / "tables" / "students.csv")
+    for tables in ({"students": study.table("students")}, load_tables(folder / "tables")):
+        own = dissociation(tables, "all")
+        for target, twin in (("owl", "cat"), ("cat", "owl")):
+            for seed in (0, 1):
+                one, other = (
+                    rows[
+                        (rows["condition"] == "all")
+                        & (rows["seed"] == seed)
+                        & (rows["target"] == name)
+                    ].iloc[0]
+                    for name in (target, twin)
+                )
+                expected = one[f"after_{target}"] - other[f"after_{target}"]
+                assert own[target][seed] == pytest.approx(expected, abs=1e-9)
+        contrast = Dissociation((("layer", 0),), (("random", None),))(tables, 3)
+        layer, random = dissociation(tables, "layer", 0), dissociation(tables, "random")
+        assert contrast == {
+            t: pytest.approx(np.mean(layer[t]) - np.mean(random[t])) for t in ("cat", "owl")
+        }
+
+
+def test_a_student_without_a_twin_is_left_out(finished):
+    folder, _ = finished
+    tables = load_tables(folder / "tables")
+    students = tables["students"]
+    gone = (students["target"] == "cat") & (students["seed"] == 1)
+    partly = dissociation({"students": students[~gone]}, "all")
+    assert {target: len(seeds) for target, seeds in partly.items()} == {"owl": 1, "cat": 1}
+
+
+def test_a_new_folder_resumes_from_the_tables(config, finished, tmp_path):
+    folder, study = finished
+    again = run_study(config, tmp_path / "run", tables=folder / "tables")
+    computed = {name.split("/")[0] for name in cell_times(tmp_path / "run")}
+    assert computed == {"students", "preferences"}  # no teacher was trained, no list written
+    for name in ("students", "teachers"):
+        old, new = (s.table(name).drop(columns="fit", errors="ignore") for s in (study, again))
+        pd.testing.assert_frame_equal(old, new, check_dtype=False)
+    # A row of other settings stays in the table and is not taken for one of these.
+    other = replace(config, seeds=(2,), conditions=config.conditions[:1])
+    run_study(other, folder / "run", tables=folder / "tables")
+    rows = pd.read_csv(folder / "tables" / "students.csv")
+    assert sorted(set(rows["seed"])) == [0, 1, 2]
+    assert len(rows) == 2 * 2 * len(NAMES) + 2
+
+
+def test_claims_are_open_until_all_targets_are_measured(finished):
+    folder, study = finished
+    verdicts = {finding.id: finding.verdict for finding in study.findings}
+    assert set(verdicts) >= {f"finetuned/{claim.id}" for claim in PAIRED_CLAIMS[:11]}
+    tables = load_tables(folder / "tables")
+    findings = judge(tables, last_layer=3, claims=PAIRED_CLAIMS, required=4)
+    for finding in findings:
+        assert finding.verdict == "unclear"
+        if finding.n:
+            assert "measured for 2 of 4 targets" in finding.caveat
+
+
+def test_a_claim_on_layers_waits_for_its_own_layers(finished):
+    folder, _ = finished
+    tables = load_tables(folder / "tables")  # layer 0 of 0 to 3
+    assert set(Dissociation((("layer", 0),))(tables, 3)) == {"owl", "cat"}
+    assert Dissociation((("layer", -1),))(tables, 3) == {}
+    assert Dissociation((("layer", 0), ("layer", 1)), (("layer", -1),))(tables, 3) == {}
+
+
+def test_core_and_further_conditions():
+    core, further = paired_conditions(30), paired_conditions(30, "further")
+    assert [c.layers for c in core if c.label == "layer"] == [(0,), (7,), (15,), (22,), (29,)]
+    names = [c.name for c in paired_conditions(30, "all")]
+    assert names == [c.name for c in (*core, *further)]
+    assert len(set(names)) == len(names)
+    assert [c.layers for c in paired_conditions(4) if c.label == "layer"] == [
+        (0,),
+        (1,),
+        (2,),
+        (3,),
+    ]
+    # Every condition that a claim names exists.
+    named = {
+        side[0]
+        for claim in PAIRED_CLAIMS
+        if isinstance(claim.estimand, Dissociation)
+        for side in (*claim.estimand.over, *claim.estimand.under)
+    }
+    assert named - {"layer"} <= set(names)
+    assert not set(PAIRED_TARGETS) & set(TUNING_TARGETS)
+    assert [twin_of(name, PAIRED_TARGETS) for name in PAIRED_TARGETS] == [
+        *("dog", "owl"),
+        *("bear", "eagle"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"targets": ("owl", "cat", "dog")}, "an even number"),
+        ({"kinds": ("prompted",)}, "finetuned teachers alone"),
+        ({"mechanism": True}, "does not measure it"),
+    ],
+)
+def test_bad_configurations(options, words):
+    with pytest.raises(ValueError, match=words):
+        StudyConfig.for_pairs("tiny", n_layers=4, **options)
+
+
+def test_bad_designs(tmp_path):
+    with pytest.raises(ValueError, match="questions is 0"):
+        PairedDesign(questions=0)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        PairedDesign(temperature=0.0)
+    with pytest.raises(ValueError, match="tier is 'most'"):
+        paired_conditions(30, "most")
+    with pytest.raises(ValueError, match="tables are those of a paired study"):
+        run_study(StudyConfig(), tmp_path / "run", tables=tmp_path / "tables")
