@@ -332,11 +332,14 @@ class DataCells:
     ) -> Divergence:
         """Find the divergence of lists between the teachers of the study."""
         teacher, *rest = self._compared(kind, name, other=other)
-        model = self._model(other=other)
         # A list under a pattern is a choice among digits; the pattern determines all else.
-        among = None if self.config.paired is None else digit_ids(model.tokenizer)
         return find_divergence(
-            model, examples, teacher=teacher, counterfactuals=rest, kl=kl, among=among
+            self._model(other=other),
+            examples,
+            teacher=teacher,
+            counterfactuals=rest,
+            kl=kl,
+            pattern=None if self.config.paired is None else self.config.paired.pattern,
         )
 
     def entangled(self, kind: str, name: str) -> Entanglement:
