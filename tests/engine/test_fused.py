@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from divergence_lens.engine.equivalence import OwnPass, fused_tolerance
+from divergence_lens.engine.equivalence import OwnPass, fused_tolerance, probe_tokens
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.engine.fused import FusedBlocks
 from divergence_lens.engine.fused_classes import fused_blocks
@@ -290,7 +290,8 @@ def test_trained_models_are_fused_in_every_precision(name, dtype, backend, calls
 def test_a_wrong_fused_block_is_rejected_in_every_precision(fault, dtype, backend):
     model = load_model("tiny-qwen2", backend=backend, dtype=dtype)
     engine = get_engine(model)
-    own, fused = OwnPass.run(engine), fused_blocks(engine, model, hooked=backend == "hooked")
+    own = OwnPass.run(engine, probe_tokens(model))
+    fused = fused_blocks(engine, model, hooked=backend == "hooked")
     weights_of, angles = fused.weights_of, fused._angles
     if fault == "rotation":
         fused._angles = lambda *args: tuple(part.roll(1, 0) for part in angles(*args))

@@ -125,6 +125,7 @@ def read_teachers(
                 finished.append(span)
         total = ready + sum(map(reader.work, (span for _, span in waiting)))
         with (
+            get_engine(model).packed(),  # for all teachers
             _progress(total, ready, shown=progress and processes.index == 0) as bar,
             partial_on_interrupt("reading", finished, len(reader.shards), "shards", partial),
         ):
@@ -217,7 +218,7 @@ class _Reader:
         divergences: list[np.ndarray] = []
         factual: Tensor | None = None
         for index, teacher in enumerate(self._teachers):
-            with teacher.applied(self._model) as applied:
+            with teacher.applied(self._model) as applied, get_engine(applied).packed():
                 engine = get_engine(applied)
                 hidden = self._hidden(engine, index, span, bar)  # [tokens, d_model]
                 given = torch.from_numpy(tokens).to(engine.device)

@@ -12,7 +12,7 @@ position attends to those on its right, so padding never reaches a position that
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float, Int
@@ -268,6 +268,16 @@ class Engine(SiteHooks):
         run = self.begin(tokens, past, keep=True)
         hidden = self.final_from(run.resid, 0, run)
         return hidden, run.key_values()
+
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Hold packed copies of the weights within the context, where that makes passes faster.
+
+        On a CPU, this takes as much memory as the model. Parameters may change within the context,
+        but not through `.data`, which leaves no trace.
+        """
+        with nullcontext() if self._fast is None else self._fast.packed():
+            yield
 
     def decoder(self) -> Decoder:
         """Return a decoder for batches of prompts: static if nothing observes the blocks.

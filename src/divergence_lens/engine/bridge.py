@@ -20,6 +20,10 @@ _FUSED = {".qkv.": ".q.", "._original_component.gate_up_proj.": ".gate."}
 """Fused weights that a bridge splits into copies to compute with, and the name of one copy."""
 
 
+class _FirstBlockReturnedError(Exception):
+    """Ends a pass after its first block; the argument says whether it returned a tuple."""
+
+
 class _BridgeCache:
     """Hugging Face's key/value cache interface over a `Pass`."""
 
@@ -76,15 +80,17 @@ class BridgeEngine(Engine):
 
     @torch.no_grad()
     def _blocks_return_tuples(self) -> bool:
-        returned: list[bool] = []
-        watch = self._lens.blocks[0].register_forward_hook(
-            lambda _module, _inputs, output: returned.append(isinstance(output, tuple))
-        )
+        def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            raise _FirstBlockReturnedError(isinstance(output, tuple))
+
+        watch = self._lens.blocks[0].register_forward_hook(stop)
         try:
             self._decoder(torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        except _FirstBlockReturnedError as returned:
+            return bool(returned.args[0])
         finally:
             watch.remove()
-        return returned[0]
+        raise AttributeError("the decoder does not call its first block")
 
     @cached_property
     def _reads_patterns(self) -> bool:

@@ -99,13 +99,12 @@ class OwnPass:
 
     @classmethod
     @torch.no_grad()
-    def run(cls, engine: "Engine") -> "OwnPass":
-        """Run the probe."""
-        tokens = probe_tokens(engine.model)
+    def run(cls, engine: "Engine", tokens: Int[Tensor, "2 pos"]) -> "OwnPass":
+        """Run a probe of two rows."""
         length = tokens.shape[1]
         # A context of one token has no second piece, and a bidirectional pass cannot be divided.
         cut = min(2, length - 1) if engine.causal else 0
-        pieces: list[_Piece] = []
+        passes: list[tuple[Pass, int, Tensor, list[Tensor]]] = []
         past = None
         for start, stop in ((0, cut), (cut, length)):
             if start == stop:
@@ -115,10 +114,18 @@ class OwnPass:
             resid = [run.resid[rows]]  # [row, pos, d_model]
             for layer in range(engine.n_layers):
                 resid.append(engine.block(layer, resid[-1], run, rows=rows))
-            logits = engine._unembed(engine.norm(resid[-1]))  # noqa: SLF001 - before the soft cap
-            pieces.append(_Piece(run, start, rows, resid, logits))
+            passes.append((run, start, rows, resid))
             if stop < length:
                 past = run.key_values()
+        # The unembedding is often the largest matrix, so it is read once for both pieces.
+        sizes = [resid[-1].shape[:2] for *_, resid in passes]
+        flat = torch.cat([engine.norm(resid[-1]).flatten(0, 1) for *_, resid in passes])
+        logits = engine._unembed(flat[None])[0]  # noqa: SLF001 - [row * pos, d_vocab], no soft cap
+        parts = logits.split([size.numel() for size in sizes])
+        pieces = [
+            _Piece(*own, part.unflatten(0, size))
+            for own, part, size in zip(passes, parts, sizes, strict=True)
+        ]
         return cls(engine, pieces)
 
     @torch.no_grad()
@@ -154,10 +161,10 @@ class OwnPass:
         """
         differences: list[float] = []
         last = self._engine.n_layers - 1
-        for piece in self._pieces:
-            run = piece.run
-            run.rows = piece.rows
-            for layer, (resid, own) in enumerate(zip(piece.resid, piece.resid[1:], strict=False)):
+        for layer in range(last + 1):
+            for piece in self._pieces:  # a block's weights are still in the cache for the second
+                run, resid, own = piece.run, piece.resid[layer], piece.resid[layer + 1]
+                run.rows = piece.rows
                 stored = run.stored[layer]
                 length = resid.shape[1]
                 for since in {0, length - 1} if layer == last else {0}:

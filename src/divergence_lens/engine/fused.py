@@ -14,8 +14,9 @@ model's own block before it is used; other models run their own blocks.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from divergence_lens.engine.packing import Packs, affine, can_pack, packed_matrix, packing_gain
 
 if TYPE_CHECKING:
     from divergence_lens.engine.base import Engine
@@ -70,12 +73,28 @@ class Weights:
     """The live parameters of one block, as matrices that multiply from the right."""
 
     norm_1: Scaling
-    qkv: tuple[Affine, ...]
+    qkv: tuple[Affine, Affine, Affine]
     out: Affine
     norm_2: Scaling
     gate: Affine | None
     up: Affine
     down: Affine
+
+    def packed(self) -> "Weights":
+        """Return the same weights with packed matrices."""
+        query, key, value = map(_packed, self.qkv)
+        return replace(
+            self,
+            qkv=(query, key, value),
+            out=_packed(self.out),
+            gate=None if self.gate is None else _packed(self.gate),
+            up=_packed(self.up),
+            down=_packed(self.down),
+        )
+
+
+def _packed(plain: Affine) -> Affine:
+    return packed_matrix(plain[0]), plain[1]
 
 
 class FusedBlocks(ABC):
@@ -91,6 +110,7 @@ class FusedBlocks(ABC):
         self._kv_heads = int(getattr(lens.cfg, "n_key_value_heads", None) or engine.n_heads)
         self._modules = [list(block.modules()) for block in lens.blocks]
         self._unembed_modules = list(lens.unembed.modules())
+        self._packs: tuple[Packs[Weights], Packs[Affine]] | None = None
 
     # -- differences between the two model classes ------------------------------------------
 
@@ -163,17 +183,45 @@ class FusedBlocks(ABC):
         """Whether the model repeats keys and values for every query head before storing them."""
         return self._engine.n_kv_heads != self._kv_heads
 
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Multiply by packed copies of the weights within the context, where that is faster."""
+        if self._packs is not None or not can_pack(self._engine.model):
+            yield
+            return
+        self._packs = (Packs(Weights.packed), Packs(_packed))
+        try:
+            yield
+        finally:
+            self._packs = None
+
+    def weights(self, layer: int, gain: int) -> Weights:
+        """Return the parameters of a block, packed if that pays off (see `packing_gain`)."""
+        if self._packs is None or torch.is_grad_enabled():
+            return self.weights_of(layer)
+        parameters = _parameters(self._modules[layer])
+        return self._packs[0].get(layer, parameters, gain, lambda: self.weights_of(layer))
+
     def unembed(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Return logits of normed hidden states, before any soft cap."""
-        matrix, bias = self.unembedding()
-        # Bridges add a bias of zeros to models without one, which costs a pass over the logits.
-        return _affine(hidden, (matrix, bias if bias is not None and bool(bias.any()) else None))
+
+        def read() -> Affine:
+            matrix, bias = self.unembedding()
+            # Bridges add a bias of zeros to models without one: a pass over the logits.
+            return matrix, bias if bias is not None and bool(bias.any()) else None
+
+        if self._packs is None or torch.is_grad_enabled():
+            return affine(hidden, *read())
+        gain = packing_gain(hidden.shape[:-1].numel())
+        parameters = _parameters(self._unembed_modules)
+        return affine(hidden, *self._packs[1].get("unembedding", parameters, gain, read))
 
     def block(
         self, layer: int, resid: Float[Tensor, "batch pos d_model"], run: "Pass", since: int = 0
     ) -> Float[Tensor, "batch requested d_model"]:
         """Return `resid_post` of a block, at the positions from `since` on."""
-        weights, length = self.weights_of(layer), resid.shape[1]
+        length = resid.shape[1]
+        weights = self.weights(layer, packing_gain(resid.shape[:2].numel()))
         self._engine.work.fused += resid.shape[:2].numel()
         query, key, value = self.project(resid, weights, slice(since, None) if since else None)
         angles = self._angles(layer, run, length)
@@ -197,18 +245,11 @@ class FusedBlocks(ABC):
         `requested` selects the positions whose queries are needed; None for all.
         """
         normed = self._norm(resid, weights.norm_1)  # [*batch, pos, d_model]
-        if len(weights.qkv) == 1 and requested is None:
-            # One product gives [*batch, pos, n_heads + 2 n_kv_heads, d_head].
-            heads = _affine(normed, weights.qkv[0]).unflatten(-1, (-1, self._engine.d_head))
-            query, key, value = heads.split(
-                [self._engine.n_heads, self._kv_heads, self._kv_heads], dim=-2
-            )
-        else:
-            chosen = normed if requested is None else normed[..., requested, :]
-            query, key, value = (
-                _affine(x, w).unflatten(-1, (-1, self._engine.d_head))
-                for x, w in zip((chosen, normed, normed), self._apart(weights.qkv), strict=True)
-            )
+        chosen = normed if requested is None else normed[..., requested, :]
+        query, key, value = (
+            affine(x, *w).unflatten(-1, (-1, self._engine.d_head))
+            for x, w in zip((chosen, normed, normed), weights.qkv, strict=True)
+        )
         return query, key, value
 
     def update(
@@ -220,27 +261,17 @@ class FusedBlocks(ABC):
         """Compute the rest of a block after its attention, and return `resid_post`."""
         graph = torch.is_grad_enabled()
         activation = (_IN_A_GRAPH if graph else _ACTIVATIONS)[self._activation]
-        resid = resid + _affine(mixed.flatten(-2), weights.out)  # resid_mid, [*batch, d_model]
+        resid = resid + affine(mixed.flatten(-2), *weights.out)  # resid_mid, [*batch, d_model]
         normed = self._norm(resid, weights.norm_2)
-        inner = _affine(normed, weights.up)  # [*batch, d_mlp]
+        inner = affine(normed, *weights.up)  # [*batch, d_mlp]
         if weights.gate is None:
             inner = activation(inner)
         else:
-            gate = activation(_affine(normed, weights.gate))  # [*batch, d_mlp]
+            gate = activation(affine(normed, *weights.gate))  # [*batch, d_mlp]
             inner = inner * gate if graph else inner.mul_(gate)
-        added = _affine(inner, weights.down)  # [*batch, d_model]
+        added = affine(inner, *weights.down)  # [*batch, d_model]
         # `resid` is a new tensor, so without a graph it can be changed in place.
         return resid + added if graph else resid.add_(added)
-
-    def _apart(self, qkv: tuple[Affine, ...]) -> tuple[Affine, ...]:
-        """Split a joint map to queries, keys and values into three."""
-        if len(qkv) == 3:
-            return qkv
-        ((matrix, bias),) = qkv
-        d_head = self._engine.d_head
-        widths = [n * d_head for n in (self._engine.n_heads, self._kv_heads, self._kv_heads)]
-        biases = (None,) * 3 if bias is None else bias.split(widths)
-        return tuple(zip(matrix.split(widths, dim=1), biases, strict=True))
 
     def _norm(self, x: Tensor, scaling: Scaling) -> Tensor:
         weight, bias = scaling
@@ -285,9 +316,8 @@ def _takes_gradients(module: nn.Module) -> bool:
     )
 
 
-def _affine(x: Tensor, affine: Affine) -> Tensor:
-    matrix, bias = affine
-    return F.linear(x, matrix.T, bias)
+def _parameters(modules: list[nn.Module]) -> list[Tensor]:
+    return [p for m in modules for p in m._parameters.values() if p is not None]  # noqa: SLF001
 
 
 def rotated(

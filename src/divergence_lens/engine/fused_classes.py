@@ -59,17 +59,16 @@ class FusedHooked(FusedBlocks):
         """Return the current parameters of a block."""
         block = self._lens.blocks[layer]
         attn, mlp = block.attn, block.mlp
-        matrices = (attn.W_Q, getattr(attn, "_W_K", attn.W_K), getattr(attn, "_W_V", attn.W_V))
-        biases = (attn.b_Q, getattr(attn, "_b_K", attn.b_K), getattr(attn, "_b_V", attn.b_V))
+        maps = (
+            (attn.W_Q, attn.b_Q),
+            (getattr(attn, "_W_K", attn.W_K), getattr(attn, "_b_K", attn.b_K)),
+            (getattr(attn, "_W_V", attn.W_V), getattr(attn, "_b_V", attn.b_V)),
+        )
+        # [head, d_model, d_head] -> [d_model, head * d_head]; no copy in the layout of `load_model`
+        query, key, value = ((w.transpose(0, 1).flatten(1), b.flatten()) for w, b in maps)
         return Weights(
             norm_1=_scale_and_shift(block.ln1),
-            qkv=(
-                (
-                    # [head, d_model, d_head] -> [d_model, head * d_head], then side by side
-                    torch.cat([w.transpose(0, 1).flatten(1) for w in matrices], 1),
-                    torch.cat([b.flatten() for b in biases]),
-                ),
-            ),
+            qkv=(query, key, value),
             out=(attn.W_O.flatten(0, 1), attn.b_O),  # [head * d_head, d_model]
             norm_2=_scale_and_shift(block.ln2),
             gate=(mlp.W_gate, None) if self._lens.cfg.gated_mlp else None,

@@ -9,8 +9,8 @@
 4. Move the last row into the place of a row that has ended. This copies one row, and the rows
    still being written stay adjacent, so no work is done for the others.
 
-A decoder reads the parameters once, when it is made. A `HookedTransformer`'s query, key and value
-matrices are copied then, into one matrix per block: about a tenth of a model's memory.
+A decoder reads the parameters when it starts a batch. Within `engine.packed()`, it computes with
+packed copies of them if the batch is large enough.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,6 +25,7 @@ from torch import Tensor
 from divergence_lens._utils.batching import shared_prefix
 from divergence_lens.engine.decoding import Decoder, Reading
 from divergence_lens.engine.fused import FusedBlocks, rotated
+from divergence_lens.engine.packing import packing_gain
 
 if TYPE_CHECKING:
     from divergence_lens.engine.base import Engine
@@ -62,7 +63,6 @@ class StaticDecoder(Decoder):
 
     def __init__(self, engine: "Engine", fused: FusedBlocks) -> None:
         self._engine, self._fused = engine, fused
-        self._weights = [fused.weights_of(layer) for layer in range(engine.n_layers)]
         self._group_size = engine.n_heads // engine.n_kv_heads
 
     # -- reading the prompts ----------------------------------------------------------------
@@ -74,6 +74,9 @@ class StaticDecoder(Decoder):
         n_ctx = self._engine.n_ctx
         slots = longest + min(new_tokens, n_ctx - len(prompts[0]))
         self._tables = self._fused.rotary_tables(min(slots, n_ctx))  # 2 x [pos, rotary]
+        # Each step is a product of as many rows as are still being written.
+        gain = packing_gain(sum(map(len, prompts))) + new_tokens * packing_gain(len(prompts))
+        self._weights = [self._fused.weights(k, gain) for k in range(self._engine.n_layers)]
         # The last position of a row is never shared: its hidden state is needed for every row.
         shared = min(shared_prefix(prompts), len(prompts[0]) - 1) if len(prompts) > 1 else 0
         self._rows = list(range(len(prompts)))

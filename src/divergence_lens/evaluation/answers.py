@@ -65,7 +65,12 @@ def exact_probabilities(
     processes.agree(hashlib.sha256(inputs.encode()).hexdigest())
     own = slice(processes.index, None, processes.count)
     events = np.zeros((len(questions), len(forms)))
-    with processes.together(), teacher.applied(model) as applied, torch.no_grad():
+    with (
+        processes.together(),
+        teacher.applied(model) as applied,
+        get_engine(applied).packed(),
+        torch.no_grad(),
+    ):
         engine = get_engine(applied)
         longest = max(map(len, prompts)) + max(map(len, forms))
         if longest > engine.n_ctx:

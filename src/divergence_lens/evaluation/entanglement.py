@@ -188,7 +188,7 @@ def _probabilities(
 ) -> Float64[np.ndarray, " numbers"]:
     tokenizer: Any = model.tokenizer
     encoded = encode_prompts(tokenizer, prompts, system_prompt=teacher.system_prompt)
-    with teacher.applied(model) as active:
+    with teacher.applied(model) as active, get_engine(active).packed():
         engine = get_engine(active)
         continues = continuations(tokenizer, engine.d_vocab)
         events = form_events(engine, [e.ids for e in encoded], forms, continues, batch_tokens)

@@ -215,9 +215,10 @@ def _writer(
         with closing(ServerWriter(model, request)) as writer:
             yield writer
     elif teacher is None:
-        yield LocalWriter(get_engine(model), request, encoded)
+        with get_engine(model).packed():
+            yield LocalWriter(get_engine(model), request, encoded)
     else:
-        with teacher.applied(model) as active:
+        with teacher.applied(model) as active, get_engine(active).packed():
             yield LocalWriter(get_engine(active), request, encoded)
 
 

@@ -19,6 +19,7 @@ from divergence_lens.models.classes import (
 )
 from divergence_lens.models.loading import Backend, load_model
 from divergence_lens.models.pretrained import from_pretrained, no_bar
+from divergence_lens.models.reference import take_own_logits
 
 __all__ = [
     "Backend",
@@ -35,4 +36,5 @@ __all__ = [
     "model_name",
     "no_bar",
     "sampling_defaults",
+    "take_own_logits",
 ]

@@ -67,11 +67,16 @@ def build_bridge(hf_model: Any, name: str) -> Model:
     return bridge.eval()
 
 
-def build_hooked(hf_model: Any, name: str) -> Model:
+def build_hooked(hf_model: Any, name: str, *, shared: bool) -> Model:
     """Build a HookedTransformer with `hf_model`'s weights, by TransformerLens's own converters.
 
     Its loader takes a name or a folder and branches on substrings of it ("llama", "gemma"), so
     only the configuration is written, to a folder of a neutral name, and the weights are passed.
+
+    Args:
+        hf_model: The model as transformers loaded it, or a copy of the caller's.
+        name: The name of the built model.
+        shared: Use the memory of `hf_model`'s weights, for a model that nothing else uses.
 
     Raises:
         ConversionError: TransformerLens cannot convert the architecture.
@@ -110,7 +115,7 @@ def build_hooked(hf_model: Any, name: str) -> Model:
         # The class is deprecated in favor of bridges; the caller chose it.
         warnings.simplefilter("ignore", DeprecationWarning)
         model: Any = HookedTransformer(cfg, move_to_device=False)
-    _assign_weights(model, weights, hf_model)
+    _assign_weights(model, weights, [] if shared else list(hf_model.parameters()))
     model.cfg.dtype = dtype
     model.cfg.device = device.type
     # Not the class's own `to`, which builds a state dict for each tensor of the model.
@@ -118,26 +123,37 @@ def build_hooked(hf_model: Any, name: str) -> Model:
     return built
 
 
-def _assign_weights(model: Any, weights: dict[str, Tensor], hf_model: nn.Module) -> None:
-    """Make converted weights the model's parameters, each in contiguous memory of its own.
+def _assign_weights(model: Any, weights: dict[str, Tensor], used: list[nn.Parameter]) -> None:
+    """Make converted weights the model's parameters, each with values of its own.
 
     `load_and_process_state_dict` would load the tensors one by one, with a search through all
     modules for each (8 s for 30 layers), and cast them to float32 on the way.
 
+    Most converted weights are views of Hugging Face's, transposed or cut. They stay views: nothing
+    is copied, and TransformerLens transposes them back without a copy in each of its products.
+
+    Args:
+        model: The HookedTransformer.
+        weights: The converted weights.
+        used: Parameters whose memory the model must not share.
+
     Raises:
         ConversionError: A weight is missing, or has another shape.
     """
-    taken = {parameter.untyped_storage().data_ptr() for parameter in hf_model.parameters()}
+    blocked = {parameter.untyped_storage().data_ptr() for parameter in used}
+    taken: set[int] = set()
     try:
         weights = model.fill_missing_keys(weights)
         for name in list(weights):
             tensor = weights[name].detach()
-            storage = tensor.untyped_storage()
-            whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
-            if not whole or storage.data_ptr() in taken:
-                tensor = tensor.clone(memory_format=torch.contiguous_format)
-            taken.add(tensor.untyped_storage().data_ptr())
-            weights[name] = tensor
+            # Tied weights start at the same entry; parts of one matrix (GPT-2) do not overlap.
+            # Entries of an expanded tensor (stride 0) would share one value.
+            repeated = any(
+                n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            shared = tensor.untyped_storage().data_ptr() in blocked or tensor.data_ptr() in taken
+            weights[name] = tensor.clone() if repeated or shared else tensor
+            taken.add(weights[name].data_ptr())
         model.load_state_dict(weights, strict=False, assign=True)
     except (RuntimeError, KeyError, ValueError) as error:
         raise ConversionError(first_line(error)) from error

@@ -118,7 +118,7 @@ def _load(
         )
     # Before anything is built: a bridge changes the modules of `hf_model`.
     references = References.of(hf_model) if check else None
-    model = _checked(hf_model, backend, name, references)
+    model = _checked(hf_model, backend, name, references, shared=not isinstance(source, nn.Module))
     if references is None:
         _log.warning("%s was loaded without comparing its logits with Hugging Face's", name)
     else:
@@ -129,11 +129,16 @@ def _load(
     return model
 
 
-def _checked(hf_model: Any, backend: Backend, name: str, references: References | None) -> Model:
-    """Build the class that `backend` asks for, and compare its logits with the references."""
+def _checked(
+    hf_model: Any, backend: Backend, name: str, references: References | None, *, shared: bool
+) -> Model:
+    """Build the class that `backend` asks for, and compare its logits with the references.
+
+    `shared` says that nothing else uses the weights of `hf_model`.
+    """
     if backend != "bridge":
         try:
-            model = build_hooked(hf_model, name)
+            model = build_hooked(hf_model, name, shared=shared)
             if references is not None:
                 references.check_hooked(model)
         except ConversionError as error:

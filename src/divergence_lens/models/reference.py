@@ -43,6 +43,9 @@ _TOLERANCE = {
     torch.float16: 0.01,
     torch.bfloat16: 0.05,
 }
+_OWN_LOGITS = "_divergence_lens_own_logits"
+# Logits are remembered at the first positions, which under a causal mask do not depend on others.
+_REMEMBERED = 6
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -112,6 +115,8 @@ class Reference:
         # The mask says that nothing is padding: a tokenizer that pads on the left would have ids
         # equal to the pad id masked.
         logits = model(self.tokens, attention_mask=torch.ones_like(self.tokens))
+        if len(self.tokens) > 1:
+            _remember(model, self.tokens, logits)
         logits = logits[:, self.positions].float()  # [batch, compared, d_vocab]
         scale = max(1.0, float(self.logits.abs().max()))
         by_position = (logits - self.logits).abs().amax(-1)  # [batch, compared]
@@ -245,6 +250,23 @@ class References:
                         else "TransformerLens does not convert this architecture faithfully"
                     )
                 )
+
+
+def _remember(model: Any, tokens: Tensor, logits: Float[Tensor, "batch pos d_vocab"]) -> None:
+    """Store a model's own logits on it for `take_own_logits`, so that they are computed once."""
+    first = slice(None), slice(_REMEMBERED)
+    object.__setattr__(model, _OWN_LOGITS, (tokens[first].clone(), logits[first].clone()))
+
+
+def take_own_logits(
+    model: Any,
+) -> tuple[Int[Tensor, "2 pos"], Float[Tensor, "2 pos d_vocab"]] | None:
+    """Return tokens and the logits that the model gave for them at loading, and forget them.
+
+    None if there are none. The model's weights may have changed since.
+    """
+    remembered: tuple[Tensor, Tensor] | None = model.__dict__.pop(_OWN_LOGITS, None)
+    return remembered
 
 
 def _local_layers(cfg: Any) -> tuple[bool, ...]:

@@ -231,6 +231,8 @@ def cross_patch(
         return CrossPatch(margins[rows], names, metadata)
 
     with (
+        engine.packed(),
+        get_engine(other).packed(),
         tqdm(total=len(pairs), desc="cross-patch", unit="pair", disable=not progress) as bar,
         partial_on_interrupt("cross_patch", finished, len(pairs), "pairs", partial),
     ):

@@ -161,7 +161,7 @@ def run_patching(
             model, request, {"method": method, "size": options.chunk_pairs, **settings}
         )
         processes.agree(identity)
-    with processes.together():
+    with processes.together(), engine.packed():
         store = _store(request, options, identity)
         run_chunk = _ChunkRunner(model, request, compute, base_run, arrays)
         chunks = list(enumerate(groups_of_pairs(request, engine, options.chunk_pairs)))
