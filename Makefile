@@ -88,7 +88,7 @@ notebooks: $(READY)
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks
 
 bench: $(READY) $(READY_TL4)
-	for name in divergence generation patching finetuning agreement; do \
+	for name in divergence generation loading patching finetuning agreement; do \
 		$(OFFLINE) $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
 	$(OFFLINE) $(BIN)/python benchmarks/patching.py --integrated

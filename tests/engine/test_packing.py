@@ -1,5 +1,8 @@
 """Packed weights: the same results as plain ones, and never those of other weights."""
 
+from contextlib import nullcontext
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,7 +52,7 @@ def test_products_equal_plain_ones(shape, biased):
     bias = torch.randn(400, generator=generator) if biased else None
     x = torch.randn(*shape[:-1], 600, generator=generator)[..., ::2]  # not contiguous
     packed = packing.packed_matrix(matrix)
-    assert packed.is_mkldnn
+    assert isinstance(packed, packing.PackedMatrix)
     expected = F.linear(x.double(), matrix.T.double(), None if bias is None else bias.double())
     torch.testing.assert_close(
         packing.affine(x, packed, bias).double(), expected, atol=1e-4, rtol=0
@@ -81,15 +84,49 @@ def test_a_changed_weight_is_packed_again(pair, always):
     torch.testing.assert_close(after, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_gradients_pass_the_plain_weights(pair, always):
+def test_gradients_are_those_of_plain_weights(pair, always):
     _, model = pair
     engine = get_engine(model)
-    with engine.packed(), engine.frozen():
-        run = engine.begin(TOKENS)
-        resid = run.resid.detach().requires_grad_()
-        engine.final_from(resid, 0, run).sum().backward()
-    assert resid.grad is not None
-    assert always == []
+    gradients = []
+    for context in (engine.packed, nullcontext):
+        with context(), engine.frozen():
+            run = engine.begin(TOKENS)
+            resid = run.resid.detach().requires_grad_()
+            engine.final_from(resid, 0, run).square().sum().backward()
+        gradients.append(resid.grad)
+    # Each packed matrix has a packed transpose.
+    assert len(always) > 2 * 4 * engine.n_layers
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_students_are_those_of_plain_weights(pair, always):
+    _, model = pair
+    examples = [dl.Example(text, "12, 7, 300") for text in dl.number_prompts(6, seed=0)]
+    recipe = dl.Recipe(epochs=2, batch_size=3)
+    losses = [dl.finetune(model, examples, layers=[1], recipe=recipe).history()["loss"]]
+    assert always
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("divergence_lens.engine.fused.can_pack", lambda _model: False)
+        losses += [dl.finetune(model, examples, layers=[1], recipe=recipe).history()["loss"]]
+    assert losses[0].tolist() == pytest.approx(losses[1].tolist(), rel=1e-4)
+
+
+def test_teachers_with_weights_of_their_own_are_told_apart(pair, always):
+    """A delta is applied within the context; packed copies of the base would show no difference."""
+    _, model = pair
+    examples = [dl.Example(text, "12, 7, 300") for text in dl.number_prompts(2, seed=0)]
+    recipe = dl.Recipe(epochs=3, lr=1e-2)
+    student = dl.finetune(model, examples, layers=[0], recipe=recipe)
+    teachers = [dl.Teacher("base"), dl.Teacher("student", delta=student)]
+    read = dl.find_divergence(model, examples, teacher=teachers[0], counterfactuals=teachers[1:])
+    assert always
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("divergence_lens.engine.fused.can_pack", lambda _model: False)
+        plain = dl.find_divergence(
+            model, examples, teacher=teachers[0], counterfactuals=teachers[1:]
+        )
+    np.testing.assert_allclose(read.logprob, plain.logprob, atol=1e-4)
+    assert np.abs(read.logprob[0] - read.logprob[1]).max() > 0.01
 
 
 def test_greedy_completions_are_the_same(pair, always):

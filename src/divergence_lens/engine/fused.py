@@ -25,13 +25,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from divergence_lens.engine.packing import Packs, affine, can_pack, packed_matrix, packing_gain
+from divergence_lens.engine.packing import (
+    PackedMatrix,
+    Packs,
+    affine,
+    can_pack,
+    packed_matrix,
+    packing_gain,
+)
 
 if TYPE_CHECKING:
     from divergence_lens.engine.base import Engine
     from divergence_lens.engine.passes import Pass
 
-Affine = tuple[Tensor, Tensor | None]
+Affine = tuple[Tensor | PackedMatrix, Tensor | None]
 """A matrix [d_in, d_out] and a bias [d_out]."""
 
 Scaling = tuple[Tensor | None, Tensor | None]
@@ -94,7 +101,8 @@ class Weights:
 
 
 def _packed(plain: Affine) -> Affine:
-    return packed_matrix(plain[0]), plain[1]
+    matrix, bias = plain
+    return (packed_matrix(matrix) if isinstance(matrix, Tensor) else matrix), bias
 
 
 class FusedBlocks(ABC):
@@ -197,7 +205,7 @@ class FusedBlocks(ABC):
 
     def weights(self, layer: int, gain: int) -> Weights:
         """Return the parameters of a block, packed if that pays off (see `packing_gain`)."""
-        if self._packs is None or torch.is_grad_enabled():
+        if self._packs is None:
             return self.weights_of(layer)
         parameters = _parameters(self._modules[layer])
         return self._packs[0].get(layer, parameters, gain, lambda: self.weights_of(layer))
@@ -210,7 +218,7 @@ class FusedBlocks(ABC):
             # Bridges add a bias of zeros to models without one: a pass over the logits.
             return matrix, bias if bias is not None and bool(bias.any()) else None
 
-        if self._packs is None or torch.is_grad_enabled():
+        if self._packs is None:
             return affine(hidden, *read())
         gain = packing_gain(hidden.shape[:-1].numel())
         parameters = _parameters(self._unembed_modules)

@@ -7,8 +7,8 @@ paid for it, and only within one call of the library.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache
-from typing import Generic, TypeVar
+from functools import cache, cached_property
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -60,18 +60,47 @@ def _multiplied(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def packed_matrix(matrix: Float[Tensor, "d_in d_out"]) -> Tensor:
-    """Return a packed copy, which only `affine` takes; small matrices are returned unchanged."""
-    return _reordered(matrix.T) if matrix.numel() >= _FEWEST_ENTRIES else matrix
+class PackedMatrix:
+    """A packed copy of a frozen matrix, and of its transpose once a gradient needs it."""
+
+    def __init__(self, matrix: Float[Tensor, "d_in d_out"]) -> None:
+        self._matrix = matrix
+        self.packed = _reordered(matrix.T)
+
+    @cached_property
+    def transposed(self) -> Tensor:
+        """The packed transpose: grad_x = grad_out @ matrix^T."""
+        return _reordered(self._matrix)
+
+
+class _Product(torch.autograd.Function):
+    """x @ matrix + bias, with a gradient of x only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+        ctx.matrix = matrix
+        return _multiplied(x, matrix.packed, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _multiplied(gradients[0].contiguous(), ctx.matrix.transposed, None), None, None
+
+
+def packed_matrix(matrix: Float[Tensor, "d_in d_out"]) -> Tensor | PackedMatrix:
+    """Return a packed copy; small matrices are returned unchanged."""
+    return PackedMatrix(matrix) if matrix.numel() >= _FEWEST_ENTRIES else matrix
 
 
 def affine(
-    x: Float[Tensor, "*batch d_in"], matrix: Tensor, bias: Tensor | None
+    x: Float[Tensor, "*batch d_in"], matrix: Tensor | PackedMatrix, bias: Tensor | None
 ) -> Float[Tensor, "*batch d_out"]:
     """Compute x @ matrix + bias, with a plain matrix [d_in, d_out] or a packed one."""
-    if not matrix.is_mkldnn:
+    if isinstance(matrix, Tensor):
         return F.linear(x, matrix.T, bias)
-    return _multiplied(x, matrix, bias)
+    if torch.is_grad_enabled() and x.requires_grad:
+        out: Tensor = _Product.apply(x, matrix, bias)
+        return out
+    return _multiplied(x, matrix.packed, bias)
 
 
 def packing_gain(rows: int) -> int:
@@ -88,7 +117,7 @@ class Packs(Generic[T]):
     def __init__(self, pack: Callable[[T], T]) -> None:
         self._pack = pack
         self._gains: dict[Hashable, int] = {}
-        self._held: dict[Hashable, tuple[list[tuple[int, int]], T]] = {}
+        self._held: dict[Hashable, tuple[list[tuple[int, int, int]], Sequence[Tensor], T]] = {}
 
     def get(
         self, key: Hashable, parameters: Sequence[Tensor], gain: int, read: Callable[[], T]
@@ -101,14 +130,16 @@ class Packs(Generic[T]):
             gain: What this use would save (see `packing_gain`).
             read: Return the plain value.
         """
-        # In-place changes raise a tensor's version; replacing it moves it.
-        state = [(p.data_ptr(), p._version) for p in parameters]  # noqa: SLF001
+        # In-place changes raise a tensor's version. The tensors are held, so that no new one can
+        # have the address of an old one.
+        state = [(id(p), p.data_ptr(), p._version) for p in parameters]  # noqa: SLF001
         if key in self._held and self._held[key][0] == state:
-            return self._held[key][1]
+            return self._held[key][2]
         self._held.pop(key, None)
         self._gains[key] = self._gains.get(key, 0) + gain
         if self._gains[key] < _COST:
             return read()
         del self._gains[key]
-        self._held[key] = (state, self._pack(read()))
-        return self._held[key][1]
+        value = self._pack(read())
+        self._held[key] = (state, parameters, value)
+        return value

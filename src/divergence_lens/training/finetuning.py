@@ -101,5 +101,8 @@ def finetune(
     # If the embeddings learn, nothing below the trained parameters is frozen.
     cache_bytes = 0 if lowest_layer(model, chosen) is None else recipe.cache_bytes
     engine = get_engine(model)
-    with Prefix(engine, rows, cache_bytes=cache_bytes, batch_tokens=recipe.batch_tokens) as prefix:
+    with (
+        engine.packed(),
+        Prefix(engine, rows, cache_bytes=cache_bytes, batch_tokens=recipe.batch_tokens) as prefix,
+    ):
         return train(prefix, chosen, plan)
