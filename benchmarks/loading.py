@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sides: dict[str, Callable[[], None]] = {
-        "Hugging Face": lambda: hugging_face(options.model, passed=False),
-        "Hugging Face, first pass": lambda: hugging_face(options.model, passed=True),
+        "Hugging Face": partial(hugging_face, options.model, passed=False),
+        "Hugging Face, first pass": partial(hugging_face, options.model, passed=True),
     }
     for backend in options.backends:
-        sides[backend] = lambda backend=backend: ours(options.model, backend, used=False)
-        sides[f"{backend}, first use"] = lambda backend=backend: ours(
-            options.model, backend, used=True
-        )
+        sides[backend] = partial(ours, options.model, backend, used=False)
+        sides[f"{backend}, first use"] = partial(ours, options.model, backend, used=True)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(options.repeats):
         for name, run in sides.items():

@@ -98,7 +98,7 @@ def affine(
     if isinstance(matrix, Tensor):
         return F.linear(x, matrix.T, bias)
     if torch.is_grad_enabled() and x.requires_grad:
-        out: Tensor = _Product.apply(x, matrix, bias)
+        out: Tensor = _Product.apply(x, matrix, bias)  # type: ignore[no-untyped-call]
         return out
     return _multiplied(x, matrix.packed, bias)
 
