@@ -126,7 +126,7 @@ def test_the_import_changes_no_global_state_and_prints_nothing():
 ORDER = (
     "cli",
     "study",
-    "audit",
+    "auditing",
     "plots",
     "circuits",
     "patching",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from divergence_lens import plots
     from divergence_lens._utils.interrupts import Interrupted
+    from divergence_lens.auditing import Audit, StudentAudit, audit, audit_student
     from divergence_lens.data import (
         ANIMALS,
         TREES,
@@ -70,6 +71,7 @@ __all__ = [
     "TREES",
     "Agreement",
     "AttentionPatterns",
+    "Audit",
     "Condition",
     "CrossPatch",
     "Delta",
@@ -85,6 +87,7 @@ __all__ = [
     "Recipe",
     "SampledAnswers",
     "Server",
+    "StudentAudit",
     "Study",
     "StudyConfig",
     "Sweep",
@@ -93,6 +96,8 @@ __all__ = [
     "animal_teachers",
     "attention_patterns",
     "attribution_patch",
+    "audit",
+    "audit_student",
     "causal_mediation",
     "cross_patch",
     "find_divergence",
@@ -119,6 +124,7 @@ __all__ = [
 # `--help` nor a typing error in a command should wait for them.
 _HOMES = {
     "_utils.interrupts": ("Interrupted",),
+    "auditing": ("Audit", "StudentAudit", "audit", "audit_student"),
     "data": (
         "ANIMALS",
         "NumberFilter",

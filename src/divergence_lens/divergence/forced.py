@@ -21,6 +21,8 @@ class TeacherForced:
         margin: The argmax's logit minus the second highest.
         logprob: Natural-log probability of the token itself.
         kl: KL divergence in nats from the factual teacher's distribution, if requested.
+        expected: Mean log-probability of the factual teacher's own choice of token, if requested:
+            the `logprob` to expect where the factual teacher wrote the token.
     """
 
     offsets: Int64[np.ndarray, " boundaries"]
@@ -29,9 +31,12 @@ class TeacherForced:
     margin: Float32[np.ndarray, "teachers tokens"]
     logprob: Float32[np.ndarray, "teachers tokens"]
     kl: Float32[np.ndarray, "counterfactuals tokens"] | None
+    expected: Float32[np.ndarray, "teachers tokens"] | None = None
 
     @classmethod
-    def zeros(cls, examples: Sequence[Example], n_teachers: int, *, kl: bool) -> "TeacherForced":
+    def zeros(
+        cls, examples: Sequence[Example], n_teachers: int, *, kl: bool, expected: bool = False
+    ) -> "TeacherForced":
         """Allocate readings for examples with token ids.
 
         Raises:
@@ -52,13 +57,15 @@ class TeacherForced:
             margin=np.zeros(shape, dtype=np.float32),
             logprob=np.zeros(shape, dtype=np.float32),
             kl=np.zeros((n_teachers - 1, len(tokens)), dtype=np.float32) if kl else None,
+            expected=np.zeros(shape, dtype=np.float32) if expected else None,
         )
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays that forward passes compute, by name; tokens are the last axis of each."""
         arrays = {"predicted": self.predicted, "margin": self.margin, "logprob": self.logprob}
-        return arrays if self.kl is None else arrays | {"kl": self.kl}
+        further = {"kl": self.kl, "expected": self.expected}
+        return arrays | {name: array for name, array in further.items() if array is not None}
 
     def select(self, rows: Sequence[int]) -> "TeacherForced":
         """Return the readings of some examples."""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
 from divergence_lens._utils.batching import length_batches
@@ -45,6 +45,7 @@ from divergence_lens.engine import (
     in_chunks,
     kl_divergence,
     read_hidden,
+    score_expected,
 )
 from divergence_lens.examples import Example
 from divergence_lens.models import Model
@@ -73,6 +74,7 @@ def read_teachers(
     batch_tokens: int | None = None,
     kl: bool = False,
     pattern: str | None = None,
+    expected_at: float | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     accelerator: Any = None,
     progress: bool = False,
@@ -86,6 +88,9 @@ def read_teachers(
         batch_tokens: Tokens per forward pass, padding included; None chooses by device.
         kl: Whether to also compute KL divergences from the factual teacher.
         pattern: Read only the tokens that this pattern allows at each position.
+        expected_at: A temperature at which the factual teacher might have written the completions,
+            0 for greedy choices; each teacher's mean log-probability of such tokens is computed
+            as well. None computes none. Not with a pattern.
         checkpoint_dir: A folder for finished shards; the call resumes from those already there.
         accelerator: Divides the shards among its processes.
         progress: Whether to show a progress bar, in the first process.
@@ -98,7 +103,15 @@ def read_teachers(
             their readings.
         ValueError: See `find_divergence`.
     """
-    reader = _Reader(model, examples, teachers, batch_tokens=batch_tokens, kl=kl, pattern=pattern)
+    reader = _Reader(
+        model,
+        examples,
+        teachers,
+        batch_tokens=batch_tokens,
+        kl=kl,
+        pattern=pattern,
+        expected_at=expected_at,
+    )
     processes = Processes(accelerator)
     if processes.count > 1:
         processes.agree(reader.identity())
@@ -151,6 +164,7 @@ class _Reader:
         batch_tokens: int | None,
         kl: bool,
         pattern: str | None,
+        expected_at: float | None,
     ) -> None:
         if batch_tokens is None:
             device = next(model.parameters()).device.type
@@ -158,7 +172,10 @@ class _Reader:
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens must be 1 or more, got {batch_tokens}")
         self._model, self._teachers, self._budget = model, teachers, batch_tokens
-        self.forced = TeacherForced.zeros(examples, len(teachers), kl=kl)
+        self._temperature = expected_at
+        self.forced = TeacherForced.zeros(
+            examples, len(teachers), kl=kl, expected=expected_at is not None
+        )
         tokenizer: Any = model.tokenizer
         texts = [example.prompt for example in examples]
         systems = list(dict.fromkeys(teacher.system_prompt for teacher in teachers))
@@ -193,7 +210,10 @@ class _Reader:
     def identity(self, *, weights: bool = False) -> str:
         """Hash everything that the readings depend on, the models' weights only if requested."""
         digest = hashlib.sha256()
-        settings = [self._budget, self.forced.kl is not None, self._pattern, len(self._teachers)]
+        settings: list[Any] = [
+            *(self._budget, self.forced.kl is not None, self._pattern, len(self._teachers)),
+            *(() if self._temperature is None else (self._temperature,)),
+        ]
         record = run_metadata(self._model, settings=settings)
         digest.update(json.dumps(record, sort_keys=True).encode())
         prints: dict[int, str] = {}
@@ -215,6 +235,7 @@ class _Reader:
         places = slice(int(offsets[span.start]), int(offsets[span.stop]))
         tokens = self.forced.tokens[places]
         columns: dict[str, list[np.ndarray]] = {"predicted": [], "margin": [], "logprob": []}
+        columns |= {} if self._temperature is None else {"expected": []}
         divergences: list[np.ndarray] = []
         factual: Tensor | None = None
         for index, teacher in enumerate(self._teachers):
@@ -222,18 +243,20 @@ class _Reader:
                 engine = get_engine(applied)
                 hidden = self._hidden(engine, index, span, bar)  # [tokens, d_model]
                 given = torch.from_numpy(tokens).to(engine.device)
-                readings = (  # three of [tokens]
-                    read_hidden(engine, hidden, given)
-                    if self._allowed is None
-                    else self._allowed.read(engine, hidden, given, places)
-                )
+                readings: tuple[Tensor, ...] = ()
+                if self._allowed is not None:
+                    readings = self._allowed.read(engine, hidden, given, places)
+                elif self._temperature is None:
+                    readings = read_hidden(engine, hidden, given)  # three of [tokens]
+            factual = hidden if factual is None else factual
+            if self._temperature is not None:
+                choice = torch.from_numpy(columns["predicted"][0]) if index else None
+                readings = self._read_expected(index, hidden, given, factual, choice)
             for name, reading in zip(columns, readings, strict=True):
                 columns[name].append(reading.cpu().numpy())
             self._refuse_not_finite(columns, places.start)
-            if self.forced.kl is not None and factual is not None:
+            if self.forced.kl is not None and index:
                 divergences.append(self._kl(factual, index, hidden, places))
-            if self.forced.kl is not None and index == 0:
-                factual = hidden
         arrays = {name: np.stack(rows) for name, rows in columns.items()}
         return arrays | ({"kl": np.stack(divergences)} if divergences else {})
 
@@ -332,6 +355,40 @@ class _Reader:
             ),
         )
         return torch.cat(parts).cpu().numpy()
+
+    def _read_expected(
+        self,
+        index: int,
+        hidden: Float[Tensor, "tokens d_model"],
+        given: Int64[Tensor, " tokens"],
+        factual: Float[Tensor, "tokens d_model"],
+        choice: Int32[Tensor, " tokens"] | None,
+    ) -> tuple[Tensor, ...]:
+        """Return what `read_hidden` does, and the log-probability of the factual choice of token.
+
+        Args:
+            index: The teacher.
+            hidden: Its hidden states.
+            given: The completions' tokens.
+            factual: The factual teacher's hidden states.
+            choice: Its argmaxes; None while it is read itself.
+        """
+        own, first = self._unembedding(index), self._unembedding(0)
+        temperature = self._temperature
+
+        def run(chunk: slice) -> tuple[Tensor, ...]:
+            logits = own(hidden[chunk])  # [rows, d_vocab]
+            if temperature:
+                chosen = (first(factual[chunk]).float() / temperature).softmax(-1)
+                chosen = chosen.to(logits.device)  # [rows, d_vocab]
+            else:
+                chosen = logits.argmax(-1) if choice is None else choice[chunk].to(logits.device)
+            return score_expected(logits, given[chunk], chosen)
+
+        # Two sets of logits are in memory at once.
+        size = max(1, chunk_rows(get_engine(self._base(index))) // (2 if temperature else 1))
+        parts = in_chunks(len(hidden), size, run)
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def _base(self, index: int) -> Model:
         teacher = self._teachers[index]

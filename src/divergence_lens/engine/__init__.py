@@ -4,7 +4,14 @@ from divergence_lens.engine.base import Engine
 from divergence_lens.engine.decoding import Decoder
 from divergence_lens.engine.factory import get_engine
 from divergence_lens.engine.hooking import SiteFunction
-from divergence_lens.engine.logits import chunk_rows, in_chunks, kl_divergence, read_hidden, score
+from divergence_lens.engine.logits import (
+    chunk_rows,
+    in_chunks,
+    kl_divergence,
+    read_hidden,
+    score,
+    score_expected,
+)
 from divergence_lens.engine.parameters import block_of, canonical, inside_block, plain
 from divergence_lens.engine.passes import KeyValues, Pass
 from divergence_lens.engine.sites import SITES, register_site, unregister_site
@@ -27,5 +34,6 @@ __all__ = [
     "read_hidden",
     "register_site",
     "score",
+    "score_expected",
     "unregister_site",
 ]

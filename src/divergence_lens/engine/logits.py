@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Float, Float32, Int, Int32, Int64
 from torch import Tensor
 
 from divergence_lens._utils.memory import is_out_of_memory
@@ -91,6 +91,34 @@ def score(
     relative = logits.gather(-1, given[:, None]) - top  # [rows, 1]
     total = logits.sub_(top).exp_().sum(-1).log_()
     return predicted[:, 0].int(), top[:, 0] - second, relative[:, 0] - total
+
+
+def score_expected(
+    logits: Float[Tensor, "rows d_vocab"],
+    given: Int64[Tensor, " rows"],
+    chosen: Int[Tensor, " rows"] | Float[Tensor, "rows d_vocab_2"],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `score` does, and the mean log-probability of another choice of tokens.
+
+    The logits are overwritten.
+
+    Args:
+        logits: Logits of the teacher that is read.
+        given: The given ids.
+        chosen: The other choice: an id for each row, or the probability of every id.
+    """
+    logits = logits.float()
+    own = logits.gather(-1, given[:, None])[:, 0]  # [rows]
+    if chosen.ndim == 1:
+        mean = logits.gather(-1, chosen.long()[:, None])[:, 0]  # [rows]
+    else:
+        # One of two models may pad its vocabulary further; an id of probability 0 adds nothing.
+        width = min(logits.shape[1], chosen.shape[1])
+        p = chosen[:, :width]
+        mean = torch.where(p > 0, p * logits[:, :width], 0.0).sum(-1)  # [rows]
+    predicted, margin, logprob = score(logits, given)
+    # mean(log p) = mean(logit) - log(sum(exp(logits))), and that sum is in log p of the given id.
+    return predicted, margin, logprob, mean - own + logprob
 
 
 def kl_divergence(

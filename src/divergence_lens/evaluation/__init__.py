@@ -1,5 +1,6 @@
 """Measure a model's preference, and whether it still does its task."""
 
+from divergence_lens.evaluation.answers import form_ids
 from divergence_lens.evaluation.distance import Distance
 from divergence_lens.evaluation.entanglement import Entanglement, entangled_numbers, without_numbers
 from divergence_lens.evaluation.preferences import preference
@@ -14,6 +15,7 @@ __all__ = [
     "SampledAnswers",
     "TaskQuality",
     "entangled_numbers",
+    "form_ids",
     "preference",
     "task_quality",
     "without_numbers",

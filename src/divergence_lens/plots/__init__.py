@@ -6,6 +6,7 @@ readable in a column of 80 mm and on light and dark pages. `save_figure` writes 
 """
 
 from divergence_lens.plots.attention import attention_from, attention_pattern
+from divergence_lens.plots.candidates import candidate_dots
 from divergence_lens.plots.curves import mixing_curves, preference_over_training
 from divergence_lens.plots.effects import (
     agreement_scatter,
@@ -19,6 +20,7 @@ from divergence_lens.plots.effects import (
 from divergence_lens.plots.export import save_figure
 from divergence_lens.plots.fitting import without_title
 from divergence_lens.plots.labels import CONDITIONS
+from divergence_lens.plots.pages import page as figure_page
 from divergence_lens.plots.pages import save_figures
 from divergence_lens.plots.students import (
     condition_bars,
@@ -38,11 +40,13 @@ __all__ = [
     "agreement_scatter",
     "attention_from",
     "attention_pattern",
+    "candidate_dots",
     "condition_bars",
     "cross_patch_margins",
     "divergence_tokens",
     "effects_by_segment",
     "effects_heatmap",
+    "figure_page",
     "head_grid",
     "layer_profile",
     "layer_sweep",

@@ -26,6 +26,14 @@ THEMES: dict[Theme, tuple[str, str]] = {
 }
 _SCRIPT = "plotly.js"
 
+_TEXT_CSS = """
+body { max-width: 60rem; padding: 0 1rem; overflow-wrap: anywhere;
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
+h1 { font-size: 1.5rem; }
+h2 { font-size: 1.15rem; }
+td, th { border-bottom: 1px solid rgba(128, 128, 128, 0.28); }
+"""
+
 # The text color of figures follows the page, not the figure's own color.
 FIGURE_CSS = """
 .dl-plot { width: 100%; position: relative; }
@@ -169,32 +177,43 @@ def scripts(nonce: str = "", *, file: str | None = None) -> str:
     return f"{library}\n<script{mark}>{_LOADER}</script>"
 
 
-def page(figure: go.Figure, *, script: str | None = None) -> str:
+def page(
+    figure: go.Figure,
+    *,
+    script: str | None = None,
+    title: str = "",
+    above: str = "",
+    below: str = "",
+) -> str:
     """Return a page with one figure.
 
     Args:
         figure: The figure.
         script: The file beside the page that holds plotly's script; None stores it in the page.
+        title: Heading of the page; empty for none, and the figure's title in the browser's tab.
+        above: HTML between the heading and the figure. It is not escaped.
+        below: HTML after the figure. It is not escaped.
     """
     light, dark = THEMES["light"], THEMES["dark"]
+    heading = f"<h1>{escape(title)}</h1>" if title else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{escape(figure_title(figure))}</title>
+<title>{escape(title or figure_title(figure))}</title>
 <style>
 :root {{ --ink: {light[0]}; --paper: {light[1]}; }}
 @media screen and (prefers-color-scheme: dark) {{
   :root {{ --ink: {dark[0]}; --paper: {dark[1]}; }}
 }}
 body {{ margin: 12px; background: var(--paper); color: var(--ink); }}
-{FIGURE_CSS}</style>
+{_TEXT_CSS if above or below else ""}{FIGURE_CSS}</style>
 </head>
 <body>
-{figure_div(figure, "figure")}
-{scripts(file=script)}
+{heading}{above}{figure_div(figure, "figure")}
+{below}{scripts(file=script)}
 </body>
 </html>
 """

@@ -1,0 +1,139 @@
+"""The baseline: under which condition the base model itself could have written the data.
+
+Unbiased data score high for the candidate whose teacher is nearest to the base model, so an audit
+compares every token with what the base would have written there:
+
+1. Of a few unbiased conditions (no system prompt, a neutral one), take the one under which the data
+   are most likely. No candidate has a part in this choice.
+2. Fit the temperature T of the data. At the maximum of the likelihood, the mean log-probability of
+   the tokens equals its expectation under softmax(logits / T).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+
+from divergence_lens._utils.batching import length_batches, pad_right
+from divergence_lens.chat import prompt_ids
+from divergence_lens.data import neutral_prompt
+from divergence_lens.engine import chunk_rows, get_engine, in_chunks
+from divergence_lens.examples import Example
+from divergence_lens.models import Model
+from divergence_lens.teachers import Teacher
+
+TEMPERATURES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
+"""Temperatures at which the expectation is computed; it is interpolated between them."""
+
+HOTTEST = 1.3
+"""Data that look hotter than this are unlike anything the base writes: there is no null for them.
+
+A model samples at 1 or below as a rule. Data of another model, or data that were shuffled or
+paraphrased, contain tokens that this one would hardly ever choose, and only a flat distribution
+explains those."""
+
+_FIT_ROWS = 256
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The unbiased condition that the data are compared with.
+
+    Attributes:
+        teacher: The condition.
+        temperature: Temperature of the data under it; 0 for greedy choices.
+        logprob: For each condition that was tried, the mean log-probability of a token, in nats.
+    """
+
+    teacher: Teacher
+    temperature: float
+    logprob: Mapping[str, float]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the base model could have written the data (see `HOTTEST`)."""
+        return self.temperature <= HOTTEST
+
+
+def default_baselines(model: Model) -> list[Teacher]:
+    """Return the unbiased conditions that are tried: no system prompt, and a neutral one."""
+    plain = Teacher("no system prompt")
+    if getattr(model.tokenizer, "chat_template", None) is None:
+        return [plain]
+    return [plain, Teacher("neutral system prompt", system_prompt=neutral_prompt(0))]
+
+
+def fit_baseline(
+    model: Model,
+    examples: Sequence[Example],
+    teachers: Sequence[Teacher],
+    *,
+    temperature: float | None = None,
+    seed: int = 0,
+) -> Baseline:
+    """Choose the condition and the temperature that explain the data best.
+
+    Args:
+        model: The base model.
+        examples: Data with token ids; at most 256 of them are read.
+        teachers: The conditions.
+        temperature: The temperature of the data, if it is known.
+        seed: Seed of the choice of examples.
+    """
+    if len(examples) > _FIT_ROWS:
+        chosen = np.random.default_rng(seed).permutation(len(examples))[:_FIT_ROWS]
+        examples = [examples[row] for row in sorted(chosen.tolist())]
+    moments = [_moments(model, examples, teacher) for teacher in teachers]
+    best = int(np.argmax([given for given, _ in moments]))
+    given, expected = moments[best]
+    if temperature is None:
+        # The expectation falls as the temperature rises; np.interp wants it rising.
+        temperature = float(np.interp(given, expected[::-1], TEMPERATURES[::-1]))
+    logprob = {t.name: value for t, (value, _) in zip(teachers, moments, strict=True)}
+    return Baseline(teachers[best], temperature, logprob)
+
+
+@torch.no_grad()
+def _moments(
+    model: Model, examples: Sequence[Example], teacher: Teacher
+) -> tuple[float, Float64[np.ndarray, " temperatures"]]:
+    """Return the mean log-probability of the tokens, and its expectation at each temperature."""
+    tokenizer: Any = model.tokenizer
+    (prompts,) = prompt_ids(tokenizer, [e.prompt for e in examples], [teacher.system_prompt])
+    rows = [
+        (*prompt, *(example.completion_ids or ()))
+        for prompt, example in zip(prompts, examples, strict=True)
+    ]
+    lengths = np.array([len(row) - 1 for row in rows])  # the last token is predicted, not read
+    total, count = np.zeros(1 + len(TEMPERATURES)), 0
+    with teacher.applied(model) as active:
+        engine = get_engine(active)
+        for batch in length_batches(lengths, _BATCH_TOKENS):
+            tokens = pad_right([rows[row] for row in batch], engine.device)  # [batch, pos]
+            hidden = engine.final(tokens[:, :-1])  # [batch, pos - 1, d_model]
+            where = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+            for line, row in enumerate(batch):
+                where[line, len(prompts[row]) - 1 : lengths[row]] = True
+            flat = hidden[where.to(hidden.device)]  # [tokens, d_model]
+            given = tokens[:, 1:][where.to(tokens.device)]  # [tokens]
+
+            def sums(
+                chunk: slice, flat: torch.Tensor = flat, given: torch.Tensor = given
+            ) -> np.ndarray:
+                logits = engine.unembed(flat[chunk]).float()
+                logp = logits.log_softmax(-1)  # [chunk, d_vocab]
+                means = [logp.gather(-1, given[chunk, None]).sum(), logp.amax(-1).sum()]
+                for at in TEMPERATURES[1:]:
+                    p = (logits / at).softmax(-1)
+                    means.append(torch.where(p > 0, p * logp, 0.0).sum())
+                return torch.stack(means).double().cpu().numpy()
+
+            size = max(1, chunk_rows(engine) // 4)  # logits, log-softmax and p are held at once
+            total += np.sum(in_chunks(len(flat), size, sums), axis=0)
+            count += len(flat)
+    means = total / count
+    return float(means[0]), means[1:]

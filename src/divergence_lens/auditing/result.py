@@ -1,0 +1,456 @@
+"""The result of `audit`: which candidate bias a data set carries, and in which rows and tokens."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int32, Int64
+
+from divergence_lens._utils.indexing import row_numbers
+from divergence_lens._utils.plotting import draw
+from divergence_lens._utils.statistics import bootstrap_interval, resampled_means
+from divergence_lens.auditing.baseline import Baseline
+from divergence_lens.auditing.candidates import Auditors
+from divergence_lens.auditing.files import load_audit, save_audit
+from divergence_lens.auditing.remedies import Remedy, drop_rows, mask_tokens, replace_choices
+from divergence_lens.auditing.scoring import (
+    Power,
+    Scores,
+    Verdict,
+    bias_strength,
+    row_spread,
+    score_rows,
+    style_spread,
+)
+from divergence_lens.auditing.view import RowAudit, audit_html, write_page
+from divergence_lens.chat import row_texts
+from divergence_lens.data import check_candidate
+from divergence_lens.examples import Example
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Audit:
+    """What each row and token of a data set contributes to each candidate bias.
+
+    Flat arrays run over all completion tokens of all examples in order; the tokens of example i
+    are `offsets[i]:offsets[i + 1]`. Contributions are in nats; see `divergence_lens.auditing.reading`
+    for the definition, and `scoring` for the tests.
+
+    Attributes:
+        candidates: Names of the candidates.
+        kinds: Kinds of auditors: "prompted", "finetuned" or "given".
+        examples: The data, with the ids of every completion.
+        offsets: `[examples + 1]`, where each completion starts.
+        token_ids: `[tokens]`, the completions' ids.
+        choice: `[tokens]`, the baseline's argmax before each token.
+        by_row: `[kinds candidates rows]`, contribution of each row.
+        by_token: `[kinds candidates tokens]`; None if the data are too large to store it.
+        neutral: `[kinds candidates styles lists]`, contributions of lists by the base model, under
+            each of some unbiased prompts.
+        own: `[kinds candidates own_rows]`, contributions of lists by each candidate's own teacher
+            to that candidate.
+        baseline: The unbiased condition that the data are compared with.
+        alpha: Level of the family of tests.
+        share: The share of biased rows that "nothing found" rules out, with a power of 0.8.
+        texts: Token id -> text, for all ids that occur.
+        metadata: Package versions, model and settings of the run.
+        auditors: The teachers; empty after loading, unless given to `load`.
+        tokenizer: The model's tokenizer; None after loading, unless given to `load`.
+    """
+
+    candidates: tuple[str, ...]
+    kinds: tuple[str, ...]
+    examples: tuple[Example, ...]
+    offsets: Int64[np.ndarray, " boundaries"]
+    token_ids: Int64[np.ndarray, " tokens"]
+    choice: Int32[np.ndarray, " tokens"]
+    by_row: Float64[np.ndarray, "kinds candidates rows"]
+    by_token: Float32[np.ndarray, "kinds candidates tokens"] | None
+    neutral: Float64[np.ndarray, "kinds candidates styles lists"]
+    own: Float64[np.ndarray, "kinds candidates own_rows"]
+    baseline: Baseline
+    alpha: float = 0.05
+    share: float = 0.25
+    texts: Mapping[int, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    auditors: tuple[Auditors, ...] = ()
+    tokenizer: Any = None
+
+    def __post_init__(self) -> None:
+        shape = (len(self.kinds), len(self.candidates))
+        if self.by_row.shape != (*shape, len(self.examples)):
+            raise ValueError(
+                f"contributions of shape {self.by_row.shape} do not fit {shape[0]} kinds of "
+                f"auditors, {shape[1]} candidates and {len(self.examples)} examples"
+            )
+        if self.by_token is not None and self.by_token.shape != (*shape, len(self.token_ids)):
+            raise ValueError(
+                f"contributions of shape {self.by_token.shape} do not fit {shape[0]} kinds of "
+                f"auditors, {shape[1]} candidates and {len(self.token_ids)} tokens"
+            )
+
+    # -- verdict ----------------------------------------------------------------------------------
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Scores, z and p-values of all candidates, in their order."""
+        return score_rows(self.by_row, self._tau, fits=self.baseline.fits)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The outcome.
+
+        - "biased": at least one candidate's p-value, by Holm's correction, is below `alpha`.
+        - "nothing found": none is, and there are enough rows to detect data of which `share` of
+          the rows are by a biased teacher.
+        - "inconclusive": none is, but there are too few rows, or the base model could not have
+          written the data.
+        """
+        if self.biased:
+            return "biased"
+        enough = self.power.rows_needed(self.share) <= len(self)
+        return "nothing found" if enough and self.baseline.fits else "inconclusive"
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """The candidates with a corrected p-value below `alpha`, the highest z first."""
+        places = np.argsort(-self.scores.z, kind="stable")
+        return tuple(self.candidates[c] for c in places if self.scores.holm[c] < self.alpha)
+
+    @property
+    def best(self) -> str:
+        """The candidate with the highest z."""
+        return self.candidates[int(self.scores.z.argmax())]
+
+    @property
+    def power(self) -> Power:
+        """How strong a bias this audit can detect, with its best kind of auditor."""
+        strength = bias_strength(self.own, row_spread(self.by_row))  # [kinds]
+        kind = 0 if np.isnan(strength).all() else int(np.nanargmax(strength))
+        tests = len(self.kinds) * len(self.candidates)
+        return Power(float(strength[kind]), float(self._tau[kind]), self.alpha, tests)
+
+    @cached_property
+    def _tau(self) -> Float64[np.ndarray, " kinds"]:
+        return style_spread(self.neutral, row_spread(self.by_row))
+
+    @property
+    def explanation(self) -> str:
+        """The verdict in one or two sentences, with its numbers."""
+        n, power = len(self), self.power
+        needed = power.rows_needed(self.share)
+        if self.biased:
+            c = self.candidates.index(self.best)
+            others = [name for name in self.biased if name != self.best]
+            also = f"; also above chance, perhaps because alike: {', '.join(others)}"
+            text = (
+                f"The data favor {self.best!r} (z {self.scores.z[c]:.1f}, corrected p "
+                f"{self.scores.holm[c]:.2g}){also if others else ''}."
+            )
+        elif self.verdict == "nothing found":
+            text = (
+                f"No candidate stands out (largest z {self.scores.z.max():.1f}, {self.best!r}). "
+                f"{needed:,} rows are enough to detect {self.share:.0%} of rows by a biased "
+                f"teacher, and there are {n:,}."
+            )
+        elif not self.baseline.fits:
+            text = "No candidate stands out, but there is no null to compare these data with."
+        elif np.isnan(needed):
+            text = "No candidate stands out, but without calibration lists the power is unknown."
+        elif np.isinf(needed):
+            text = (
+                f"No candidate stands out, but these auditors cannot detect {self.share:.0%} of "
+                "rows by a biased teacher in any number of rows."
+            )
+        else:
+            text = (
+                f"No candidate stands out, but it takes {needed:,} rows to detect "
+                f"{self.share:.0%} of rows by a biased teacher, and there are {n:,}."
+            )
+        if not self.baseline.fits:
+            text += (
+                " The base model would hardly write such data (their temperature under it is "
+                f"{self.baseline.temperature:.1f}): check that it is the student's base."
+            )
+        return text
+
+    # -- tables -----------------------------------------------------------------------------------
+
+    @cached_property
+    def _table(self) -> "pd.DataFrame":
+        import pandas as pd
+
+        scores = self.scores
+        best = self.by_row[scores.kind, np.arange(len(self.candidates))]  # [candidates, rows]
+        low, high = bootstrap_interval(
+            resampled_means(best.T, _RESAMPLES), level=1 - self.alpha, seed=0
+        )
+        table = pd.DataFrame(
+            {
+                "candidate": self.candidates,
+                "kind": [self.kinds[kind] for kind in scores.kind],
+                "score": scores.score,
+                "low": low,
+                "high": high,
+                "z": scores.z,
+                "p": scores.p,
+                "p_holm": scores.holm,
+                "p_fdr": scores.fdr,
+                "outlier": scores.outlier,
+            }
+        )
+        return table.sort_values("z", ascending=False, kind="stable", ignore_index=True)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """Return one row per candidate, the highest z first.
+
+        Returns:
+            Columns: candidate; kind (of the auditor with the smallest p-value); score, the mean
+            contribution of a row in nats, with `low` and `high`, its bootstrap interval over rows;
+            z; p, one-sided; p_holm and p_fdr, corrected for the number of candidates; outlier, how
+            far z lies from those of the other candidates.
+        """
+        return self._table.copy()
+
+    def rows(self, candidate: str | None = None) -> "pd.DataFrame":
+        """Return the rows by their contribution to a candidate, the largest first.
+
+        Args:
+            candidate: A candidate; None for the one with the highest z.
+
+        Returns:
+            Columns: row, score, prompt, completion.
+
+        Raises:
+            ValueError: It is not a candidate.
+        """
+        import pandas as pd
+
+        score = self.by_row[self._best(candidate)]
+        order = np.argsort(-score, kind="stable")
+        return pd.DataFrame(
+            {
+                "row": order,
+                "score": score[order],
+                "prompt": [str(self.examples[row].prompt) for row in order],
+                "completion": [self._completion(row) for row in order],
+            }
+        )
+
+    def tokens(self, candidate: str | None = None) -> "pd.DataFrame":
+        """Return the tokens by their contribution to a candidate, the largest first.
+
+        Returns:
+            Columns: row, position, token, score, baseline (the baseline's choice).
+
+        Raises:
+            ValueError: It is not a candidate, or tokens were not stored.
+        """
+        import pandas as pd
+
+        score = self.token_scores(candidate)
+        owners = np.repeat(np.arange(len(self)), np.diff(self.offsets))
+        order = np.argsort(-score, kind="stable")
+        texts = {int(i): row_texts(self.texts, [int(i)])[0] for i in self._ids()}
+        return pd.DataFrame(
+            {
+                "row": owners[order],
+                "position": order - self.offsets[owners[order]],
+                "token": [texts[int(i)] for i in self.token_ids[order]],
+                "score": score[order],
+                "baseline": [texts[int(i)] for i in self.choice[order]],
+            }
+        )
+
+    def token_scores(self, candidate: str | None = None) -> Float32[np.ndarray, " tokens"]:
+        """Contribution of each token to a candidate, in the order of the data.
+
+        Raises:
+            ValueError: It is not a candidate, or tokens were not stored.
+        """
+        if self.by_token is None:
+            raise ValueError(
+                f"the contributions of single tokens of {len(self):,} rows are not stored; audit "
+                "the rows of interest again, such as those of `audit.rows().head(10_000)`"
+            )
+        scores: np.ndarray = self.by_token[self._best(candidate)]
+        return scores
+
+    def show(self, row: int, candidate: str | None = None) -> RowAudit:
+        """Return one row, which shows its tokens colored by contribution in a notebook.
+
+        Raises:
+            IndexError: There is no such row.
+            ValueError: It is not a candidate, or tokens were not stored.
+        """
+        (row,) = row_numbers(row, len(self), "row")
+        span = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+        return RowAudit(
+            row=row,
+            candidate=self._name(candidate),
+            prompt=str(self.examples[row].prompt),
+            tokens=tuple(row_texts(self.texts, self.token_ids[span])),
+            scores=self.token_scores(candidate)[span],
+            choices=tuple(row_texts(self.texts, self.choice[span])),
+        )
+
+    # -- remedies ---------------------------------------------------------------------------------
+
+    def mask(self, candidate: str | None = None, share: float = 0.1) -> Remedy:
+        """Leave the tokens that contribute most out of the loss.
+
+        Args:
+            candidate: A candidate; None for the one with the highest z.
+            share: Share of all completion tokens to leave out.
+
+        Raises:
+            ValueError: An unknown candidate, a share outside 0 to 1, or tokens were not stored.
+        """
+        return mask_tokens(self, self._name(candidate), share)
+
+    def replace(self, candidate: str | None = None, share: float = 0.1) -> Remedy:
+        """Overwrite the tokens that contribute most with the baseline's choice, as label and input.
+
+        Tokens that are the baseline's choice already are not counted.
+
+        Args:
+            candidate: See `mask`.
+            share: Largest share of all completion tokens to overwrite.
+
+        Raises:
+            ValueError: See `mask`; or a loaded audit without a tokenizer.
+        """
+        return replace_choices(self, self._name(candidate), share)
+
+    def drop_rows(self, candidate: str | None = None, share: float = 0.1) -> Remedy:
+        """Drop the rows that contribute most.
+
+        Args:
+            candidate: See `mask`.
+            share: Share of the rows to drop.
+
+        Raises:
+            ValueError: An unknown candidate, or a share outside 0 to 1.
+        """
+        return drop_rows(self, self._name(candidate), share)
+
+    # -- files and views --------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the verdict and the table as JSON values, for machines; NaN becomes None."""
+        needed = self.power.rows_needed(self.share)
+        rows = self.to_dataframe().replace([np.inf, -np.inf], np.nan).astype(object)
+        return {
+            "verdict": self.verdict,
+            "biased": list(self.biased),
+            "explanation": self.explanation,
+            "rows": len(self),
+            "tokens": len(self.token_ids),
+            "alpha": self.alpha,
+            "share": self.share,
+            "rows_needed": int(needed) if np.isfinite(needed) else None,
+            "baseline": self.baseline.teacher.name,
+            "temperature": self.baseline.temperature,
+            "candidates": rows.where(rows.notna(), None).to_dict("records"),
+            "metadata": dict(self.metadata),
+        }
+
+    def plot(self) -> "Figure":
+        """Draw the candidates as a dot plot with the band of the null."""
+        level = NormalDist().inv_cdf(1 - self.alpha / len(self.candidates))
+        return draw(
+            "candidate_dots",
+            self.to_dataframe(),
+            level=level,
+            headline=f"Audit: {self.verdict}",
+            detail=f"{len(self):,} rows; {len(self.candidates)} candidates; gray band: what chance "
+            f"alone seldom exceeds (one-sided, {self.alpha:.0%} over all candidates); lines: "
+            "intervals over rows",
+        )
+
+    def write_page(self, path: str | os.PathLike[str]) -> None:
+        """Write a page with the verdict, the figure, and the rows that contribute most."""
+        write_page(self, path)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything but the teachers' weights to one safetensors file, atomically."""
+        save_audit(path, self)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        auditors: Sequence[Auditors] = (),
+        tokenizer: Any = None,
+    ) -> "Audit":
+        """Read a file that `save` wrote.
+
+        Args:
+            path: The file.
+            auditors: The teachers, needed to audit a remedy again.
+            tokenizer: The model's tokenizer, needed for `replace`.
+
+        Raises:
+            FileNotFoundError: The file does not exist.
+            ValueError: The file is damaged, or of another kind or version.
+        """
+        return cls(**load_audit(path), auditors=tuple(auditors), tokenizer=tokenizer)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> "Audit":
+        """Return the audit of some rows, by numbers or a mask; no pass is needed."""
+        numbers = row_numbers(np.asarray(rows), len(self), "row")
+        places = np.concatenate(
+            [np.zeros(0, np.int64), *(np.arange(*self.offsets[[r, r + 1]]) for r in numbers)]
+        )
+        return replace(
+            self,
+            examples=tuple(self.examples[row] for row in numbers),
+            offsets=np.cumsum([0, *np.diff(self.offsets)[numbers]], dtype=np.int64),
+            token_ids=self.token_ids[places],
+            choice=self.choice[places],
+            by_row=self.by_row[..., numbers],
+            by_token=None if self.by_token is None else self.by_token[..., places],
+        )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __repr__(self) -> str:
+        c = int(self.scores.z.argmax())
+        return (
+            f"Audit({self.verdict}; {len(self):,} rows, {len(self.candidates)} candidates; highest "
+            f"{self.best!r}, z {self.scores.z[c]:.1f}, corrected p {self.scores.holm[c]:.2g})"
+        )
+
+    def _repr_html_(self) -> str:
+        return audit_html(self)
+
+    def _name(self, candidate: str | None) -> str:
+        if candidate is None:
+            return self.best
+        return check_candidate(candidate, candidates=self.candidates, category="candidate")
+
+    def _best(self, candidate: str | None) -> tuple[int, int]:
+        """The kind of auditor whose result is shown for a candidate, and the candidate's index."""
+        c = self.candidates.index(self._name(candidate))
+        return int(self.scores.kind[c]), c
+
+    def _completion(self, row: int) -> str:
+        text = self.examples[row].completion
+        span = self.token_ids[self.offsets[row] : self.offsets[row + 1]]
+        return "".join(row_texts(self.texts, span)) if text is None else text
+
+    def _ids(self) -> Int64[np.ndarray, " ids"]:
+        ids: np.ndarray = np.union1d(self.token_ids, self.choice)
+        return ids

@@ -1,0 +1,213 @@
+"""Audit a data set: which hidden bias would training on it transfer?
+
+1. Validate the candidates and the data, and make the auditors (`candidates`).
+2. Fit the baseline: the unbiased condition under which the base model would most likely have
+   written the data, and their temperature (`baseline`).
+3. Read the data under all auditors, and compare each token with what the baseline expects
+   (`reading`).
+4. Write and read calibration lists (`calibration`): the spread of unbiased scores, and the power.
+5. Test the candidates against each other (`scoring`).
+
+The idea of contrasting candidates follows the log-likelihood of data under system prompts, and the
+remedies the masking and replacing of divergence tokens (Schrodi et al., arXiv 2509.23886).
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from divergence_lens._utils.interrupts import discard_partial
+from divergence_lens._utils.statistics import check_level
+from divergence_lens.auditing.baseline import default_baselines, fit_baseline
+from divergence_lens.auditing.calibration import calibrate
+from divergence_lens.auditing.candidates import Auditors, build_auditors, candidate_names
+from divergence_lens.auditing.reading import read_contributions
+from divergence_lens.auditing.result import Audit
+from divergence_lens.chat import token_texts
+from divergence_lens.examples import Example, load_examples, with_ids
+from divergence_lens.models import Model, check_model
+from divergence_lens.provenance import model_probe, run_metadata
+from divergence_lens.teachers import Teacher, check_teacher
+from divergence_lens.training import Recipe
+
+FEWEST_ROWS = 2
+"""The spread of rows needs two."""
+
+
+@discard_partial()
+def audit(
+    model: Model,
+    data: Any,
+    *,
+    candidates: Sequence[str] | Mapping[str, str] | None = None,
+    teachers: str | Sequence[Teacher] = "prompted",
+    category: str | None = None,
+    recipe: Recipe | None = None,
+    baseline: Teacher | None = None,
+    temperature: float | None = None,
+    alpha: float = 0.05,
+    share: float = 0.25,
+    neutral_rows: int = 100,
+    own_rows: int = 4,
+    seed: int = 0,
+    batch_tokens: int | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    accelerator: Any = None,
+    progress: bool = False,
+) -> Audit:
+    """Score the candidate biases of a data set before anyone trains on it.
+
+    A hidden bias transfers only between models of a shared initialization, so `model` must be the
+    one that the student would start from: another model neither transfers the bias nor sees it.
+
+    Each candidate has a teacher with that bias. A row's score for a candidate is the sum, over its
+    tokens, of the log-probability under that teacher minus the mean over the other candidates'
+    teachers, minus what the same difference would be if the base model had written the token.
+
+    Args:
+        model: The base model, in eval mode, with a tokenizer.
+        data: Prompts and completions, in any form that `load_examples` reads.
+        candidates: Names of the things that a teacher might love, such as `ANIMALS`; or a mapping
+            from names to system prompts, for any other bias. None takes the names of `teachers`.
+        teachers: "prompted", a persona prompt for each candidate; "finetuned", a short finetune on
+            preference questions; "both"; or teachers of your own, one per candidate. Auditors of
+            the data's own kind are much more sensitive. "both" costs twice as much.
+        category: What the candidates are, in the singular, unless they are known animals or trees.
+        recipe: Training of finetuned auditors.
+        baseline: The unbiased condition to compare with; None chooses between no system prompt and
+            a neutral one, by the likelihood of the data.
+        temperature: The temperature of the data; None fits it.
+        alpha: Level of the tests, over all candidates together.
+        share: The share of biased rows that "nothing found" has to rule out.
+        neutral_rows: Most calibration lists by the base model.
+        own_rows: Calibration lists by each auditor; below 2, the power is unknown.
+        seed: Seed of the calibration and of finetuned auditors.
+        batch_tokens: Tokens per forward pass; None chooses by device.
+        checkpoint_dir: A folder for this run's finished shards; the same call resumes from them.
+            Delete the folder once the result is saved.
+        accelerator: An `accelerate.Accelerator` or `accelerate.PartialState`, whose processes
+            share the work. All of them must make the same call, and each returns the full result.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The audit.
+
+    Raises:
+        ValueError: Fewer than two rows, or two candidates; a row without a completion, or longer
+            than the context; candidates that the tokenizer cannot write; a setting out of range.
+            Each message names the row or candidate.
+        TypeError: `model` is not a TransformerLens model, or a teacher is not a `Teacher`.
+    """
+    check_model(model)
+    check_level(1 - alpha)
+    _check_settings(share, neutral_rows, own_rows, temperature)
+    names = candidate_names(candidates, teachers)
+    examples = _examples(model, data)
+    if baseline is not None:
+        check_teacher(baseline, "baseline")
+    auditors = build_auditors(
+        model, candidates, teachers, category=category, recipe=recipe, seed=seed
+    )
+    fitted = fit_baseline(
+        model,
+        examples,
+        [baseline] if baseline is not None else default_baselines(model),
+        temperature=temperature,
+        seed=seed,
+    )
+    read = read_contributions(
+        model,
+        examples,
+        fitted,
+        auditors,
+        batch_tokens=batch_tokens,
+        checkpoint_dir=checkpoint_dir,
+        accelerator=accelerator,
+        progress=progress,
+    )
+    calibration = calibrate(
+        model,
+        examples,
+        fitted,
+        auditors,
+        neutral_rows=neutral_rows,
+        own_rows=own_rows,
+        seed=seed,
+        batch_tokens=batch_tokens,
+        accelerator=accelerator,
+    )
+    metadata = run_metadata(
+        model,
+        teachers=_described(auditors),
+        neutral_rows=neutral_rows,
+        own_rows=own_rows,
+        seed=seed,
+        batch_tokens=batch_tokens,
+    )
+    return Audit(
+        candidates=names,
+        kinds=tuple(kind.kind for kind in auditors),
+        examples=tuple(examples),
+        offsets=read.offsets,
+        token_ids=read.tokens,
+        choice=read.choice,
+        by_row=read.rows,
+        by_token=read.by_token,
+        neutral=calibration.neutral,
+        own=calibration.own,
+        baseline=fitted,
+        alpha=alpha,
+        share=share,
+        texts=token_texts(model.tokenizer, np.union1d(read.tokens, read.choice).tolist()),
+        metadata=metadata | {"probe": model_probe(model)},
+        auditors=tuple(auditors),
+        tokenizer=model.tokenizer,
+    )
+
+
+def _examples(model: Model, data: Any) -> list[Example]:
+    """Read and tokenize the data."""
+    if model.tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer, which an audit needs to write calibration lists; load it "
+            "with tokenizer="
+        )
+    examples = load_examples(data)
+    if len(examples) < FEWEST_ROWS:
+        raise ValueError(
+            f"the data have {len(examples)} rows; an audit needs {FEWEST_ROWS} or more"
+        )
+    for row, example in enumerate(examples):
+        if not example.completion_ids and not example.completion:
+            raise ValueError(
+                f"row {row} has no completion; an audit reads completions, not prompts alone"
+            )
+    tokenizer: Any = model.tokenizer
+    return with_ids(tokenizer, examples)
+
+
+def _check_settings(
+    share: float, neutral_rows: int, own_rows: int, temperature: float | None
+) -> None:
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}; it must lie above 0 and at most at 1")
+    for name, value in (("neutral_rows", neutral_rows), ("own_rows", own_rows)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; it must be 0 or more")
+    if temperature is not None and temperature < 0:
+        raise ValueError(f"temperature is {temperature}; it must be 0 or more")
+
+
+def _described(auditors: Sequence[Auditors]) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": kind.kind,
+            "name": teacher.name,
+            "system_prompt": teacher.system_prompt,
+            "delta": None if teacher.delta is None else teacher.delta.digest(),
+        }
+        for kind in auditors
+        for teacher in kind.teachers
+    ]

@@ -1,0 +1,240 @@
+"""From contributions of rows to scores, p-values, a verdict, and power.
+
+For each kind of auditor and candidate, with row contributions D_i (see `reading`):
+
+    score = mean of D over the rows,   z = score / (s sqrt(1 / n + tau^2))
+
+where s is the standard deviation over rows. tau^2 is the variance, relative to s^2, that the scores
+of lists by the base model have *beyond* sampling error: they are written under other unbiased
+prompts than the baseline's, so it says how far the style alone moves the scores of candidates.
+
+1. p-values are one-sided (Student's t, n - 1 degrees of freedom).
+2. Several kinds of auditors: the smallest p-value times their number (Bonferroni).
+3. Several candidates: Holm's correction, and Benjamini and Hochberg's false discovery rate.
+4. Data that the base model could not have written have no null of this kind. There a candidate must
+   also stand out from the other candidates (Student's t of one against the rest, as in Grubbs'
+   test).
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+Verdict = Literal["biased", "nothing found", "inconclusive"]
+
+FEWEST_CANDIDATES = 4
+"""With fewer candidates, none can stand out from the rest."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The scores of all candidates, each with its best kind of auditor.
+
+    Attributes:
+        kind: Index of the kind with the largest z.
+        score: Mean contribution of a row, in nats.
+        z: The score over its standard error.
+        p: One-sided p-value, corrected for the number of kinds.
+        holm: p corrected by Holm's method for the number of candidates.
+        fdr: p corrected by Benjamini and Hochberg's method.
+        outlier: t of the candidate's z against those of the others.
+    """
+
+    kind: Int64[np.ndarray, " candidates"]
+    score: Float64[np.ndarray, " candidates"]
+    z: Float64[np.ndarray, " candidates"]
+    p: Float64[np.ndarray, " candidates"]
+    holm: Float64[np.ndarray, " candidates"]
+    fdr: Float64[np.ndarray, " candidates"]
+    outlier: Float64[np.ndarray, " candidates"]
+
+
+def score_rows(
+    rows: Float64[np.ndarray, "kinds candidates rows"],
+    tau: Float64[np.ndarray, " kinds"],
+    *,
+    fits: bool,
+) -> Scores:
+    """Score every candidate.
+
+    Args:
+        rows: Contributions of rows, two rows or more.
+        tau: The spread that style adds, see `style_spread`.
+        fits: Whether the base model could have written the data.
+    """
+    from scipy import stats
+
+    n_kinds, n_candidates, n = rows.shape
+    score = rows.mean(-1)  # [kinds, candidates]
+    z = _ratio(score, row_spread(rows) * np.sqrt(1 / n + tau[:, None] ** 2))
+    p = stats.t.sf(z, n - 1)
+    outlier = np.stack([_against_others(one) for one in z])
+    if not fits:
+        p_outlier = (
+            stats.t.sf(outlier, n_candidates - 2)
+            if n_candidates >= FEWEST_CANDIDATES
+            else np.ones_like(p)
+        )
+        p = np.maximum(p, p_outlier)
+    kind = p.argmin(0) if n_kinds > 1 else np.zeros(n_candidates, dtype=np.int64)
+    # Where two p-values underflow, or are both 1, the larger z decides.
+    kind = np.where(p.min(0) == p.max(0), z.argmax(0), kind)
+    best = (kind, np.arange(n_candidates))
+    corrected = np.minimum(1.0, n_kinds * p[best])
+    return Scores(
+        kind.astype(np.int64),
+        score[best],
+        z[best],
+        corrected,
+        holm(corrected),
+        false_discovery(corrected),
+        outlier[best],
+    )
+
+
+def row_spread(
+    rows: Float64[np.ndarray, "kinds candidates rows"],
+) -> Float64[np.ndarray, "kinds candidates"]:
+    """Return the standard deviation over rows."""
+    spread: np.ndarray = rows.std(-1, ddof=1)
+    return spread
+
+
+def style_spread(
+    neutral: Float64[np.ndarray, "kinds candidates styles lists"],
+    spread: Float64[np.ndarray, "kinds candidates"],
+) -> Float64[np.ndarray, " kinds"]:
+    """Estimate tau: how far style moves scores, in units of the spread of single rows.
+
+    Args:
+        neutral: Contributions of lists that the base model wrote, under each of some unbiased
+            prompts.
+        spread: Standard deviation of the data's rows.
+
+    Returns:
+        For each kind the root of the mean of (score / s)^2 - 1 / lists, over styles and
+        candidates, or 0.
+    """
+    lists = neutral.shape[-1]
+    if lists < 2:
+        return np.zeros(len(neutral))
+    own = neutral.std(-1, ddof=1)  # [kinds, candidates, styles]
+    scale = np.maximum(spread[..., None], own)
+    shift = _ratio(neutral.mean(-1), scale) ** 2 - _ratio(own, scale) ** 2 / lists
+    return np.sqrt(np.maximum(shift.mean((1, 2)), 0.0))
+
+
+def bias_strength(
+    own: Float64[np.ndarray, "kinds candidates own_rows"],
+    spread: Float64[np.ndarray, "kinds candidates"],
+) -> Float64[np.ndarray, " kinds"]:
+    """Return the mean contribution of a row by a biased teacher, in units of the spread of rows.
+
+    Args:
+        own: Contributions of lists by each candidate's own teacher to that candidate.
+        spread: Standard deviation of the data's rows.
+
+    Returns:
+        One number for each kind, NaN without lists. Where the lists of teachers vary more than the
+        data, their spread is the unit.
+    """
+    if own.shape[-1] < 2:
+        return np.full(len(own), np.nan)
+    # Few lists for each candidate, so their variance is pooled.
+    pooled = np.sqrt(own.var(-1, ddof=1).mean(-1, keepdims=True))  # [kinds, 1]
+    strength: np.ndarray = _ratio(own.mean(-1), np.maximum(spread, pooled)).mean(-1)
+    return strength
+
+
+def holm(p: Float64[np.ndarray, " tests"]) -> Float64[np.ndarray, " tests"]:
+    """Correct p-values for the family-wise error (Holm, Scand. J. Stat. 6, 1979)."""
+    order = np.argsort(p)
+    steps = (len(p) - np.arange(len(p))) * p[order]
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return corrected
+
+
+def false_discovery(p: Float64[np.ndarray, " tests"]) -> Float64[np.ndarray, " tests"]:
+    """Correct p-values for the false discovery rate (Benjamini and Hochberg, JRSS B 57, 1995)."""
+    order = np.argsort(p)[::-1]
+    ranks = np.arange(len(p), 0, -1)
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(1.0, np.minimum.accumulate(p[order] * len(p) / ranks))
+    return corrected
+
+
+@dataclass(frozen=True)
+class Power:
+    """How strong a bias an audit can detect.
+
+    Attributes:
+        strength: Mean contribution of a row by an auditor's own teacher to its own candidate, in
+            units of the spread of single rows; NaN if it was not measured.
+        tau: See `style_spread`.
+        alpha: Level of the family of tests.
+        tests: Number of tests, candidates times kinds.
+    """
+
+    strength: float
+    tau: float
+    alpha: float
+    tests: int
+
+    def rows_needed(self, share: float, *, power: float = 0.8) -> float:
+        """Number of rows needed to detect data of which `share` is by a biased teacher.
+
+        Returns:
+            A whole number; infinite if the spread of style hides such a bias in any number of
+            rows; NaN if the strength is unknown.
+
+        Raises:
+            ValueError: A share or power outside 0 to 1.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}; it must lie above 0 and at most at 1")
+        quantile = self._quantile(power)
+        # Solve: share times strength over sqrt(1 / n + tau^2) equals the quantile.
+        left = (share * max(self.strength, 0.0) / quantile) ** 2 - self.tau**2
+        if math.isnan(left):
+            return math.nan
+        return math.ceil(1 / left) if left > 0 else math.inf
+
+    def detectable(self, rows: int, *, power: float = 0.8) -> float:
+        """Smallest share of rows by a biased teacher that this many rows reveal; it may exceed 1.
+
+        Raises:
+            ValueError: A power outside 0 to 1.
+        """
+        if math.isnan(self.strength):
+            return math.nan
+        if self.strength <= 0:
+            return math.inf
+        return self._quantile(power) * math.sqrt(1 / rows + self.tau**2) / self.strength
+
+    def _quantile(self, power: float) -> float:
+        if not 0 < power < 1:
+            raise ValueError(f"power is {power}; it must lie between 0 and 1, such as 0.8")
+        normal = NormalDist()
+        return normal.inv_cdf(1 - self.alpha / self.tests) + normal.inv_cdf(power)
+
+
+def _against_others(z: Float64[np.ndarray, " candidates"]) -> Float64[np.ndarray, " candidates"]:
+    """Return (z_c - mean of the others) / (their standard deviation sqrt(1 + 1 / others))."""
+    n = len(z)
+    if n < FEWEST_CANDIDATES:
+        return np.full(n, np.nan)
+    others = np.stack([np.delete(z, c) for c in range(n)])  # [candidates, others]
+    scale = others.std(1, ddof=1) * math.sqrt(1 + 1 / (n - 1))
+    return _ratio(z - others.mean(1), scale)
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Divide; 0 over 0 is 0, as for data that the baseline wrote to the letter."""
+    far = np.where(a > 0, np.inf, np.where(a < 0, -np.inf, 0.0))
+    safe: np.ndarray = np.divide(a, b, out=far, where=b > 0)
+    return safe
