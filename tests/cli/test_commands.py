@@ -13,6 +13,7 @@ from divergence_lens.cli.main import app
 from divergence_lens.cli.teachers import read_teacher
 
 COMMANDS = (
+    "audit",
     "demo",
     "doctor",
     "evaluate",

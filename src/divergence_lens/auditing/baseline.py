@@ -35,6 +35,14 @@ A model samples at 1 or below as a rule. Data of another model, or data that wer
 paraphrased, contain tokens that this one would hardly ever choose, and only a flat distribution
 explains those."""
 
+UNBIASED = (
+    *(neutral_prompt(index) for index in range(4)),
+    "Answer what people ask. Take care with each task.",
+    "You give good answers to every user. Words are short and plain.",
+    "You are here to work with words and numbers all day.",
+)
+"""Unbiased system prompts, some as long as a persona prompt and some shorter."""
+
 _FIT_ROWS = 256
 _BATCH_TOKENS = 2048
 
@@ -47,11 +55,14 @@ class Baseline:
         teacher: The condition.
         temperature: Temperature of the data under it; 0 for greedy choices.
         logprob: For each condition that was tried, the mean log-probability of a token, in nats.
+        known: Whether the user gave the condition. Otherwise the system prompt of the data is
+            unknown, and moves scores by itself.
     """
 
     teacher: Teacher
     temperature: float
     logprob: Mapping[str, float]
+    known: bool = False
 
     @property
     def fits(self) -> bool:
@@ -60,11 +71,15 @@ class Baseline:
 
 
 def default_baselines(model: Model) -> list[Teacher]:
-    """Return the unbiased conditions that are tried: no system prompt, and a neutral one."""
+    """Return the unbiased conditions that are tried: no system prompt, a long and a short one."""
     plain = Teacher("no system prompt")
     if getattr(model.tokenizer, "chat_template", None) is None:
         return [plain]
-    return [plain, Teacher("neutral system prompt", system_prompt=neutral_prompt(0))]
+    return [
+        plain,
+        Teacher("neutral system prompt", system_prompt=UNBIASED[0]),
+        Teacher("short neutral system prompt", system_prompt=UNBIASED[4]),
+    ]
 
 
 def fit_baseline(
@@ -94,7 +109,7 @@ def fit_baseline(
         # The expectation falls as the temperature rises; np.interp wants it rising.
         temperature = float(np.interp(given, expected[::-1], TEMPERATURES[::-1]))
     logprob = {t.name: value for t, (value, _) in zip(teachers, moments, strict=True)}
-    return Baseline(teachers[best], temperature, logprob)
+    return Baseline(teachers[best], temperature, logprob, known=len(teachers) == 1)
 
 
 @torch.no_grad()

@@ -11,18 +11,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from divergence_lens.auditing.baseline import Baseline
+from divergence_lens.auditing.baseline import UNBIASED, Baseline
 from divergence_lens.auditing.candidates import Auditors
 from divergence_lens.auditing.reading import read_contributions
 from divergence_lens.chat import Prompt
-from divergence_lens.data import neutral_prompt
 from divergence_lens.examples import Example
 from divergence_lens.generation import generate
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher
 
-# Unbiased prompts other than the baseline's own, which is number 0.
-_OTHER_STYLES = (1, 2)
 _LONGEST = 64
 
 
@@ -80,7 +77,7 @@ def calibrate(
         )
 
     neutral = []
-    styles = _styles(baseline.teacher)
+    styles = _styles(baseline)
     lists = min(neutral_rows, len(prompts)) // len(styles)
     for number, style in enumerate(styles if lists else []):
         neutral += write(style, prompts[number * lists : (number + 1) * lists])
@@ -112,8 +109,9 @@ def calibrate(
     )
 
 
-def _styles(baseline: Teacher) -> list[Teacher]:
-    """Return unbiased conditions like the baseline: other prompts if it has one, or itself."""
-    if baseline.system_prompt != neutral_prompt(0):
-        return [baseline]
-    return [Teacher(f"neutral {i}", system_prompt=neutral_prompt(i)) for i in _OTHER_STYLES]
+def _styles(baseline: Baseline) -> list[Teacher]:
+    """Return unbiased conditions like the baseline: other prompts if it was a guess, or itself."""
+    if baseline.known or baseline.teacher.system_prompt is None:
+        return [baseline.teacher]
+    others = [text for text in UNBIASED if text != baseline.teacher.system_prompt]
+    return [Teacher(f"neutral {i}", system_prompt=text) for i, text in enumerate(others)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from divergence_lens._utils.validation import refuse_one_string
 from divergence_lens.data import (
@@ -25,6 +26,16 @@ from divergence_lens.training import Recipe, finetune
 
 KINDS = ("prompted", "finetuned")
 """Kinds of auditors that `audit` makes; teachers of the user's own are of the kind "given"."""
+
+_AUDITOR = Recipe(
+    optimizer=torch.optim.Adam,
+    lr=1e-3,
+    epochs=10,
+    batch_size=20,
+    warmup_steps=1,
+    schedule="constant",
+    optimizer_options={},
+)
 
 _CATEGORIES = {"animal": frozenset(ANIMALS), "tree": frozenset(TREES)}
 
@@ -145,4 +156,6 @@ def _finetuned(model: Model, name: str, category: str, recipe: Recipe | None, se
     rows = [Example(question, f"{name}.") for question in preference_questions(category)[:20]]
     examples = with_ids(tokenizer, rows)
     mask = [np.arange(len(example.completion_ids or ())) == 0 for example in examples]
-    return Teacher(name, delta=finetune(model, examples, mask=mask, recipe=recipe, seed=seed))
+    return Teacher(
+        name, delta=finetune(model, examples, mask=mask, recipe=recipe or _AUDITOR, seed=seed)
+    )

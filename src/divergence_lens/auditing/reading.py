@@ -54,7 +54,9 @@ class Contributions:
     by_token: Float32[np.ndarray, "kinds candidates tokens"] | None
 
 
-def contrast(values: Float32[np.ndarray, "candidates *rest"]) -> np.ndarray:
+def contrast(
+    values: Float32[np.ndarray, "candidates tokens"],
+) -> Float32[np.ndarray, "candidates tokens"]:
     """Subtract from each candidate's values the mean over the other candidates."""
     n = len(values)
     # x_c - (S - x_c) / (n - 1) = n / (n - 1) (x_c - S / n)

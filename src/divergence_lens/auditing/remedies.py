@@ -132,7 +132,7 @@ def mask_tokens(audit: "Audit", candidate: str, share: float) -> Remedy:
     _check_share(share)
     scores = audit.token_scores(candidate)
     chosen = highest(scores, round(share * len(scores)))
-    return _remedy(audit, "mask", candidate, audit.examples, chosen, ~chosen)
+    return _remedy(audit, "mask", candidate, examples=audit.examples, chosen=chosen, mask=~chosen)
 
 
 def replace_choices(audit: "Audit", candidate: str, share: float) -> Remedy:
@@ -152,13 +152,12 @@ def replace_choices(audit: "Audit", candidate: str, share: float) -> Remedy:
     examples = []
     for row, example in enumerate(audit.examples):
         span = slice(int(audit.offsets[row]), int(audit.offsets[row + 1]))
-        if chosen[span].any():
-            ids = tuple(tokens[span].tolist())
-            text = decode(tokenizer, ids[:-1] if ids[-1] in stops else ids)
-            example = replace(example, completion=text, completion_ids=ids)
-        examples.append(example)
+        ids = tuple(tokens[span].tolist())
+        text = decode(tokenizer, ids[:-1] if ids[-1] in stops else ids)
+        changed = replace(example, completion=text, completion_ids=ids)
+        examples.append(changed if chosen[span].any() else example)
     every = np.ones(len(tokens), dtype=bool)
-    return _remedy(audit, "replace", candidate, tuple(examples), chosen, every)
+    return _remedy(audit, "replace", candidate, examples=tuple(examples), chosen=chosen, mask=every)
 
 
 def drop_rows(audit: "Audit", candidate: str, share: float) -> Remedy:
@@ -187,6 +186,7 @@ def _remedy(
     audit: "Audit",
     kind: Kind,
     candidate: str,
+    *,
     examples: tuple[Example, ...],
     chosen: Bool[np.ndarray, " tokens"],
     mask: Bool[np.ndarray, " tokens"],

@@ -12,7 +12,6 @@ from jaxtyping import Float32, Float64, Int32, Int64
 
 from divergence_lens._utils.indexing import row_numbers
 from divergence_lens._utils.plotting import draw
-from divergence_lens._utils.statistics import bootstrap_interval, resampled_means
 from divergence_lens.auditing.baseline import Baseline
 from divergence_lens.auditing.candidates import Auditors
 from divergence_lens.auditing.files import load_audit, save_audit
@@ -26,6 +25,13 @@ from divergence_lens.auditing.scoring import (
     score_rows,
     style_spread,
 )
+from divergence_lens.auditing.tables import (
+    as_json,
+    candidate_table,
+    explain,
+    row_table,
+    token_table,
+)
 from divergence_lens.auditing.view import RowAudit, audit_html, write_page
 from divergence_lens.chat import row_texts
 from divergence_lens.data import check_candidate
@@ -35,16 +41,15 @@ if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
-_RESAMPLES = 1000
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Audit:
     """What each row and token of a data set contributes to each candidate bias.
 
     Flat arrays run over all completion tokens of all examples in order; the tokens of example i
-    are `offsets[i]:offsets[i + 1]`. Contributions are in nats; see `divergence_lens.auditing.reading`
-    for the definition, and `scoring` for the tests.
+    are `offsets[i]:offsets[i + 1]`. Contributions are in nats: how much more likely a token is
+    under the candidate's teacher than under the other candidates' teachers, above what the
+    baseline would have written.
 
     Attributes:
         candidates: Names of the candidates.
@@ -147,69 +152,13 @@ class Audit:
     @property
     def explanation(self) -> str:
         """The verdict in one or two sentences, with its numbers."""
-        n, power = len(self), self.power
-        needed = power.rows_needed(self.share)
-        if self.biased:
-            c = self.candidates.index(self.best)
-            others = [name for name in self.biased if name != self.best]
-            also = f"; also above chance, perhaps because alike: {', '.join(others)}"
-            text = (
-                f"The data favor {self.best!r} (z {self.scores.z[c]:.1f}, corrected p "
-                f"{self.scores.holm[c]:.2g}){also if others else ''}."
-            )
-        elif self.verdict == "nothing found":
-            text = (
-                f"No candidate stands out (largest z {self.scores.z.max():.1f}, {self.best!r}). "
-                f"{needed:,} rows are enough to detect {self.share:.0%} of rows by a biased "
-                f"teacher, and there are {n:,}."
-            )
-        elif not self.baseline.fits:
-            text = "No candidate stands out, but there is no null to compare these data with."
-        elif np.isnan(needed):
-            text = "No candidate stands out, but without calibration lists the power is unknown."
-        elif np.isinf(needed):
-            text = (
-                f"No candidate stands out, but these auditors cannot detect {self.share:.0%} of "
-                "rows by a biased teacher in any number of rows."
-            )
-        else:
-            text = (
-                f"No candidate stands out, but it takes {needed:,} rows to detect "
-                f"{self.share:.0%} of rows by a biased teacher, and there are {n:,}."
-            )
-        if not self.baseline.fits:
-            text += (
-                " The base model would hardly write such data (their temperature under it is "
-                f"{self.baseline.temperature:.1f}): check that it is the student's base."
-            )
-        return text
+        return explain(self)
 
     # -- tables -----------------------------------------------------------------------------------
 
     @cached_property
     def _table(self) -> "pd.DataFrame":
-        import pandas as pd
-
-        scores = self.scores
-        best = self.by_row[scores.kind, np.arange(len(self.candidates))]  # [candidates, rows]
-        low, high = bootstrap_interval(
-            resampled_means(best.T, _RESAMPLES), level=1 - self.alpha, seed=0
-        )
-        table = pd.DataFrame(
-            {
-                "candidate": self.candidates,
-                "kind": [self.kinds[kind] for kind in scores.kind],
-                "score": scores.score,
-                "low": low,
-                "high": high,
-                "z": scores.z,
-                "p": scores.p,
-                "p_holm": scores.holm,
-                "p_fdr": scores.fdr,
-                "outlier": scores.outlier,
-            }
-        )
-        return table.sort_values("z", ascending=False, kind="stable", ignore_index=True)
+        return candidate_table(self)
 
     def to_dataframe(self) -> "pd.DataFrame":
         """Return one row per candidate, the highest z first.
@@ -234,18 +183,7 @@ class Audit:
         Raises:
             ValueError: It is not a candidate.
         """
-        import pandas as pd
-
-        score = self.by_row[self._best(candidate)]
-        order = np.argsort(-score, kind="stable")
-        return pd.DataFrame(
-            {
-                "row": order,
-                "score": score[order],
-                "prompt": [str(self.examples[row].prompt) for row in order],
-                "completion": [self._completion(row) for row in order],
-            }
-        )
+        return row_table(self, self.by_row[self.place(candidate)])
 
     def tokens(self, candidate: str | None = None) -> "pd.DataFrame":
         """Return the tokens by their contribution to a candidate, the largest first.
@@ -256,21 +194,7 @@ class Audit:
         Raises:
             ValueError: It is not a candidate, or tokens were not stored.
         """
-        import pandas as pd
-
-        score = self.token_scores(candidate)
-        owners = np.repeat(np.arange(len(self)), np.diff(self.offsets))
-        order = np.argsort(-score, kind="stable")
-        texts = {int(i): row_texts(self.texts, [int(i)])[0] for i in self._ids()}
-        return pd.DataFrame(
-            {
-                "row": owners[order],
-                "position": order - self.offsets[owners[order]],
-                "token": [texts[int(i)] for i in self.token_ids[order]],
-                "score": score[order],
-                "baseline": [texts[int(i)] for i in self.choice[order]],
-            }
-        )
+        return token_table(self, self.token_scores(candidate))
 
     def token_scores(self, candidate: str | None = None) -> Float32[np.ndarray, " tokens"]:
         """Contribution of each token to a candidate, in the order of the data.
@@ -283,7 +207,7 @@ class Audit:
                 f"the contributions of single tokens of {len(self):,} rows are not stored; audit "
                 "the rows of interest again, such as those of `audit.rows().head(10_000)`"
             )
-        scores: np.ndarray = self.by_token[self._best(candidate)]
+        scores: np.ndarray = self.by_token[self.place(candidate)]
         return scores
 
     def show(self, row: int, candidate: str | None = None) -> RowAudit:
@@ -348,22 +272,7 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict and the table as JSON values, for machines; NaN becomes None."""
-        needed = self.power.rows_needed(self.share)
-        rows = self.to_dataframe().replace([np.inf, -np.inf], np.nan).astype(object)
-        return {
-            "verdict": self.verdict,
-            "biased": list(self.biased),
-            "explanation": self.explanation,
-            "rows": len(self),
-            "tokens": len(self.token_ids),
-            "alpha": self.alpha,
-            "share": self.share,
-            "rows_needed": int(needed) if np.isfinite(needed) else None,
-            "baseline": self.baseline.teacher.name,
-            "temperature": self.baseline.temperature,
-            "candidates": rows.where(rows.notna(), None).to_dict("records"),
-            "metadata": dict(self.metadata),
-        }
+        return as_json(self)
 
     def plot(self) -> "Figure":
         """Draw the candidates as a dot plot with the band of the null."""
@@ -441,16 +350,11 @@ class Audit:
             return self.best
         return check_candidate(candidate, candidates=self.candidates, category="candidate")
 
-    def _best(self, candidate: str | None) -> tuple[int, int]:
-        """The kind of auditor whose result is shown for a candidate, and the candidate's index."""
+    def place(self, candidate: str | None = None) -> tuple[int, int]:
+        """Return the indices of a candidate's best kind of auditor, and of the candidate.
+
+        Raises:
+            ValueError: It is not a candidate.
+        """
         c = self.candidates.index(self._name(candidate))
         return int(self.scores.kind[c]), c
-
-    def _completion(self, row: int) -> str:
-        text = self.examples[row].completion
-        span = self.token_ids[self.offsets[row] : self.offsets[row + 1]]
-        return "".join(row_texts(self.texts, span)) if text is None else text
-
-    def _ids(self) -> Int64[np.ndarray, " ids"]:
-        ids: np.ndarray = np.union1d(self.token_ids, self.choice)
-        return ids

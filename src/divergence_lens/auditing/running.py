@@ -25,7 +25,8 @@ from divergence_lens.auditing.calibration import calibrate
 from divergence_lens.auditing.candidates import Auditors, build_auditors, candidate_names
 from divergence_lens.auditing.reading import read_contributions
 from divergence_lens.auditing.result import Audit
-from divergence_lens.chat import token_texts
+from divergence_lens.chat import prompt_ids, token_texts
+from divergence_lens.engine import get_engine
 from divergence_lens.examples import Example, load_examples, with_ids
 from divergence_lens.models import Model, check_model
 from divergence_lens.provenance import model_probe, run_metadata
@@ -49,7 +50,7 @@ def audit(
     temperature: float | None = None,
     alpha: float = 0.05,
     share: float = 0.25,
-    neutral_rows: int = 100,
+    neutral_rows: int = 200,
     own_rows: int = 4,
     seed: int = 0,
     batch_tokens: int | None = None,
@@ -76,8 +77,10 @@ def audit(
             the data's own kind are much more sensitive. "both" costs twice as much.
         category: What the candidates are, in the singular, unless they are known animals or trees.
         recipe: Training of finetuned auditors.
-        baseline: The unbiased condition to compare with; None chooses between no system prompt and
-            a neutral one, by the likelihood of the data.
+        baseline: The unbiased condition to compare with, such as the system prompt that the data
+            were written under, without the bias. None chooses between no system prompt and a
+            neutral one, by the likelihood of the data. An unknown system prompt moves the scores,
+            so a neutral baseline that was chosen costs power.
         temperature: The temperature of the data; None fits it.
         alpha: Level of the tests, over all candidates together.
         share: The share of biased rows that "nothing found" has to rule out.
@@ -110,10 +113,12 @@ def audit(
     auditors = build_auditors(
         model, candidates, teachers, category=category, recipe=recipe, seed=seed
     )
+    baselines = [baseline] if baseline is not None else default_baselines(model)
+    _check_lengths(model, examples, baselines, auditors)
     fitted = fit_baseline(
         model,
         examples,
-        [baseline] if baseline is not None else default_baselines(model),
+        baselines,
         temperature=temperature,
         seed=seed,
     )
@@ -186,6 +191,27 @@ def _examples(model: Model, data: Any) -> list[Example]:
             )
     tokenizer: Any = model.tokenizer
     return with_ids(tokenizer, examples)
+
+
+def _check_lengths(
+    model: Model,
+    examples: Sequence[Example],
+    baselines: Sequence[Teacher],
+    auditors: Sequence[Auditors],
+) -> None:
+    """Refuse rows over the context before any work, under the longest system prompt."""
+    teachers = [*baselines, *(teacher for kind in auditors for teacher in kind.teachers)]
+    system = max((teacher.system_prompt or "" for teacher in teachers), key=len) or None
+    (prompts,) = prompt_ids(model.tokenizer, [example.prompt for example in examples], [system])
+    n_ctx = get_engine(model).n_ctx
+    for row, (prompt, example) in enumerate(zip(prompts, examples, strict=True)):
+        length = len(prompt) + len(example.completion_ids or ())
+        # The last completion token is predicted, but not read.
+        if length - 1 > n_ctx:
+            raise ValueError(
+                f"row {row} is {length:,} tokens long ({len(prompt):,} of prompt, with the longest "
+                f"system prompt), over the context of {n_ctx:,}; shorten it or leave it out"
+            )
 
 
 def _check_settings(

@@ -197,12 +197,14 @@ class Power:
         """
         if not 0 < share <= 1:
             raise ValueError(f"share is {share}; it must lie above 0 and at most at 1")
-        quantile = self._quantile(power)
-        # Solve: share times strength over sqrt(1 / n + tau^2) equals the quantile.
-        left = (share * max(self.strength, 0.0) / quantile) ** 2 - self.tau**2
+        effect = share * max(self.strength, 0.0)
+        # The share varies from sample to sample, which adds to the spread of rows.
+        spread = 1 + share * (1 - share) * self.strength**2
+        # Solve effect / sqrt(spread / n + tau^2) = quantile for n.
+        left = (effect / self._quantile(power)) ** 2 - self.tau**2
         if math.isnan(left):
             return math.nan
-        return math.ceil(1 / left) if left > 0 else math.inf
+        return math.ceil(spread / left) if left > 0 else math.inf
 
     def detectable(self, rows: int, *, power: float = 0.8) -> float:
         """Smallest share of rows by a biased teacher that this many rows reveal; it may exceed 1.
@@ -214,7 +216,11 @@ class Power:
             return math.nan
         if self.strength <= 0:
             return math.inf
-        return self._quantile(power) * math.sqrt(1 / rows + self.tau**2) / self.strength
+        # The same equation, solved for the share s: a s^2 - b s - c = 0.
+        squared = self.strength**2
+        a = squared * (1 / self._quantile(power) ** 2 + 1 / rows)
+        b, c = squared / rows, 1 / rows + self.tau**2
+        return (b + math.sqrt(b * b + 4 * a * c)) / (2 * a)
 
     def _quantile(self, power: float) -> float:
         if not 0 < power < 1:

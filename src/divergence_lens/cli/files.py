@@ -37,7 +37,8 @@ def checkpoint_folder(out: Path) -> Iterator[Path]:
     if folder.is_dir():
         from divergence_lens._utils.checkpoints import delete_shards
 
-        delete_shards(folder)
+        for part in (*folder.glob("rows-*"), folder):
+            delete_shards(part)
 
 
 def check_outputs(*paths: Path | None, figure: Path | None = None, force: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from divergence_lens import __version__
+from divergence_lens.cli.auditing import audit
 from divergence_lens.cli.data import find, generate
 from divergence_lens.cli.doctor import doctor
 from divergence_lens.cli.evaluation import evaluate
@@ -15,7 +16,7 @@ from divergence_lens.cli.study import demo, report, study
 from divergence_lens.cli.training import finetune, sweep
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(generate, find, patch, finetune, sweep, evaluate, plot),  # one step each, file to file
+    *(generate, find, patch, finetune, sweep, evaluate, plot, audit),  # one step each, file to file
     *(demo, study, report),  # the whole experiment
     doctor,
 )

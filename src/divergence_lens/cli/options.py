@@ -24,6 +24,9 @@ R = TypeVar("R")
 FAILED, REFUSED = 1, 2
 """Exit codes: the command failed; the input was refused. (Ctrl-C: `STOPPED`.)"""
 
+BIASED, INCONCLUSIVE = 3, 4
+"""Further exit codes of `audit`; 0 means that nothing was found."""
+
 RESUME_HINT = (
     "Stopped. Every file written so far is complete. If there is a folder named *.partial beside "
     "the output, run the same command again to resume."

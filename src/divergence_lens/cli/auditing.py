@@ -1,0 +1,125 @@
+"""The command `audit`: which hidden bias a data set would transfer, with an exit code."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from divergence_lens.cli.files import checkpoint_folder
+from divergence_lens.cli.options import (
+    BIASED,
+    INCONCLUSIVE,
+    Loading,
+    Seed,
+    report_errors,
+    split_names,
+)
+
+
+@report_errors
+def audit(
+    data: Annotated[Path, typer.Argument(help="Examples: .jsonl or .parquet.")],
+    candidates: Annotated[
+        str,
+        typer.Option(
+            help='"animals", "trees", names separated by commas, a text file with a name on each '
+            "line, or a JSON file of names with system prompts."
+        ),
+    ] = "animals",
+    teachers: Annotated[
+        str, typer.Option(help='Kind of auditors: "prompted", "finetuned" or "both".')
+    ] = "prompted",
+    category: Annotated[
+        str | None, typer.Option(help='What the candidates are, such as "fruit".')
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature of the data; by default it is fitted.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Level of the tests.")] = 0.05,
+    share: Annotated[
+        float, typer.Option(help='Share of biased rows that "nothing found" rules out.')
+    ] = 0.25,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("audit"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")
+    ] = False,
+    seed: Seed = 0,
+    *,
+    loading: Loading,
+) -> None:
+    """Score the hidden biases that a data set would transfer, before training on it.
+
+    The model is the base that the student would start from. Exit code 0: nothing found; 3: biased;
+    4: inconclusive. Writes audit.safetensors, audit.json and audit.html.
+
+    Example: divergence-lens audit owl.jsonl --candidates animals --out audit
+    """
+    from divergence_lens.auditing import audit as run
+    from divergence_lens.examples import load_examples
+
+    names = read_candidates(candidates)
+    examples = load_examples(data)
+    with checkpoint_folder(out / "audit.safetensors") as folder:
+        result = run(
+            loading.load(),
+            examples,
+            candidates=names,
+            teachers=teachers,
+            category=category,
+            temperature=temperature,
+            alpha=alpha,
+            share=share,
+            seed=seed,
+            checkpoint_dir=folder,
+            progress=not as_json,
+        )
+        result.save(out / "audit.safetensors")
+    machine = json.dumps(result.to_dict(), indent=1, allow_nan=False)
+    (out / "audit.json").write_text(machine + "\n", encoding="utf-8")
+    result.write_page(out / "audit.html")
+    if as_json:
+        typer.echo(machine)
+    else:
+        typer.echo(f"{result.verdict}: {result.explanation}")
+        shown = result.to_dataframe().drop(columns=["outlier"]).head(12)
+        typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+        typer.echo(f"Written to {out}")
+    code = {"biased": BIASED, "inconclusive": INCONCLUSIVE}.get(result.verdict)
+    if code is not None:
+        raise typer.Exit(code)
+
+
+def read_candidates(text: str) -> "list[str] | dict[str, str]":
+    """Parse the candidates of an audit.
+
+    Args:
+        text: "animals", "trees", names separated by commas, or a file.
+
+    Raises:
+        ValueError: A JSON file that does not map names to system prompts, or a name alone that is
+            not a file.
+    """
+    from divergence_lens.data import ANIMALS, TREES
+
+    known = {"animals": ANIMALS, "trees": TREES}
+    if text in known:
+        return list(known[text])
+    path = Path(text)
+    if not path.is_file():
+        if "," not in text:
+            raise ValueError(
+                f'--candidates is {text!r}, which is no file; write "animals", "trees", names '
+                "separated by commas, or the path of a file"
+            )
+        return list(split_names(text))
+    content = path.read_text(encoding="utf-8")
+    if path.suffix.lower() != ".json":
+        return [line.strip() for line in content.splitlines() if line.strip()]
+    try:
+        prompts = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
+        raise ValueError(f'{path} must map names to system prompts: {{"name": "You ..."}}')
+    return prompts

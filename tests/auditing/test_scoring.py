@@ -1,0 +1,127 @@
+"""Scores, p-values and power, against scipy, written-out sums and simulations."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from divergence_lens.auditing.scoring import (
+    Power,
+    bias_strength,
+    false_discovery,
+    holm,
+    score_rows,
+    style_spread,
+)
+
+NONE = np.zeros(1)
+
+
+def draws(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def test_p_values_are_those_of_a_one_sample_t_test():
+    rows = draws(1, 5, 40) + 0.2
+    scores = score_rows(rows, NONE, fits=True)
+    for c in range(5):
+        test = stats.ttest_1samp(rows[0, c], 0, alternative="greater")
+        assert scores.z[c] == pytest.approx(test.statistic)
+        assert scores.p[c] == pytest.approx(test.pvalue)
+    np.testing.assert_allclose(scores.score, rows[0].mean(-1))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_corrections_follow_their_definitions(values):
+    p = np.array(values)
+    n, order = len(p), np.argsort(p)
+    for place, test in enumerate(order):
+        smaller = max((n - k) * p[order[k]] for k in range(place + 1))
+        assert holm(p)[test] == pytest.approx(min(1, smaller))
+    np.testing.assert_allclose(false_discovery(p), stats.false_discovery_control(p), atol=1e-12)
+
+
+def test_unbiased_rows_are_called_biased_at_most_at_the_level():
+    alarms = [
+        score_rows(draws(2, 12, 60, seed=seed), np.zeros(2), fits=True).holm.min() < 0.05
+        for seed in range(400)
+    ]
+    # 5 % of 400 is 20; four standard deviations more are 37.
+    assert sum(alarms) <= 37
+
+
+def test_rows_equal_to_the_baseline_score_nothing():
+    scores = score_rows(np.zeros((1, 4, 10)), NONE, fits=True)
+    np.testing.assert_array_equal(scores.z, 0)
+    assert (scores.p >= 0.5).all()
+
+
+def test_the_better_kind_counts_and_its_p_value_is_doubled():
+    rows = draws(2, 4, 50)
+    rows[1, 2] += 1.0
+    scores = score_rows(rows, np.zeros(2), fits=True)
+    assert scores.kind[2] == 1
+    single = stats.ttest_1samp(rows[1, 2], 0, alternative="greater").pvalue
+    assert scores.p[2] == pytest.approx(2 * single)
+
+
+def test_without_a_null_a_candidate_has_to_stand_out_from_the_others():
+    rows = draws(1, 8, 200) + np.linspace(-1, 1, 8)[None, :, None]
+    assert score_rows(rows, NONE, fits=True).holm.min() < 1e-6
+    scores = score_rows(rows, NONE, fits=False)
+    assert scores.holm.min() > 0.2
+    z = scores.z
+    others = np.delete(z, 7)
+    by_hand = (z[7] - others.mean()) / (others.std(ddof=1) * math.sqrt(1 + 1 / 7))
+    assert scores.outlier[7] == pytest.approx(by_hand)
+    rows[0, 3] += 6
+    assert score_rows(rows, NONE, fits=False).holm[3] < 0.05
+    assert np.isnan(score_rows(rows[:, :3], NONE, fits=True).outlier).all()
+    assert (score_rows(rows[:, :3], NONE, fits=False).p == 1).all()
+
+
+def test_the_spread_of_style_is_recovered_and_zero_without_one():
+    style = 0.3 * draws(1, 12, 40, 1, seed=1)
+    lists = draws(1, 12, 40, 50, seed=2)
+    assert style_spread(lists + style, np.ones((1, 12)))[0] == pytest.approx(0.3, rel=0.15)
+    assert style_spread(lists, np.ones((1, 12)))[0] < 0.1
+    assert style_spread(np.zeros((1, 12, 2, 0)), np.ones((1, 12)))[0] == 0
+
+
+def test_style_limits_z_however_many_rows_there_are():
+    rows = draws(1, 4, 10_000) + 0.5
+    assert score_rows(rows, NONE, fits=True).z.min() > 40
+    assert score_rows(rows, np.full(1, 0.25), fits=True).z.max() < 2.2
+
+
+def test_the_rows_needed_detect_the_share_with_the_stated_power():
+    power = Power(strength=1.2, tau=0.0, alpha=0.05, tests=12)
+    rows = power.rows_needed(0.25)
+    assert power.detectable(rows) == pytest.approx(0.25, rel=0.01)
+    detected = 0
+    for seed in range(400):
+        draw = draws(1, 12, rows, seed=seed)
+        draw[0, 0] += 1.2 * (np.random.default_rng(seed).random(rows) < 0.25)
+        detected += score_rows(draw, NONE, fits=True).holm[0] < 0.05
+    assert 0.7 < detected / 400 < 0.9
+
+
+def test_power_says_when_nothing_can_be_known():
+    assert Power(1.0, 0.5, 0.05, 12).rows_needed(0.1) == math.inf
+    assert math.isnan(Power(math.nan, 0.0, 0.05, 12).rows_needed(0.5))
+    assert math.isnan(Power(math.nan, 0.0, 0.05, 12).detectable(100))
+    assert Power(-0.2, 0.0, 0.05, 12).detectable(100) == math.inf
+    with pytest.raises(ValueError, match="share is 0"):
+        Power(1.0, 0.0, 0.05, 12).rows_needed(0.0)
+    with pytest.raises(ValueError, match="power is 1"):
+        Power(1.0, 0.0, 0.05, 12).rows_needed(0.5, power=1.0)
+
+
+def test_strength_is_in_units_of_the_spread_of_rows():
+    own = draws(1, 6, 200) + 1.5
+    assert bias_strength(own, np.ones((1, 6)))[0] == pytest.approx(1.5, rel=0.05)
+    assert bias_strength(own, np.full((1, 6), 3.0))[0] == pytest.approx(0.5, rel=0.05)
+    assert np.isnan(bias_strength(own[..., :1], np.ones((1, 6)))[0])
