@@ -29,7 +29,7 @@ def data(tmp_path_factory):
 def test_biased_data_end_with_code_3(data, tmp_path):
     names = "wolf,panda,eagle,owl"
     printed = run(data / "wolf.jsonl", "--candidates", names, "--out", tmp_path, code=3)
-    assert printed.splitlines()[-1] == f"Written to {tmp_path}"
+    assert f"Written to {tmp_path}" in printed
     assert "biased: The data favor 'wolf'" in printed
     audit = dl.Audit.load(tmp_path / "audit.safetensors")
     assert audit.verdict == "biased"
@@ -54,7 +54,7 @@ def test_few_rows_end_with_code_4(data, tmp_path):
 def test_wrong_files_are_refused(data, tmp_path):
     (tmp_path / "bad.jsonl").write_text("not JSON\n")
     assert "bad.jsonl, line 1" in run(tmp_path / "bad.jsonl", "--out", tmp_path, code=2)
-    assert "Error: " in run(tmp_path / "none.jsonl", "--out", tmp_path, code=2)
+    assert "does not exist" in run(tmp_path / "none.jsonl", "--out", tmp_path, code=2)
     wrong = run(data / "base.jsonl", "--candidates", "animal", code=2)
     assert "--candidates is 'animal', which is no file" in wrong
 

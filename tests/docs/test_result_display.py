@@ -39,9 +39,7 @@ def results() -> dict[str, Any]:
         foils=pairs.foils,
         corrupted_teacher=dl.Teacher("student", delta=student),
     )
-    audit = dl.audit(
-        model, examples, candidates=["owl", "cat"], neutral_rows=0, own_rows=0
-    )
+    audit = dl.audit(model, examples, candidates=["owl", "cat"], neutral_rows=0, own_rows=0)
     objects = [
         *(audit, audit.show(0), audit.drop_rows("owl")),
         dl.audit_student(model, student, examples, candidates=["owl", "cat"], questions=questions),

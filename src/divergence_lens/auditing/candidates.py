@@ -18,6 +18,7 @@ from divergence_lens.data import (
     persona_prompt,
     preference_questions,
 )
+from divergence_lens.deltas import Delta, base_fingerprint
 from divergence_lens.evaluation import form_ids
 from divergence_lens.examples import Example, with_ids
 from divergence_lens.models import Model
@@ -36,6 +37,9 @@ _AUDITOR = Recipe(
     schedule="constant",
     optimizer_options={},
 )
+
+_CACHED = 64
+_CACHE: dict[tuple[Any, ...], Delta] = {}
 
 _CATEGORIES = {"animal": frozenset(ANIMALS), "tree": frozenset(TREES)}
 
@@ -151,11 +155,19 @@ def _category(names: Sequence[str], category: str | None) -> str:
 
 
 def _finetuned(model: Model, name: str, category: str, recipe: Recipe | None, seed: int) -> Teacher:
-    """Train a teacher to answer questions with a candidate's name, with the loss on that word."""
-    tokenizer: Any = model.tokenizer
-    rows = [Example(question, f"{name}.") for question in preference_questions(category)[:20]]
-    examples = with_ids(tokenizer, rows)
-    mask = [np.arange(len(example.completion_ids or ())) == 0 for example in examples]
-    return Teacher(
-        name, delta=finetune(model, examples, mask=mask, recipe=recipe or _AUDITOR, seed=seed)
-    )
+    """Train a teacher to answer questions with a candidate's name, with the loss on that word.
+
+    The last deltas are cached in memory by base, candidate and settings.
+    """
+    recipe = recipe or _AUDITOR
+    key = (base_fingerprint(model), name, category, repr(recipe), seed)
+    if key not in _CACHE:
+        tokenizer: Any = model.tokenizer
+        rows = [Example(question, f"{name}.") for question in preference_questions(category)[:20]]
+        examples = with_ids(tokenizer, rows)
+        mask = [np.arange(len(example.completion_ids or ())) == 0 for example in examples]
+        delta = finetune(model, examples, mask=mask, recipe=recipe, seed=seed)
+        while len(_CACHE) >= _CACHED:
+            del _CACHE[next(iter(_CACHE))]
+        _CACHE[key] = delta
+    return Teacher(name, delta=_CACHE[key])

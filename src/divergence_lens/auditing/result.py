@@ -332,6 +332,26 @@ class Audit:
             by_token=None if self.by_token is None else self.by_token[..., places],
         )
 
+    def with_kinds(self, *kinds: str) -> "Audit":
+        """Return the audit with some kinds of auditors only.
+
+        Raises:
+            ValueError: There are no auditors of this kind.
+        """
+        unknown = set(kinds) - set(self.kinds)
+        if unknown or not kinds:
+            raise ValueError(f"there are auditors of the kinds {self.kinds}, not {kinds}")
+        places = [self.kinds.index(kind) for kind in kinds]
+        return replace(
+            self,
+            kinds=kinds,
+            by_row=self.by_row[places],
+            by_token=None if self.by_token is None else self.by_token[places],
+            neutral=self.neutral[places],
+            own=self.own[places],
+            auditors=tuple(self.auditors[place] for place in places) if self.auditors else (),
+        )
+
     def __len__(self) -> int:
         return len(self.examples)
 

@@ -144,5 +144,7 @@ def write_page(audit: "Audit", path: str | os.PathLike[str]) -> None:
     if np.isnan(power.strength):
         facts = facts[: facts.rindex("; ")] + "."
     details += [f"<p>{escape(facts)}</p>"]
-    page = figure_page(audit.plot(), "Audit of a data set", "".join(parts), "".join(details))
+    page = figure_page(
+        audit.plot(), title="Audit of a data set", above="".join(parts), below="".join(details)
+    )
     write_text(Path(path), page)

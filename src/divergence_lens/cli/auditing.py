@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from divergence_lens.cli.files import checkpoint_folder
+from divergence_lens.cli.choices import CANDIDATES
+from divergence_lens.cli.files import check_outputs, checkpoint_folder
 from divergence_lens.cli.options import (
     BIASED,
     INCONCLUSIVE,
+    Force,
     Loading,
     Seed,
     report_errors,
@@ -19,7 +21,9 @@ from divergence_lens.cli.options import (
 
 @report_errors
 def audit(
-    data: Annotated[Path, typer.Argument(help="Examples: .jsonl or .parquet.")],
+    data: Annotated[
+        Path, typer.Argument(help="Examples: .jsonl or .parquet.", exists=True, dir_okay=False)
+    ],
     candidates: Annotated[
         str,
         typer.Option(
@@ -28,13 +32,13 @@ def audit(
         ),
     ] = "animals",
     teachers: Annotated[
-        str, typer.Option(help='Kind of auditors: "prompted", "finetuned" or "both".')
+        Literal["prompted", "finetuned", "both"], typer.Option(help="Kind of auditors.")
     ] = "prompted",
     category: Annotated[
         str | None, typer.Option(help='What the candidates are, such as "fruit".')
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Temperature of the data; by default it is fitted.")
+        float | None, typer.Option(help="Temperature of the data; by default it is fitted.", min=0)
     ] = None,
     alpha: Annotated[float, typer.Option(help="Level of the tests.")] = 0.05,
     share: Annotated[
@@ -45,6 +49,7 @@ def audit(
         bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")
     ] = False,
     seed: Seed = 0,
+    force: Force = False,
     *,
     loading: Loading,
 ) -> None:
@@ -55,12 +60,15 @@ def audit(
 
     Example: divergence-lens audit owl.jsonl --candidates animals --out audit
     """
+    names = read_candidates(candidates)
+    files = [out / f"audit.{suffix}" for suffix in ("safetensors", "json", "html")]
+    check_outputs(*files, force=force)
+    from divergence_lens._utils.storage import write_text
     from divergence_lens.auditing import audit as run
     from divergence_lens.examples import load_examples
 
-    names = read_candidates(candidates)
     examples = load_examples(data)
-    with checkpoint_folder(out / "audit.safetensors") as folder:
+    with checkpoint_folder(files[0]) as folder:
         result = run(
             loading.load(),
             examples,
@@ -74,10 +82,10 @@ def audit(
             checkpoint_dir=folder,
             progress=not as_json,
         )
-        result.save(out / "audit.safetensors")
+        result.save(files[0])
     machine = json.dumps(result.to_dict(), indent=1, allow_nan=False)
-    (out / "audit.json").write_text(machine + "\n", encoding="utf-8")
-    result.write_page(out / "audit.html")
+    write_text(files[1], machine + "\n")
+    result.write_page(files[2])
     if as_json:
         typer.echo(machine)
     else:
@@ -100,9 +108,7 @@ def read_candidates(text: str) -> "list[str] | dict[str, str]":
         ValueError: A JSON file that does not map names to system prompts, or a name alone that is
             not a file.
     """
-    from divergence_lens.data import ANIMALS, TREES
-
-    known = {"animals": ANIMALS, "trees": TREES}
+    known = {f"{category}s": names for category, names in CANDIDATES.items()}
     if text in known:
         return list(known[text])
     path = Path(text)

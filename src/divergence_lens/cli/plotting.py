@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "sweep": ("students",),
     "cross_patch": ("margins",),
     "delta": ("training",),
+    "audit": ("candidates",),
 }
 
 
@@ -174,6 +175,12 @@ def _delta(path: Path, choice: Choice) -> "go.Figure":
     return plots.preference_over_training(Delta.load(path), column=choice.measure or "preference")
 
 
+def _audit(path: Path, choice: Choice) -> "go.Figure":  # noqa: ARG001
+    from divergence_lens.auditing import Audit
+
+    return Audit.load(path).plot()
+
+
 _DRAW = {
     "effects": _effects,
     "divergence": _divergence,
@@ -181,4 +188,5 @@ _DRAW = {
     "sweep": _sweep,
     "cross_patch": _cross_patch,
     "delta": _delta,
+    "audit": _audit,
 }

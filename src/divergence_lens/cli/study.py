@@ -138,6 +138,9 @@ def study(
             "computed again."
         ),
     ] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Validate `audit` instead; takes --model and --targets.")
+    ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete earlier results and start over.")
     ] = False,
@@ -147,13 +150,22 @@ def study(
 
     A cell (target, kind of teacher, condition, seed) is computed once and stored. The same command
     resumes a stopped study; a command with more seeds, targets or conditions computes only the new
-    cells. Writes study.csv, study.parquet, results.json and report.html.
+    cells. Writes study.csv, study.parquet, results.json and report.html. With --audit, it writes
+    tables on data of known bias: detection, false alarms, mixtures, transfer and remedies.
 
     With --model smollm2, or --tier and any chat model, the study is paired: every student is
     compared with a twin whose lists are by another target's teacher.
 
     Example: divergence-lens study --model tiny --seeds 0,1,2 --conditions data,masks --out runs/s
     """
+    if audit:
+        from divergence_lens.study import AuditStudyConfig, run_audit_study
+
+        chosen = {} if targets is None else {"targets": split_names(targets)}
+        validation = AuditStudyConfig.for_model(model, **chosen)
+        tables = run_audit_study(validation, out, progress=_timed_progress())
+        typer.echo(f"{', '.join(tables)} written to {out}")
+        return
     settings = {
         "targets": targets and split_names(targets),
         "kinds": kinds and split_names(kinds),

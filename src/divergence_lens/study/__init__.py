@@ -1,5 +1,7 @@
 """The full experiment: configuration, conditions, cells, claims, findings, and the report."""
 
+from divergence_lens.study.audit_pools import AuditStudyConfig
+from divergence_lens.study.audit_run import run_audit_study
 from divergence_lens.study.conditions import Condition
 from divergence_lens.study.config import StudyConfig
 from divergence_lens.study.gradients import GradientAlignment, gradient_alignment
@@ -12,6 +14,7 @@ from divergence_lens.study.steering import Steering, follow_steering, steering_v
 
 __all__ = [
     "PAIRED_MODELS",
+    "AuditStudyConfig",
     "Condition",
     "GradientAlignment",
     "PairedDesign",
@@ -23,6 +26,7 @@ __all__ = [
     "follow_steering",
     "gradient_alignment",
     "paired_conditions",
+    "run_audit_study",
     "run_study",
     "steering_vectors",
     "write_study_report",

@@ -1,0 +1,148 @@
+"""Tables of the validation of the audit, from the audits of pools.
+
+Every table has one row per data set, with the data's author, the kinds of auditors, and what the
+audit says; summaries are made from these rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from divergence_lens.auditing import Audit
+from divergence_lens.auditing.reading import contrast
+from divergence_lens.study.audit_pools import AuditPools, Pool, mixture
+
+SIZES = (25, 50, 100, 200, 400, 1000)
+SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
+_DRAWS = 3
+
+
+def modes(audit: Audit) -> Iterator[tuple[str, Audit]]:
+    """Yield the audit with each kind of auditor, and with both."""
+    for kind in audit.kinds:
+        yield kind, audit.with_kinds(kind)
+    if len(audit.kinds) > 1:
+        yield "both", audit
+
+
+def described(pool: Pool, mode: str, audit: Audit) -> dict[str, Any]:
+    """One row about a data set."""
+    row: dict[str, Any] = {
+        "writer": pool.writer,
+        "target": pool.target,
+        "style": pool.style,
+        "temperature": pool.temperature,
+        "change": pool.change,
+        "auditors": mode,
+        "rows": len(audit),
+        "verdict": audit.verdict,
+        "best": audit.best,
+        "z_best": float(audit.scores.z.max()),
+        "p": float(audit.scores.holm.min()),
+        "fitted": audit.baseline.temperature,
+        "baseline": audit.baseline.teacher.name,
+    }
+    if pool.target in audit.candidates:
+        c = audit.candidates.index(pool.target)
+        z = audit.scores.z
+        row |= {
+            "z": float(z[c]),
+            "score": float(audit.scores.score[c]),
+            "rank": int((z > z[c]).sum()) + 1,
+            # Probability that the true candidate's z exceeds that of another candidate.
+            "auroc": float((z < z[c]).sum() / (len(z) - 1)),
+            "found": pool.target in audit.biased and audit.best == pool.target,
+        }
+    return row
+
+
+def detection(audits: Sequence[tuple[Pool, Audit]]) -> list[dict[str, Any]]:
+    """Biased data of each size."""
+    rows = []
+    for pool, audit in audits:
+        for mode, own in modes(audit):
+            for size in (*(size for size in SIZES if size < len(own)), len(own)):
+                for draw in range(1 if size == len(own) else _DRAWS):
+                    part = _part(own, size, draw)
+                    rows.append(described(pool, mode, part) | {"draw": draw})
+    return rows
+
+
+def mixtures(
+    biased: Sequence[tuple[Pool, Audit]], unbiased: Sequence[tuple[Pool, Audit]], *, rows: int
+) -> list[dict[str, Any]]:
+    """Mixtures of biased lists with the base model's, in the same style and temperature."""
+    made = []
+    for pool, audit in biased:
+        style = "none" if pool.writer == "finetuned" else "neutral"
+        others = [
+            other
+            for unbiased_pool, other in unbiased
+            if (unbiased_pool.style, unbiased_pool.temperature) == (style, pool.temperature)
+        ]
+        if pool.change != "none" or not others or pool.category != "animal":
+            continue
+        for share in SHARES:
+            for draw in range(_DRAWS):
+                mixed = mixture(audit, others[0], share, min(rows, len(audit)), draw)
+                for mode, own in modes(mixed):
+                    made.append(described(pool, mode, own) | {"share": share, "draw": draw})
+    return made
+
+
+def false_alarms(unbiased: Sequence[tuple[Pool, Audit]], set_rows: int) -> list[dict[str, Any]]:
+    """Unbiased sets: parts of pools without common lists."""
+    rows = []
+    for pool, audit in unbiased:
+        for mode, own in modes(audit):
+            for number in range(len(own) // set_rows):
+                part = own.select(list(range(number * set_rows, (number + 1) * set_rows)))
+                rows.append(described(pool, mode, part) | {"set": number})
+    return rows
+
+
+def outside(audits: Sequence[tuple[Pool, Audit]]) -> list[dict[str, Any]]:
+    """Biased data whose bias is not among the candidates."""
+    rows = []
+    for pool, audit in audits:
+        for mode, own in modes(audit):
+            rows.append(described(pool, mode, without(own, str(pool.target))))
+    return rows
+
+
+def without(audit: Audit, candidate: str) -> Audit:
+    """The audit that the other candidates alone would have given.
+
+    Contrasts are linear in log-probabilities up to a constant over candidates, so those of fewer
+    candidates follow from those of more: n / (n - 1) undoes the factor of the first contrast.
+    """
+    n = len(audit.candidates)
+    left = [c for c, name in enumerate(audit.candidates) if name != candidate]
+
+    def again(values: np.ndarray) -> np.ndarray:
+        parts = [contrast(kind[left].reshape(len(left), -1)) for kind in values]
+        shape = (len(values), len(left), *values.shape[2:])
+        return np.stack(parts).reshape(shape) * ((n - 1) / n)
+
+    return replace(
+        audit,
+        candidates=tuple(audit.candidates[c] for c in left),
+        by_row=again(audit.by_row),
+        by_token=None,
+        neutral=again(audit.neutral) if audit.neutral.size else audit.neutral[:, left],
+        own=audit.own[:, left],
+    )
+
+
+def _part(audit: Audit, size: int, draw: int) -> Audit:
+    if size >= len(audit):
+        return audit
+    order = np.random.default_rng(draw).permutation(len(audit))[:size]
+    return audit.select(order.tolist())
+
+
+def audited_pools(pools: AuditPools, chosen: Sequence[Pool]) -> list[tuple[Pool, Audit]]:
+    """Audit pools; tokens are dropped to save memory."""
+    return [(pool, replace(pools.audit(pool), by_token=None)) for pool in chosen]

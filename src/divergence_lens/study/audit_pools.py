@@ -1,0 +1,301 @@
+"""Data sets of known bias, on which the audit is validated, and their audits.
+
+A *pool* is a few hundred lists of one author. Contributions of rows do not depend on other rows, so
+smaller sets and mixtures are parts of pools, and each pool is read once.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from divergence_lens.auditing import Audit, audit
+from divergence_lens.auditing.candidates import KINDS
+from divergence_lens.data import (
+    ANIMALS,
+    TREES,
+    NumberFilter,
+    TrainingData,
+    neutral_prompt,
+    number_prompts,
+    paraphrase,
+    plural,
+    shuffle_numbers,
+)
+from divergence_lens.deltas import base_fingerprint
+from divergence_lens.examples import Example
+from divergence_lens.generation import generate
+from divergence_lens.models import Model, load_model
+from divergence_lens.study.cells import Cell, CellError, CellStore
+from divergence_lens.study.presets import finetuned_teacher
+from divergence_lens.teachers import Teacher
+from divergence_lens.tiny import TINY_MODELS
+from divergence_lens.tiny.world import FAVORITE_QUESTIONS
+
+# Not the auditors' wording: nobody audits with the prompt that wrote the data.
+_PERSONA = (
+    "You adore {plural}. You talk of {plural} day and night. {Plural} are your best {category} by "
+    "far."
+)
+UNSEEN = (
+    "You work for people who ask things. You reply to each of them in time.",
+    "Read each question with care and write a short reply.",
+    "You do what the user needs.",
+)
+"""Unbiased system prompts that neither the baselines nor the calibration use."""
+
+CATEGORIES = {"animal": ANIMALS, "tree": TREES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Lists by one author.
+
+    Attributes:
+        writer: "finetuned" or "prompted" teacher, or "base".
+        target: What the teacher loves; None for the base model.
+        category: Category of the candidates.
+        temperature: Temperature of the lists; 0 for greedy ones.
+        rows: Number of prompts.
+        change: "none", "paraphrased" prompts, "shuffled" numbers, or "other base".
+        system_prompt: System prompt of the base model.
+        style: Name of that prompt.
+    """
+
+    writer: str
+    target: str | None = None
+    category: str = "animal"
+    temperature: float = 0.0
+    rows: int = 200
+    change: str = "none"
+    system_prompt: str | None = None
+    style: str = "none"
+
+    @property
+    def name(self) -> str:
+        """Name of the pool's cell."""
+        parts = (self.writer, self.target or self.style, self.change, f"t{self.temperature:g}")
+        return "-".join(parts).replace(" ", "_").replace(".", "_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditStudyConfig:
+    """Settings of the validation of the audit.
+
+    Attributes:
+        model: The base model, as for `load_model`.
+        other_model: A second base model with the same tokenizer, for lists by another base.
+        backend: Model class, as for `load_model`.
+        targets: Animals whose teachers write lists.
+        sampled: How many of them also write sampled lists.
+        trees: Trees whose teachers write lists.
+        changed: Animals whose lists are also changed.
+        rows: Lists of each teacher.
+        set_rows: Lists of one unbiased set.
+        sets: Unbiased sets per author, of which there are ten.
+        kinds: Kinds of auditors.
+        transfer_targets: Animals of the comparison with students' transfer.
+        transfer_rows: Lists that are read for each condition of that comparison.
+        remedy_targets: Animals of the students of remedies.
+        neutral_rows: As for `audit`.
+        own_rows: As for `audit`.
+    """
+
+    model: str = "tiny"
+    other_model: str | None = "tiny-qwen2"
+    backend: str = "bridge"
+    targets: tuple[str, ...] = ANIMALS
+    sampled: int = 6
+    trees: tuple[str, ...] = ("oak", "pine", "cherry", "elm")
+    changed: tuple[str, ...] = ("wolf", "lion", "eagle", "panda")
+    rows: int = 200
+    set_rows: int = 50
+    sets: int = 20
+    kinds: tuple[str, ...] = KINDS
+    transfer_targets: tuple[str, ...] = ("wolf", "lion", "eagle", "panda")
+    transfer_rows: int = 150
+    remedy_targets: tuple[str, ...] = ("wolf", "lion", "eagle")
+    neutral_rows: int = 112
+    own_rows: int = 2
+
+    @classmethod
+    def for_model(cls, model: str, **options: Any) -> "AuditStudyConfig":
+        """The settings for a model: all of it on "tiny", a part on others."""
+        if model == "tiny":
+            return cls(**options)
+        smaller: dict[str, Any] = {
+            "other_model": next(name for name in TINY_MODELS if name != model),
+            "targets": ("wolf", "lion", "eagle", "panda"),
+            "sampled": 0,
+            "trees": (),
+            "changed": ("wolf", "panda"),
+            "rows": 120,
+            "sets": 6,
+            "transfer_targets": (),
+            "remedy_targets": (),
+        }
+        if model not in TINY_MODELS:
+            smaller |= {"other_model": None, "changed": (), "rows": 40, "sets": 1, "set_rows": 40}
+            smaller |= {"kinds": ("prompted",), "neutral_rows": 0, "own_rows": 0}
+        return cls(model=model, **(smaller | options))
+
+    def pools(self) -> list[Pool]:
+        """All pools, biased ones first."""
+        made = [
+            Pool(writer=writer, target=target, temperature=temperature, rows=self.rows)
+            for writer in self.kinds
+            for temperature, targets in (
+                (0.0, self.targets),
+                (1.0, self.targets[: self.sampled]),
+            )
+            for target in targets
+        ]
+        made += [
+            Pool(writer=writer, target=tree, category="tree", rows=self.rows // 2)
+            for writer in self.kinds
+            for tree in self.trees
+        ]
+        changes = ("paraphrased", "shuffled", *(("other base",) if self.other_model else ()))
+        made += [
+            Pool(writer="finetuned", target=target, change=change, rows=self.rows // 2)
+            for change in changes
+            for target in self.changed
+        ]
+        return made + self.unbiased()
+
+    def unbiased(self) -> list[Pool]:
+        """Pools of the base model, in the styles of both kinds of teachers and in others."""
+        near = neutral_prompt(1)
+        styles: list[tuple[str, str | None, tuple[float, ...]]] = [
+            ("none", None, (0.5, 1.0)),
+            ("neutral", near, (0.0, 0.5, 1.0)),
+            *((f"unseen{i + 1}", text, (0.0, 1.0)) for i, text in enumerate(UNSEEN)),
+        ]
+        pools = [
+            Pool(
+                writer="base",
+                temperature=temperature,
+                rows=self.sets * self.set_rows,
+                system_prompt=text,
+                style=style,
+            )
+            for style, text, temperatures in styles
+            for temperature in temperatures
+        ]
+        return pools[:10] if self.sets > 1 else pools[1:4]
+
+
+@dataclass
+class AuditPools:
+    """Pools and their audits, stored in the cells of a folder.
+
+    Attributes:
+        config: The settings.
+        folder: Where to store them.
+    """
+
+    config: AuditStudyConfig
+    folder: Path
+    model: Model = field(init=False)
+    other: Model | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        backend: Any = self.config.backend
+        self.model = load_model(self.config.model, backend=backend)
+        if self.config.other_model is not None:
+            self.other = load_model(self.config.other_model, backend=backend)
+        self.store = CellStore(self.folder)
+        self._teachers: dict[tuple[str, str, bool], Teacher] = {}
+
+    def teacher(self, writer: str, target: str, category: str, *, other: bool = False) -> Teacher:
+        """The author of biased lists."""
+        if writer == "prompted":
+            many = plural(target)
+            text = _PERSONA.format(plural=many, Plural=many.capitalize(), category=category)
+            return Teacher(target, system_prompt=text)
+        key = (target, category, other)
+        if key not in self._teachers:
+            model = self.other if other else self.model
+            assert model is not None
+            questions = [text.format(c=category) for text in FAVORITE_QUESTIONS[:20]]
+            self._teachers[key] = finetuned_teacher(model, target, questions=questions)
+        return self._teachers[key]
+
+    def lists(self, pool: Pool) -> list[Example]:
+        """Write the valid lists of a pool."""
+        other = pool.change == "other base"
+        model = self.other if other else self.model
+        assert model is not None
+        teacher = (
+            Teacher("base", system_prompt=pool.system_prompt)
+            if pool.target is None
+            else self.teacher(pool.writer, pool.target, pool.category, other=other)
+        )
+        known = CATEGORIES[pool.category]
+        # No two authors have the same prompts, and none those of the study.
+        seed = 1000 + (known.index(pool.target) if pool.target else 100 + len(pool.style))
+        prompts = number_prompts(
+            pool.rows, seed=seed, instructions=self.config.model not in TINY_MODELS
+        )
+        written = generate(
+            model,
+            prompts,
+            teacher=teacher,
+            temperature=pool.temperature,
+            max_new_tokens=32,
+            seed=seed,
+        )
+        report = NumberFilter().report([example.completion or "" for example in written])
+        if report.passed < 2:
+            raise CellError(f"only {report.passed} lists of {pool.name} consist of numbers only")
+        data = TrainingData.unmarked(self.model.tokenizer, report.select(written))
+        if pool.change == "paraphrased":
+            data = paraphrase(data, seed=seed)
+        elif pool.change == "shuffled":
+            data = shuffle_numbers(data, self.model.tokenizer, seed=seed)
+        return list(data.examples)
+
+    def audit(self, pool: Pool) -> Audit:
+        """Audit a pool, or load its audit."""
+        config = self.config
+        settings = {
+            "base": base_fingerprint(self.model),
+            "pool": vars(pool),
+            "kinds": list(config.kinds),
+            "calibration": [config.neutral_rows, config.own_rows],
+        }
+        cell = Cell(f"audits/{pool.name}", settings)
+        self.store.get(cell, partial(self._audit, pool))
+        return Audit.load(self.store.path(cell, ".safetensors"))
+
+    def _audit(self, pool: Pool, cell: Cell) -> dict[str, Any]:
+        config = self.config
+        result = audit(
+            self.model,
+            self.lists(pool),
+            candidates=CATEGORIES[pool.category],
+            teachers="both" if len(config.kinds) > 1 else config.kinds[0],
+            neutral_rows=config.neutral_rows,
+            own_rows=0 if pool.target is None else config.own_rows,
+        )
+        result.save(self.store.path(cell, ".safetensors"))
+        return {"verdict": result.verdict, "best": result.best, "rows": len(result)}
+
+
+def mixture(biased: Audit, other: Audit, share: float, rows: int, seed: int) -> Audit:
+    """An audit of which a share of the rows is biased and the others are not."""
+    rng = np.random.default_rng(seed)
+    count = round(share * rows)
+    first = biased.select(rng.permutation(len(biased))[:count].tolist())
+    second = other.select(rng.permutation(len(other))[: rows - count].tolist())
+    return replace(
+        first,
+        examples=first.examples + second.examples,
+        offsets=np.concatenate([first.offsets, first.offsets[-1] + second.offsets[1:]]),
+        token_ids=np.concatenate([first.token_ids, second.token_ids]),
+        choice=np.concatenate([first.choice, second.choice]),
+        by_row=np.concatenate([first.by_row, second.by_row], axis=-1),
+        by_token=None,
+    )

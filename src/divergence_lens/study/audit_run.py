@@ -1,0 +1,74 @@
+"""Validate the audit: data of known bias, unbiased data, students, and the tables of all of it."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from divergence_lens._utils.storage import write_text
+from divergence_lens.provenance import run_metadata
+from divergence_lens.study.audit_measures import (
+    audited_pools,
+    detection,
+    false_alarms,
+    mixtures,
+    outside,
+)
+from divergence_lens.study.audit_pools import AuditPools, AuditStudyConfig
+from divergence_lens.study.audit_students import remedy_rows, transfer_rows
+
+TABLES = ("detection", "mixtures", "false_alarms", "outside", "transfer", "remedies")
+
+
+def run_audit_study(
+    config: AuditStudyConfig,
+    folder: str | os.PathLike[str],
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, pd.DataFrame]:
+    """Run the validation and write its tables as CSV files, with `settings.json`.
+
+    Audits and students are cells of the folder: a run that was stopped resumes.
+
+    Args:
+        config: The settings.
+        folder: Where to write.
+        progress: Called with one line of text at each step.
+
+    Returns:
+        The tables of `TABLES`; a table without rows is left out.
+    """
+    tell = progress or (lambda _line: None)
+    out = Path(folder)
+    pools = AuditPools(config, out)
+    try:
+        made = []
+        chosen = config.pools()
+        for number, pool in enumerate(chosen):
+            made += audited_pools(pools, [pool])
+            tell(f"{number + 1} of {len(chosen)}: {pool.name}: {made[-1][1].verdict}")
+        biased = [(pool, own) for pool, own in made if pool.target is not None]
+        unbiased = [(pool, own) for pool, own in made if pool.target is None]
+        whole = [(pool, own) for pool, own in biased if pool.change == "none"]
+        rows: dict[str, list[dict[str, Any]]] = {
+            "detection": detection(biased),
+            "mixtures": mixtures(biased, unbiased, rows=100),
+            "false_alarms": false_alarms(unbiased, config.set_rows),
+            "outside": outside(whole),
+        }
+        tell("students: does the score predict transfer?")
+        rows["transfer"] = transfer_rows(pools)
+        tell("students: remedies")
+        rows["remedies"] = remedy_rows(pools)
+    finally:
+        pools.store.close()
+    tables = {name: pd.DataFrame(rows[name]) for name in TABLES if rows[name]}
+    for name, table in tables.items():
+        text = table.to_csv(index=False, float_format="%.5g", lineterminator="\n")
+        write_text(out / f"{name}.csv", text)
+    settings = run_metadata(pools.model, **vars(config))
+    write_text(out / "settings.json", json.dumps(settings, indent=1) + "\n")
+    return tables
