@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         finetune,
         freeze_except,
         layer_sweep,
+        log_to,
         train_teacher,
     )
 
@@ -107,6 +108,7 @@ __all__ = [
     "layer_sweep",
     "load_examples",
     "load_model",
+    "log_to",
     "neutral_prompt",
     "number_prompts",
     "persona_prompt",
@@ -157,7 +159,7 @@ _HOMES = {
     "teachers": ("Teacher", "prompted_teachers"),
     "training": (
         *("Recipe", "Sweep", "finetune", "freeze_except", "layer_sweep"),
-        "train_teacher",
+        *("log_to", "train_teacher"),
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.deltas.low_rank import LowRankTensors
 from divergence_lens.engine import get_engine
@@ -45,7 +46,7 @@ _known: WeakKeyDictionary[nn.Module, tuple[str, dict[str, tuple[Any, ...]]]] = W
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Delta:
+class Delta(OnHub):
     """The trained parameters of a student or a finetuned teacher, as differences to its base.
 
     Attributes:
@@ -55,6 +56,8 @@ class Delta:
         base: Fingerprint of the base model.
         metadata: Model, settings, losses and package versions, as JSON data.
     """
+
+    _hub_type: ClassVar[str] = "model"
 
     tensors: Mapping[str, Tensor]
     base: str

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 from torch import Tensor
 
+from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.indexing import row_numbers
 from divergence_lens.chat import choice_texts, row_texts
 from divergence_lens.divergence.files import (
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Divergence(DivergenceTokens):
+class Divergence(DivergenceTokens, OnHub):
     """Predictions of every teacher at every token of every completion.
 
     Flat arrays run over all completion tokens of all examples in order; the tokens of example i

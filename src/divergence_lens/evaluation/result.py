@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float64
 
+from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.statistics import bootstrap_interval, check_level, wilson_interval
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.data import check_candidate
@@ -24,7 +25,7 @@ LOW_MASS = 0.05
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Preference:
+class Preference(OnHub):
     """Probability of every candidate as the answer to every question.
 
     Attributes:

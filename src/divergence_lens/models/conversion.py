@@ -160,18 +160,34 @@ def _assign_weights(model: Any, weights: dict[str, Tensor], used: list[nn.Parame
 
 
 def set_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Set the tokenizer as it is.
+    """Set the tokenizer as it is, except for a pad token if it has none.
 
     TransformerLens would reload it with a BOS token before every text, which a chat template
     already writes, and set pad tokens on the caller's object.
     """
     from transformer_lens.model_bridge.sources import detect_tokenizer_bos_eos
 
-    model.tokenizer = tokenizer
+    model.tokenizer = tokenizer = _with_pad_token(tokenizer)
     cfg = model.cfg
     cfg.default_prepend_bos = False
     if tokenizer is not None:
         cfg.tokenizer_prepends_bos, cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
+
+
+def _with_pad_token(tokenizer: Any) -> Any:
+    """Return the tokenizer, or a copy with a pad token: `model.to_tokens` pads every batch.
+
+    The pad token is one of the vocabulary, because the model has no embedding for another: the
+    unknown token, or else the end of text. TransformerLens hides pad tokens at the ends of a row
+    from attention, and an end of text may be part of the text.
+    """
+    if tokenizer is None or getattr(tokenizer, "pad_token", "") is not None:
+        return tokenizer
+    named = (tokenizer.unk_token, tokenizer.eos_token, tokenizer.bos_token)
+    pad = next((token for token in named if token is not None), None)
+    padded = copy.deepcopy(tokenizer)
+    padded.pad_token = tokenizer.convert_ids_to_tokens(0) if pad is None else pad
+    return padded
 
 
 def set_generation_defaults(model: Any, hf_model: Any) -> None:

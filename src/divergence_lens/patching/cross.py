@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from divergence_lens._utils.batching import pad_right
+from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.statistics import bootstrap_interval, resampled_means
@@ -45,7 +46,7 @@ _KIND = "cross_patch"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CrossPatch:
+class CrossPatch(OnHub):
     """The four margins of two models, at every boundary between two blocks.
 
     A margin is logit(answer) - logit(foil) at the target position, where the answer is model a's

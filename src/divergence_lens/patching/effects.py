@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.indexing import Index, row_numbers
 from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
@@ -45,7 +46,7 @@ _SETTINGS_BY_PAIR = ("finished_pairs", "answers_naming_bias")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Effects(EffectTables):
+class Effects(EffectTables, OnHub):
     """Effects of patching one site, for every pair, layer and position (and head).
 
     `effects[3]`, `effects[:4]`, `effects[mask]` and `effects[[0, 2]]` select pairs, and always

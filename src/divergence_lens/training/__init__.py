@@ -2,6 +2,7 @@
 
 from divergence_lens.training.finetuning import finetune
 from divergence_lens.training.freezing import Trainable, choose, freeze_except
+from divergence_lens.training.logger import log_to
 from divergence_lens.training.recipe import PAPER, Recipe
 from divergence_lens.training.rows import TrainingRows, pieces, training_rows
 from divergence_lens.training.sweep import layer_sweep
@@ -21,6 +22,7 @@ __all__ = [
     "finetune",
     "freeze_except",
     "layer_sweep",
+    "log_to",
     "pieces",
     "teacher_rows",
     "train_teacher",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import Tensor
 
+from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.evaluation import Preference
@@ -86,7 +87,7 @@ class SweepStudent:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Sweep:
+class Sweep(OnHub):
     """The result of `layer_sweep`.
 
     Attributes:
