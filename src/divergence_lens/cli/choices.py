@@ -8,7 +8,17 @@ compares the two.
 from typing import Literal
 
 Site = Literal[
-    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "block_out", "z", "q", "k", "v"
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "mlp_out",
+    "block_out",
+    "z",
+    "q",
+    "k",
+    "v",
+    "pattern",
 ]
 Method = Literal[
     "exact", "gradient", "integrated", "integrated-inputs", "qk", "graddrop", "atp*", "relp"
