@@ -1,0 +1,54 @@
+"""One side of a comparison: prepare a task, then run it each time the command asks.
+
+    PYTHON SIDE.py FOLDER INPUTS RESULTS THREADS [OPTION ...]
+
+Both sides of a comparison are such processes, each in its own environment, so this file imports
+only numpy and torch. The protocol is a line "ready" on stdout, a line on stdin for each run, and a
+line of JSON with its times in return. Results are written to RESULTS after each run.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")  # loops show bars and have no option to hide them
+
+import numpy as np
+import torch
+
+Arrays = Mapping[str, np.ndarray]
+Run = Callable[[], Arrays]
+
+
+def load_hf(folder: str) -> Any:
+    """Load the Hugging Face model of a folder, in float32 and without gradients of its weights."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def serve(prepare: Callable[[str, Path, list[str]], Run]) -> None:
+    """Prepare a task and run it until stdin ends.
+
+    Args:
+        prepare: Gets the model's folder, the file with the inputs, and further options; returns the
+            function whose calls are timed. It returns arrays by name.
+    """
+    # Whatever libraries print goes to stderr, so that stdout holds only the protocol.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    folder, inputs, results, threads, *options = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    run = prepare(folder, Path(inputs), options)
+    print("ready", file=answers)
+    for _ in sys.stdin:
+        cpu, clock = time.process_time(), time.perf_counter()
+        arrays = run()
+        times = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - clock}
+        np.savez(results, **{name: np.asarray(array) for name, array in arrays.items()})
+        print(json.dumps(times), file=answers)
