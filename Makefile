@@ -5,11 +5,13 @@ READY := .venv/.ready
 READY_TL4 := .venv-tl4/.ready
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1
+# The model of bench and bench-peers: a Hugging Face folder in the layout of Llama or Qwen2.
+MODEL ?= src/divergence_lens/tiny/weights/tiny-qwen2
 # All tests of a file run in one process, because they share its models.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help demo test test-slow test-real test-all test-tl4 real lint format types docs notebooks bench bench-quick \
-	ci clean
+	bench-peers ci clean
 
 help:
 	@echo "make demo       the whole experiment on the tiny model, into runs/demo/"
@@ -23,6 +25,7 @@ help:
 	@echo "make docs       the documentation into site/; warnings are errors"
 	@echo "make notebooks  runs every notebook from top to bottom"
 	@echo "make bench      the benchmarks"
+	@echo "make bench-peers  compares with other tools, each in an environment of its own"
 	@echo "make bench-quick  every fast path is taken and equals the plain computation (3 minutes)"
 	@echo "make ci         every check that a change must pass"
 	@echo "make clean      removes environments and build outputs"
@@ -87,13 +90,17 @@ docs: $(READY)
 notebooks: $(READY)
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks
 
-bench: $(READY) $(READY_TL4)
+bench: $(READY)
 	for name in divergence generation loading patching finetuning agreement; do \
 		$(OFFLINE) $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
 	$(OFFLINE) $(BIN)/python benchmarks/patching.py --integrated
-	$(OFFLINE) $(BIN)/python benchmarks/scoring.py --docs docs/speed.md
-	$(OFFLINE) .venv-tl4/bin/python benchmarks/attribution_tl4.py
+	$(OFFLINE) $(BIN)/python benchmarks/arithmetic.py --model $(MODEL)
+	$(OFFLINE) $(BIN)/python benchmarks/scaling.py
+
+# Builds an environment per peer below runs/peers/ (1 to 2 GB each) on its first use.
+bench-peers: $(READY)
+	$(OFFLINE) $(BIN)/python benchmarks/peers.py --model $(MODEL)
 
 # DIVERGENCE_LENS_MODELS names folders of more models.
 bench-quick: $(READY)

@@ -237,7 +237,7 @@ def show(rows: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the chosen comparisons, print their table, and return their figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder (Llama)")
+    parser.add_argument("--model", type=Path, required=True, help="a folder, Llama or Qwen2")
     parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
     parser.add_argument("--tasks", nargs="+", help="only these tasks of sides/ours.py")
     parser.add_argument("--backend", default="bridge", choices=["hooked", "bridge"])

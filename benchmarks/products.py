@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ class Products(TorchDispatchMode):
             left, right = args[_PRODUCTS[packet] :][:2]
             *batch, rows, inner = left.shape
             kind = "bmm" if batch else "mm"
-            self.shapes[kind, *batch, rows, inner, right.shape[-1]] += 1
+            self.shapes[(kind, *batch, rows, inner, right.shape[-1])] += 1
         elif packet in {_ATTENTION, _BACKWARD}:
             query, key = args[:2] if packet is _ATTENTION else args[1:3]
             passes = 1.0 if packet is _ATTENTION else 2.5

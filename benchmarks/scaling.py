@@ -1,6 +1,6 @@
 """Measure how time and memory grow with layers, positions, examples, teachers and vocabulary.
 
-    python benchmarks/scaling.py                                   # for docs/speed-peers.md: --write
+    python benchmarks/scaling.py                       # for docs/speed-peers.md: --write
     python benchmarks/scaling.py --tasks divergence --axes teachers vocabulary
 
 Random Llama models (d_model 128) of four sizes along each axis, one process each, on one thread. A
@@ -160,7 +160,12 @@ def point(name: str, size: Size, options: argparse.Namespace, queue: Any) -> Non
     with Products() as plain, torch.no_grad():
         # All positions of one row, through the plain model.
         hf(torch.zeros(1, size.positions, dtype=torch.long))
-    figures = {"time": min(times), "memory": peak, "ours": ours.flops, "plain": plain.flops * passes}
+    figures = {
+        "time": min(times),
+        "memory": peak,
+        "ours": ours.flops,
+        "plain": plain.flops * passes,
+    }
     queue.put(figures)
 
 

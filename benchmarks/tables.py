@@ -30,11 +30,13 @@ def seconds(value: float) -> str:
 
 def spread(values: Sequence[float]) -> str:
     """Format the median and the range of some times."""
-    return f"{seconds(statistics.median(values))} ({seconds(min(values))} to {seconds(max(values))})"
+    return (
+        f"{seconds(statistics.median(values))} ({seconds(min(values))} to {seconds(max(values))})"
+    )
 
 
 def multiplications_per_second(rows: int, inner: int, outer: int, dtype: Any = None) -> float:
-    """Measure the rate of a product [rows, inner] x [inner, outer] in CPU time, the best of five."""
+    """Measure the rate of a product [rows, inner] x [inner, outer] in CPU time."""
     left = torch.randn(rows, inner).to(dtype or torch.float32)
     right = torch.randn(outer, inner).to(left.dtype)
     repeats = max(1, int(2e9 / (rows * inner * outer)))

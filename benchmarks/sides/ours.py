@@ -3,6 +3,7 @@
 Each task chooses its inputs, stores them for the peer, and returns the calls that are timed.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,16 @@ def number_lists(count: int) -> list[dl.Example]:
     ]
 
 
+def writable(tokenizer: Any) -> list[str]:
+    """The animals that the tokenizer can write."""
+    names = []
+    for name in dl.ANIMALS:
+        with contextlib.suppress(ValueError):
+            form_ids(tokenizer, [name])
+            names.append(name)
+    return names
+
+
 def one_pair(model: Any, length: int) -> tuple[Inputs, dl.Pairs]:
     """Two sentences of `length` tokens; the metric compares the two tokens that they predict."""
     rows = [model.tokenizer(text)["input_ids"][:length] for text in (CLEAN, CORRUPTED)]
@@ -64,7 +75,7 @@ def one_pair(model: Any, length: int) -> tuple[Inputs, dl.Pairs]:
 
 
 def batch_of_pairs(model: Any, length: int) -> tuple[Inputs, dl.Pairs]:
-    """Eight pairs of rows: the sentences of `one_pair`, each rotated by another number of tokens."""
+    """Eight pairs: the sentences of `one_pair`, each rotated by another number of tokens."""
     inputs, _ = one_pair(model, length)
     for name in ("clean", "corrupted"):
         row = np.array(inputs[name])
@@ -158,7 +169,7 @@ def answers(model: Any, count: int) -> tuple[Inputs, Run]:
     """
     questions = preference_questions("animal")[:count]
     prompts = [encoded.ids for encoded in encode_prompts(model.tokenizer, questions)]
-    forms, _ = form_ids(model.tokenizer, dl.ANIMALS)
+    forms, _ = form_ids(model.tokenizer, writable(model.tokenizer))
     engine = get_engine(model)
     every_word_ends = np.zeros(engine.d_vocab, dtype=bool)
     inputs = {
@@ -242,9 +253,7 @@ def training(model: Any, count: int) -> tuple[Inputs, Run]:
 
 TASKS: dict[str, Task] = {
     task.__name__: task
-    for task in (
-        *(patching, nodes, activations, integrated, generation, answers, lists, training),
-    )
+    for task in (*(patching, nodes, activations, integrated, generation, answers, lists, training),)
 }
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformer_lens import HookedTransformer
-from transformers import AutoTokenizer
-from worker import Arrays, Run, load_hf, serve
+from lens import hooked
+from worker import Arrays, Run, serve
 
 NEEDED = (
     *("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"),
@@ -33,25 +32,22 @@ def prepare(folder: str, inputs: Path, options: list[str]) -> Run:
     if not torch.cuda.is_available():
         torch.zeros = lambda *size, **more: zeros(*size, **{**more, "device": "cpu"})
 
-    def ids(_model: object, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    def ids(
+        _model: object, names: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
         tokens = rows[names[0]]
         mask = torch.ones_like(tokens)
         return tokens, mask, mask.sum(1), tokens.shape[1]
 
     package.tokenize_plus = ids
-    model = HookedTransformer.from_pretrained_no_processing(
-        folder,
-        hf_model=load_hf(folder),
-        tokenizer=AutoTokenizer.from_pretrained(folder),
-        device="cpu",
-    ).eval()
+    model = hooked(folder)
     for name in NEEDED:
         setattr(model.cfg, name, True)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     # The gradients start at the embeddings, which are the nodes below all others.
     model.hook_embed.add_hook(lambda value, **_: value.requires_grad_(), is_permanent=True)
-    graph = Graph.from_model(model)
+    graph = Graph.from_model(model, node_scores=True)
     layers, heads = model.cfg.n_layers, model.cfg.n_heads
     count = len(rows["clean"])
 
@@ -64,14 +60,14 @@ def prepare(folder: str, inputs: Path, options: list[str]) -> Run:
             model, graph, batch, metric, "EAP-IG-inputs", ig_steps=int(steps), quiet=True
         )
         scores = graph.nodes_scores.numpy()
+
+        def score(name: str) -> float:
+            return float(scores[graph.forward_index(graph.nodes[name], attn_slice=False)])
+
         of_heads = [
-            [scores[graph.forward_index(graph.nodes[f"a{layer}.h{head}"], False)] for head in range(heads)]
-            for layer in range(layers)
+            [score(f"a{layer}.h{head}") for head in range(heads)] for layer in range(layers)
         ]
-        return {
-            "resid_pre": scores[graph.forward_index(graph.nodes["input"])],
-            "z": np.array(of_heads),
-        }
+        return {"resid_pre": np.array(score("input")), "z": np.array(of_heads)}
 
     return run
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from worker import Arrays, Run, load_hf, serve
+from worker import Arrays, Run, load_hf, serve, until_stop
 
 
 def prepare(folder: str, inputs: Path, _options: list[str]) -> Run:
@@ -27,9 +27,7 @@ def prepare(folder: str, inputs: Path, _options: list[str]) -> Run:
             eos_token_id=stops,
             pad_token_id=0,
         )[:, width:]
-        tokens = np.full((len(rows), new_tokens), -1)
-        tokens[:, : written.shape[1]] = written.numpy()
-        return {"tokens": tokens}
+        return {"tokens": until_stop(written, stops, new_tokens)}
 
     return run
 

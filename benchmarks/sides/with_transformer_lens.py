@@ -12,25 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from worker import Arrays, Run, load_hf, serve
-
-
-def hooked(folder: str) -> Any:
-    """Load a HookedTransformer with the weights as they are."""
-    from transformer_lens import HookedTransformer
-    from transformers import AutoTokenizer
-
-    return HookedTransformer.from_pretrained_no_processing(
-        folder,
-        hf_model=load_hf(folder),
-        tokenizer=AutoTokenizer.from_pretrained(folder),
-        device="cpu",
-        default_prepend_bos=False,
-    ).eval()
+from worker import Arrays, Run, serve, until_stop
 
 
 def patching(folder: str, given: Any) -> Run:
     """Return the loop over all cells of resid_post."""
+    from lens import hooked
     from transformer_lens import patching
 
     model = hooked(folder)
@@ -56,25 +43,29 @@ def patching(folder: str, given: Any) -> Run:
 
 def generation(folder: str, given: Any) -> Run:
     """Return greedy completions, right-padded with -1."""
+    from lens import hooked
+
     model = hooked(folder)
     rows = [row[row >= 0].tolist() for row in given["prompts"]]
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         by_length[len(row)].append(number)
 
+    stops, new_tokens = given["stops"].tolist(), int(given["new_tokens"])
+
     @torch.no_grad()
     def run() -> Arrays:
-        tokens = np.full((len(rows), int(given["new_tokens"])), -1)
+        tokens = np.zeros((len(rows), new_tokens), int)
         for length, numbers in by_length.items():
             written = model.generate(
                 torch.tensor([rows[number] for number in numbers]),
-                max_new_tokens=tokens.shape[1],
+                max_new_tokens=new_tokens,
                 do_sample=False,
-                eos_token_id=given["stops"].tolist(),
+                eos_token_id=stops,
                 return_type="tokens",
                 verbose=False,
             )[:, length:]
-            tokens[numbers, : written.shape[1]] = written.numpy()
+            tokens[numbers] = until_stop(written, stops, new_tokens)
         return {"tokens": tokens}
 
     return run

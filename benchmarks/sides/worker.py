@@ -32,6 +32,15 @@ def load_hf(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def until_stop(written: torch.Tensor, stops: list[int], new_tokens: int) -> np.ndarray:
+    """Replace what follows a row's first stop token by -1, and pad rows to `new_tokens`."""
+    tokens = np.full((len(written), new_tokens), -1)
+    for number, row in enumerate(written.tolist()):
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        tokens[number, :end] = row[:end]
+    return tokens
+
+
 def serve(prepare: Callable[[str, Path, list[str]], Run]) -> None:
     """Prepare a task and run it until stdin ends.
 
