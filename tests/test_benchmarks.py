@@ -112,7 +112,7 @@ def test_the_difference_is_relative_to_the_largest_value(load, tmp_path):
         np.savez(tmp_path / name, values=values)
     apart, shown = difference(tmp_path / "a.npz", tmp_path / "b.npz")
     assert apart == pytest.approx(0.1)
-    assert shown == "1e-01"
+    assert shown.startswith("1e-01")
     for name, tokens in (("a", [[1, 2, -1]]), ("b", [[1, 3, -1]])):
         np.savez(tmp_path / name, tokens=tokens)
     assert difference(tmp_path / "a.npz", tmp_path / "b.npz") == (1.0, "1 of 2 tokens")

@@ -6,7 +6,7 @@ Each task chooses its inputs, stores them for the peer, and returns the calls th
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -125,13 +125,15 @@ def activations(model: Any, length: int) -> tuple[Inputs, Run]:
     return inputs, run
 
 
-def integrated(model: Any, length: int) -> tuple[Inputs, Run]:
-    """Integrated gradients of embeddings and heads along the path of the inputs, five steps."""
+def heads(
+    model: Any, length: int, method: Literal["gradient", "integrated-inputs"] = "gradient"
+) -> tuple[Inputs, Run]:
+    """Gradient attribution of the embeddings and of every head, summed over positions."""
     inputs, pairs = batch_of_pairs(model, length)
 
     def run() -> Arrays:
         effects = dl.attribution_patch(
-            model, pairs, site=("resid_pre", "z"), method="integrated-inputs", steps=5
+            model, pairs, site=("resid_pre", "z"), method=method, steps=5
         )
         return {
             "resid_pre": effects["resid_pre"].values[:, 0].mean(0).sum(),
@@ -139,6 +141,11 @@ def integrated(model: Any, length: int) -> tuple[Inputs, Run]:
         }
 
     return inputs, run
+
+
+def integrated(model: Any, length: int) -> tuple[Inputs, Run]:
+    """The same with the gradient integrated along the path of the inputs, five steps."""
+    return heads(model, length, "integrated-inputs")
 
 
 def generation(model: Any, count: int) -> tuple[Inputs, Run]:
@@ -252,8 +259,15 @@ def training(model: Any, count: int) -> tuple[Inputs, Run]:
 
 
 TASKS: dict[str, Task] = {
-    task.__name__: task
-    for task in (*(patching, nodes, activations, integrated, generation, answers, lists, training),)
+    "patching": patching,
+    "nodes": nodes,
+    "activations": activations,
+    "heads": heads,
+    "integrated": integrated,
+    "generation": generation,
+    "answers": answers,
+    "lists": lists,
+    "training": training,
 }
 
 

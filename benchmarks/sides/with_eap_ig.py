@@ -1,6 +1,7 @@
-"""Node scores of EAP-IG; the options are the folder of a checkout and the number of steps.
+"""Node scores of EAP-IG; the options are the folder of a checkout, the method and its steps.
 
-`EAP-IG-inputs` with ids of our own, on a HookedTransformer. The package places its buffers on
+The ids are ours, the model is a HookedTransformer. Scores of MLPs are left out: they multiply the
+change of an MLP's output by the gradient at its input. The package places its buffers on
 "cuda" by name; on a machine without one, this file places them on the CPU.
 """
 
@@ -20,7 +21,7 @@ NEEDED = (
 
 def prepare(folder: str, inputs: Path, options: list[str]) -> Run:
     """Return the scores of the embeddings and of all heads."""
-    checkout, steps = options
+    checkout, method, steps = options
     sys.path.insert(0, str(Path(checkout) / "src"))
     from eap import attribute_node as package
     from eap.graph import Graph
@@ -56,9 +57,7 @@ def prepare(folder: str, inputs: Path, options: list[str]) -> Run:
 
     def run() -> Arrays:
         batch = [(["clean"] * count, ["corrupted"] * count, [0] * count)]
-        package.attribute_node(
-            model, graph, batch, metric, "EAP-IG-inputs", ig_steps=int(steps), quiet=True
-        )
+        package.attribute_node(model, graph, batch, metric, method, ig_steps=int(steps), quiet=True)
         scores = graph.nodes_scores.numpy()
 
         def score(name: str) -> float:
