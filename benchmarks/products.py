@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Shape = tuple[int, ...]
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1}  # the first factor
+# Products with packed weights, where this build of torch has them.
+_PACKED = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - a public operator
 _BACKWARD = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
 
@@ -23,8 +25,8 @@ class Products(TorchDispatchMode):
     modules fails on leaves inside a trace.
 
     Attributes:
-        shapes: How often each product ran: ("mm", rows, inner, columns), ("bmm", batch, rows,
-            inner, columns), or ("attention", passes, batch * heads, queries, keys, d_head). A
+        shapes: How often each product ran: ("mm" or "packed", rows, inner, columns), ("bmm", batch,
+            rows, inner, columns), or ("attention", passes, batch * heads, queries, keys, d_head). A
             backward pass through attention is five products, so 2.5 forward passes.
     """
 
@@ -43,6 +45,9 @@ class Products(TorchDispatchMode):
             *batch, rows, inner = left.shape
             kind = "bmm" if batch else "mm"
             self.shapes[(kind, *batch, rows, inner, right.shape[-1])] += 1
+        elif packet is _PACKED:
+            inner, columns = args[0].shape[-1], args[1].shape[0]
+            self.shapes["packed", args[0].numel() // inner, inner, columns] += 1
         elif packet in {_ATTENTION, _BACKWARD}:
             query, key = args[:2] if packet is _ATTENTION else args[1:3]
             passes = 1.0 if packet is _ATTENTION else 2.5
@@ -81,6 +86,9 @@ def _seconds(shape: tuple[Any, ...], dtype: torch.dtype) -> float:
         # Weights are stored as [columns, inner].
         right = torch.randn(*batch, columns, inner).to(dtype).mT
         run = lambda: left @ right  # noqa: E731
+        if kind == "packed":
+            weights = torch.ops.mkldnn._reorder_linear_weight(right.mT, None)  # noqa: SLF001
+            run = lambda: _PACKED(left, weights, None, "none", [], "")  # noqa: E731
     repeats = max(1, min(100, int(2e7 / _flops(shape))))
 
     def repeated() -> None:
