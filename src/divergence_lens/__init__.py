@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from divergence_lens import plots
     from divergence_lens._utils.interrupts import Interrupted
     from divergence_lens.auditing import Audit, StudentAudit, audit, audit_student
+    from divergence_lens.circuits import (
+        Circuit,
+        EdgeScores,
+        Faithfulness,
+        edge_scores,
+        faithfulness,
+        faithfulness_curve,
+        path_patch,
+    )
     from divergence_lens.data import (
         ANIMALS,
         TREES,
@@ -73,13 +82,16 @@ __all__ = [
     "Agreement",
     "AttentionPatterns",
     "Audit",
+    "Circuit",
     "Condition",
     "CrossPatch",
     "Delta",
     "Divergence",
+    "EdgeScores",
     "Effects",
     "EmbeddingNoise",
     "Example",
+    "Faithfulness",
     "Interrupted",
     "Model",
     "NumberFilter",
@@ -101,6 +113,9 @@ __all__ = [
     "audit_student",
     "causal_mediation",
     "cross_patch",
+    "edge_scores",
+    "faithfulness",
+    "faithfulness_curve",
     "find_divergence",
     "finetune",
     "freeze_except",
@@ -111,6 +126,7 @@ __all__ = [
     "log_to",
     "neutral_prompt",
     "number_prompts",
+    "path_patch",
     "persona_prompt",
     "plots",
     "preference",
@@ -127,6 +143,15 @@ __all__ = [
 _HOMES = {
     "_utils.interrupts": ("Interrupted",),
     "auditing": ("Audit", "StudentAudit", "audit", "audit_student"),
+    "circuits": (
+        "Circuit",
+        "EdgeScores",
+        "Faithfulness",
+        "edge_scores",
+        "faithfulness",
+        "faithfulness_curve",
+        "path_patch",
+    ),
     "data": (
         "ANIMALS",
         "NumberFilter",

@@ -68,8 +68,9 @@ class BridgeEngine(Engine):
         self._decoder: nn.Module = self._lens.original_model.base_model
         if any(type(block).__name__ == "ParallelBlockBridge" for block in self._lens.blocks):
             self._absent.add("resid_mid")
-        points = self._lens.hook_dict
-        self._absent |= {s for s in PER_HEAD if f"blocks.0.{hook_point_of(s)}" not in points}
+        self._points: dict[str, nn.Module] = dict(self._lens.hook_dict)
+        absent = {s for s in PER_HEAD if f"blocks.0.{hook_point_of(s)}" not in self._points}
+        self._absent |= absent
         config = self._lens.original_model.config
         # Granite scales what attention and MLP add: resid_mid is not resid_pre + attn_out.
         if getattr(config, "residual_multiplier", 1.0) != 1.0:
@@ -163,8 +164,10 @@ class BridgeEngine(Engine):
         return result
 
     def _site_module(self, layer: int, site: str) -> nn.Module:
-        point: nn.Module = self._lens.hook_dict[f"blocks.{layer}.{hook_point_of(site)}"]
-        return point
+        name = f"blocks.{layer}.{hook_point_of(site)}"
+        if name not in self._points:  # collecting all hook points and aliases takes milliseconds
+            self._points = dict(self._lens.hook_dict)
+        return self._points[name]
 
     def by_position(self, layer: int) -> list[nn.Module]:
         """Return the query and output maps and the MLP."""

@@ -153,17 +153,17 @@ class FusedBridge(FusedBlocks):
         attn, mlp = block.attn, block.mlp
         return Weights(
             norm_1=_scale_and_shift(_inside(block.ln1)),
-            qkv=(_linear(attn.q), _linear(attn.k), _linear(attn.v)),
-            out=_linear(attn.o),
+            qkv=(linear_map(attn.q), linear_map(attn.k), linear_map(attn.v)),
+            out=linear_map(attn.o),
             norm_2=_scale_and_shift(_inside(block.ln2)),
-            gate=None if self._gpt2 else _linear(mlp.gate),
-            up=_linear(getattr(mlp, "in")),
-            down=_linear(mlp.out),
+            gate=None if self._gpt2 else linear_map(mlp.gate),
+            up=linear_map(getattr(mlp, "in")),
+            down=linear_map(mlp.out),
         )
 
     def unembedding(self) -> Affine:
         """Return the parameters of the unembedding."""
-        return _linear(self._lens.unembed)
+        return linear_map(self._lens.unembed)
 
     def embed(
         self, tokens: Int[Tensor, " tokens"], positions: Int[Tensor, " tokens"]
@@ -217,7 +217,7 @@ def _inside(module: Any) -> Any:
     return getattr(module, "original_component", None) or module
 
 
-def _linear(module: Any) -> Affine:
+def linear_map(module: Any) -> Affine:
     """Return the matrix and the bias of a linear map, as they multiply from the right."""
     module = _inside(module)
     if isinstance(module, nn.Linear):

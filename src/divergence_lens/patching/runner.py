@@ -8,7 +8,8 @@ checkpoint directory and resumes from it, and replaces the source states for an 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -199,6 +200,62 @@ def _store(request: PatchingRequest, options: RunOptions, identity: str) -> Chec
     return Checkpoints(Path(options.checkpoint_dir), "patching shard", identity)
 
 
+@contextmanager
+def patching_run(
+    model: Model,
+    request: PatchingRequest,
+    chosen: list[int],
+    *,
+    ablation: Ablation | None = None,
+    base_run: BaseRun | None = None,
+) -> Iterator[PatchingRun]:
+    """Run both sides of pairs that share their weights; the base run's apply within the context.
+
+    Args:
+        model: The model.
+        request: The patching request.
+        chosen: The pairs.
+        ablation: Replaces the source states; made before any weights are applied.
+        base_run: Runs the base side instead of `traced_pass`.
+    """
+    chunk, base_teacher, source_teacher = build_chunk(
+        request, chosen, get_engine(model, causal=False)
+    )
+    # Noise corrupts, so it is added to the corrupted side, whichever that is.
+    base_noise, source_noise = (None, chunk.noise) if chunk.noising else (chunk.noise, None)
+    with weights(source_teacher, model) as source_model:
+        source = traced_pass(
+            get_engine(source_model, causal=False),
+            chunk.source,
+            chunk.source_target,
+            request.sites,
+            readings=chunk.readings,
+            noise=source_noise,
+        )
+    # From here on under the base run's weights, with which the patched runs continue.
+    with weights(base_teacher, model) as base_model:
+        engine = get_engine(base_model, causal=False)
+        if base_run is None:
+            base = traced_pass(
+                engine,
+                chunk.base,
+                chunk.base_target,
+                request.sites,
+                readings=chunk.readings,
+                noise=base_noise,
+                store=True,
+            )
+        else:
+            base = base_run(engine, chunk, base_noise)
+        clean_logits = base.logits if chunk.noising else source.logits
+        measure = bind(request.metric, request.pairs, chunk.indices, clean_logits, chunk.readings)
+        of_base, of_source = _baselines(measure, chunk, base.logits, source.logits)
+        # After the baselines: an ablation replaces the source's states, not its metric.
+        if ablation is not None:
+            source = ablation(chunk, base, source)
+        yield PatchingRun(engine, chunk, base, source, measure, of_base, of_source)
+
+
 class _ChunkRunner:
     """Computes the values of some pairs and writes them into the arrays of the whole run."""
 
@@ -212,7 +269,6 @@ class _ChunkRunner:
     ) -> None:
         self._model, self._request, self._compute = model, request, compute
         self._base_run, self._arrays = base_run, arrays
-        self._engine = get_engine(model, causal=False)
 
     @cached_property
     def _ablation(self) -> Ablation | None:
@@ -221,43 +277,12 @@ class _ChunkRunner:
 
     def __call__(self, chosen: list[int]) -> int:
         """Run these pairs, which share both sides' weights, and return their number."""
-        request, ablation = self._request, self._ablation
-        chunk, base_teacher, source_teacher = build_chunk(request, chosen, self._engine)
-        # Noise corrupts, so it is added to the corrupted side, whichever that is.
-        base_noise, source_noise = (None, chunk.noise) if chunk.noising else (chunk.noise, None)
-        with weights(source_teacher, self._model) as source_model:
-            source = traced_pass(
-                get_engine(source_model, causal=False),
-                chunk.source,
-                chunk.source_target,
-                request.sites,
-                readings=chunk.readings,
-                noise=source_noise,
-            )
-        # From here on under the base run's weights, with which the patched runs continue.
-        with weights(base_teacher, self._model) as base_model:
-            engine = get_engine(base_model, causal=False)
-            if self._base_run is None:
-                base = traced_pass(
-                    engine,
-                    chunk.base,
-                    chunk.base_target,
-                    request.sites,
-                    readings=chunk.readings,
-                    noise=base_noise,
-                    store=True,
-                )
-            else:
-                base = self._base_run(engine, chunk, base_noise)
-            clean_logits = base.logits if chunk.noising else source.logits
-            measure = bind(
-                request.metric, request.pairs, chunk.indices, clean_logits, chunk.readings
-            )
-            of_base, of_source = _baselines(measure, chunk, base.logits, source.logits)
-            # After the baselines: an ablation replaces the source's states, not its metric.
-            if ablation is not None:
-                source = ablation(chunk, base, source)
-            values = self._compute(PatchingRun(engine, chunk, base, source, measure, of_base))
+        request = self._request
+        with patching_run(
+            self._model, request, chosen, ablation=self._ablation, base_run=self._base_run
+        ) as run:
+            chunk, of_base, of_source = run.chunk, run.base_metric, run.source_metric
+            values = self._compute(run)
         # A metric is a sum over the rows of a pair, and an effect is a difference of two metrics.
         for site in request.sites:
             _write(self._arrays[site], chunk, chunk.merged(values[site], 1))

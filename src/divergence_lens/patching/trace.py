@@ -140,6 +140,7 @@ class PatchingRun:
         source: Trace of the run whose states are patched in; an ablation replaces its sites.
         measure: The metric.
         base_metric: `[batch]`, each row's share in the metric of the unpatched base run.
+        source_metric: `[batch]`, the same of the unpatched source run.
     """
 
     engine: Engine
@@ -148,6 +149,7 @@ class PatchingRun:
     source: Trace
     measure: MetricFunction
     base_metric: Float[Tensor, " batch"]
+    source_metric: Float[Tensor, " batch"]
 
     def new(self, site: str, layer: int) -> Tensor:
         """The patched-in state of a site, by base position; arbitrary without a counterpart."""

@@ -7,6 +7,7 @@ readable in a column of 80 mm and on light and dark pages. `save_figure` writes 
 
 from divergence_lens.plots.attention import attention_from, attention_pattern
 from divergence_lens.plots.candidates import candidate_dots
+from divergence_lens.plots.circuits import circuit_graph, edge_graph, faithfulness_curves
 from divergence_lens.plots.curves import mixing_curves, preference_over_training
 from divergence_lens.plots.effects import (
     agreement_scatter,
@@ -41,11 +42,14 @@ __all__ = [
     "attention_from",
     "attention_pattern",
     "candidate_dots",
+    "circuit_graph",
     "condition_bars",
     "cross_patch_margins",
     "divergence_tokens",
+    "edge_graph",
     "effects_by_segment",
     "effects_heatmap",
+    "faithfulness_curves",
     "figure_page",
     "head_grid",
     "layer_profile",

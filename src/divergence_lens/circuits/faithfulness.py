@@ -1,0 +1,426 @@
+"""Faithfulness: how much of the model's behavior a circuit keeps when all other edges are ablated.
+
+1. Run both sides of each pair, and take every sender's ablated output: that of the counterfactual
+   run, a mean over pairs, or zero.
+2. Run the model with each receiver reading its own residual: the live output of senders whose edge
+   to it is in the circuit, the ablated output of all others. With U the change of a live output
+   from the clean run, and A that of the ablated one,
+       input of r = clean residual + sum over s of (U_s if s -> r is in the circuit else A_s)
+3. Faithfulness is (m(circuit) - m(empty)) / (m(model) - m(empty)), with m the mean metric over
+   pairs, and "empty" the run with all edges ablated.
+
+`CPR` and `CMD` are the areas of MIB (Mueller et al. 2025, arXiv 2504.13151): below the curve of
+faithfulness over the share of edges, and between the curve and 1, by trapezoids from .1 to 100 %.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from divergence_lens._utils.plotting import draw
+from divergence_lens.circuits.blocks import Blocks
+from divergence_lens.circuits.circuit import Circuit
+from divergence_lens.circuits.graph import READS, Graph
+from divergence_lens.circuits.runs import (
+    circuit_request,
+    each_run,
+    first_position,
+    sender_changes,
+)
+from divergence_lens.circuits.scores import EdgeScores
+from divergence_lens.models import Model
+from divergence_lens.pairs import Pairs
+from divergence_lens.patching import Metric, PatchingRun, finite, logits_at, states_at
+from divergence_lens.provenance import run_metadata
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Ablated = Literal["counterfactual", "mean", "zero"]
+Level = Literal["edges", "nodes"]
+
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""The shares of edges at which MIB measures circuits."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Faithfulness:
+    """The metric of circuits, and of the whole and the fully ablated model.
+
+    Attributes:
+        metric: `[circuits, pairs]`, the metric with everything outside each circuit ablated.
+        full: `[pairs]`, the metric of the model.
+        empty: `[pairs]`, the metric with all edges ablated.
+        edges: `[circuits]`, the number of edges of each circuit.
+        shares: `[circuits]`, the share of edges (or of nodes) that each circuit keeps.
+        complement: `[circuits, pairs]`, the metric of the complements, if completeness was asked.
+        dropped: For each circuit the change of faithfulness when one of its edges is removed, if
+            minimality was asked; one row per edge.
+        metadata: Settings and versions; JSON-able.
+    """
+
+    metric: Float[np.ndarray, "circuits pairs"]
+    full: Float[np.ndarray, " pairs"]
+    empty: Float[np.ndarray, " pairs"]
+    edges: tuple[int, ...]
+    shares: tuple[float, ...]
+    complement: Float[np.ndarray, "circuits pairs"] | None = None
+    dropped: "tuple[pd.DataFrame, ...]" = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def _of(self, metric: Float[np.ndarray, "circuits pairs"]) -> Float[np.ndarray, " circuits"]:
+        gap = self.full.mean() - self.empty.mean()
+        if abs(gap) < 1e-6:
+            return np.full(len(metric), np.nan)
+        return np.asarray((metric.mean(1) - self.empty.mean()) / gap)
+
+    @property
+    def values(self) -> Float[np.ndarray, " circuits"]:
+        """The faithfulness of each circuit: 1 for the model, 0 for no edge; NaN without a gap."""
+        return self._of(self.metric)
+
+    @property
+    def completeness(self) -> Float[np.ndarray, " circuits"]:
+        """The faithfulness of each complement: near 0 if the circuit leaves nothing out.
+
+        Raises:
+            ValueError: Completeness was not requested.
+        """
+        if self.complement is None:
+            raise ValueError("completeness was not computed; call faithfulness(completeness=True)")
+        return self._of(self.complement)
+
+    @property
+    def cpr(self) -> float:
+        """MIB's circuit performance ratio: the area under the curve of faithfulness."""
+        return self._area(self.values)
+
+    @property
+    def cmd(self) -> float:
+        """MIB's circuit-model distance: the area between the curve and 1; 0 is best."""
+        return self._area(np.abs(1 - self.values))
+
+    def _area(self, heights: Float[np.ndarray, " circuits"]) -> float:
+        if len(self.shares) < 2:
+            raise ValueError("an area needs circuits of two sizes or more; see faithfulness_curve")
+        return float(np.trapezoid(heights, self.shares))
+
+    def table(self) -> "pd.DataFrame":
+        """One row per circuit: its edges, their share, its mean metric and its faithfulness."""
+        import pandas as pd
+
+        table = pd.DataFrame(
+            {
+                "edges": self.edges,
+                "share": self.shares,
+                "metric": self.metric.mean(1),
+                "faithfulness": self.values,
+            }
+        )
+        if self.complement is not None:
+            table["completeness"] = self.completeness
+        return table
+
+    def plot(self) -> "go.Figure":
+        """Faithfulness over the share of edges, on a logarithmic axis."""
+        return draw("faithfulness_curves", {self.metadata["settings"]["level"]: self})
+
+    def __repr__(self) -> str:
+        settings = self.metadata.get("settings", {})
+        areas = f"; CPR {self.cpr:.3f}, CMD {self.cmd:.3f}" if len(self.shares) > 1 else ""
+        values = ", ".join(f"{value:.1%}" for value in self.values[:5])
+        return (
+            f"Faithfulness({values}{', ...' if len(self.shares) > 5 else ''} of {len(self.full)} "
+            f"pairs, {settings.get('ablation')} ablation{areas})"
+        )
+
+    def _repr_html_(self) -> str:
+        html = self.table().to_html(index=False, float_format=lambda x: f"{x:.4f}")
+        return f"<p><b>{self!r}</b></p>{html}"
+
+
+@torch.no_grad()
+def faithfulness(
+    model: Model,
+    pairs: Pairs,
+    circuit: Circuit | Sequence[Circuit],
+    *,
+    ablation: Ablated = "counterfactual",
+    metric: Metric = "logit_difference",
+    completeness: bool = False,
+    minimality: bool = False,
+    batch_rows: int = 16,
+    progress: bool = False,
+) -> Faithfulness:
+    """Measure circuits exactly: run the model with everything outside of them ablated.
+
+    Args:
+        model: As in `edge_scores`.
+        pairs: The pairs; use others than those that the circuit was chosen on.
+        circuit: One circuit, or several that share the unpatched runs.
+        ablation: What replaces the output of senders outside the circuit: that of the
+            `counterfactual` run, the `mean` over the clean runs of all pairs at the same index of
+            the same segment, or `zero`. At a position without a counterpart (in a differing span
+            of unequal length) the clean run's output remains.
+        metric: As in `causal_mediation`.
+        completeness: Whether to measure the complement of each circuit as well.
+        minimality: Whether to measure each circuit without each of its edges: one run per edge.
+        batch_rows: The number of pairs run at once.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The metrics, and the faithfulness that follows from them.
+
+    Raises:
+        ValueError: As in `edge_scores`; and if a circuit is of another model, there is none, or an
+            ablation is unknown.
+    """
+    circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
+    if not circuits:
+        raise ValueError("circuit is empty; give at least one circuit")
+    if ablation not in ("counterfactual", "mean", "zero"):
+        raise ValueError(f"ablation is {ablation!r}; it is counterfactual, mean or zero")
+    request, blocks = circuit_request(
+        model,
+        pairs,
+        direction="noising",
+        metric=metric,
+        corruption=ablation,
+        span="position",
+        batch_rows=batch_rows,
+    )
+    graph = blocks.graph
+    for one in circuits:
+        one.check_graph(graph)
+    masks = [np.zeros(len(graph), dtype=bool), *(one.chosen for one in circuits)]
+    if completeness:
+        masks += [~one.chosen for one in circuits]
+    single = [
+        (number, int(edge))
+        for number, one in enumerate(circuits if minimality else [])
+        for edge in np.flatnonzero(one.chosen)
+    ]
+    masks += [circuits[number].without(edge).chosen for number, edge in single]
+    metrics = np.zeros((len(masks), len(pairs)))
+    full = np.zeros(len(pairs))
+
+    def compute(run: PatchingRun, blocks: Blocks) -> None:
+        circuit_pass = CircuitPass(run, blocks)
+        indices = run.chunk.indices[: run.chunk.pairs].tolist()
+        full[indices] = run.chunk.merged(run.base_metric)[: run.chunk.pairs].cpu().numpy()
+        for number, mask in enumerate(masks):
+            values = run.chunk.merged(circuit_pass.metric(mask))[: run.chunk.pairs]
+            metrics[number, indices] = values.cpu().numpy()
+
+    each_run(
+        model, request, compute, chunk_pairs=batch_rows, progress=progress, title="faithfulness"
+    )
+    n = len(circuits)
+    result = Faithfulness(
+        metric=metrics[1 : n + 1],
+        full=full,
+        empty=metrics[0],
+        edges=tuple(map(len, circuits)),
+        shares=tuple(len(one) / len(graph) for one in circuits),
+        complement=metrics[n + 1 : 2 * n + 1] if completeness else None,
+        metadata=run_metadata(
+            model, ablation=ablation, metric=request.metric_name, level="edges", pairs=len(pairs)
+        ),
+    )
+    if not minimality:
+        return result
+    removed = metrics[len(masks) - len(single) :]
+    return replace(result, dropped=_dropped(result, circuits, single, removed))
+
+
+def faithfulness_curve(
+    model: Model,
+    pairs: Pairs,
+    scores: "EdgeScores | np.ndarray",
+    *,
+    level: Level = "edges",
+    shares: Sequence[float] = SHARES,
+    select: Literal["top", "greedy"] = "top",
+    absolute: bool = True,
+    ablation: Ablated = "counterfactual",
+    metric: Metric = "logit_difference",
+    batch_rows: int = 16,
+    progress: bool = False,
+) -> Faithfulness:
+    """Measure circuits of growing size: MIB's curve, with the areas `cpr` and `cmd`.
+
+    Args:
+        model: As in `edge_scores`.
+        pairs: The pairs to measure on.
+        scores: Edge scores, or one number per edge (per sender with `level="nodes"`).
+        level: Whether the strongest `edges` are chosen, or the strongest `nodes` (a head or an MLP
+            with all edges between those kept; its score is the sum over its outgoing edges).
+        shares: Shares of the edges or nodes, increasing.
+        select: `top` scores, or `greedy` from the logits backward (edges only).
+        absolute: Whether scores are ranked by magnitude; signed ranking suits `cpr`.
+        ablation: As in `faithfulness`.
+        metric: As in `causal_mediation`.
+        batch_rows: As in `faithfulness`.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: As in `faithfulness`; and if shares are not increasing numbers up to 1.
+    """
+    if not all(a < b for a, b in zip((0, *shares), (*shares, 1.001), strict=False)):
+        raise ValueError(f"shares is {list(shares)}; give increasing shares, above 0 and up to 1")
+    if level not in ("edges", "nodes") or select not in ("top", "greedy"):
+        raise ValueError(
+            f"level is {level!r} and select is {select!r}; level is edges or nodes, and select is "
+            "top or greedy"
+        )
+    if isinstance(scores, EdgeScores):
+        graph = scores.graph
+        values = scores.mean() if level == "edges" else scores.by_sender().to_numpy()
+    else:
+        graph, values = _graph_of(model, pairs, metric), np.asarray(scores)
+    expected = len(graph) if level == "edges" else len(graph.senders)
+    if values.shape != (expected,):
+        raise ValueError(
+            f"scores has the shape {list(values.shape)}; level={level!r} needs one number for each "
+            f"of the {expected} {level} (senders)"
+        )
+    counts = [int(share * expected) for share in shares]
+    if level == "edges":
+        circuits = [
+            Circuit.from_scores(graph, values, absolute=absolute, **{select: count})
+            for count in counts
+        ]
+    else:
+        strength = np.abs(values) if absolute else values
+        order = np.argsort(-strength, kind="stable")
+        circuits = []
+        for count in counts:
+            kept = np.zeros(expected, dtype=bool)
+            kept[order[:count]] = True
+            circuits.append(Circuit.from_kept_senders(graph, kept))
+    result = faithfulness(
+        model,
+        pairs,
+        circuits,
+        ablation=ablation,
+        metric=metric,
+        batch_rows=batch_rows,
+        progress=progress,
+    )
+    settings = {**result.metadata["settings"], "level": level, "select": select}
+    return replace(result, shares=tuple(shares), metadata={**result.metadata, "settings": settings})
+
+
+def _graph_of(model: Model, pairs: Pairs, metric: Metric) -> Graph:
+    return circuit_request(
+        model,
+        pairs,
+        direction="noising",
+        metric=metric,
+        corruption="counterfactual",
+        span="all",
+        batch_rows=1,
+    )[1].graph
+
+
+class CircuitPass:
+    """Runs of one chunk in which each receiver reads its own residual."""
+
+    def __init__(self, run: PatchingRun, blocks: Blocks) -> None:
+        self.run, self.engine, self.chunk = run, run.engine, run.chunk
+        self.blocks, self.graph = blocks, blocks.graph
+        self.first = first_position(run)
+        self.ablated = sender_changes(run, blocks)  # A: [batch, sender, pos, d_model]
+        self.live = torch.empty_like(self.ablated)  # U - A, filled sender by sender
+        self.rows = torch.arange(len(run.chunk.indices), device=run.chunk.base.device)
+
+    def metric(self, chosen: Bool[np.ndarray, " edges"]) -> Float[Tensor, " batch"]:
+        """The metric of each row with all edges ablated but those chosen."""
+        run, engine, first, graph = self.run, self.engine, self.first, self.graph
+        matrix = torch.from_numpy(graph.matrix(chosen)).to(self.live)  # [sender, receiver]
+        self.live[:, 0] = -self.ablated[:, 0]  # the embeddings stay as they are: U = 0
+        past = run.base.past
+        assert past is not None
+        begun = engine.begin(self.chunk.base[:1, first:], past.upto(first) if first else None)
+        for layer in range(graph.n_layers):
+            with self.blocks.reading(layer, self._changes_at(layer, matrix)):
+                engine.block(layer, self._base(layer), begun, rows=self.rows)
+        last = self._read(graph.n_layers, len(graph.receivers) - 1, matrix)
+        target = self.chunk.base_target - first
+        read = states_at(last, target, self.rows, self.chunk.readings)
+        metric = run.measure(logits_at(engine, read.to(engine.dtype)), self.rows)
+        return finite(metric, self.chunk.indices, "the circuit's run")
+
+    def _base(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
+        return self.run.base.resid[layer][:, self.first :]
+
+    def _inputs(
+        self, base: Float[Tensor, "batch pos d_model"], receivers: slice, matrix: Tensor
+    ) -> Float[Tensor, "batch receiver pos d_model"]:
+        """What some receivers of one depth read."""
+        senders = int(self.graph.reach[receivers.start])
+        # sum of (U if chosen else A) = sum of A + sum over chosen of (U - A)
+        chosen = matrix[:senders, receivers].T @ self.live[:, :senders].flatten(2)
+        ablated = self.ablated[:, :senders].sum(1, keepdim=True)  # [batch, 1, pos, d_model]
+        result = base[:, None].float() + ablated + chosen.unflatten(2, base.shape[1:])
+        return result.to(base.dtype)
+
+    def _read(self, layer: int, receiver: int, matrix: Tensor) -> Float[Tensor, "batch pos d"]:
+        return self._inputs(self._base(layer), slice(receiver, receiver + 1), matrix)[:, 0]
+
+    def _changes_at(self, layer: int, matrix: Tensor) -> dict[str, Any]:
+        """The inputs of a block's parts, and functions that record what its parts write."""
+        graph, blocks, base = self.graph, self.blocks, self.run.base
+        heads = slice(graph.heads_from(layer), graph.heads_from(layer) + graph.n_heads)
+
+        def reader(read: str) -> Any:
+            inputs = self._inputs(self._base(layer), graph.reading(layer, read), matrix)
+            new = blocks.read(layer, read, inputs)  # [batch, pos, head, d_head]
+            return lambda _: new
+
+        def store_heads(z: Tensor) -> None:
+            change = z.float() - base.sites["z"][layer][:, self.first :].float()
+            self.live[:, heads] = blocks.written(layer, change) - self.ablated[:, heads]
+
+        changes: dict[str, Any] = {read: reader(read) for read in READS} | {"z": store_heads}
+        if graph.mlps:
+            sender, receiver = graph.mlp_sender(layer), graph.mlp_receiver(layer)
+            own = base.sites["mlp_out"][layer][:, self.first :]
+
+            def mlp_input(_: Tensor) -> Tensor:
+                if graph.parallel:
+                    return self._read(layer, receiver, matrix)
+                middle = self._base(layer + 1) - own  # the clean resid_mid
+                return self._inputs(middle, slice(receiver, receiver + 1), matrix)[:, 0]
+
+            def store_mlp(out: Tensor) -> None:
+                self.live[:, sender] = out.float() - own.float() - self.ablated[:, sender]
+
+            changes |= {"mlp": mlp_input, "mlp_out": store_mlp}
+        return changes
+
+
+def _dropped(
+    result: Faithfulness,
+    circuits: Sequence[Circuit],
+    single: Sequence[tuple[int, int]],
+    removed: Float[np.ndarray, "single pairs"],
+) -> "tuple[pd.DataFrame, ...]":
+    """The change of faithfulness by removed edge, for each circuit."""
+    import pandas as pd
+
+    without = result._of(removed) if len(removed) else np.zeros(0)  # noqa: SLF001 - own module
+    tables = []
+    for number, one in enumerate(circuits):
+        rows = [i for i, (owner, _) in enumerate(single) if owner == number]
+        names = [one.graph.names(single[i][1]) for i in rows]
+        table = pd.DataFrame(names, columns=["sender", "receiver"])
+        table["change"] = without[rows] - result.values[number]
+        tables.append(table.sort_values("change", ignore_index=True))
+    return tuple(tables)
