@@ -203,11 +203,13 @@ def _spot(graph: Any, name: str, column: float) -> tuple[float, float]:
 
 
 def _curve(arc: _Arc) -> tuple[list[float], list[float]]:
-    """A quadratic arc between two points, which bulges to the side, and a gap after it."""
+    """A quadratic arc between two points, and a gap after it."""
     (x0, y0), (x1, y1) = arc.start, arc.end
     t = np.linspace(0, 1, _POINTS)
-    bulge = 0.18 if abs(x1 - x0) < 0.5 else 0.0
-    middle = ((x0 + x1) / 2 + bulge, (y0 + y1) / 2)
+    # Arcs between neighbors bulge to the side, and attention over many tokens hangs lower.
+    aside = 0.18 if abs(x1 - x0) < 0.5 else 0.0
+    below = min(0.3 + 0.08 * abs(x1 - x0), 1.1) if arc.attention else 0.0
+    middle = ((x0 + x1) / 2 + aside, (y0 + y1) / 2 + below)
     x = (1 - t) ** 2 * x0 + 2 * t * (1 - t) * middle[0] + t**2 * x1
     y = (1 - t) ** 2 * y0 + 2 * t * (1 - t) * middle[1] + t**2 * y1
     return [*x.tolist(), float("nan")], [*y.tolist(), float("nan")]
