@@ -113,9 +113,8 @@ class Circuit:
         given = {"top": top, "threshold": threshold, "greedy": greedy}
         named = {name: value for name, value in given.items() if value is not None}
         if len(named) != 1:
-            raise ValueError(
-                f"give one of top, threshold and greedy, got {sorted(named) or 'none'}"
-            )
+            got = " and ".join(named) or "none"
+            raise ValueError(f"give one of top, threshold and greedy, got {got}")
         ((name, value),) = named.items()
         count = len(graph)
         if name != "threshold" and not 0 <= value <= count:

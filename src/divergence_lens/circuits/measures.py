@@ -293,7 +293,13 @@ def faithfulness_curve(
     counts = [int(share * expected) for share in shares]
     if level == "edges":
         circuits = [
-            Circuit.from_scores(graph, values, absolute=absolute, **{select: count})
+            Circuit.from_scores(
+                graph,
+                values,
+                top=count if select == "top" else None,
+                greedy=count if select == "greedy" else None,
+                absolute=absolute,
+            )
             for count in counts
         ]
     else:
@@ -368,7 +374,7 @@ class CircuitPass:
         # sum of (U if chosen else A) = sum of A + sum over chosen of (U - A)
         chosen = matrix[:senders, receivers].T @ self.live[:, :senders].flatten(2)
         ablated = self.ablated[:, :senders].sum(1, keepdim=True)  # [batch, 1, pos, d_model]
-        result = base[:, None].float() + ablated + chosen.unflatten(2, base.shape[1:])
+        result: Tensor = base[:, None].float() + ablated + chosen.unflatten(2, base.shape[1:])
         return result.to(base.dtype)
 
     def _read(self, layer: int, receiver: int, matrix: Tensor) -> Float[Tensor, "batch pos d"]:

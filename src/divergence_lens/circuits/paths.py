@@ -116,9 +116,9 @@ class _Requested:
         """The cells of a chunk: row, column, edge."""
         indices = run.chunk.indices.tolist()
         if self.cells is None:
-            row, column = (~run.chunk.missing).cpu().numpy().nonzero()
-            each = np.repeat(np.stack([row, column], 1), len(self.edges), axis=0)
-            return np.concatenate([each, np.tile(self.edges, len(row))[:, None]], 1)
+            present = np.argwhere((~run.chunk.missing).cpu().numpy())  # [cells, 2]
+            each = np.repeat(present, len(self.edges), axis=0)
+            return np.concatenate([each, np.tile(self.edges, len(present))[:, None]], 1)
         rows = []
         for row, pair in enumerate(indices):  # a pair with a second row is computed in both
             own = self.cells[self.cells[:, 0] == pair].copy()
@@ -135,8 +135,8 @@ def _requested(
     if isinstance(edges, Circuit):
         edges.check_graph(graph)
         return _Requested(np.flatnonzero(edges.chosen))
-    if not hasattr(edges, "columns"):
-        numbers = graph.edges(list(edges))
+    if isinstance(edges, Sequence):
+        numbers = graph.edges(edges)
         if not len(numbers):
             raise ValueError("edges is empty; name at least one edge as (sender, receiver)")
         return _Requested(np.unique(numbers))
@@ -254,7 +254,8 @@ class PathPasses:
             [self._place(int(edge)) for edge in cells[active, 2].tolist()], device=cells.device
         )
         start = moved[active].int().argmax(-1) + self.first
-        rows = _Rows(cells[active], *places.unbind(1), sender[active], start)
+        layer, kind, head = places.unbind(1)
+        rows = _Rows(cells[active], layer, kind, head, sender[active], start)
         order = torch.argsort(rows.start * (self.graph.n_layers + 1) + rows.layer, stable=True)
         for first in range(0, len(order), self.batch_rows):
             chosen = order[first : first + self.batch_rows]

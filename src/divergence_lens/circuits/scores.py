@@ -123,7 +123,8 @@ class EdgeScores:
         present = np.isfinite(self.values).any(1)  # [pairs, edges]
         summed = np.nansum(self.values, axis=1, dtype=np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(present, summed, 0).sum(0) / np.where(present, 1, 0).sum(0)
+            mean = np.where(present, summed, 0).sum(0) / present.sum(0)
+        return np.asarray(mean)
 
     def by_sender(self) -> "pd.Series[float]":
         """The mean score of each sender: the sum over its edges.
@@ -279,14 +280,19 @@ class EdgeScores:
             ValueError: It is not a file of edge scores, or is damaged.
         """
         tensors, header = load_tensors(path, kind=_KIND)
-        rows = {name: tuple(map(tuple, header.pop(name))) for name in ("segments", "labels")}
-        verified = header.pop("verified")
+        verified = header["verified"]
         return cls(
-            **{name: np.asarray(tensor) for name, tensor in tensors.items()},
-            **rows,
-            graph=Graph(**header.pop("graph")),
+            values=np.asarray(tensors["values"]),
+            graph=Graph(**header["graph"]),
+            method=header["method"],
+            direction=header["direction"],
+            metric=header["metric"],
+            clean_metric=np.asarray(tensors["clean_metric"]),
+            corrupted_metric=np.asarray(tensors["corrupted_metric"]),
+            segments=tuple(tuple(row) for row in header["segments"]),
+            labels=tuple(tuple(row) for row in header["labels"]),
             verified=None if verified is None else agreement_from_json(verified),
-            **header,
+            metadata=header["metadata"],
         )
 
     def _repr_html_(self) -> str:
