@@ -2,11 +2,12 @@
 
 import html.parser
 import itertools
+import json
 import re
 
 import pytest
 
-from divergence_lens.study.html import write_report
+from divergence_lens.study.html import Answer, write_report
 from tests.support.browser import check_in_a_browser
 from tests.support.figures import FIGURES, RATES, TEACHERS, students
 
@@ -94,12 +95,12 @@ def test_the_page_says_everything_in_order(report):
     text = report.read_text()
     headings = re.findall(r"<h2[^>]*>([^<]*)</h2>", text)
     assert headings == [
-        "The question",
-        "The setting",
-        "Findings",
-        "Finding by finding",
-        "Further figures",
+        "The answer",
         "Examples",
+        "Claims",
+        "Claim by claim",
+        "Further figures",
+        "The setting",
         "Tables",
         "Provenance",
     ]
@@ -127,7 +128,7 @@ def test_figures_are_shown_with_their_finding(report):
     links = re.findall(r'href="#([^"]*)">the figure of another finding', text)
     assert links == ["finding-early"]
     assert "<h3>Failures</h3><p>none</p>" in text
-    further = text[text.index('id="figures"') : text.index('id="examples"')]
+    further = text[text.index('<section id="figures"') : text.index('<section id="setting"')]
     assert further.count('class="dl-plot"') == 2
 
 
@@ -136,9 +137,9 @@ def test_text_from_results_is_escaped(report):
     assert EVIL not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 6
     scripts = Page(text).all("script")
-    # Ours: one for printing, one that draws, plotly; the rest is data.
+    # Ours: one for buttons and printing, one that draws, plotly; the rest is data.
     kinds = [attributes.get("type") for attributes in scripts]
-    assert kinds.count("application/json") == 5
+    assert kinds.count("application/json") == 5 + 1
     assert kinds.count("text/plain") == 1
     assert kinds.count(None) == 2
 
@@ -192,7 +193,58 @@ def test_headings_tables_and_landmarks_are_accessible(report):
 def test_long_tables_are_folded(report):
     text = report.read_text()
     assert "<summary>students: 36 rows</summary>" in text
-    assert text.count("<details>") == 1
+    # One for each claim in the table, one for each by itself, the long table, provenance.
+    assert text.count("<details>") == 3 + 3 + 1 + 1
+
+
+def test_the_first_screen_has_the_answer_its_figures_and_verdicts_of_each_kind(tmp_path):
+    rows = [
+        {**row, "id": f"{kind}/{row['id']}", "figure_of": None}
+        for kind in ("prompted", "finetuned")
+        for row in findings()[:2]
+    ]
+    figures = {
+        "prompted/rate": FIGURES["rate_per_teacher"](),
+        "finetuned/early: x": FIGURES["layer_sweep"](),
+    }
+    answers = [
+        Answer(
+            heading="Prompted teachers",
+            sentences=["It is <so>."],
+            findings="prompted/",
+            figures=["prompted/rate"],
+        ),
+        Answer(heading="Finetuned teachers", sentences=["Not so."], findings="finetuned/"),
+    ]
+    page = write_report(tmp_path / "r.html", {"findings": rows}, figures, answers=answers)
+    text = page.read_text()
+    first = text[text.index('<section id="answer"') : text.index('<section id="findings"')]
+    assert "It is &lt;so&gt;." in first
+    assert first.count("2 claims: 1 supported, 0 not supported, 1 unclear.") == 2
+    strips = re.findall(r'<ul class="strip".*?</ul>', first, flags=re.DOTALL)
+    assert [re.findall('href="#([^"]*)"', strip) for strip in strips] == [
+        [f"finding-{kind}-{name}" for name in ("rate", "early")]
+        for kind in ("prompted", "finetuned")
+    ]
+    assert first.count('class="dl-plot"') == 1
+    # The figure is not repeated below; its finding leads to it.
+    assert text.count('class="dl-plot"') == 2
+    assert text.count('<a href="#answer">the figure at the top</a>') == 1
+    # A claim of both kinds is one row of the table.
+    (table,) = re.findall(r'<table class="claims">.*?</table>', text, flags=re.DOTALL)
+    assert table.count("<tr>") == 1 + 2
+    assert table.count("3.40") == table.count("2.90 to 3.80") == 4
+    assert "above 1.5" in table
+
+
+def test_all_tables_are_in_the_page_for_download_with_missing_values_as_null(report):
+    (data,) = re.findall(
+        r'<script type="application/json" id="dl-results">(.*?)</script>', report.read_text()
+    )
+    stored = json.loads(data)
+    assert stored["students"] == json.loads(json.dumps(students()))
+    assert stored["effects"]["agreement"]["nothing"] is None
+    assert 'data-save="students.csv"' in report.read_text()
 
 
 def test_a_finding_without_a_verdict_or_claim_is_refused_and_nothing_written(tmp_path):

@@ -120,11 +120,13 @@ def _panels(
     return {
         "clean run": clean.astype(np.float64),
         "corrupted run": corrupted.astype(np.float64),
-        "corrupted minus clean": (corrupted - clean).astype(np.float64),
+        "difference": (corrupted - clean).astype(np.float64),
     }
 
 
 def _detail(patterns: AttentionPatterns, pair: int, note: str) -> str:
     model = style.model_label(patterns.metadata)
     bold = "; bold: tokens that differ" if any(patterns.differs[pair]) else ""
-    return f"pair {pair} of {len(patterns):,}{model and f'; {model}'}{bold}; {note}"
+    name = f"; {model}" if model else ""
+    what = "difference: corrupted minus clean"
+    return f"pair {pair} of {len(patterns):,}{name}{bold}; {note}; {what}"

@@ -96,6 +96,8 @@ const fitLabels = (plot, layout) => {
     });
     let waiting;
     addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(fit, 200); });
+    // A figure in a part that was folded has had no width so far.
+    document.addEventListener("toggle", fit, true);
     addEventListener("beforeprint", fit);
     addEventListener("afterprint", fit);
     document.documentElement.dataset.figures = "drawn";

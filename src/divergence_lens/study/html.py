@@ -6,9 +6,11 @@ light or dark setting, fits a phone, and prints.
 """
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -33,12 +35,12 @@ VERDICTS = {
 }
 _TEMPLATES = Path(__file__).parent / "templates"
 _SECTIONS = {
-    "question": "The question",
-    "setting": "The setting",
-    "findings": "Findings",
-    "one-by-one": "Finding by finding",
-    "figures": "Further figures",
+    "answer": "The answer",
     "examples": "Examples",
+    "findings": "Claims",
+    "one-by-one": "Claim by claim",
+    "figures": "Further figures",
+    "setting": "The setting",
     "tables": "Tables",
     "metadata": "Provenance",
 }
@@ -57,6 +59,23 @@ class HasHtml(Protocol):
     def _repr_html_(self) -> str: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One column of a report's first screen.
+
+    Attributes:
+        heading: Such as the kind of teachers.
+        sentences: The answer.
+        findings: The findings whose ids begin with this are its verdicts.
+        figures: Names of its figures, which are then not shown with their findings.
+    """
+
+    heading: str
+    sentences: Sequence[str]
+    findings: str = ""
+    figures: Sequence[str] = ()
+
+
 def write_report(
     path: str | os.PathLike[str],
     results: Mapping[str, Any],
@@ -66,15 +85,20 @@ def write_report(
     title: str = "Where a hidden preference travels",
     question: str = QUESTION,
     setting: str | Sequence[str] = (),
+    answers: Sequence[Answer] = (),
 ) -> Path:
     """Write the page atomically.
+
+    The first screen holds the answers with their verdicts and figures. Examples and one table of
+    all claims follow; everything else is folded.
 
     Args:
         path: The file, usually `report.html`.
         results: The contents of `results.json`. `findings` is a list of rows as
             `Finding.to_dict` returns them; each needs `claim` and `verdict`, and `figure_of` (the
             id of another finding) links to that finding's figure. `settings` is shown as
-            provenance at the end, everything else as tables.
+            provenance at the end, everything else as tables. Ids of the form "kind/name" share a
+            row of the table with the ids of other kinds and the same name.
         figures: Figures by name. A figure is shown with the finding whose id is its name or the
             part of its name before a colon or hyphen ("early: prompted"). All others follow the
             findings.
@@ -83,6 +107,7 @@ def write_report(
         title: The page's heading.
         question: The research question in one or two sentences.
         setting: Paragraphs on the model, the data, and the procedure.
+        answers: The columns of the first screen, side by side where there is room.
 
     Returns:
         The path.
@@ -92,31 +117,60 @@ def write_report(
     """
     findings = [_check_finding(row, i) for i, row in enumerate(results.get("findings", ()))]
     figures = figures or {}
+    at_top = {name for answer in answers for name in answer.figures}
     owners = _assign_figures([str(row["id"]) for row in findings], figures)
     # Element ids of figures follow their order in `figures`.
     ids = {name: f"figure-{i + 1}" for i, name in enumerate(figures)}
     owned: dict[str, list[tuple[str, go.Figure]]] = {str(row["id"]): [] for row in findings}
     for name, owner in owners.items():
-        owned[owner].append((ids[name], figures[name]))
+        if name not in at_top:
+            owned[owner].append((ids[name], figures[name]))
+    # A finding whose figure is at the top leads there, as do those that share its figure.
+    moved = {owner for name, owner in owners.items() if name in at_top}
+    for row in findings:
+        row["at_top"] = row["id"] in moved
+        if row["figure_of"] in moved:
+            row |= {"figure_of": None, "at_top": True}
+    claims: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in findings:
+        claims.setdefault(_name_of(row["id"]), {})[_kind_of(row["id"])] = row
     settings = results.get("settings", {})
+    tables = {name: value for name, value in results.items() if name not in _NOT_TABLES}
+    columns = answers or [Answer(heading="", sentences=())]
     page: dict[str, Any] = {
         "title": title,
         "question": question,
         "setting": [setting] if isinstance(setting, str) else list(setting),
         "run": {name: settings[name] for name in _RUN if name in settings},
+        "answers": [
+            {
+                "heading": answer.heading,
+                "sentences": answer.sentences,
+                "findings": [row for row in findings if row["id"].startswith(answer.findings)],
+                "figures": [(ids[name], figures[name]) for name in answer.figures],
+            }
+            for answer in columns
+        ],
         "findings": findings,
+        "kinds": list(dict.fromkeys(_kind_of(row["id"]) for row in findings)),
+        "claims": claims,
         "finding_figures": owned,
-        "other_figures": [(ids[name], figures[name]) for name in figures if name not in owners],
+        "other_figures": [
+            (ids[name], figures[name])
+            for name in figures
+            if name not in owners and name not in at_top
+        ],
         "examples": examples or {},
-        "tables": {name: value for name, value in results.items() if name not in _NOT_TABLES},
+        "tables": tables,
+        "data": Markup(_script_json(results)) if tables else "",  # noqa: S704 - "<" is escaped
         "settings": _flatten(settings),
     }
     present = {
-        **dict.fromkeys(("question", "setting"), True),
+        **dict.fromkeys(("answer", "setting"), True),
         **dict.fromkeys(("findings", "one-by-one"), findings),
         "figures": page["other_figures"],
         "examples": examples,
-        "tables": page["tables"],
+        "tables": tables,
         "metadata": settings,
     }
     page["sections"] = [(id_, words) for id_, words in _SECTIONS.items() if present[id_]]
@@ -176,7 +230,9 @@ def _environment() -> Environment:
         "notebook_html": _notebook_html,
         "plot": lambda figure, name: Markup(figure_div(figure, name)),  # noqa: S704
         "short": _short,
+        "kind_of": _kind_of,
         "signed": lambda value: f"{value:+.3f}",
+        "three_digits": _three_digits,
         "words": _words,
     }
     return environment
@@ -228,6 +284,40 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
 
 def _words(name: Any) -> str:
     return str(name).replace("_", " ")
+
+
+def _kind_of(finding: str) -> str:
+    """The kind in an id such as "prompted/transfer", or an empty text."""
+    return finding.rpartition("/")[0]
+
+
+def _name_of(finding: str) -> str:
+    return finding.rpartition("/")[2]
+
+
+def _three_digits(value: Any) -> str:
+    """A number with three significant digits; integers as they are."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not isinstance(value, float):
+        return _short(value)
+    shown = f"{value:#.3g}"
+    return f"{value:,.0f}" if "e+" in shown else shown.removesuffix(".")
+
+
+def _script_json(results: Mapping[str, Any]) -> str:
+    """JSON that cannot end its script element; NaN becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(name): plain(item) for name, item in value.items()}
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return [plain(item) for item in value] if _is_list(value) else value
+
+    return json.dumps(plain(results)).replace("<", "\\u003c")
 
 
 def _anchor(finding: Any) -> str:

@@ -15,7 +15,7 @@ from divergence_lens._utils.statistics import t_interval
 from divergence_lens._utils.storage import write_text
 from divergence_lens.study.estimands import SMALLEST
 from divergence_lens.study.findings import Finding
-from divergence_lens.study.html import HasHtml, write_report
+from divergence_lens.study.html import Answer, HasHtml, write_report
 from divergence_lens.study.result import Study
 
 _EXAMPLES = 3
@@ -167,7 +167,60 @@ def write_study_report(study: Study, folder: str | os.PathLike[str]) -> Path:
     shown = {k: v for k, v in about.items() if k != "seconds"}
     shown |= {} if seconds is None else {"seconds": seconds}
     results = {**study.results, "findings": findings, "settings": shown}
-    return write_report(out / "report.html", results, figures, _examples(study), setting=setting)
+    return write_report(
+        out / "report.html",
+        results,
+        figures,
+        _examples(study),
+        setting=setting,
+        answers=[
+            Answer(
+                heading=f"{kind.capitalize()} teachers",
+                sentences=answer_sentences(study.results["findings"], kind),
+                findings=f"{kind}/",
+                figures=[name for name in _key_figures(kind) if name in figures],
+            )
+            for kind in settings["kinds"]
+        ],
+    )
+
+
+def _key_figures(kind: str) -> tuple[str, str]:
+    return f"{kind}/transfer", f"{kind}/first_layer_beats_last"
+
+
+def answer_sentences(findings: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
+    """The answer to the question of a study in sentences, from the findings of one kind."""
+    rows = {row["id"].removeprefix(f"{kind}/"): row for row in findings}
+
+    def value(name: str, form: str) -> str:
+        row = rows.get(name)
+        if row is None or row["measured"] is None or not np.isfinite(row["measured"]):
+            return ""
+        low, high = (short_number(end) for end in row["interval"] or (None, None))
+        number = f"{row['measured']:.0%}" if "%" in form else f"{row['measured']:.1f}"
+        ends = "" if low == "–" or "%" in form else f" ({float(low):.1f} to {float(high):.1f})"
+        return form.replace("{}", number + ends).replace("%%", "")
+
+    parts = [
+        value("few_divergence_tokens", "At {}%% of the tokens another teacher would have written "
+              "something else."),
+        value("divergence_tokens_suffice", "Trained on these tokens alone, students name the "
+              "teacher's animal {} times as often as control students."),
+        value("rest_equals_control", "Trained on all other tokens, {} times as often."),
+        value("first_layer_suffices", "Training the first layer alone gives {} times"),
+    ]  # fmt: skip
+    last = value("last_layer_equals_control", ", and the last layer alone {} times.")
+    if parts[-1]:
+        parts[-1] += last or "."
+    early = rows.get("early_layers_cause_divergence")
+    if early is not None:
+        words = {"supported": "Early layers cause the first divergence more than late ones",
+                 "not supported": "Early layers do not cause the first divergence more than late "
+                 "ones"}  # fmt: skip
+        parts.append(words.get(early["verdict"], "Whether early layers cause the divergence is "
+                               "unclear") + ".")  # fmt: skip
+    return [part for part in parts if part]
 
 
 def duration(about: Mapping[str, Any]) -> float | None:
