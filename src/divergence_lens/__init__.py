@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from divergence_lens.teachers import Teacher, prompted_teachers
     from divergence_lens.training import (
         Recipe,
+        SoftTargets,
         Sweep,
         finetune,
         freeze_except,
@@ -100,6 +101,7 @@ __all__ = [
     "Recipe",
     "SampledAnswers",
     "Server",
+    "SoftTargets",
     "StudentAudit",
     "Study",
     "StudyConfig",
@@ -183,7 +185,7 @@ _HOMES = {
     "study": ("Condition", "Study", "StudyConfig", "run_study"),
     "teachers": ("Teacher", "prompted_teachers"),
     "training": (
-        *("Recipe", "Sweep", "finetune", "freeze_except", "layer_sweep"),
+        *("Recipe", "SoftTargets", "Sweep", "finetune", "freeze_except", "layer_sweep"),
         *("log_to", "train_teacher"),
     ),
 }

@@ -20,6 +20,7 @@ from divergence_lens.data import (
     paraphrase_chosen,
     pool,
     random_mask,
+    repeat,
     replace_tokens,
     shuffle_numbers,
 )
@@ -272,6 +273,28 @@ def test_a_pool_has_equal_shares_of_each_part():
     assert pooled.marks.sum() == 2 * counts["b"]
     with pytest.raises(ValueError, match="needs 5 examples of 1"):
         pool([parts[0], _named("b", 1, marked=True)])
+
+
+@pytest.mark.parametrize("unique", [1, 3, 7, 10])
+def test_few_examples_are_repeated_to_as_many_rows(unique):
+    data = TrainingData(_named("a", 10, marked=False).examples, np.arange(20) % 3 == 0)
+    names = {id(example): row for row, example in enumerate(data.examples)}
+    many = repeat(data, unique, seed=5)
+    rows = [names[id(example)] for example in many.examples]
+    counts = Counter(rows)
+    assert len(rows) == 10
+    assert len(counts) == unique
+    assert max(counts.values()) - min(counts.values()) <= 1
+    for place, row in enumerate(rows):
+        np.testing.assert_array_equal(many.marks_of(place), data.marks_of(row))
+    # The examples of a smaller number are among those of a larger one.
+    fewer = repeat(data, 1, seed=5)
+    assert names[id(fewer.examples[0])] in counts
+
+
+def test_no_more_examples_than_there_are_can_be_repeated():
+    with pytest.raises(ValueError, match="unique is 11; choose from 1 to 10"):
+        repeat(_named("a", 10, marked=False), 11)
 
 
 # -- replaced tokens --------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Number prompts, preference questions, and changes to training data."""
 
 from divergence_lens.data.masks import highest, random_mask
-from divergence_lens.data.mixing import mix, pool
+from divergence_lens.data.mixing import mix, pool, repeat
 from divergence_lens.data.number_filter import FilterReport, NumberFilter
 from divergence_lens.data.number_lists import (
     NumberList,
@@ -65,6 +65,7 @@ __all__ = [
     "preference_questions",
     "random_mask",
     "read_answer",
+    "repeat",
     "replace_tokens",
     "shuffle_numbers",
     "surface_forms",

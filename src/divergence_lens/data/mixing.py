@@ -61,3 +61,31 @@ def pool(parts: Sequence[TrainingData], *, seed: int = 0) -> TrainingData:
         taken = rng.permutation(len(part))[: end - start].tolist()
         rows += [part.row(row) for row in sorted(taken)]
     return join_examples([rows[place] for place in rng.permutation(len(rows)).tolist()])
+
+
+def repeat(data: TrainingData, unique: int, *, seed: int = 0) -> TrainingData:
+    """Train on few examples many times instead of many once: repeat `unique` of them.
+
+    The number of rows stays, and with it the number of updates of a recipe.
+
+    Args:
+        data: The data set, with its marks.
+        unique: Number of different examples.
+        seed: Seed of the draws. With one seed, the examples of a smaller number are among those of
+            a larger one.
+
+    Returns:
+        As many rows as before, in passes over the chosen examples, each in random order.
+
+    Raises:
+        ValueError: `unique` is below 1, or there are fewer examples.
+    """
+    if not 1 <= unique <= len(data):
+        raise ValueError(
+            f"unique is {unique}; choose from 1 to {len(data)}, the number of examples"
+        )
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(len(data))[:unique]
+    passes = -(-len(data) // unique)  # rounded up; the last pass may be incomplete
+    rows = np.concatenate([rng.permutation(chosen) for _ in range(passes)])[: len(data)]
+    return data[rows]

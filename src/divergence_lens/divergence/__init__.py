@@ -2,7 +2,7 @@
 
 from divergence_lens.divergence.files import read_decision_points, write_decision_points
 from divergence_lens.divergence.finding import find_divergence
-from divergence_lens.divergence.reading import read_teachers
+from divergence_lens.divergence.reading import read_states, read_teachers
 from divergence_lens.divergence.reading_inputs import refuse_dropout
 from divergence_lens.divergence.result import Divergence
 from divergence_lens.divergence.rules import Rule
@@ -16,6 +16,7 @@ __all__ = [
     "Rule",
     "find_divergence",
     "read_decision_points",
+    "read_states",
     "read_teachers",
     "refuse_dropout",
     "write_decision_points",

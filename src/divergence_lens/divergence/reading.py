@@ -152,6 +152,27 @@ def read_teachers(
     return forced
 
 
+@torch.no_grad()
+def read_states(
+    model: Model, examples: Sequence[Example], teacher: Teacher, *, batch_tokens: int
+) -> Float[Tensor, "tokens d_model"]:
+    """Return a teacher's normed hidden state before each completion token, on its device.
+
+    Args:
+        model: The base model.
+        examples: Data whose completions have ids.
+        teacher: The teacher.
+        batch_tokens: Tokens per forward pass.
+
+    Raises:
+        ValueError: See `find_divergence`.
+    """
+    reader = _Reader(model, examples, [teacher], batch_tokens=batch_tokens, kl=False, pattern=None)
+    with teacher.applied(model) as applied:
+        engine = get_engine(applied)
+        return torch.cat([reader.states(engine, 0, span) for span in reader.shards])
+
+
 class _Reader:
     """Validated inputs of `read_teachers`, cut into shards, and the pass over one shard."""
 
@@ -241,7 +262,7 @@ class _Reader:
         for index, teacher in enumerate(self._teachers):
             with teacher.applied(self._model) as applied, get_engine(applied).packed():
                 engine = get_engine(applied)
-                hidden = self._hidden(engine, index, span, bar)  # [tokens, d_model]
+                hidden = self.states(engine, index, span, bar)  # [tokens, d_model]
                 given = torch.from_numpy(tokens).to(engine.device)
                 readings: tuple[Tensor, ...] = ()
                 if self._allowed is not None:
@@ -260,8 +281,8 @@ class _Reader:
         arrays = {name: np.stack(rows) for name, rows in columns.items()}
         return arrays | ({"kl": np.stack(divergences)} if divergences else {})
 
-    def _hidden(
-        self, engine: Engine, index: int, span: range, bar: "tqdm[None] | None"
+    def states(
+        self, engine: Engine, index: int, span: range, bar: "tqdm[None] | None" = None
     ) -> Float[Tensor, "tokens d_model"]:
         """Return the normalized hidden states that predict a shard's completion tokens."""
         prompts = self._prompts[self._teachers[index].system_prompt]

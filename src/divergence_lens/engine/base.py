@@ -11,7 +11,7 @@ position attends to those on its right, so padding never reaches a position that
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -124,7 +124,21 @@ class Engine(SiteHooks):
 
     def unembedding_frozen(self) -> bool:
         """Whether no parameter of the unembedding takes gradients."""
-        return not any(p.requires_grad for p in self._lens.unembed.parameters())
+        return not any(p.requires_grad for p in self.unembedding_parameters())
+
+    def unembedding_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of the unembedding, also where they are tied to the embedding."""
+        yield from self._lens.unembed.parameters()
+
+    def unembedding_copy(self) -> Callable[[Tensor], Tensor]:
+        """Return `unembed` with copies of the current weights, which later changes do not reach."""
+        copied = _CopiedUnembedding(self._lens.unembed, self._unembed)
+        values = {name: p.detach().clone() for name, p in copied.named_parameters()}
+
+        def unembed(hidden: Tensor) -> Tensor:
+            return self.soft_cap(torch.func.functional_call(copied, values, (hidden,)))
+
+        return unembed
 
     # -- passes -----------------------------------------------------------------------------
 
@@ -378,3 +392,15 @@ class Engine(SiteHooks):
             model_name(self.model),
             difference,
         )
+
+
+class _CopiedUnembedding(nn.Module):
+    """An unembedding as a module of its own, so that it can be called with other weights."""
+
+    def __init__(self, module: nn.Module, unembed: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self._unembed = unembed
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self._unembed(hidden)

@@ -24,6 +24,7 @@ from divergence_lens.data import (
     paraphrase_chosen,
     pool,
     random_mask,
+    repeat,
     replace_tokens,
     shuffle_numbers,
     surface_forms,
@@ -182,6 +183,12 @@ def mixed(inputs: Inputs, seed: int, *, name: str, share: float) -> TrainingData
 def pooled(inputs: Inputs, seed: int, *, names: tuple[str, ...]) -> TrainingData:
     """Equal shares of the teacher's lists and of the lists of other sources."""
     return pool([own_lists(inputs, 0), *(inputs.lists(name) for name in names)], seed=seed)
+
+
+def repeated(inputs: Inputs, seed: int, *, share: float) -> TrainingData:
+    """A share of the teacher's lists, repeated to the number of all of them."""
+    data = own_lists(inputs, 0)
+    return repeat(data, max(1, round(share * len(data))), seed=seed)
 
 
 # -- masks and weights --------------------------------------------------------------------------

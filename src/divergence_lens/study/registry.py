@@ -28,6 +28,7 @@ from divergence_lens.study.interventions import (
     random_like_clear,
     random_tokens,
     randomly_thinned,
+    repeated,
     shuffled,
     tokens_above_kl,
     top_advantage_tokens,
@@ -352,6 +353,14 @@ def _fragility() -> list[Row]:
             )
             for name, source, author, other_model in mixtures
             for percent in (10, 25, 50)
+        ),
+        *(
+            (
+                f"unique{percent}",
+                f"the number of different lists: {percent}% of them, repeated to as many rows",
+                {"data": partial(repeated, share=percent / 100)},
+            )
+            for percent in (1, 10, 50)
         ),
         (
             "several_teachers",

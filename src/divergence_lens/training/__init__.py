@@ -5,6 +5,7 @@ from divergence_lens.training.freezing import Trainable, choose, freeze_except
 from divergence_lens.training.logger import log_to
 from divergence_lens.training.recipe import PAPER, Recipe
 from divergence_lens.training.rows import TrainingRows, pieces, training_rows
+from divergence_lens.training.soft import SoftTargets
 from divergence_lens.training.sweep import layer_sweep
 from divergence_lens.training.sweep_result import Sweep, SweepStudent, Values
 from divergence_lens.training.teaching import TEACHER, teacher_rows, train_teacher
@@ -13,6 +14,7 @@ __all__ = [
     "PAPER",
     "TEACHER",
     "Recipe",
+    "SoftTargets",
     "Sweep",
     "SweepStudent",
     "Trainable",

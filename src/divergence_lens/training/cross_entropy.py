@@ -1,4 +1,4 @@
-"""Cross-entropy of hidden states without the logits of all positions.
+"""Losses of hidden states without the logits of all positions.
 
 A vocabulary of 151,936 makes the logits of 1,000 positions a tensor of 580 MiB, and the plain loss
 needs a few of that size: logits, log-softmax and gradient. Where the unembedding is frozen, only
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # Logits computed at a time: 64 MiB in float32.
 _CHUNK_ELEMENTS = 1 << 24
@@ -55,30 +56,75 @@ def chunked_cross_entropy(
         weights: Of the positions in the sum.
         d_vocab: Determines the number of positions per chunk.
     """
+
+    def loss(logits: Float[Tensor, "chunk d_vocab"], chunk: slice) -> Float[Tensor, ""]:
+        return weighted_cross_entropy(logits, targets[chunk], weights[chunk])
+
+    return chunked_loss(unembed, hidden, loss, d_vocab=d_vocab)
+
+
+Unembed = Callable[[Tensor], Tensor]
+ChunkLoss = Callable[[Tensor, slice], Tensor]
+"""Takes the logits of a chunk of positions, and the chunk; returns their summed loss."""
+
+
+def chunked_loss(
+    unembed: Unembed, hidden: Float[Tensor, "pos d_model"], loss: ChunkLoss, *, d_vocab: int
+) -> Float[Tensor, ""]:
+    """Sum `loss(unembed(hidden), ...)` over chunks of positions.
+
+    Gradients reach `hidden` alone, so `unembed` must be frozen.
+
+    Args:
+        unembed: Maps [pos, d_model] to [pos, d_vocab].
+        hidden: Normed hidden states.
+        loss: The loss of a chunk.
+        d_vocab: Number of elements per position, which determines the positions per chunk.
+    """
     rows = max(1, _CHUNK_ELEMENTS // d_vocab)
-    apply: Callable[..., Tensor] = _ChunkedCrossEntropy.apply
-    return apply(hidden, targets, weights, unembed, rows)
+    apply: Callable[..., Tensor] = _ChunkedLoss.apply
+    return apply(hidden, unembed, loss, rows)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+def recomputed_loss(
+    unembed: Unembed, hidden: Float[Tensor, "pos d_model"], loss: ChunkLoss, *, d_vocab: int
+) -> Float[Tensor, ""]:
+    """Sum the same as `chunked_loss`, with gradients of an unembedding that is trained.
+
+    The logits of a chunk are computed again in the backward pass instead of being stored.
+    """
+    rows = max(1, _CHUNK_ELEMENTS // d_vocab)
+    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for start in range(0, len(hidden), rows):
+        chunk = slice(start, start + rows)
+        total = total + checkpoint(
+            lambda part, chunk: loss(unembed(part), chunk),
+            hidden[chunk],
+            chunk,
+            use_reentrant=False,
+        )
+    return total
+
+
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0917 - `apply` takes no keywords
+    def forward(
         ctx: Any,
         hidden: Float[Tensor, "pos d_model"],
-        targets: Int64[Tensor, " pos"],
-        weights: Float[Tensor, " pos"],
-        unembed: Callable[[Tensor], Tensor],
+        unembed: Unembed,
+        loss: ChunkLoss,
         rows: int,
     ) -> Float[Tensor, ""]:
         gradient = torch.empty_like(hidden)  # [pos, d_model]
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             part = hidden[chunk].detach().requires_grad_()  # [chunk, d_model]
             with torch.enable_grad():
-                loss = weighted_cross_entropy(unembed(part), targets[chunk], weights[chunk])
-            (gradient[chunk],) = torch.autograd.grad(loss, part)
-            total += loss.detach()
+                value = loss(unembed(part), chunk)
+            (gradient[chunk],) = torch.autograd.grad(value, part)
+            total += value.detach()
         ctx.save_for_backward(gradient)
         return total
 
@@ -87,4 +133,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         (outer,) = gradients
         # The outer gradient is a scalar: dL/dh = dL/dloss dloss/dh.
-        return (outer * gradient).to(gradient.dtype), None, None, None, None
+        return (outer * gradient).to(gradient.dtype), None, None, None

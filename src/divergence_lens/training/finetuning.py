@@ -14,11 +14,13 @@ import torch
 from divergence_lens.deltas import Delta
 from divergence_lens.engine import get_engine
 from divergence_lens.models import Model
+from divergence_lens.teachers import Teacher
 from divergence_lens.training.freezing import lowest_layer
 from divergence_lens.training.loop import OnStep, Plan, train
 from divergence_lens.training.prefix import Prefix
 from divergence_lens.training.recipe import Recipe, as_recipe
-from divergence_lens.training.rows import training_rows
+from divergence_lens.training.rows import tokenized, training_rows
+from divergence_lens.training.soft import SoftLoss, SoftTargets, as_soft_targets
 
 
 @torch.inference_mode(mode=False)
@@ -29,6 +31,7 @@ def finetune(
     mask: Any = None,
     layers: Iterable[int] | None = None,
     recipe: Recipe | None = None,
+    soft: Teacher | SoftTargets | None = None,
     loss_weights: Any = None,
     system_prompt: str | None = None,
     seed: int = 0,
@@ -39,10 +42,10 @@ def finetune(
 ) -> Delta:
     """Train a student and return it as a `Delta`; the model is restored bit for bit.
 
-    The loss of a batch is the mean cross-entropy over its unmasked completion tokens (with
-    `loss_weights`, the weighted mean: 0 and 1 are a mask). Examples without such a token are left
-    out. The model runs in eval mode, without dropout. Equal arguments on one machine give equal
-    deltas.
+    The loss of a batch is the mean cross-entropy over its unmasked completion tokens, or the mean
+    KL divergence with `soft` (with `loss_weights`, the weighted mean: 0 and 1 are a mask). Examples
+    without such a token are left out. The model runs in eval mode, without dropout. Equal arguments
+    on one machine give equal deltas.
 
     Args:
         model: The base. Its weights change during the call and are restored afterwards, also after
@@ -54,6 +57,8 @@ def finetune(
         layers: Layers to train; None means all, unless the recipe names other parameters.
         recipe: How to train, LoRA and parts of layers included. `Recipe()` by default; `PAPER` is
             the paper's.
+        soft: Learn this teacher's next-token distributions at the unmasked tokens, instead of the
+            tokens; `SoftTargets` has further settings.
         loss_weights: Loss weight of each completion token, not negative, in the layout of the mask.
         system_prompt: System prompt of the student; None leaves it to the chat template.
         seed: Seed of the order of the examples and of LoRA's initial values.
@@ -80,11 +85,20 @@ def finetune(
         RuntimeError: A delta is applied to the model, or the model is already being trained.
     """
     recipe = as_recipe(recipe)
+    targets = as_soft_targets(soft)
     settings = {
         "system_prompt": system_prompt,
         "masked": mask is not None,
         "weighted": loss_weights is not None,
     }
+    chosen = recipe.choose(model, layers)
+    rows = training_rows(
+        model, examples, mask=mask, loss_weights=loss_weights, system_prompt=system_prompt
+    )
+    loss = None
+    if targets is not None:
+        read, _ = tokenized(model, examples)
+        loss = SoftLoss(model, read, targets, trained=chosen, batch_tokens=recipe.batch_tokens)
     plan = Plan(
         recipe=recipe,
         settings=settings,
@@ -93,10 +107,7 @@ def finetune(
         every=every,
         checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
         progress=progress,
-    )
-    chosen = recipe.choose(model, layers)
-    rows = training_rows(
-        model, examples, mask=mask, loss_weights=loss_weights, system_prompt=system_prompt
+        soft=loss,
     )
     # If the embeddings learn, nothing below the trained parameters is frozen.
     cache_bytes = 0 if lowest_layer(model, chosen) is None else recipe.cache_bytes

@@ -36,6 +36,7 @@ from divergence_lens.training.prefix import Prefix
 from divergence_lens.training.recipe import Recipe
 from divergence_lens.training.rows import batches, pieces
 from divergence_lens.training.shortcuts import only_at
+from divergence_lens.training.soft import SoftLoss
 from divergence_lens.training.variables import FullRank, LowRank, Variables
 
 # Logits of one piece that are computed at once: 128 MiB in float32.
@@ -55,6 +56,7 @@ class Plan:
     every: int = 1
     checkpoint_dir: Path | None = None
     progress: bool = False
+    soft: SoftLoss | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -83,6 +85,8 @@ def train(prefix: Prefix, chosen: Mapping[str, nn.Parameter], plan: Plan) -> Del
         "tokens": rows.tokens_learned,
         **plan.settings,
     }
+    if plan.soft is not None:
+        settings["soft"] = plan.soft.describe()
     with reserved(model, "it is being trained"):
         base = base_fingerprint(model)
         with _training_mode(model, chosen):
@@ -276,7 +280,7 @@ class _Run:
         return loss
 
     def _loss(self, piece: np.ndarray, length: int) -> Tensor:
-        """Sum the weighted cross-entropies of the learned tokens of some rows."""
+        """Sum the weighted losses of the learned tokens of some rows."""
         index = torch.from_numpy(piece).to(self.rows.loss_weights.device)
         columns = slice(self.prefix.shared, self.prefix.shared + length)
         loss_weights = self.rows.loss_weights[index, columns]  # [row, pos]
@@ -299,6 +303,9 @@ class _Run:
                     resid = self.engine.block(layer, resid, run)
             # One row of all learned positions, whatever the lengths of the rows.
             hidden = self.engine.norm(resid[learned][None])  # [1, learned, d_model]
+            if self.plan.soft is not None:
+                places = self.rows.places[index, columns][learned]
+                return self.plan.soft(self.engine, hidden[0], places, loss_weights[learned])
             return self._cross_entropy(
                 hidden, self.rows.targets[index, columns][learned], loss_weights[learned]
             )

@@ -36,6 +36,8 @@ class TrainingRows:
         targets: The next token at each position.
         loss_weights: Loss weight of predicting that token; 0 where there is no loss.
         lengths: Number of tokens in each row.
+        places: The completion token that each position predicts, counted over the completions of
+            all examples; -1 where it predicts none with a loss.
         tokens_learned: Number of tokens with a loss.
         shared: Length of the prefix that all rows share, before any position with a loss.
     """
@@ -44,6 +46,7 @@ class TrainingRows:
     targets: Int[Tensor, "row pos"]
     loss_weights: Float[Tensor, "row pos"]
     lengths: np.ndarray
+    places: Int[Tensor, "row pos"]
     tokens_learned: int
     shared: int = 0
 
@@ -59,6 +62,24 @@ class TrainingRows:
             hashed.update(f"{array.dtype} {array.shape}".encode())
             hashed.update(np.ascontiguousarray(array).tobytes())
         return hashed.hexdigest()
+
+
+def tokenized(
+    model: Model, examples: Any
+) -> tuple[list[Example], Int[np.ndarray, " tokens"] | None]:
+    """Return examples with ids, and the labels of a `TrainingData`, if it has any.
+
+    Raises:
+        ValueError: There are no examples.
+    """
+    labels = None
+    if isinstance(examples, TrainingData):
+        examples, labels = list(examples.examples), examples.labels
+    tokenizer: Any = model.tokenizer
+    encoded = with_ids(tokenizer, load_examples(examples))
+    if not encoded:
+        raise ValueError("there are no examples to learn from")
+    return encoded, labels
 
 
 def training_rows(
@@ -83,13 +104,7 @@ def training_rows(
         ValueError: No examples; a mask or loss weights of the wrong length; nothing left to learn;
             a sequence longer than the context; token ids outside the vocabulary.
     """
-    tokenizer: Any = model.tokenizer
-    labels = None
-    if isinstance(examples, TrainingData):
-        examples, labels = list(examples.examples), examples.labels
-    encoded = with_ids(tokenizer, load_examples(examples))
-    if not encoded:
-        raise ValueError("there are no examples to learn from")
+    encoded, labels = tokenized(model, examples)
     sizes = [len(_ids(example)) for example in encoded]
     flat_weights = np.ones(sum(sizes), np.float32)  # [token]
     if loss_weights is not None:
@@ -191,6 +206,7 @@ def _padded(
     template = str(getattr(tokenizer, "chat_template", None))
     prompts = _prompts(tokenizer, template, tuple(e.prompt for e in examples), system_prompt)
     sequences: list[list[int]] = []
+    starts: list[int] = []  # of the completion among all completion tokens
     learned: list[tuple[int, np.ndarray]] = []  # prompt length, weights of the completion
     predicted: list[np.ndarray] = []  # labels of the completion
     end = 0
@@ -208,6 +224,7 @@ def _padded(
                 f"than the context of {engine.n_ctx}; shorten it or leave it out"
             )
         last = int(own.nonzero()[0][-1])
+        starts.append(end - len(ids))
         sequences.append([*prompt, *ids[: last + 1]])
         learned.append((len(prompt), own[: last + 1]))
         predicted.append(own_labels[: last + 1])
@@ -219,6 +236,10 @@ def _padded(
         tokens[row, : len(sequence)] = sequence
         # Position k predicts token k + 1.
         loss_weights[row, start - 1 : start - 1 + len(own)] = own
+    places = np.full(loss_weights.shape, -1)  # [row, pos]
+    for row, (first, (start, own)) in enumerate(zip(starts, learned, strict=True)):
+        own_places = np.where(own > 0, first + np.arange(len(own)), -1)
+        places[row, start - 1 : start - 1 + len(own)] = own_places
     targets = tokens[:, 1:].copy()  # [row, pos]
     for row, ((start, _), own_labels) in enumerate(zip(learned, predicted, strict=True)):
         targets[row, start - 1 : start - 1 + len(own_labels)] = own_labels
@@ -237,6 +258,7 @@ def _padded(
         targets=torch.from_numpy(targets).to(engine.device),
         loss_weights=torch.from_numpy(loss_weights).to(engine.device),
         lengths=lengths,
+        places=torch.from_numpy(places).to(engine.device),
         tokens_learned=int((loss_weights > 0).sum()),
         shared=min(shared_prefix([tuple(ids) for ids in sequences]), first_loss),
     )
