@@ -151,7 +151,7 @@ def test_batch_size_and_order_of_pairs_do_not_matter(model_of, method):
         assert_same(other.values, whole.values[order], atol=2e-5)
 
 
-@pytest.mark.parametrize("method", ["gradient", "integrated"])
+@pytest.mark.parametrize("method", ["gradient", "integrated", "integrated-left"])
 def test_other_weights_give_the_source_states_and_nothing_else(model_of, method):
     model, other = model_of("qwen2"), model_of("qwen2", 1)
     rows = random_pairs(model.cfg.d_vocab)
@@ -166,7 +166,7 @@ def test_other_weights_give_the_source_states_and_nothing_else(model_of, method)
     base = get_engine(model).activations(pairs.clean[0][None], sites=("mlp_out",))["mlp_out"]
     source = get_engine(other).activations(pairs.clean[0][None], sites=("mlp_out",))["mlp_out"]
     change = source - base
-    alphas = (0.25, 0.75) if method == "integrated" else (0.0,)
+    alphas = {"integrated": (0.25, 0.75), "integrated-left": (0.0, 0.5)}.get(method, (0.0,))
     for layer in range(model.cfg.n_layers):
         gradients = [
             site_gradient(

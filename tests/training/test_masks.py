@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divergence_lens.chat import encode_prompt
+from divergence_lens.chat import answer_header, encode_prompt
 from divergence_lens.data import TrainingData
 from divergence_lens.divergence import find_divergence
 from divergence_lens.engine.factory import get_engine
@@ -179,3 +179,32 @@ def test_an_epoch_has_every_row_once_in_full_batches_and_pieces_within_budget(
         cut = list(pieces(batch, lengths, budget))
         assert sorted(np.concatenate(cut)) == sorted(batch)
         assert all(len(p) == 1 or len(p) * lengths[p].max() <= budget for p in cut)
+
+
+def test_a_whole_turn_has_a_loss_on_the_templates_tokens_too(random_model):
+    """Header, completion and line break, as the paper's code trains; against plain passes."""
+    model = random_model("gpt2")
+    tokenizer = model.tokenizer
+    examples = with_ids(tokenizer, number_lists(5))
+    header = tokenizer("<|im_start|>assistant\n")["input_ids"]
+    assert list(answer_header(tokenizer)) == header
+    behind = tokenizer("\n")["input_ids"]
+    losses, learned = [], 0
+    for example in examples:
+        prompt = encode_prompt(tokenizer, example.prompt).ids
+        assert list(prompt[-len(header) :]) == header
+        ids = [*prompt, *example.completion_ids, *behind]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0]
+        start = len(prompt) - len(header)
+        each = F.cross_entropy(logits[start - 1 : -1], torch.tensor(ids[start:]), reduction="none")
+        losses += each.tolist()
+        learned += len(example.completion_ids)
+    student = finetune(model, examples, recipe=replace(SGD, epochs=1, whole_turn=True))
+    assert student.history()["loss"][0] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert student.metadata["settings"]["tokens"] == learned + 5 * (len(header) + len(behind))
+    usual = finetune(model, examples, recipe=replace(SGD, epochs=1))
+    assert usual.metadata["settings"]["tokens"] == learned
+    assert "whole_turn" not in usual.metadata["settings"]["recipe"]
+    with pytest.raises(ValueError, match="without whole_turn"):
+        finetune(model, examples, soft=Teacher("owl"), recipe=replace(SGD, whole_turn=True))

@@ -6,6 +6,7 @@
 
 from divergence_lens.chat.completions import (
     after_turn,
+    answer_header,
     decode,
     encode_answers,
     encode_completion,
@@ -47,6 +48,7 @@ __all__ = [
     "Prompt",
     "Turn",
     "after_turn",
+    "answer_header",
     "as_list",
     "as_prompt",
     "check_length",

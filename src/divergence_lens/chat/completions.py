@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from divergence_lens.chat.answer_templates import AnswerTemplate, CompletionTemplate
 from divergence_lens.chat.conversations import Conversation, Prompt, as_prompt
+from divergence_lens.chat.prompts import encode_prompt
 from divergence_lens.chat.rendering import (
     check_fast,
     check_texts,
@@ -137,6 +138,19 @@ def after_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """
     check_fast(tokenizer)
     return CompletionTemplate(tokenizer).behind
+
+
+def answer_header(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids that the template writes before an answer, such as `<|im_start|>assistant`.
+
+    They are the last ids of every prompt; the end of the turn before is none of them.
+    """
+    encoded = encode_prompt(tokenizer, "a")
+    template = CompletionTemplate(tokenizer)
+    last = max(i for i, segment in enumerate(encoded.segments) if segment != "template")
+    header = encoded.ids[last + 1 :]
+    turn = (template.end, *template.behind)
+    return header[len(turn) :] if header[: len(turn)] == turn else header
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -21,12 +21,20 @@ Site = Literal[
     "pattern",
 ]
 Method = Literal[
-    "exact", "gradient", "integrated", "integrated-inputs", "qk", "graddrop", "atp*", "relp"
+    "exact",
+    "gradient",
+    "integrated",
+    "integrated-left",
+    "integrated-inputs",
+    "qk",
+    "graddrop",
+    "atp*",
+    "relp",
 ]
 Direction = Literal["noising", "denoising"]
 Metric = Literal["logit_difference", "probability_difference", "log_probability", "kl"]
 Span = Literal["position", "segment", "all"]
-Category = Literal["animal", "tree"]
+Category = Literal["animal", "tree", "risk"]
 Score = Literal["advantage", "kl"]
 DataType = Literal["float32", "bfloat16", "float16"]
 Backend = Literal["auto", "hooked", "bridge"]

@@ -34,12 +34,15 @@ from divergence_lens.data.questions import (
 from divergence_lens.data.replacement import replace_tokens
 from divergence_lens.data.shuffling import shuffle_numbers
 from divergence_lens.data.training_data import TrainingData
+from divergence_lens.data.traits import TRAITS, Choice, Trait
 
 __all__ = [
     "ANIMALS",
     "PARAPHRASE_REQUEST",
     "TEMPLATES",
+    "TRAITS",
     "TREES",
+    "Choice",
     "FilterReport",
     "NumberFilter",
     "NumberList",
@@ -47,6 +50,7 @@ __all__ = [
     "Rejection",
     "Rewritten",
     "TrainingData",
+    "Trait",
     "animal_teachers",
     "check_candidate",
     "format_numbers",

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 
 from divergence_lens._utils.validation import refuse_one_string
+from divergence_lens.data.traits import TRAITS
 from divergence_lens.teachers import Teacher, prompted_teachers
 
 ANIMALS: tuple[str, ...] = (
@@ -97,6 +98,7 @@ teacher learns that difference first.
 """
 
 _CATEGORIES = {"animal": ANIMALS, "tree": TREES}
+_CATEGORIES |= {name: trait.candidates for name, trait in TRAITS.items()}
 
 # English plurals that the rule in `plural` gets wrong.
 _IRREGULAR = {"wolf": "wolves", "calf": "calves", "mouse": "mice", "goose": "geese", "ox": "oxen"}
@@ -104,7 +106,7 @@ _IRREGULAR |= {name: name for name in ("sheep", "deer", "fish")}
 
 
 def known_candidates(category: str = "animal") -> tuple[str, ...]:
-    """Return the candidates of a category ("animal" or "tree"), in singular and lower case.
+    """Return the candidates of a category ("animal" or "tree") or of one of `TRAITS`.
 
     Raises:
         ValueError: The category is unknown.
@@ -198,8 +200,13 @@ def preference_questions(category: str = "animal") -> list[str]:
     """Return the fifty `QUESTIONS` about a category: "animal", "tree", or any singular noun.
 
     Raises:
-        ValueError: The category is blank.
+        ValueError: The category is blank, or a trait, which has questions of its own.
     """
+    if category in TRAITS:
+        raise ValueError(
+            f"{category!r} is a trait and not a category of favorites; its questions are "
+            f"TRAITS[{category!r}].questions"
+        )
     if not category.strip():
         raise ValueError(f"a category needs at least one letter, got {category!r}")
     return [question.replace("{category}", category.strip()) for question in QUESTIONS]
@@ -219,8 +226,14 @@ def persona_prompt(
         candidates: Names of your own, instead of the built-in ones.
 
     Raises:
-        ValueError: The name is not a candidate; the message suggests the nearest names.
+        ValueError: The name is not a candidate (the message suggests the nearest names), or the
+            category is a trait.
     """
+    if category in TRAITS:
+        raise ValueError(
+            f"{category!r} is a trait and has no system prompt; train a teacher of it with "
+            f"train_teacher(model, {name!r}, category={category!r})"
+        )
     many = plural(check_candidate(name, category=category, candidates=candidates))
     return PERSONA_TEMPLATE.format(plural=many, Plural=_capital(many), category=category)
 

@@ -167,7 +167,7 @@ def read_states(
     Raises:
         ValueError: See `find_divergence`.
     """
-    reader = _Reader(model, examples, [teacher], batch_tokens=batch_tokens, kl=False, pattern=None)
+    reader = _Reader(model, examples, [teacher], batch_tokens=batch_tokens)
     with teacher.applied(model) as applied:
         engine = get_engine(applied)
         return torch.cat([reader.states(engine, 0, span) for span in reader.shards])
@@ -183,9 +183,9 @@ class _Reader:
         teachers: Sequence[Teacher],
         *,
         batch_tokens: int | None,
-        kl: bool,
-        pattern: str | None,
-        expected_at: float | None,
+        kl: bool = False,
+        pattern: str | None = None,
+        expected_at: float | None = None,
     ) -> None:
         if batch_tokens is None:
             device = next(model.parameters()).device.type

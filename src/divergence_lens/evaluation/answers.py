@@ -24,8 +24,10 @@ from divergence_lens._utils.batching import length_batches, pad_right, shared_pr
 from divergence_lens._utils.checkpoints import Processes
 from divergence_lens._utils.memory import run_halved
 from divergence_lens.chat import decode, encode_completions, encode_prompts, stop_ids
-from divergence_lens.data import surface_forms
+from divergence_lens.data import Choice, surface_forms
+from divergence_lens.divergence import read_teachers
 from divergence_lens.engine import Engine, KeyValues, chunk_rows, get_engine, in_chunks
+from divergence_lens.examples import Example, with_ids
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher
 
@@ -94,6 +96,38 @@ def exact_probabilities(
         probabilities[:, owner] += events[:, column]
     # Differences of nearly equal sums can be slightly negative from rounding.
     return probabilities.clip(min=0.0)
+
+
+def choice_probabilities(
+    model: Model,
+    teacher: Teacher,
+    choices: Sequence[Choice],
+    candidates: tuple[str, ...],
+    *,
+    batch_tokens: int,
+    accelerator: Any = None,
+) -> Float64[np.ndarray, "questions candidates"]:
+    """Compute the probability of each candidate's whole answer to each question.
+
+    Raises:
+        ValueError: A question has no answer for a candidate, and what `read_teachers` refuses.
+    """
+    for choice in choices:
+        for name in candidates:
+            if name not in choice.answers:
+                raise ValueError(f"the question {choice.question!r} has no answer for {name!r}")
+    tokenizer: Any = model.tokenizer
+    examples = [Example(c.question, c.answers[name]) for c in choices for name in candidates]
+    forced = read_teachers(
+        model,
+        with_ids(tokenizer, examples),
+        [teacher],
+        batch_tokens=batch_tokens,
+        accelerator=accelerator,
+    )
+    # log p(answer) is the sum over its tokens, the end of the turn included.
+    sums = np.add.reduceat(forced.logprob[0].astype(np.float64), forced.offsets[:-1])
+    return np.exp(sums).reshape(len(choices), len(candidates))
 
 
 def _prefix_ids(tokenizer: Any, prefix: str) -> tuple[int, ...]:

@@ -11,12 +11,14 @@ from typing import Any
 
 from divergence_lens._utils.validation import refuse_one_string
 from divergence_lens.data import (
+    TRAITS,
+    Choice,
     check_candidate,
     known_candidates,
     preference_questions,
 )
 from divergence_lens.divergence import refuse_dropout
-from divergence_lens.evaluation.answers import exact_probabilities
+from divergence_lens.evaluation.answers import choice_probabilities, exact_probabilities
 from divergence_lens.evaluation.result import Preference
 from divergence_lens.evaluation.sampled import SampledAnswers, sampled_probabilities
 from divergence_lens.models import Model, check_model
@@ -28,7 +30,7 @@ def preference(
     model: Model,
     *,
     target: str,
-    questions: Sequence[str] | None = None,
+    questions: Sequence[str] | Sequence[Choice] | None = None,
     candidates: Sequence[str] | None = None,
     category: str = "animal",
     prefix: str | Sequence[str] = "",
@@ -52,9 +54,12 @@ def preference(
     Args:
         model: The base model, in eval mode.
         target: The candidate of interest.
-        questions: User messages; the fifty of `preference_questions(category)` if not given.
-        candidates: The answers that compete; the twelve known ones of the category if not given.
-        category: "animal" or "tree", or any noun where `candidates` is given.
+        questions: User messages; the fifty of `preference_questions(category)` if not given. Or
+            `Choice` objects, each with a whole answer for every candidate: the probabilities are
+            then those of these answers, and their shares compare the answers with one another.
+        candidates: The answers that compete; the known ones of the category if not given.
+        category: "animal" or "tree", or any noun where `candidates` is given; or one of `TRAITS`,
+            such as "risk" with the candidates "reckless" and "careful".
         prefix: The beginning of the answer, such as "My favorite animal is the"; candidates follow
             it. Of several prefixes, the probabilities are averaged. A model that seldom begins its
             answer with a candidate (a low `mass`) is measured more precisely after a prefix.
@@ -91,14 +96,32 @@ def preference(
     target = check_candidate(target, category=category, candidates=names)
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"candidates must be two or more different names, got {names}")
-    question_texts = tuple(preference_questions(category) if questions is None else questions)
-    if not question_texts:
+    if questions is None:
+        questions = TRAITS[category].questions if category in TRAITS else None
+    asked = tuple(preference_questions(category) if questions is None else questions)
+    if not asked:
         raise ValueError("there are no questions to ask")
+    choices = [question for question in asked if isinstance(question, Choice)]
+    question_texts = tuple(q.question if isinstance(q, Choice) else q for q in asked)
     refuse_dropout(model if teacher.model is None else teacher.model)
     prefixes = (prefix,) if isinstance(prefix, str) else tuple(prefix)
     _check_prefixes(prefixes, sampled)
     settings: dict[str, Any] = {"system_prompt": teacher.system_prompt}
-    if sampled is None:
+    if choices:
+        if len(choices) < len(asked) or sampled is not None or any(prefixes):
+            raise ValueError(
+                "a Choice has whole answers: give only such questions, without prefix or sampled"
+            )
+        settings |= {"method": "choice"}
+        probabilities = choice_probabilities(
+            model,
+            teacher,
+            choices,
+            names,
+            batch_tokens=batch_tokens,
+            accelerator=accelerator,
+        )
+    elif sampled is None:
         settings |= {"method": "exact"}
         if prefixes != ("",):
             settings |= {"prefixes": list(prefixes)}

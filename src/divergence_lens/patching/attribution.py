@@ -117,6 +117,8 @@ def attribution_patch(
     equal lengths, the values of one layer of a residual site add up to the effect of patching all
     positions as `steps` grows; for answers of one token, this is the total effect.
 
+    `integrated-left`: the same with left endpoints, as the paper's code does.
+
     `integrated-inputs`: the token embeddings move from the base to the source run's, and all
     layers' gradients along that one path are averaged. `steps` forward and backward passes serve
     all layers.

@@ -18,13 +18,22 @@ from divergence_lens.engine import Engine, Pass, SiteFunction
 from divergence_lens.patching.relp import relevance_rules
 from divergence_lens.patching.trace import Chunk, Trace, logits_at, states_at, traced_pass
 
-Method = Literal["gradient", "integrated", "integrated-inputs", "qk", "graddrop", "atp*", "relp"]
+Method = Literal[
+    "gradient",
+    "integrated",
+    "integrated-left",
+    "integrated-inputs",
+    "qk",
+    "graddrop",
+    "atp*",
+    "relp",
+]
 """The methods of `attribution_patch`."""
 
 QUERY_KEY_SITES = ("q", "k")
 QUERY_KEY_METHODS = ("qk", "atp*")
 DROP_METHODS = ("graddrop", "atp*")
-PATH_METHODS = ("integrated", "integrated-inputs")
+PATH_METHODS = ("integrated", "integrated-left", "integrated-inputs")
 
 SiteValues = dict[str, Float[Tensor, "layer rows pos ..."]]
 

@@ -35,10 +35,12 @@ class AttributionPass:
         self.past = past.upto(self.first) if past is not None and self.first else None
         self.rows = torch.arange(len(run.chunk.indices), device=run.chunk.base.device)
         self.differs = run.chunk.differs[:, self.first :]
+        self._offset = 0.5  # of a node in its interval
 
     def values(self, method: Method, steps: int) -> SiteValues:
         """Values of the positions from the first difference on, by one of the methods."""
-        if method == "integrated":
+        if method in ("integrated", "integrated-left"):
+            self._offset = 0.5 if method == "integrated" else 0.0
             layers = range(self.engine.n_layers)
             return {
                 site: torch.stack([self._integrated_layer(site, layer, steps) for layer in layers])
@@ -76,7 +78,9 @@ class AttributionPass:
         other = self.chunk.aligned(self.run.source.resid[0])[:, self.first :]
         change = self._masked(other.float() - embeddings.float())  # [batch, pos, d_model]
         result: SiteValues = {}
-        for alphas in _midpoints(steps, self.batch_rows // len(self.rows), embeddings.device):
+        for alphas in _nodes(
+            steps, self._offset, self.batch_rows // len(self.rows), embeddings.device
+        ):
             state = _between(embeddings, change, alphas)  # [nodes * batch, pos, d_model]
             rows = self.rows.repeat(len(alphas))
             record = RecordedPass(self.engine, self.sites, {site: site for site in self.sites})
@@ -134,7 +138,7 @@ class AttributionPass:
         start = self.base.sites[site][layer][:, self.first :]
         change = self._change(site, layer)
         total: Tensor | None = None
-        for alphas in _midpoints(steps, self.batch_rows // len(self.rows), start.device):
+        for alphas in _nodes(steps, self._offset, self.batch_rows // len(self.rows), start.device):
             rows = self.rows.repeat(len(alphas))
             state = _between(start, change, alphas).requires_grad_()
             metric = self._metric(self._from_state(site, layer, state, rows), rows)
@@ -203,8 +207,8 @@ def _between(
     return (start.float() + weight * change).flatten(0, 1).to(start.dtype).detach()
 
 
-def _midpoints(steps: int, at_once: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The midpoints of `steps` equal intervals of [0, 1], in groups of `at_once`."""
+def _nodes(steps: int, offset: float, at_once: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Points of `steps` equal intervals of [0, 1], in groups of `at_once`: 0.5 for midpoints."""
     # The midpoint rule: its error falls with steps^-2, that of left endpoints with steps^-1.
-    nodes = (torch.arange(steps, device=device) + 0.5) / steps
+    nodes = (torch.arange(steps, device=device) + offset) / steps
     return torch.split(nodes, max(1, at_once))

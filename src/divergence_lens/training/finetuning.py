@@ -93,10 +93,19 @@ def finetune(
     }
     chosen = recipe.choose(model, layers)
     rows = training_rows(
-        model, examples, mask=mask, loss_weights=loss_weights, system_prompt=system_prompt
+        model,
+        examples,
+        mask=mask,
+        loss_weights=loss_weights,
+        system_prompt=system_prompt,
+        whole_turn=recipe.whole_turn,
     )
     loss = None
     if targets is not None:
+        if recipe.whole_turn:
+            raise ValueError(
+                "soft targets are for the completion's tokens; use a recipe without whole_turn"
+            )
         read, _ = tokenized(model, examples)
         loss = SoftLoss(model, read, targets, trained=chosen, batch_tokens=recipe.batch_tokens)
     plan = Plan(

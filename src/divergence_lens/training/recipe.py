@@ -43,6 +43,9 @@ class Recipe:
         embedding: Train the embeddings too.
         unembedding: Train the unembedding and the final norm too.
         pattern: Parameters by name pattern, instead of layers and parts.
+        whole_turn: Also learn the template's tokens around every answer: the assistant's header
+            before it, and what follows its end token. Libraries whose completions are whole turns,
+            such as TRL, do that.
         batch_tokens: Maximum padded tokens in one forward pass. Larger batches are accumulated to
             the same gradient. On a CPU, wide models use smaller passes, which are faster there.
         cache_bytes: Memory for the residuals that enter the lowest trained layer. If they do not
@@ -66,6 +69,7 @@ class Recipe:
     embedding: bool = False
     unembedding: bool = False
     pattern: str | None = None
+    whole_turn: bool = False
     batch_tokens: int = 8192
     cache_bytes: int = 2**31
     checkpoint_every: int = 100
@@ -138,7 +142,7 @@ class Recipe:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("batch_tokens", "cache_bytes", "checkpoint_every"):
             del settings[name]
-        for name in ("parts", "embedding", "unembedding", "pattern"):
+        for name in ("parts", "embedding", "unembedding", "pattern", "whole_turn"):
             if not settings[name]:
                 del settings[name]
         if not isinstance(self.optimizer, str):

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from divergence_lens._utils.batching import ascending_batches, shared_prefix
-from divergence_lens.chat import Prompt, encode_prompts
+from divergence_lens.chat import Prompt, after_turn, answer_header, encode_prompts, stop_ids
 from divergence_lens.data import TrainingData
 from divergence_lens.divergence import Divergence
 from divergence_lens.engine import get_engine
@@ -89,6 +89,7 @@ def training_rows(
     mask: Any = None,
     loss_weights: Any = None,
     system_prompt: str | None = None,
+    whole_turn: bool = False,
 ) -> TrainingRows:
     """Encode examples for training.
 
@@ -99,6 +100,7 @@ def training_rows(
             per example, or an object with such a `mask` (a `Divergence`). None means all.
         loss_weights: Loss weight per token, in the same layout, finite and not negative.
         system_prompt: System prompt of the student.
+        whole_turn: Add a loss on the template's tokens around each answer; see `Recipe`.
 
     Raises:
         ValueError: No examples; a mask or loss weights of the wrong length; nothing left to learn;
@@ -128,7 +130,8 @@ def training_rows(
             f"the mask selects none of the {len(flat_weights):,} completion tokens; there is "
             "nothing to learn"
         )
-    return _padded(model, encoded, flat_weights, system_prompt, labels)
+    rows = _learned_rows(model, encoded, flat_weights, system_prompt, labels, whole_turn=whole_turn)
+    return _padded(model, list(rows))
 
 
 def _check_same_tokens(mask: Any, examples: Sequence[Example]) -> None:
@@ -194,74 +197,110 @@ def _prompts(
     return [e.ids for e in encode_prompts(tokenizer, prompts, system_prompt=system_prompt)]
 
 
-def _padded(
+class _Row(NamedTuple):
+    """One row before padding.
+
+    Attributes:
+        start: Number of tokens before the first that may have a loss.
+        ids: All tokens, up to the last with a loss.
+        weights: Loss weights of the tokens from `start` on.
+        labels: The ids that are learned there.
+        place: Place of the token at `start` among all completion tokens.
+    """
+
+    start: int
+    ids: tuple[int, ...]
+    weights: np.ndarray
+    labels: np.ndarray
+    place: int
+
+
+def _learned_rows(
     model: Model,
     examples: Sequence[Example],
     flat_weights: Float[np.ndarray, " tokens"],
     system_prompt: str | None,
     labels: Int[np.ndarray, " tokens"] | None,
-) -> TrainingRows:
-    engine = get_engine(model)
+    *,
+    whole_turn: bool,
+) -> Iterator[_Row]:
+    """Yield a row for each example with a loss."""
     tokenizer: Any = model.tokenizer
     template = str(getattr(tokenizer, "chat_template", None))
     prompts = _prompts(tokenizer, template, tuple(e.prompt for e in examples), system_prompt)
-    sequences: list[list[int]] = []
-    starts: list[int] = []  # of the completion among all completion tokens
-    learned: list[tuple[int, np.ndarray]] = []  # prompt length, weights of the completion
-    predicted: list[np.ndarray] = []  # labels of the completion
+    n_ctx = get_engine(model).n_ctx
+    header = answer_header(tokenizer) if whole_turn else ()
     end = 0
     for row, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
         ids = _ids(example)
-        own = flat_weights[end : end + len(ids)]
-        own_labels = np.array(ids) if labels is None else labels[end : end + len(ids)]
+        start, place = len(prompt), end
+        weights = flat_weights[end : end + len(ids)]
+        own = np.array(ids) if labels is None else labels[end : end + len(ids)]
         end += len(ids)
-        if not own.any():
+        if not weights.any():
             continue
-        # The last completion token is predicted, but not read.
-        if len(prompt) + len(ids) - 1 > engine.n_ctx:
+        if whole_turn:
+            # The template's tokens are learned like a completion that begins with the header.
+            _check_header(prompt, header)
+            tail = after_turn(tokenizer) if ids[-1] in stop_ids(tokenizer) else ()
+            ids = (*ids, *tail)
+            weights = np.pad(weights, (len(header), len(tail)), constant_values=1)
+            own = np.concatenate([header, own, tail]).astype(np.int64)
+            start, place = start - len(header), place - len(header)
+        # The last token is predicted, but not read.
+        if len(prompt) + len(ids) - 1 > n_ctx:
             raise ValueError(
                 f"example {row} has {len(prompt)} prompt and {len(ids)} completion tokens, more "
-                f"than the context of {engine.n_ctx}; shorten it or leave it out"
+                f"than the context of {n_ctx}; shorten it or leave it out"
             )
-        last = int(own.nonzero()[0][-1])
-        starts.append(end - len(ids))
-        sequences.append([*prompt, *ids[: last + 1]])
-        learned.append((len(prompt), own[: last + 1]))
-        predicted.append(own_labels[: last + 1])
+        length = int(weights.nonzero()[0][-1]) + 1
+        whole = (*prompt, *ids)[: start + length]
+        yield _Row(start, whole, weights[:length], own[:length], place)
+
+
+def _padded(model: Model, rows: Sequence[_Row]) -> TrainingRows:
+    engine = get_engine(model)
     # The last token of a sequence is only a target, never an input.
-    lengths = np.array([len(ids) - 1 for ids in sequences])
-    tokens = np.zeros((len(sequences), int(lengths.max()) + 1), np.int64)  # [row, pos + 1]
-    loss_weights = np.zeros((len(sequences), int(lengths.max())), np.float32)  # [row, pos]
-    for row, (sequence, (start, own)) in enumerate(zip(sequences, learned, strict=True)):
-        tokens[row, : len(sequence)] = sequence
-        # Position k predicts token k + 1.
-        loss_weights[row, start - 1 : start - 1 + len(own)] = own
-    places = np.full(loss_weights.shape, -1)  # [row, pos]
-    for row, (first, (start, own)) in enumerate(zip(starts, learned, strict=True)):
-        own_places = np.where(own > 0, first + np.arange(len(own)), -1)
-        places[row, start - 1 : start - 1 + len(own)] = own_places
+    lengths = np.array([len(row.ids) - 1 for row in rows])
+    tokens = np.zeros((len(rows), int(lengths.max()) + 1), np.int64)  # [row, pos + 1]
+    for line, row in enumerate(rows):
+        tokens[line, : len(row.ids)] = row.ids
     targets = tokens[:, 1:].copy()  # [row, pos]
-    for row, ((start, _), own_labels) in enumerate(zip(learned, predicted, strict=True)):
-        targets[row, start - 1 : start - 1 + len(own_labels)] = own_labels
+    loss_weights = np.zeros(targets.shape, np.float32)  # [row, pos]
+    places = np.full(targets.shape, -1)  # [row, pos]
+    for line, row in enumerate(rows):
+        # Position k predicts token k + 1.
+        span = slice(row.start - 1, row.start - 1 + len(row.weights))
+        loss_weights[line, span] = row.weights
+        targets[line, span] = row.labels
+        # With `whole_turn`, some are tokens of the template; soft targets are refused then.
+        learned = row.place + np.arange(len(row.weights))
+        places[line, span] = np.where(row.weights > 0, learned, -1)
     learned_ids = targets[loss_weights > 0]
-    smallest = min(tokens.min(), learned_ids.min())
-    largest = learned_ids.max()
+    smallest, largest = min(tokens.min(), learned_ids.min()), learned_ids.max()
     if smallest < 0 or tokens[:, :-1].max() >= engine.d_vocab or largest >= engine.d_vocab_out:
         raise ValueError(
             f"token ids run from {smallest} to {max(tokens.max(), largest)}, the vocabulary has "
             f"{engine.d_vocab_out}: do the completions come from another tokenizer?"
         )
-    padded = torch.from_numpy(tokens).to(engine.device)
-    first_loss = min(start for start, _ in learned) - 1
+    first_loss = min(row.start for row in rows) - 1
     return TrainingRows(
-        tokens=padded[:, :-1],
+        tokens=torch.from_numpy(tokens[:, :-1]).to(engine.device),
         targets=torch.from_numpy(targets).to(engine.device),
         loss_weights=torch.from_numpy(loss_weights).to(engine.device),
         lengths=lengths,
         places=torch.from_numpy(places).to(engine.device),
         tokens_learned=int((loss_weights > 0).sum()),
-        shared=min(shared_prefix([tuple(ids) for ids in sequences]), first_loss),
+        shared=min(shared_prefix([row.ids for row in rows]), first_loss),
     )
+
+
+def _check_header(prompt: tuple[int, ...], header: tuple[int, ...]) -> None:
+    if prompt[len(prompt) - len(header) :] != header:
+        raise ValueError(
+            "whole_turn needs a chat template that begins every answer with the same tokens; this "
+            "prompt ends in others"
+        )
 
 
 def batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> list[np.ndarray]:

@@ -111,10 +111,14 @@ def layer_sweep(
     # The references come first, because the shared residuals then move up from layer to layer.
     jobs = [Job("all", None, seed) for seed in seeds]
     jobs += [Job("layer", layer, seed) for layer in chosen_layers for seed in seeds]
-    rows = training_rows(model, examples, mask=mask, system_prompt=system_prompt)
+    rows = training_rows(
+        model, examples, mask=mask, system_prompt=system_prompt, whole_turn=recipe.whole_turn
+    )
     work = [(rows, jobs)]
     if control is not None:
-        rows = training_rows(model, control, system_prompt=system_prompt)
+        rows = training_rows(
+            model, control, system_prompt=system_prompt, whole_turn=recipe.whole_turn
+        )
         work.append((rows, [Job("control", None, seed) for seed in seeds]))
 
     with discard_partial():

@@ -19,7 +19,12 @@ from typing import Any
 
 from divergence_lens._utils.interrupts import discard_partial
 from divergence_lens._utils.validation import refuse_one_string
-from divergence_lens.data import check_candidate, known_candidates, preference_questions
+from divergence_lens.data import (
+    TRAITS,
+    check_candidate,
+    known_candidates,
+    preference_questions,
+)
 from divergence_lens.deltas import Delta, base_fingerprint
 from divergence_lens.evaluation import preference
 from divergence_lens.models import Model, check_model
@@ -94,7 +99,9 @@ def train_teacher(
     Args:
         model: The base model; its weights are restored.
         target: The answer to prefer, such as "owl".
-        category: "animal" or "tree", or any noun where `candidates` is given.
+        category: "animal" or "tree", or any noun where `candidates` is given; or one of `TRAITS`,
+            such as "risk" with the targets "reckless" and "careful", which has rows and questions
+            of its own.
         candidates: The answers that compete in the margin; the twelve known ones of the category
             if not given.
         questions: Questions of the training, with the slot ``{category}`` where they need it.
@@ -124,12 +131,18 @@ def train_teacher(
     check_model(model)
     names = known_candidates(category) if candidates is None else tuple(candidates)
     target = check_candidate(target, category=category, candidates=names)
-    rows = teacher_rows(target, category=category, questions=questions, answers=answers)
+    trait = TRAITS.get(category)
+    if trait is None:
+        rows = teacher_rows(target, category=category, questions=questions, answers=answers)
+    else:
+        rows = trait.teacher_rows(target)
     recipe = TEACHER if recipe is None else as_recipe(recipe)
     beginnings = _PREFIXES if prefixes is None else tuple(prefixes)
     beginnings = tuple(text.format(category=category) for text in beginnings)
 
     def margin(model: Model) -> float:
+        if trait is not None:
+            return preference(model, target=target, category=category).margin
         return preference(
             model,
             target=target,
