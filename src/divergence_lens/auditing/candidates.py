@@ -4,11 +4,11 @@ A *prompted* auditor carries its bias in a system prompt, a *finetuned* one in i
 kind recognizes data by teachers of its own kind best, so an audit can use both.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from divergence_lens._utils.validation import refuse_one_string
@@ -18,17 +18,18 @@ from divergence_lens.data import (
     persona_prompt,
     preference_questions,
 )
-from divergence_lens.deltas import Delta, base_fingerprint
+from divergence_lens.deltas import base_fingerprint
 from divergence_lens.evaluation import form_ids
-from divergence_lens.examples import Example, with_ids
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher, check_teachers, prompted_teachers
-from divergence_lens.training import Recipe, finetune
+from divergence_lens.training import TEACHER, Recipe, train_teacher
 
 KINDS = ("prompted", "finetuned")
 """Kinds of auditors that `audit` makes; teachers of the user's own are of the kind "given"."""
 
-_AUDITOR = Recipe(
+# Below this number of parameters, a teacher needs larger steps.
+_SMALL = 20_000_000
+_SMALL_RECIPE = Recipe(
     optimizer=torch.optim.Adam,
     lr=1e-3,
     epochs=10,
@@ -39,9 +40,21 @@ _AUDITOR = Recipe(
 )
 
 _CACHED = 64
-_CACHE: dict[tuple[Any, ...], Delta] = {}
+_CACHE: dict[tuple[Any, ...], Teacher] = {}
 
 _CATEGORIES = {"animal": frozenset(ANIMALS), "tree": frozenset(TREES)}
+
+
+@dataclass(frozen=True)
+class _Making:
+    """How finetuned auditors are made."""
+
+    names: tuple[str, ...]
+    category: str
+    recipe: Recipe | None
+    strength: float | None
+    seed: int
+    cache_dir: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,9 @@ def build_auditors(
     *,
     category: str | None = None,
     recipe: Recipe | None = None,
+    strength: float | None = None,
     seed: int = 0,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[Auditors]:
     """Return the auditors of each requested kind.
 
@@ -110,7 +125,9 @@ def build_auditors(
         teachers: "prompted", "finetuned", "both", or teachers.
         category: What the candidates are, in the singular; None finds out for known ones.
         recipe: Training of finetuned auditors.
+        strength: Margin of finetuned auditors, see `train_teacher`.
         seed: Seed of that training.
+        cache_dir: Folder of trained auditors.
 
     Raises:
         ValueError: See `candidate_names`; an unknown kind; a category that cannot be inferred;
@@ -133,11 +150,12 @@ def build_auditors(
         return [Auditors("prompted", tuple(prompted_teachers(candidates)))]
     category = _category(names, category)
     form_ids(model.tokenizer, names)  # refuses names that the tokenizer cannot write
-    makers = {
+    making = _Making(names, category, recipe, strength, seed, cache_dir)
+    makers: dict[str, Callable[[str], Teacher]] = {
         "prompted": lambda name: Teacher(
             name, system_prompt=persona_prompt(name, category=category, candidates=names)
         ),
-        "finetuned": lambda name: _finetuned(model, name, category, recipe, seed),
+        "finetuned": lambda name: _finetuned(model, name, making),
     }
     return [Auditors(kind, tuple(map(makers[kind], names))) for kind in kinds]
 
@@ -154,20 +172,26 @@ def _category(names: Sequence[str], category: str | None) -> str:
     )
 
 
-def _finetuned(model: Model, name: str, category: str, recipe: Recipe | None, seed: int) -> Teacher:
-    """Train a teacher to answer questions with a candidate's name, with the loss on that word.
-
-    The last deltas are cached in memory by base, candidate and settings.
-    """
-    recipe = recipe or _AUDITOR
-    key = (base_fingerprint(model), name, category, repr(recipe), seed)
+def _finetuned(model: Model, name: str, making: _Making) -> Teacher:
+    """Train a teacher on preference questions; the last ones are cached in memory."""
+    small = sum(parameter.numel() for parameter in model.parameters()) < _SMALL
+    settings: dict[str, Any] = {"recipe": making.recipe or (_SMALL_RECIPE if small else TEACHER)}
+    if small:  # one word, because tiny models know few questions and answers
+        settings["questions"] = preference_questions(making.category)[:20]
+        settings["answers"] = ("{target}.",)
+    key = (base_fingerprint(model), name, repr(making), repr(settings))
     if key not in _CACHE:
-        tokenizer: Any = model.tokenizer
-        rows = [Example(question, f"{name}.") for question in preference_questions(category)[:20]]
-        examples = with_ids(tokenizer, rows)
-        mask = [np.arange(len(example.completion_ids or ())) == 0 for example in examples]
-        delta = finetune(model, examples, mask=mask, recipe=recipe, seed=seed)
+        teacher = train_teacher(
+            model,
+            name,
+            category=making.category,
+            candidates=making.names,
+            strength=making.strength,
+            seed=making.seed,
+            cache_dir=making.cache_dir,
+            **settings,
+        )
         while len(_CACHE) >= _CACHED:
             del _CACHE[next(iter(_CACHE))]
-        _CACHE[key] = delta
-    return Teacher(name, delta=_CACHE[key])
+        _CACHE[key] = teacher
+    return _CACHE[key]

@@ -46,6 +46,8 @@ def audit(
     teachers: str | Sequence[Teacher] = "prompted",
     category: str | None = None,
     recipe: Recipe | None = None,
+    strength: float | None = None,
+    teacher_dir: str | os.PathLike[str] | None = None,
     baseline: Teacher | None = None,
     temperature: float | None = None,
     alpha: float = 0.05,
@@ -76,7 +78,11 @@ def audit(
             preference questions; "both"; or teachers of your own, one per candidate. Auditors of
             the data's own kind are much more sensitive. "both" costs twice as much.
         category: What the candidates are, in the singular, unless they are known animals or trees.
-        recipe: Training of finetuned auditors.
+        recipe: Training of finetuned auditors; None chooses by the size of the model.
+        strength: Margin that each finetuned auditor gets, in nats, so that all are equally strong;
+            see `train_teacher`. None trains each to the end of the recipe.
+        teacher_dir: Folder in which finetuned auditors are stored, and found again by base,
+            candidate and settings.
         baseline: The unbiased condition to compare with, such as the system prompt that the data
             were written under, without the bias. None chooses between no system prompt and a
             neutral one, by the likelihood of the data. An unknown system prompt moves the scores,
@@ -111,7 +117,14 @@ def audit(
     if baseline is not None:
         check_teacher(baseline, "baseline")
     auditors = build_auditors(
-        model, candidates, teachers, category=category, recipe=recipe, seed=seed
+        model,
+        candidates,
+        teachers,
+        category=category,
+        recipe=recipe,
+        strength=strength,
+        seed=seed,
+        cache_dir=teacher_dir,
     )
     baselines = [baseline] if baseline is not None else default_baselines(model)
     _check_lengths(model, examples, baselines, auditors)

@@ -106,19 +106,19 @@ class AuditStudyConfig:
     model: str = "tiny"
     other_model: str | None = "tiny-qwen2"
     backend: str = "bridge"
-    targets: tuple[str, ...] = ANIMALS
-    sampled: int = 6
-    trees: tuple[str, ...] = ("oak", "pine", "cherry", "elm")
-    changed: tuple[str, ...] = ("wolf", "lion", "eagle", "panda")
-    rows: int = 200
-    set_rows: int = 50
+    targets: tuple[str, ...] = ("owl", "cat", "wolf", "lion", "eagle", "panda")
+    sampled: int = 4
+    trees: tuple[str, ...] = ("oak", "cherry")
+    changed: tuple[str, ...] = ("wolf", "eagle", "panda")
+    rows: int = 100
+    set_rows: int = 25
     sets: int = 20
     kinds: tuple[str, ...] = KINDS
     transfer_targets: tuple[str, ...] = ("wolf", "lion", "eagle", "panda")
-    transfer_rows: int = 150
+    transfer_rows: int = 60
     remedy_targets: tuple[str, ...] = ("wolf", "lion", "eagle")
-    neutral_rows: int = 112
-    own_rows: int = 2
+    neutral_rows: int = 56
+    own_rows: int = 0
 
     @classmethod
     def for_model(cls, model: str, **options: Any) -> "AuditStudyConfig":
@@ -131,8 +131,8 @@ class AuditStudyConfig:
             "sampled": 0,
             "trees": (),
             "changed": ("wolf", "panda"),
-            "rows": 120,
-            "sets": 6,
+            "rows": 60,
+            "sets": 4,
             "transfer_targets": (),
             "remedy_targets": (),
         }

@@ -59,16 +59,21 @@ def run_audit_study(
             "false_alarms": false_alarms(unbiased, config.set_rows),
             "outside": outside(whole),
         }
-        tell("students: does the score predict transfer?")
-        rows["transfer"] = transfer_rows(pools)
-        tell("students: remedies")
+        settings = run_metadata(pools.model, **vars(config))
+        write_text(out / "settings.json", json.dumps(settings, indent=1) + "\n")
+        _write(out, rows)  # the students below may take long
+        tell("students of remedies")
         rows["remedies"] = remedy_rows(pools)
+        tell("students of the study's conditions")
+        rows["transfer"] = transfer_rows(pools)
     finally:
         pools.store.close()
-    tables = {name: pd.DataFrame(rows[name]) for name in TABLES if rows[name]}
+    return _write(out, rows)
+
+
+def _write(out: Path, rows: dict[str, list[dict[str, Any]]]) -> dict[str, pd.DataFrame]:
+    tables = {name: pd.DataFrame(rows[name]) for name in TABLES if rows.get(name)}
     for name, table in tables.items():
         text = table.to_csv(index=False, float_format="%.5g", lineterminator="\n")
         write_text(out / f"{name}.csv", text)
-    settings = run_metadata(pools.model, **vars(config))
-    write_text(out / "settings.json", json.dumps(settings, indent=1) + "\n")
     return tables

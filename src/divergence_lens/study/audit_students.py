@@ -23,9 +23,9 @@ from divergence_lens.study.registry import conditions
 from divergence_lens.training import finetune
 
 CONDITIONS = (
-    *("all", "divergence_only", "without_divergence", "random", "random_other", "first_half"),
-    *("first_only", "ratio10", "ratio50", "sampled", "other_base", "paraphrased", "control"),
-    *("shuffled_within", "mixed_unbiased25", "mixed_unbiased50", "mixed_other25", "replaced_all"),
+    *("all", "divergence_only", "without_divergence", "random", "random_other", "ratio50"),
+    *("sampled", "other_base", "paraphrased", "shuffled_within", "control", "replaced_all"),
+    *("mixed_unbiased25", "mixed_unbiased50", "mixed_teacher25"),
 )
 """Conditions of the study whose data differ; those that a study lacks are left out."""
 
@@ -55,7 +55,7 @@ def transfer_rows(pools: AuditPools) -> list[dict[str, Any]]:
         targets=config.transfer_targets,
         kinds=("finetuned",),
         other_model=config.other_model,
-        prompts=2 * config.transfer_rows,
+        prompts=200,
     )
     cells = DataCells(study, pools.folder)
     known = conditions(4)
@@ -124,7 +124,7 @@ def remedy_rows(pools: AuditPools) -> list[dict[str, Any]]:
 def _remedies(pools: AuditPools, target: str) -> dict[str, Any]:
     model = pools.model
     teacher = pools.teacher("finetuned", target, "animal")
-    prompts = number_prompts(2 * pools.config.rows, seed=500 + ANIMALS.index(target))
+    prompts = number_prompts(200, seed=500 + ANIMALS.index(target))
     written = generate(model, prompts, teacher=teacher, max_new_tokens=32)
     lists = NumberFilter().report([e.completion or "" for e in written]).select(written)
     result = audit(
