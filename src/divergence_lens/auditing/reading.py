@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int32, Int64
+from jaxtyping import Float, Float32, Float64, Int32, Int64
 
 from divergence_lens.auditing.baseline import Baseline
 from divergence_lens.auditing.candidates import Auditors
@@ -55,8 +55,8 @@ class Contributions:
 
 
 def contrast(
-    values: Float32[np.ndarray, "candidates tokens"],
-) -> Float32[np.ndarray, "candidates tokens"]:
+    values: Float[np.ndarray, "candidates tokens"],
+) -> Float[np.ndarray, "candidates tokens"]:
     """Subtract from each candidate's values the mean over the other candidates."""
     n = len(values)
     # x_c - (S - x_c) / (n - 1) = n / (n - 1) (x_c - S / n)

@@ -1,0 +1,121 @@
+"""The validation of the audit: parts and mixtures of audits, and a small run."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import divergence_lens as dl
+from divergence_lens.study import AuditStudyConfig, run_audit_study
+from divergence_lens.study.audit_measures import modes, without
+from divergence_lens.study.audit_pools import AuditPools, Pool, mixture
+from divergence_lens.study.audit_students import correlations
+
+FEW = ("owl", "cat", "wolf", "panda")
+
+
+@pytest.fixture(scope="module")
+def audits():
+    model = dl.load_model("tiny")
+    made = []
+    for seed, teacher in enumerate((dl.animal_teachers(["wolf"])[0], None)):
+        data = dl.generate(model, dl.number_prompts(16, seed=seed), teacher=teacher)
+        made.append(
+            dl.audit(
+                model,
+                data,
+                candidates=FEW,
+                baseline=dl.Teacher("none"),
+                temperature=0.0,
+                neutral_rows=4,
+                own_rows=2,
+            )
+        )
+    return model, made
+
+
+def test_fewer_candidates_need_no_second_reading(audits):
+    model, (biased, _) = audits
+    names = [name for name in FEW if name != "cat"]
+    options = {"baseline": dl.Teacher("none"), "temperature": 0.0, "neutral_rows": 4, "own_rows": 0}
+    read = dl.audit(model, biased.examples, candidates=names, **options)
+    derived = without(biased, "cat")
+    np.testing.assert_allclose(derived.by_row, read.by_row, atol=1e-4)
+    np.testing.assert_allclose(derived.neutral, read.neutral, atol=1e-4)
+    assert derived.candidates == read.candidates
+
+
+def test_mixtures_hold_the_rows_of_both(audits):
+    _, (biased, other) = audits
+    mixed = mixture(biased, other, 0.25, 12, seed=1)
+    assert len(mixed) == 12
+    sources = [example in biased.examples for example in mixed.examples]
+    assert sum(sources) == 3
+    first = biased.examples.index(mixed.examples[0])
+    np.testing.assert_array_equal(mixed.by_row[..., 0], biased.by_row[..., first])
+    assert mixed.offsets[-1] == len(mixed.token_ids)
+    assert [mode for mode, _ in modes(mixed)] == ["prompted"]
+
+
+def test_correlations_are_over_rows_and_within_conditions():
+    rng = np.random.default_rng(0)
+    score = rng.normal(size=60)
+    rows = [
+        {"score": s + 10 * (i % 2), "transfer": 2 * s - 30 * (i % 2), "condition": str(i % 2)}
+        for i, s in enumerate(score)
+    ]
+    own = correlations(rows)
+    assert own["within"] == pytest.approx(1)
+    assert own["slope_within"] == pytest.approx(2)
+    assert own["pearson"] < 0
+
+
+def test_pools_have_different_cells_and_cover_every_author():
+    pools = AuditStudyConfig.for_model("tiny").pools()
+    assert len({pool.name for pool in pools}) == len(pools)
+    unbiased = [pool for pool in pools if pool.target is None]
+    config = AuditStudyConfig()
+    assert sum(pool.rows // config.set_rows for pool in unbiased) == 200
+    assert {pool.writer for pool in pools} == {"finetuned", "prompted", "base"}
+
+
+def test_the_writer_is_no_auditor(tmp_path):
+    pools = AuditPools(AuditStudyConfig(other_model=None), tmp_path)
+    writer = pools.teacher("prompted", "wolf", "animal")
+    assert "wolves" in writer.system_prompt
+    assert writer.system_prompt != dl.persona_prompt("wolf")
+    lists = pools.lists(Pool(writer="prompted", target="wolf", rows=6))
+    assert all(example.completion_ids for example in lists)
+
+
+@pytest.mark.slow
+def test_a_small_validation_writes_its_tables_and_resumes(tmp_path):
+    config = AuditStudyConfig(
+        targets=("wolf", "panda"),
+        sampled=0,
+        trees=(),
+        changed=("wolf",),
+        rows=12,
+        sets=1,
+        set_rows=6,
+        kinds=("prompted",),
+        neutral_rows=6,
+        transfer_targets=("wolf", "panda"),
+        transfer_rows=8,
+        remedy_targets=("wolf",),
+    )
+    lines: list[str] = []
+    tables = run_audit_study(config, tmp_path, progress=lines.append)
+    assert set(tables) == {
+        "detection",
+        "mixtures",
+        "false_alarms",
+        "outside",
+        "transfer",
+        "remedies",
+    }
+    again = run_audit_study(config, tmp_path)
+    for name, table in tables.items():
+        written = pd.read_csv(tmp_path / f"{name}.csv")
+        assert len(written) == len(table)
+        pd.testing.assert_frame_equal(again[name], table)
+    assert set(tables["remedies"]["chosen_by"]) == {"audit", "random"}
