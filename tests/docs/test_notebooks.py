@@ -24,7 +24,9 @@ def notebook(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def code_cells(notebook: dict[str, Any]) -> list[dict[str, Any]]:
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    """All code cells but the one that installs the library, which `make notebooks` skips."""
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return [cell for cell in cells if "skip-execution" not in cell["metadata"].get("tags", ())]
 
 
 def outputs(notebook: dict[str, Any]) -> list[dict[str, Any]]:
@@ -61,6 +63,21 @@ def test_first_cell_names_the_model_and_last_section_the_limits(notebook):
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
     text = "\n".join("".join(cell["source"]) for cell in cells)
     assert re.findall(r"^## .*", text, flags=re.MULTILINE)[-1].endswith("not")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_opens_in_colab_and_installs_the_library(path):
+    """The addresses are those of `project.urls`."""
+    project = (FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8")
+    match = re.search(r'^Repository = "(https://github.com/(.+))"$', project, re.MULTILINE)
+    assert match is not None
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    colab = f"https://colab.research.google.com/github/{match[2]}/blob/main/notebooks/{path.name}"
+    assert f"]({colab})" in "".join(cells[0]["source"])
+    install = cells[1]
+    assert install["metadata"]["tags"] == ["skip-execution"]
+    assert f'%pip install -q "divergence-lens @ git+{match[1]}"' in "".join(install["source"])
+    assert (install["execution_count"], install["outputs"]) == (None, [])
 
 
 def test_every_notebook_is_in_the_documentation():
