@@ -33,7 +33,7 @@ RESUME_HINT = (
 )
 
 
-def _check_model(name: str | None) -> str | None:
+def check_model(name: str | None) -> str | None:
     """Refuse a folder or a file that does not exist; a name on the hub is looked up later."""
     if name is None or Path(name).expanduser().exists():
         return name
@@ -49,14 +49,8 @@ def _check_device(name: str | None) -> str | None:
     raise typer.BadParameter(f"{name!r} is no device; write cpu, cuda, cuda:1 or mps")
 
 
-ModelName = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        callback=_check_model,
-        help='"tiny", "tiny-qwen2", "smollm2", a folder, a .gguf file, or a Hugging Face name.',
-    ),
-]
+MODEL_HELP = '"tiny", "tiny-qwen2", "smollm2", a folder, a .gguf file, or a Hugging Face name.'
+ModelName = Annotated[str, typer.Option("--model", callback=check_model, help=MODEL_HELP)]
 ClassName = Annotated[
     Backend, typer.Option("--backend", help="TransformerLens class of the model.")
 ]

@@ -10,11 +10,13 @@ import typer
 from divergence_lens.cli.choices import Backend, DataType
 from divergence_lens.cli.options import (
     FAILED,
+    MODEL_HELP,
     Device,
     DType,
     Force,
     ModelName,
     check_device_exists,
+    check_model,
     report_errors,
     split_names,
     split_numbers,
@@ -23,6 +25,9 @@ from divergence_lens.cli.options import (
 if TYPE_CHECKING:
     from divergence_lens.study import StudyConfig
 
+OptionalModel = Annotated[
+    str | None, typer.Option("--model", callback=check_model, help=MODEL_HELP)
+]
 Targets = Annotated[
     str | None, typer.Option(help="Animals whose bias is transferred, separated by commas.")
 ]
@@ -79,7 +84,19 @@ def demo(
 
 @report_errors(stopped="Stopped. Run the same command again to resume.")
 def study(
-    model: ModelName = "tiny",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A YAML file of settings, as printed by --print-config; other options override "
+            "it.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print all settings as YAML and exit.")
+    ] = False,
+    model: OptionalModel = None,
     targets: Targets = None,
     seeds: Seeds = None,
     kinds: Kinds = None,
@@ -167,6 +184,9 @@ def study(
         typer.echo(f"{', '.join(tables)} written to {out}")
         return
     settings = {
+        "model": model,
+        "tier": tier,
+        "lora_rank": lora_rank,
         "targets": targets and split_names(targets),
         "kinds": kinds and split_names(kinds),
         "conditions": conditions and split_names(conditions),
@@ -182,15 +202,15 @@ def study(
         "workers": workers,
     }
     options: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
-    check_device_exists(device)
-    from divergence_lens.study import PAIRED_MODELS, StudyConfig
+    if not print_config:
+        check_device_exists(device)
+    from divergence_lens.study import config_to_yaml, read_config
 
-    if tier is not None or model in PAIRED_MODELS:
-        options |= {} if lora_rank is None else {"lora_rank": lora_rank}
-        config = StudyConfig.for_pairs(model, tier=tier or "core", **options)
-    else:
-        config = StudyConfig.for_model(model, lora_rank=lora_rank, **options)
-    _run(config, out, resume=not fresh, tables=tables)
+    chosen = read_config(config, **options)
+    if print_config:
+        typer.echo(config_to_yaml(chosen, tier=tier), nl=False)
+        return
+    _run(chosen, out, resume=not fresh, tables=tables)
 
 
 @report_errors

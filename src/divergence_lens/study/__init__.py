@@ -4,6 +4,7 @@ from divergence_lens.study.audit_pools import AuditStudyConfig
 from divergence_lens.study.audit_run import run_audit_study
 from divergence_lens.study.conditions import Condition
 from divergence_lens.study.config import StudyConfig
+from divergence_lens.study.config_file import config_to_yaml, read_config
 from divergence_lens.study.gradients import GradientAlignment, gradient_alignment
 from divergence_lens.study.paired import PAIRED_MODELS, PairedDesign, paired_conditions
 from divergence_lens.study.presets import finetuned_teacher
@@ -21,11 +22,13 @@ __all__ = [
     "Steering",
     "Study",
     "StudyConfig",
+    "config_to_yaml",
     "findings_table",
     "finetuned_teacher",
     "follow_steering",
     "gradient_alignment",
     "paired_conditions",
+    "read_config",
     "run_audit_study",
     "run_study",
     "steering_vectors",
