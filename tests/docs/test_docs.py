@@ -42,6 +42,7 @@ LINK = re.compile(r"(?<!\!)\[[^\]\[]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)|sr
 # Reasons for not running a block, and the error that the block has to raise.
 REASONS = {
     "needs a model from the hub": (ValueError, "cannot load '.*connect"),
+    "needs an account": (ConnectionError, "offline mode is enabled"),
     "needs a GPU": ((RuntimeError, AssertionError), "CUDA"),
     "needs a server": (
         (ConnectionError, ValueError),
@@ -268,7 +269,7 @@ def command_lines(page: str) -> list[list[str]]:
         for line in block.text.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words[:1] == ["divergence-lens"]:
-                calls.append(words[1:])
+                calls.append(words[1 : words.index(">") if ">" in words else None])
     return calls
 
 
