@@ -82,6 +82,17 @@ def test_the_version_is_the_same_everywhere():
     assert f"\n## {dl.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_address_of_the_repository_is_the_same_everywhere():
+    """`project.urls` is the one to change, with all that this test names."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    address = re.search(r'^Repository = "https://github.com/(.+)"$', project, re.MULTILINE)[1]
+    files = [ROOT / "README.md", ROOT / "mkdocs.yml", ROOT / "pyproject.toml"]
+    files += [*(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
+    pattern = re.compile(r"(?:github\.com|/github|usercontent\.com)/([\w-]+/divergence-lens)\b")
+    for path in files:
+        assert set(pattern.findall(path.read_text(encoding="utf-8"))) <= {address}, path.name
+
+
 def test_the_public_names_are_there_and_listed():
     for name in dl.__all__:
         assert hasattr(dl, name), name

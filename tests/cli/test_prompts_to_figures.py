@@ -164,6 +164,7 @@ def results(tmp_path_factory, model):
         ),
         "student": student,
     }
+    saved["audit"] = dl.audit(model, examples, candidates=["owl", "cat", "wolf"])
     for name, result in saved.items():
         result.save(folder / f"{name}.safetensors")
     return folder
@@ -186,6 +187,7 @@ def results(tmp_path_factory, model):
         (["sweep"], "layer"),
         (["cross_patch"], "crossed at every boundary"),
         (["student"], "Preference over training"),
+        (["audit"], "Audit: "),
     ],
 )
 def test_any_saved_result_is_drawn_again(results, tmp_path, monkeypatch, call, words):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64
 
+from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.indexing import row_numbers
 from divergence_lens._utils.plotting import draw
 from divergence_lens.auditing.baseline import Baseline
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Audit:
+class Audit(OnHub):
     """What each row and token of a data set contributes to each candidate bias.
 
     Flat arrays run over all completion tokens of all examples in order; the tokens of example i

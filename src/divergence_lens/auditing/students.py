@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.interrupts import discard_partial
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens._utils.tables import preview
@@ -29,7 +30,7 @@ _ARRAYS = ("offsets", "token_ids", "before", "after", "answers_before", "answers
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class StudentAudit:
+class StudentAudit(OnHub):
     """How training moved a student's probabilities of tokens and of answers.
 
     Attributes:

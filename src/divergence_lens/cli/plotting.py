@@ -64,8 +64,8 @@ def plot(
         Kind | None,
         typer.Option(
             help="The figure: heatmap, segments, layers, heads or agreement of effects; rates, "
-            "positions or tokens of a divergence file; by default the first of these. A "
-            "preference, a sweep, a cross-patch and a student have one figure each."
+            "positions or tokens of a divergence file; by default the first of these. Every "
+            "other result has one figure."
         ),
     ] = None,
     item: Annotated[
@@ -173,6 +173,12 @@ def _delta(path: Path, choice: Choice) -> "go.Figure":
     from divergence_lens.deltas import Delta
 
     return plots.preference_over_training(Delta.load(path), column=choice.measure or "preference")
+
+
+def _audit(path: Path, choice: Choice) -> "go.Figure":  # noqa: ARG001
+    from divergence_lens.auditing import Audit
+
+    return Audit.load(path).plot()
 
 
 def _audit(path: Path, choice: Choice) -> "go.Figure":  # noqa: ARG001
