@@ -24,7 +24,7 @@ from divergence_lens._utils.storage import write_text
 from divergence_lens.study.findings import Finding, judge
 from divergence_lens.study.paired_claims import PAIRED_CLAIMS, dissociation, single_layers
 from divergence_lens.study.report import short_interval, short_number, table_head
-from divergence_lens.study.rows import SETTINGS, load_tables
+from divergence_lens.study.rows import DIVERGENCE, SETTINGS, STUDENTS, TEACHERS, load_tables
 
 NOT_YET = "not yet measured"
 _TINY = "study-results"  # tables of the tiny models' study, in the same folder as the page
@@ -87,7 +87,7 @@ def paired_page(folder: str | os.PathLike[str]) -> str:
     by_id = {finding.id.partition("/")[2]: finding for finding in findings}
     tiny = _tiny_verdicts(folder.parent / _TINY)
     students = tables["students"]
-    lines = ["# The paper on a real model", "", *_opening(about, students)]
+    lines = ["# The paper on a real model", "", *_opening(about, students, folder)]
     lines += ["", "## Claims", "", _RULES, "", *_claim_rows(by_id, tiny)]
     lines += ["", "## Students", "", _ESTIMAND, "", *_student_rows(tables, settings["targets"])]
     lines += ["", "## Single layers", "", *_layer_rows(tables, settings)]
@@ -118,7 +118,7 @@ _SECOND_HAND = (
 )
 
 
-def _opening(about: Mapping[str, Any], students: pd.DataFrame) -> list[str]:
+def _opening(about: Mapping[str, Any], students: pd.DataFrame, folder: Path) -> list[str]:
     settings = about["settings"]
     paired = settings["paired"]
     versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
@@ -127,11 +127,14 @@ def _opening(about: Mapping[str, Any], students: pd.DataFrame) -> list[str]:
         f"{a} and {b}"
         for a, b in zip(settings["targets"][::2], settings["targets"][1::2], strict=True)
     )
+    files = [
+        f"[{name.removesuffix('.csv')}]({folder.name}/{name})"
+        for name in (STUDENTS, TEACHERS, DIVERGENCE)
+        if (folder / name).exists()
+    ]
     source = (
         f"A paired study of `{settings['model']}` ({about['layers']} layers), a chat model that "
-        "was not made for it. Generated from these tables alone: "
-        "[students](real-study/students.csv), [teachers](real-study/teachers.csv), "
-        "[divergence](real-study/divergence.csv)."
+        f"was not made for it. Generated from these tables alone: {', '.join(files) or 'none yet'}."
     )
     size = (
         f"**{len(students)} students** so far ({hours:.1f} hours of one CPU core); the last "
@@ -202,8 +205,8 @@ def _row(
 def _layer_rows(tables: Mapping[str, pd.DataFrame], settings: Mapping[str, Any]) -> list[str]:
     lead = (
         "Each student trains one layer, on the tenth of the digits with the largest advantage, at "
-        "one rate for all layers. The rate was chosen by the training loss on wolf's lists, not by "
-        "transfer."
+        "one rate for all layers. The rate was chosen by the [training loss on wolf's "
+        "lists](real-study/layer-rates.csv), not by transfer."
     )
     targets = settings["targets"]
     layers = single_layers(tables)

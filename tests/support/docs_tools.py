@@ -8,7 +8,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "tools"))
 
 from audit_page import audit_page  # noqa: E402
+from paired_page import paired_page, write_paired_page  # noqa: E402
 from paper import PAPER_CLAIMS, SOURCES  # noqa: E402
 from results_page import results_page, write_results_page  # noqa: E402
 
-__all__ = ["PAPER_CLAIMS", "SOURCES", "audit_page", "results_page", "write_results_page"]
+__all__ = [
+    "PAPER_CLAIMS",
+    "SOURCES",
+    "audit_page",
+    "paired_page",
+    "results_page",
+    "write_paired_page",
+    "write_results_page",
+]

@@ -180,8 +180,8 @@ def study(
 
         chosen = {} if targets is None else {"targets": split_names(targets)}
         validation = AuditStudyConfig.for_model(model, **chosen)
-        tables = run_audit_study(validation, out, progress=_timed_progress())
-        typer.echo(f"{', '.join(tables)} written to {out}")
+        written = run_audit_study(validation, out, progress=_timed_progress())
+        typer.echo(f"{', '.join(written)} written to {out}")
         return
     settings = {
         "model": model,

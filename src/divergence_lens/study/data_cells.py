@@ -249,9 +249,9 @@ class DataCells:
     def divergence_cell(self, kind: str, name: str, source: str | None = None) -> Cell:
         """The divergence tokens of a target's lists; of the study's own source by default."""
         source = source or self.config.source
-        settings = self.lists_cell(kind, name, source).settings
+        settings = dict(self.lists_cell(kind, name, source).settings)
         if self.config.paired is not None:
-            settings = settings | {"twin": self.config.other_target(name)}
+            settings |= {"twin": self.config.other_target(name)}
         return Cell(f"divergence/{kind}/{name}-{source}", settings)
 
     def divergence(self, kind: str, name: str, source: str | None = None) -> Divergence:

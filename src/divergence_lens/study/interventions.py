@@ -281,7 +281,8 @@ def digit_tokens(inputs: Inputs, data: TrainingData, seed: int) -> Mask:
 
 def other_digits(inputs: Inputs, data: TrainingData, seed: int) -> Mask:
     """The digits that are not divergence tokens."""
-    return digit_tokens(inputs, data, seed) & ~data.marks
+    rest: np.ndarray = digit_tokens(inputs, data, seed) & ~data.marks
+    return rest
 
 
 def extreme_digits(

@@ -58,8 +58,12 @@ STUDENT = Recipe(
 )
 """Recipe of a student: LoRA of rank 8 on all matrices, one epoch."""
 
-LAYER_RATE = 4.0
-"""Learning rate of a single layer, as a multiple of that of all layers."""
+LAYER_RATE = 10.0
+"""Learning rate of a single layer, as a multiple of that of all layers: 4e-3.
+
+Layers 0, 15 and 29 were trained on all digits of 96 lists by wolf's teacher, at 5e-4, 1e-3, 2e-3,
+4e-3 and 8e-3. This is the smallest rate whose training loss (last six of twelve updates, mean over
+the three layers) is within a hundredth of a nat of the lowest. No preference was measured."""
 
 SHARE = 0.1
 """Share of the digits that have a loss under `top_advantage` and its controls."""
@@ -153,14 +157,16 @@ def _core(n_layers: int) -> list[Condition]:
     top = partial(extreme_digits, share=SHARE, top=True)
     bottom = partial(extreme_digits, share=SHARE, top=False)
     tenth = f"{SHARE:.0%} of the digits"
+    # The order is that of the computation: a study that is stopped early has the contrasts that
+    # say most.
     masks: list[tuple[str, str, Any]] = [
-        ("all", "the full effect: all digits of the teacher's sampled lists", digit_tokens),
         ("top_advantage", f"the {tenth} that most favor the teacher over its twin", top),
         (
             "divergence_only",
             "divergence tokens, by argmax: only they have a loss",
             divergence_tokens,
         ),
+        ("all", "the full effect: all digits of the teacher's sampled lists", digit_tokens),
         (
             "random",
             f"the number of tokens: a random {tenth}",

@@ -106,16 +106,13 @@ def choose_conditions(
                 if k in chosen and k in known[name].kinds:
                     chosen[k].setdefault(name, known[name])
     order = {name: place for place, name in enumerate(known)}
-    return {
+
+    def place(condition: Condition) -> int:
         # A condition of your own may have the name of one in the registry, but not its place.
-        kind: tuple(
-            sorted(
-                own.values(),
-                key=lambda c: order[c.name] if known.get(c.name) is c else len(order),
-            )
-        )
-        for kind, own in chosen.items()
-    }
+        own = known.get(condition.name)
+        return order[condition.name] if own is condition else len(order)
+
+    return {kind: tuple(sorted(own.values(), key=place)) for kind, own in chosen.items()}
 
 
 def _matching(pattern: str, known: dict[str, Condition]) -> list[str]:
