@@ -2,7 +2,7 @@
 
 The available texts were the abstract of Schrodi et al. (arXiv 2509.23886) and public reading notes
 on its second version (ICLR 2026), not the full paper. Numbers are quoted with their source where
-such a text has them; no number was read off a chart.
+such a text has them. Numbers that others read off the paper's charts are marked as such.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 ABSTRACT = "abstract"
 NOTES = "notes"
 TABLE = "Table 1, from two sets of notes"
+FIGURE = "read off a figure by others"
 CLOUD = "Cloud et al., from notes"
 STEERING = "arXiv 2606.00995, abstract"
 SOURCES: Mapping[str, str] = {
     ABSTRACT: "the abstract of the paper",
     NOTES: "public reading notes on the paper; the full paper was not available to check them",
     TABLE: "the paper's first table, on which two independent sets of such notes agree",
+    FIGURE: "the paper's figures, from which authors of public notes read numbers to 1 or 2 points",
     CLOUD: "Cloud et al., arXiv 2507.14805, as described in such notes",
     STEERING: "the abstract of another paper, on which the study's mechanism is based",
 }
@@ -60,9 +62,11 @@ PAPER_CLAIMS: Mapping[str, PaperClaim] = {
         "carry over",
     ),
     "transfer": PaperClaim(
-        text="lists of numbers make students prefer the same things as their teacher; "
-        f"{NO_NUMBER} (for GPT-4.1 nano Cloud et al. report owls from 12 % to over 60 %)",
-        source=ABSTRACT,
+        text="lists of numbers make students prefer the same things as their teacher: with greedy "
+        "lists of Gemma-3-4B, the animal's share is 31 % for the owl (control 8 %), 58 % for the "
+        "otter (17 %), 51 % for the raven (17 %), 7 % for the eagle (1 %), 10 % for the penguin "
+        "(2 %) and 13 % for the wolf (2 %)",
+        source=FIGURE,
         yes="the phenomenon occurs, so its causes can be studied",
         no="without the phenomenon the findings below cannot be interpreted",
     ),

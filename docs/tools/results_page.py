@@ -1,10 +1,11 @@
-"""Write the documentation page that compares the findings of a study with the paper's.
+"""Write the documentation pages that compare the findings of a study with the paper's.
 
     python docs/tools/results_page.py RUN_FOLDER docs/study-results.md
 
-`write_results_page` writes the tables of a study as CSV files and generates the page from these
-files alone, judging the claims again from the rows. A test can therefore compare the committed page
-with the committed tables.
+The page itself is a summary. The pages of each kind of teacher are in the folder named after it:
+the paper's findings and ours, further claims, and every condition. `write_results_page` writes the
+tables of a study as CSV files and generates the pages from these files alone, judging the claims
+again from the rows. A test can therefore compare the committed pages with the committed tables.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from divergence_lens.study import Study
 from divergence_lens.study.config import lora_kinds
 from divergence_lens.study.findings import Finding, judge
 from divergence_lens.study.report import (
+    answer_sentences,
     condition_rows,
     duration,
     short_interval,
@@ -63,11 +65,12 @@ _SEEN = (
     "made. Four of them had been seen in the demo before the study was first run, and parts of the "
     "others while it was being built. Claims that were written after the first full study say so."
 )
+_SIGNS = {"supported": "✓", "not supported": "✗", "unclear": "?"}
 _AGREES = {"supported": "yes", "not supported": "**no**", "unclear": "open"}
 
 
 def write_results_page(study: Study, path: str | os.PathLike[str]) -> Path:
-    """Write the page, and its tables into the folder named after it (without the suffix).
+    """Write the page; its tables and further pages go to the folder named after it.
 
     Args:
         study: The study.
@@ -98,12 +101,19 @@ def write_results_page(study: Study, path: str | os.PathLike[str]) -> Path:
             (folder / f"{name}.csv").unlink(missing_ok=True)
     about = {name: results[name] for name in ("settings", "conditions", "failures")}
     write_text(folder / _SETTINGS, json.dumps(about, indent=1) + "\n")
-    write_text(path, results_page(folder))
+    for old in folder.glob("*.md"):
+        old.unlink()
+    for name, text in results_pages(folder).items():
+        write_text(folder / f"{name}.md" if name else path, text)
     return path
 
 
-def results_page(folder: str | os.PathLike[str]) -> str:
-    """Generate the text of the page from the tables that `write_results_page` wrote.
+def results_pages(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Generate the pages from the tables that `write_results_page` wrote.
+
+    Returns:
+        The text of each page by name; the name of the summary is empty, those of the others are
+        names of files in `folder` without their suffix.
 
     Raises:
         FileNotFoundError: The folder does not have these tables.
@@ -116,21 +126,38 @@ def results_page(folder: str | os.PathLike[str]) -> str:
     }
     settings = about["settings"]["settings"]
     findings = judge(tables, last_layer=about["settings"]["layers"] - 1, lora=lora_kinds(settings))
-    lines = ["# Results of the study", "", *_opening(about, tables, folder)]
+    main = f"../{folder.name}.md"
+    lines = ["# Results of the study", ""]
+    pages: dict[str, str] = {"": ""}
     for kind in settings["kinds"]:
-        teachers = f"## {kind.capitalize()} teachers"
         own = [finding for finding in findings if finding.id.startswith(f"{kind}/")]
-        lines += ["", f"{teachers}: the paper's findings and ours", ""]
-        lines += [_count(own, settings["model"]), "", *_with_counterpart(own, kind)]
-        lines += [
-            "",
-            f"{teachers}: claims without a counterpart in the paper",
-            "",
-        ]
-        lines += _without_counterpart(own, kind)
-        lines += ["", f"{teachers}: every condition", ""]
         results = {**about, "students": tables["students"].to_dict("records")}
-        lines += condition_rows(results, kind)
+        teachers = f"{kind.capitalize()} teachers"
+        families = {
+            "paper": ("the paper's findings and ours", _with_counterpart(own, kind)),
+            "further": (
+                "claims without a counterpart in the paper",
+                _without_counterpart(own, kind),
+            ),
+            "conditions": ("every condition", condition_rows(results, kind)),
+        }
+        lines += [f"## {teachers}", ""]
+        lines += [" ".join(answer_sentences([f.to_dict() for f in own], kind)), ""]
+        lines += [_count(own, settings["model"]), ""]
+        links = []
+        for family, (title, rows) in families.items():
+            # Wide tables get the room of the table of contents, and the widest of both columns.
+            hidden = "[navigation, toc]" if family == "conditions" else "[toc]"
+            pages[f"{kind}-{family}"] = "\n".join(
+                [
+                    *("---", f"hide: {hidden}", "---", "", f"# {teachers}: {title}", ""),
+                    *(f"[Summary]({main}). {_note(about)}", "", *rows, ""),
+                ]
+            )
+            links.append(f"[{title}]({folder.name}/{kind}-{family}.md)")
+        lines += [f"Claim by claim: {', '.join(links)}.", ""]
+    lines += ["## All verdicts at a glance", "", *_glance(findings, settings["kinds"]), ""]
+    lines += ["## How this was made", "", *_opening(about, tables, folder)]
     lines += ["", "## Sources of the paper's statements", ""]
     lines += [f"- *{name}*: {words}." for name, words in SOURCES.items()]
     lines += [
@@ -140,7 +167,30 @@ def results_page(folder: str | os.PathLike[str]) -> str:
     if about["failures"]:
         lines += ["", "## Failed cells", ""]
         lines += [f"- `{row['cell']}`: {row['error']}" for row in about["failures"]]
-    return "\n".join(lines) + "\n"
+    pages[""] = "\n".join(lines) + "\n"
+    return pages
+
+
+def _note(about: Mapping[str, Any]) -> str:
+    settings = about["settings"]["settings"]
+    return (
+        f"Model `{settings['model']}`, {len(settings['targets'])} targets; intervals are 95 % "
+        "intervals over targets."
+    )
+
+
+def _glance(findings: Sequence[Finding], kinds: Sequence[str]) -> list[str]:
+    """A table of short names and verdicts, a row per claim and a column per kind of teachers."""
+    verdicts: dict[str, dict[str, str]] = {}
+    for finding in findings:
+        kind = finding.id.partition("/")[0]
+        value = short_number(finding.measured)
+        verdicts.setdefault(_id(finding), {})[kind] = f"{_SIGNS[finding.verdict]} {value}"
+    rows = table_head("claim", *(f"{kind} teachers" for kind in kinds))
+    for name, by_kind in verdicts.items():
+        cells = (by_kind.get(kind, "") for kind in kinds)
+        rows.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return ["✓ supported, ✗ not supported, ? unclear, with the measured value.", "", *rows]
 
 
 def _opening(

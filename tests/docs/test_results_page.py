@@ -12,7 +12,13 @@ import pytest
 from divergence_lens.study.findings import ALL_CLAIMS, judge
 from divergence_lens.study.registry import conditions
 from divergence_lens.study.result import Study
-from tests.support.docs_tools import PAPER_CLAIMS, SOURCES, results_page, write_results_page
+from tests.support.docs_tools import (
+    PAPER_CLAIMS,
+    SOURCES,
+    results_page,
+    text_of,
+    write_results_page,
+)
 from tests.support.study_tables import PAPER_LIKE, SIX, study_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +83,7 @@ def lines_of(text, claim):
 
 
 def test_the_page_is_made_from_the_tables_beside_it_and_from_nothing_else(page, tmp_path):
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     assert results_page(tmp_path / "found") == text
     rows = pd.read_csv(tmp_path / "found" / "divergence.csv")
     rows.assign(rate=rows["rate"] / 10).to_csv(tmp_path / "found" / "divergence.csv", index=False)
@@ -88,7 +94,7 @@ def test_the_page_is_made_from_the_tables_beside_it_and_from_nothing_else(page, 
 
 
 def test_every_finding_is_on_the_page_once_with_its_estimate_and_verdict(study, page):
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     agrees = {"supported": "| yes |", "not supported": "| **no** |", "unclear": "| open |"}
     seen = set()
     for finding in study.findings:
@@ -119,7 +125,7 @@ def test_agreements_are_counted_as_they_are(study, page):
         f"{verdicts.count('unclear')} open. Not supported but stricter than the paper's: 2."
     )
     assert len(against) > 1
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     assert said in text
     (rest,) = lines_of(
         text, "Without divergence tokens students end where the control does, to within a tenth"
@@ -129,7 +135,7 @@ def test_agreements_are_counted_as_they_are(study, page):
 
 
 def test_a_verdict_means_what_the_paper_module_says_of_it(page):
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     beats = lines_of(text, "The first layer transfers more of the preference than the last")[0]
     assert PAPER_CLAIMS["first_layer_beats_last"].no in beats
     assert PAPER_CLAIMS["first_layer_beats_last"].yes not in beats
@@ -138,7 +144,7 @@ def test_a_verdict_means_what_the_paper_module_says_of_it(page):
 
 
 def test_every_condition_has_a_row_and_shared_students_count_once(page):
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     for name in ("control", "all", "random", "advantage", "layer0", "layer3"):
         assert f"| `{name}` |" in text
     # Eight conditions with six targets and two seeds, and the control with two seeds alone.
@@ -153,12 +159,12 @@ OF_THE_TINY = (
 
 
 def test_the_page_of_another_model_says_nothing_that_holds_for_the_tiny_one_alone(study, tmp_path):
-    tiny = write_results_page(study, tmp_path / "tiny.md").read_text(encoding="utf-8")
+    tiny = text_of(write_results_page(study, tmp_path / "tiny.md"))
     assert "the miniature agrees with" in tiny
     settings = study.results["settings"]
     named = settings["settings"] | {"model": "org/large", "targets": [*REAL]}
     large = replace(study, results=study.results | {"settings": settings | {"settings": named}})
-    text = write_results_page(large, tmp_path / "large.md").read_text(encoding="utf-8")
+    text = text_of(write_results_page(large, tmp_path / "large.md"))
     for words in OF_THE_TINY:
         assert words not in text
     assert "this study agrees with" in text
@@ -180,12 +186,12 @@ def test_targets_are_called_unseen_only_on_the_model_that_was_made_without_them(
     named = settings["settings"] | {"model": model, "targets": list(targets)}
     other = replace(study, results=study.results | {"settings": settings | {"settings": named}})
     page = write_results_page(other, tmp_path / "page.md")
-    assert ("These targets were held out" in page.read_text(encoding="utf-8")) == said
+    assert ("These targets were held out" in text_of(page)) == said
 
 
 def test_the_page_links_to_the_guide_only_where_it_exists(study, tmp_path):
     page = tmp_path / "mine.md"
-    assert "](study.md)" not in write_results_page(study, page).read_text(encoding="utf-8")
+    assert "](study.md)" not in text_of(write_results_page(study, page))
     (tmp_path / "study.md").write_text("# The study\n")
     assert "[The study](study.md) explains" in results_page(tmp_path / "mine")
 
@@ -203,7 +209,7 @@ def test_the_script_writes_the_page_of_a_run(study, tmp_path):
     command = [sys.executable, str(ROOT / "docs" / "tools" / "results_page.py")]
     page = tmp_path / "page.md"
     subprocess.run([*command, str(run), str(page)], check=True, cwd=tmp_path)
-    assert page.read_text(encoding="utf-8") == results_page(tmp_path / "page")
+    assert text_of(page) == results_page(tmp_path / "page")
 
 
 @pytest.mark.parametrize("before", [None, 3])
@@ -211,14 +217,14 @@ def test_a_duration_that_may_be_of_a_part_alone_is_not_told(study, tmp_path, bef
     settings = {k: v for k, v in study.results["settings"].items() if k != "cells_before"}
     settings |= {} if before is None else {"cells_before": before}
     resumed = replace(study, results=study.results | {"settings": settings})
-    text = write_results_page(resumed, tmp_path / "page.md").read_text(encoding="utf-8")
+    text = text_of(write_results_page(resumed, tmp_path / "page.md"))
     assert f"{8 * 6 * 2 + 2} students; model" in text
 
 
 def test_rare_divergence_tokens_are_not_called_as_rare_as_the_papers(tmp_path):
     claim = "Divergence tokens are a small part of the data"
     page = write_results_page(a_study(PAPER_LIKE, rate=0.2), tmp_path / "page.md")
-    (line,) = lines_of(page.read_text(encoding="utf-8"), claim)
+    (line,) = lines_of(text_of(page), claim)
     assert line.endswith("| yes | below a quarter, as there |")
 
 
@@ -226,7 +232,7 @@ def test_a_claim_that_is_open_for_what_it_presupposes_names_that(tmp_path):
     flat = PAPER_LIKE | {"all": 0.05, "without_divergence": 0.03}
     page = write_results_page(a_study(flat), tmp_path / "page.md")
     (line,) = lines_of(
-        page.read_text(encoding="utf-8"), "Without divergence tokens the transfer is weaker"
+        text_of(page), "Without divergence tokens the transfer is weaker"
     )
     assert "| open | undecided: it presupposes a claim that is not supported here (students" in line
     assert "trained on all tokens acquire the teacher's preference, by at least a tenth); " in line
@@ -234,7 +240,7 @@ def test_a_claim_that_is_open_for_what_it_presupposes_names_that(tmp_path):
 
 def test_with_students_of_lora_the_page_does_not_compare_lora_with_itself(study, tmp_path):
     claim = "LoRA of rank 8 transfers as much as full training, to within a tenth"
-    assert lines_of(write_results_page(study, tmp_path / "full.md").read_text("utf-8"), claim)
+    assert lines_of(text_of(write_results_page(study, tmp_path / "full.md")), claim)
     settings = study.results["settings"]
     for rank, kept in ((None, 1), (8, 0)):
         named = settings["settings"] | {"student_recipe": {"lora_rank": rank}}
@@ -242,11 +248,11 @@ def test_with_students_of_lora_the_page_does_not_compare_lora_with_itself(study,
             study, results=study.results | {"settings": settings | {"settings": named}}
         )
         page = write_results_page(narrow, tmp_path / "narrow.md")
-        assert len(lines_of(page.read_text("utf-8"), claim)) == kept
+        assert len(lines_of(text_of(page), claim)) == kept
 
 
 def test_other_figures_of_a_claim_without_a_counterpart_stand_beside_it(study, page):
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     (line,) = lines_of(text, "Integrated attribution agrees with exact mediation")
     mean = pd.DataFrame(study.results["effects"]["agreement"])["pearson"].mean()
     assert f"Pearson correlation of all cells and pairs together: {mean:.3g}" in line
@@ -287,6 +293,6 @@ def test_the_page_in_the_documentation_is_what_the_committed_tables_give():
     folder = PAGE.with_suffix("")
     if not folder.is_dir():
         pytest.skip(f"no run's tables are committed at {folder}")
-    assert PAGE.read_text(encoding="utf-8") == results_page(folder)
+    assert text_of(PAGE) == results_page(folder)
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     assert settings["failures"] == []

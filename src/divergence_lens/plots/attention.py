@@ -46,6 +46,7 @@ def attention_from(
         headline=titled("Tokens that the heads read", name),
         detail=_detail(patterns, pair, "framed: the position that attends"),
         unit="attention",
+        floor=1.0,
         orientation="layers_down",
         stacked=True,
         limit=limit,
@@ -95,6 +96,7 @@ def attention_pattern(
         headline=titled(f"Attention of head {head_name(head)}", name),
         detail=_detail(patterns, pair, "down: the position that attends; framed: the one measured"),
         unit="attention",
+        floor=1.0,
         orientation="layers_down",
         limit=limit,
         rows=heatmaps.Rows(
