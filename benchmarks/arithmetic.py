@@ -29,18 +29,15 @@ from tables import (
     PAGE,
     merge_figures,
     multiplications_per_second,
-    seconds,
     spread,
     table,
     timed,
+    two_digits,
     write_section,
 )
-from transformers import AutoTokenizer
-
-import divergence_lens as dl
 
 sys.path.insert(0, str(Path(__file__).parent / "sides"))
-from ours import PLAIN, TASKS
+from ours import TASKS, load
 
 TITLES = {
     "generation": ("generate, 16 prompts, 32 tokens", 16),
@@ -58,6 +55,10 @@ def agreement(first: Any, second: Any) -> str:
     if "tokens" in first:
         written = first["tokens"] >= 0
         return f"{(first['tokens'] == second['tokens'])[written].mean():.1%} of tokens equal"
+    if "predicted" in first:
+        equal = (first["predicted"] == second["predicted"]).mean()
+        apart = np.abs(first["scores"] - second["scores"]).max() / np.abs(first["scores"]).max()
+        return f"{equal:.1%} of predictions equal, largest difference {apart:.1%}"
     apart = max(float(np.abs(first[n] - second[n]).max() / np.abs(first[n]).max()) for n in first)
     correlations = [
         float(np.corrcoef(np.ravel(first[name]), np.ravel(second[name]))[0, 1])
@@ -65,20 +66,6 @@ def agreement(first: Any, second: Any) -> str:
         if np.size(first[name]) > 2
     ]
     return f"largest difference {apart:.1%}, correlation {min(correlations):.3f}"
-
-
-def same_predictions(models: dict[str, Any], count: int) -> float:
-    """The share of predictions that are equal in both formats, over two teachers' lists."""
-    from ours import number_lists
-
-    teachers = dl.animal_teachers(["owl", "cat"])
-    predicted = [
-        dl.find_divergence(
-            model, number_lists(count), teacher=teachers[0], counterfactuals=teachers[1:]
-        ).predicted
-        for model in models.values()
-    ]
-    return float((predicted[0] == predicted[1]).mean())
 
 
 def measure(name: str, models: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -106,8 +93,6 @@ def measure(name: str, models: dict[str, Any], options: argparse.Namespace) -> d
     }
     if "bfloat16" in results:
         row["agreement"] = agreement(results["float32"], results["bfloat16"])
-        if name == "lists":
-            row["agreement"] += f", {same_predictions(models, size):.1%} of predictions equal"
     return row
 
 
@@ -119,8 +104,8 @@ def shares(rows: dict[str, Any]) -> str:
         large = 1e9 * row["gflop"] / (1e9 * row["gflops_of_large_product"]) / own
         lines.append(
             [
-                *(row["task"], spread(row["times"]["float32"]), f"{row['gflop']:.0f}"),
-                *(f"{row['gflop'] / own:.0f}", f"{large:.0%}"),
+                *(row["task"], spread(row["times"]["float32"]), two_digits(row["gflop"])),
+                *(two_digits(row["gflop"] / own), f"{large:.0%}"),
                 f"{row['seconds_of_products'] / own:.0%}",
             ]
         )
@@ -136,20 +121,19 @@ def formats(rows: dict[str, Any]) -> str:
             single, half = (median(row["times"][dtype]) for dtype in ("float32", "bfloat16"))
             lines.append(
                 [
-                    *(row["task"], seconds(single), seconds(half)),
+                    *(row["task"], two_digits(single), two_digits(half)),
                     *(f"{single / half:.2g}", row["agreement"]),
                 ]
             )
     return table(("task", "float32, CPU s", "bfloat16, CPU s", "speedup", "agreement"), lines)
 
 
-def load(options: argparse.Namespace, dtype: str) -> Any:
-    """Load the model in a number format."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN
-    return dl.load_model(
-        options.model, backend=options.backend, tokenizer=tokenizer, dtype=getattr(torch, dtype)
-    )
+def write(model: str, rows: dict[str, Any]) -> None:
+    """Store figures and write the tables."""
+    figures = merge_figures(FIGURES / "arithmetic.json", {model: rows})
+    for section, show in (("arithmetic", shares), ("bfloat16", formats)):
+        tables = [f"**{name}**\n\n{show(part)}" for name, part in figures.items()]
+        write_section(PAGE, section, "\n\n".join(tables))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -165,17 +149,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     dtypes = ["float32", *(["bfloat16"] if options.bfloat16 else [])]
-    models = {dtype: load(options, dtype) for dtype in dtypes}
+    models = {
+        dtype: load(str(options.model), options.backend, getattr(torch, dtype)) for dtype in dtypes
+    }
     rows = {}
     for name in options.tasks:
         rows[name] = measure(name, models, options)
         print(shares({name: rows[name]}).splitlines()[-1])
         print(formats({name: rows[name]}).splitlines()[-1], flush=True)
-    if options.write:
-        figures = merge_figures(FIGURES / "arithmetic.json", {options.model.name: rows})
-        for section, show in (("arithmetic", shares), ("bfloat16", formats)):
-            tables = [f"**{model}**\n\n{show(part)}" for model, part in figures.items()]
-            write_section(PAGE, section, "\n\n".join(tables))
+        if options.write:  # after each row: the whole takes minutes
+            write(options.model.name, rows)
     return rows
 
 

@@ -16,20 +16,20 @@ EAP-IG is not on the package index: `--eap-ig` names the folder of a checkout.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from tables import FIGURES, PAGE, ROOT, merge_figures, seconds, spread, table, write_section
+from tables import FIGURES, PAGE, ROOT, merge_figures, spread, table, two_digits, write_section
 
 SIDES = Path(__file__).parent / "sides"
 LENS_3, LENS_4 = ("transformer-lens==3.9.0", "matplotlib"), ("transformer-lens==4.3.0",)
@@ -129,37 +129,42 @@ def environment(comparison: Comparison, folder: Path) -> str:
 
 
 class Side:
-    """A process that runs one side of a comparison on demand."""
+    """A process that runs one side of comparisons on demand."""
 
-    def __init__(self, python: str, name: str, results: Path, arguments: Sequence[str]) -> None:
-        self.results, self.times = results, {"cpu": [], "wall": []}  # type: Path, dict[str, list[float]]
-        self._log = results.with_suffix(".log").open("w+", encoding="utf-8")
-        folder, inputs, *rest = arguments
+    def __init__(self, python: str, name: str, options: argparse.Namespace) -> None:
+        self.times: dict[str, list[float]] = {}
+        self._name = name
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._process = subprocess.Popen(  # noqa: S603
-            [python, SIDES / f"{name}.py", folder, inputs, results, *rest],
+            [python, SIDES / f"{name}.py", options.model, str(options.threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
         )
-        self._name = name
-        # Packages may print while they are imported.
-        while self._answer() != "ready\n":
-            pass
 
-    def _answer(self) -> str:
-        line = self._process.stdout.readline() if self._process.stdout else ""
-        if not line:
-            self._log.seek(0)
-            raise SystemExit(f"{self._name} stopped:\n{self._log.read()[-2000:]}")
-        return line
+    def _ask(self, request: list[str] | None) -> Any:
+        """Send a request and return the answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # the log says why
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            # Packages may print while they are imported.
+            if line.startswith(('"ready"', '{"cpu"')):
+                return json.loads(line)
+        self._log.seek(0)
+        raise SystemExit(f"{self._name} stopped:\n{self._log.read()[-2000:]}")
+
+    def prepare(self, *request: str) -> None:
+        """Prepare a task: the files of its inputs and results, and its options."""
+        self.times = {"cpu": [], "wall": []}
+        self._ask(list(request))
 
     def run(self) -> None:
         """Run the task once and record its times."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("run\n")
-        self._process.stdin.flush()
-        for name, value in json.loads(self._answer()).items():
+        for name, value in self._ask(None).items():
             self.times[name].append(value)
 
     def close(self) -> None:
@@ -186,27 +191,24 @@ def difference(ours: Any, theirs: Any) -> tuple[float, str]:
     return worst, f"{worst:.0e}" + (f", correlation {correlation:.2f}" if worst > 1e-2 else "")
 
 
-def compare(comparison: Comparison, options: argparse.Namespace) -> dict[str, Any]:
+def compare(
+    comparison: Comparison, ours: Side, python: str, options: argparse.Namespace
+) -> dict[str, Any]:
     """Run both sides in turn and return the row's figures."""
-    python = options.python or environment(comparison, options.environments)
     extra = comparison.options
     if comparison.peer == "eap-ig":
         extra = (str(options.eap_ig), *extra)
     size = str(options.size or comparison.size)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        common = [str(options.model), str(folder / "inputs.npz"), str(options.threads)]
-        ours = Side(
-            *(sys.executable, "ours", folder / "ours.npz"),
-            [*common, comparison.task, size, options.backend],
-        )
-        peer = Side(python, comparison.side, folder / "peer.npz", [*common, *extra])
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, *results = (f"{folder}/{name}.npz" for name in ("inputs", "ours", "peer"))
+        ours.prepare(inputs, results[0], comparison.task, size, options.backend)
+        peer = Side(python, comparison.side, options)
+        peer.prepare(inputs, results[1], *extra)
         for _ in range(options.rounds):
             ours.run()
             peer.run()
-        ours.close()
         peer.close()
-        apart, shown = difference(ours.results, peer.results)
+        apart, shown = difference(*results)
     if not apart <= comparison.tolerance:
         raise SystemExit(f"{comparison.peer}, {comparison.title}: results differ by {shown}")
     return {
@@ -232,7 +234,7 @@ def show(rows: dict[str, Any]) -> str:
                 *(row["task"], row["peer"].replace("==", " ")),
                 *(spread(ours["cpu"]), spread(theirs["cpu"])),
                 f"{ratios[0]:.2g}",
-                *(seconds(median(ours["wall"])), seconds(median(theirs["wall"]))),
+                *(two_digits(median(ours["wall"])), two_digits(median(theirs["wall"]))),
                 row["difference"],
             ]
         )
@@ -241,6 +243,29 @@ def show(rows: dict[str, Any]) -> str:
         *("ours, s passed", "peer, s passed", "difference"),
     )
     return table(head, lines)
+
+
+def chosen(comparison: Comparison, options: argparse.Namespace) -> bool:
+    """Whether the options select a comparison."""
+    if comparison.peer not in options.peers:
+        return False
+    if options.tasks and comparison.task not in options.tasks:
+        return False
+    if comparison.peer == "eap-ig" and options.eap_ig is None:
+        print("eap-ig is left out: --eap-ig names no checkout", file=sys.stderr)
+        return False
+    return True
+
+
+def write(model: str, key: str, row: dict[str, Any]) -> None:
+    """Store the figures of a row and write the tables."""
+    figures = merge_figures(FIGURES / "peers.json", {model: {key: row}})
+    order = [f"{one.peer}, {one.title}" for one in COMPARISONS]
+    tables = [
+        f"**{name}**\n\n" + show({key: part[key] for key in order if key in part})
+        for name, part in figures.items()
+    ]
+    write_section(PAGE, "peers", "\n\n".join(tables))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -259,25 +284,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--write", action="store_true", help="update the figures of the docs")
     options = parser.parse_args(arguments)
     rows: dict[str, Any] = {}
-    for comparison in COMPARISONS:
-        if comparison.peer not in options.peers:
-            continue
-        if options.tasks and comparison.task not in options.tasks:
-            continue
-        if comparison.peer == "eap-ig" and options.eap_ig is None:
-            print("eap-ig is left out: --eap-ig names no checkout", file=sys.stderr)
-            continue
-        key = f"{comparison.peer}, {comparison.title}"
-        rows[key] = compare(comparison, options)
-        print(show({key: rows[key]}).splitlines()[-1], flush=True)
-        if options.write:  # after each row: a later one may fail
-            figures = merge_figures(FIGURES / "peers.json", {options.model.name: {key: rows[key]}})
-            order = [f"{one.peer}, {one.title}" for one in COMPARISONS]
-            tables = [
-                f"**{model}**\n\n" + show({k: part[k] for k in order if k in part})
-                for model, part in figures.items()
-            ]
-            write_section(PAGE, "peers", "\n\n".join(tables))
+    with contextlib.closing(Side(sys.executable, "ours", options)) as ours:
+        for comparison in COMPARISONS:
+            if not chosen(comparison, options):
+                continue
+            key = f"{comparison.peer}, {comparison.title}"
+            python = options.python or environment(comparison, options.environments)
+            rows[key] = compare(comparison, ours, python, options)
+            print(show({key: rows[key]}).splitlines()[-1], flush=True)
+            if options.write:  # after each row: a later one may fail
+                write(options.model.name, key, rows[key])
     return rows
 
 

@@ -229,9 +229,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 key = f"{name}, {axis}"
                 rows[key] = measure(name, axis, options)
                 print(show({key: rows[key]}).splitlines()[-1], flush=True)
-    if options.write:
-        figures = merge_figures(FIGURES / "scaling.json", {"random Llama": rows})
-        write_section(PAGE, "scaling", show(figures["random Llama"]))
+                if options.write:  # after each row: the whole takes minutes
+                    figures = merge_figures(FIGURES / "scaling.json", {"random Llama": rows})
+                    write_section(PAGE, "scaling", show(figures["random Llama"]))
     return rows
 
 

@@ -23,16 +23,15 @@ def timed(run: Callable[[], T]) -> tuple[T, float]:
     return result, time.process_time() - start
 
 
-def seconds(value: float) -> str:
-    """Format a time with two significant digits, or all of its whole seconds."""
+def two_digits(value: float) -> str:
+    """Format a number with two significant digits, or as a whole number above ten."""
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def spread(values: Sequence[float]) -> str:
     """Format the median and the range of some times."""
-    return (
-        f"{seconds(statistics.median(values))} ({seconds(min(values))} to {seconds(max(values))})"
-    )
+    middle = two_digits(statistics.median(values))
+    return f"{middle} ({two_digits(min(values))} to {two_digits(max(values))})"
 
 
 def multiplications_per_second(rows: int, inner: int, outer: int, dtype: Any = None) -> float:

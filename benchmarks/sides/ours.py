@@ -1,10 +1,12 @@
 """This library's side of every comparison; the options are the task, its size and the backend.
 
-Each task chooses its inputs, stores them for the peer, and returns the calls that are timed.
+Each task chooses its inputs, stores them for the peer, and returns the calls that are timed. The
+model is loaded once for all tasks.
 """
 
 import contextlib
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -212,8 +214,10 @@ def lists(model: Any, count: int) -> tuple[Inputs, Run]:
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in written])[:-1]])
 
     def run() -> Arrays:
-        logprob = compare().logprob.astype(float)  # [teacher, token]
-        return {"scores": np.add.reduceat(logprob, starts, axis=1).ravel()}
+        divergence = compare()
+        logprob = divergence.logprob.astype(float)  # [teacher, token]
+        scores = np.add.reduceat(logprob, starts, axis=1).ravel()
+        return {"scores": scores, "predicted": divergence.predicted}
 
     return inputs, run
 
@@ -271,14 +275,19 @@ TASKS: dict[str, Task] = {
 }
 
 
-def prepare(folder: str, inputs: Path, options: list[str]) -> Run:
-    """Store the task's inputs and return its calls."""
-    name, size, backend = options
+@lru_cache(maxsize=1)
+def load(folder: str, backend: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load the model of a folder."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN
-    model = dl.load_model(folder, backend=backend, tokenizer=tokenizer)
-    arrays, run = TASKS[name](model, int(size))
+    return dl.load_model(folder, backend=backend, tokenizer=tokenizer, dtype=dtype)
+
+
+def prepare(folder: str, inputs: Path, options: list[str]) -> Run:
+    """Store the task's inputs and return its calls."""
+    name, size, backend = options
+    arrays, run = TASKS[name](load(folder, backend), int(size))
     np.savez(inputs, **{name: np.asarray(array) for name, array in arrays.items()})
     return run
 

@@ -1,10 +1,11 @@
 """One side of a comparison: prepare a task, then run it each time the command asks.
 
-    PYTHON SIDE.py FOLDER INPUTS RESULTS THREADS [OPTION ...]
+    PYTHON SIDE.py FOLDER THREADS
 
 Both sides of a comparison are such processes, each in its own environment, so this file imports
-only numpy and torch. The protocol is a line "ready" on stdout, a line on stdin for each run, and a
-line of JSON with its times in return. Results are written to RESULTS after each run.
+only numpy and torch. It reads lines of JSON. A list of the files of inputs and results and further
+options prepares a task; the answer is "ready". null runs the task; the answer is its times, and the
+results are in their file.
 """
 
 import json
@@ -42,7 +43,7 @@ def until_stop(written: torch.Tensor, stops: list[int], new_tokens: int) -> np.n
 
 
 def serve(prepare: Callable[[str, Path, list[str]], Run]) -> None:
-    """Prepare a task and run it until stdin ends.
+    """Prepare tasks and run them until stdin ends.
 
     Args:
         prepare: Gets the model's folder, the file with the inputs, and further options; returns the
@@ -51,11 +52,17 @@ def serve(prepare: Callable[[str, Path, list[str]], Run]) -> None:
     # Whatever libraries print goes to stderr, so that stdout holds only the protocol.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    folder, inputs, results, threads, *options = sys.argv[1:]
+    folder, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    run = prepare(folder, Path(inputs), options)
-    print("ready", file=answers)
-    for _ in sys.stdin:
+    run, results = None, ""  # type: Run | None, str
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request is not None:
+            inputs, results, *options = request
+            run = prepare(folder, Path(inputs), options)
+            print(json.dumps("ready"), file=answers)
+            continue
+        assert run is not None, "no task was prepared"
         cpu, clock = time.process_time(), time.perf_counter()
         arrays = run()
         times = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - clock}
