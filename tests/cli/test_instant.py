@@ -131,6 +131,33 @@ def test_usage_errors_import_no_heavy_library(arguments, message, folder):
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["pa"], {"patch"}),
+        (["patch", "--site", "resid"], {"resid_pre", "resid_mid", "resid_post"}),
+        (["patch", "--corr"], {"--corrupted"}),
+    ],
+)
+def test_the_shell_completes_commands_options_and_values(words, expected):
+    """As bash asks the program."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "divergence_lens"],
+        env=os.environ
+        | {
+            "PYTHONPATH": str(ROOT / "src"),
+            "_DIVERGENCE_LENS_COMPLETE": "complete_bash",
+            "COMP_WORDS": " ".join(["divergence-lens", *words]),
+            "COMP_CWORD": str(len(words)),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert set(done.stdout.split()) == expected
+    assert " torch" not in done.stderr
+
+
 def test_the_choices_are_those_of_the_library():
     assert get_args(choices.Site) == SITES
     assert get_args(choices.Method) == ("exact", *get_args(patching.Method))

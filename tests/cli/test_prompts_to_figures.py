@@ -80,6 +80,14 @@ def test_an_effect_equals_a_hand_written_patch(model, tmp_path):
     assert effects.values[0, layer, position] == pytest.approx(float(expected), abs=1e-4)
 
 
+def test_words_that_the_tiny_model_does_not_know_are_reported_with_the_remedy():
+    france, italy = "The capital of France is", "The capital of Italy is"
+    words = ("--clean", france, "--corrupted", italy, "--answer", " Paris", "--foil", " Rome")
+    output = run("patch", *words, code=2)
+    assert "' Paris' is not in the tokenizer's vocabulary; the bundled model 'tiny'" in output
+    assert "choose another with --model" in output
+
+
 def test_a_chat_template_and_a_system_prompt(model, tmp_path):
     out = tmp_path / "effects.safetensors"
     run("patch", *PROMPTS, "--chat", "--system", "You love owls.", "--out", out)

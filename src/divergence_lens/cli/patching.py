@@ -125,7 +125,15 @@ def patch(
 
     model: Any = loading.load()
     if prompts is not None:
-        pairs = encode_prompt_pairs(model, prompts, chat=chat, system=system)
+        try:
+            pairs = encode_prompt_pairs(model, prompts, chat=chat, system=system)
+        except ValueError as error:
+            if not loading.model.startswith("tiny"):
+                raise
+            raise ValueError(
+                f"{error}; the bundled model {loading.model!r} knows few words: choose another "
+                "with --model"
+            ) from error
     else:
         pairs = _divergence_pairs(model, source, teacher or (), loading, limit=limit, seed=seed)
         _check_pair(pair, len(pairs))

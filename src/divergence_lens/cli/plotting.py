@@ -181,12 +181,6 @@ def _audit(path: Path, choice: Choice) -> "go.Figure":  # noqa: ARG001
     return Audit.load(path).plot()
 
 
-def _audit(path: Path, choice: Choice) -> "go.Figure":  # noqa: ARG001
-    from divergence_lens.auditing import Audit
-
-    return Audit.load(path).plot()
-
-
 _DRAW = {
     "effects": _effects,
     "divergence": _divergence,
