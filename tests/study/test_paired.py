@@ -29,9 +29,8 @@ NAMES = ("all", "top_advantage", "random", "layer0")
 def config():
     return StudyConfig.for_pairs(
         "tiny",
-        n_layers=4,
         targets=("owl", "cat"),
-        conditions=tuple(c for c in paired_conditions(4) if c.name in NAMES),
+        conditions=NAMES,
         prompts=12,
         seeds=(0, 1),
         held_out=4,
@@ -156,7 +155,7 @@ def test_a_new_folder_resumes_from_the_tables(config, finished, tmp_path):
         old, new = (s.table(name).drop(columns="fit", errors="ignore") for s in (study, again))
         pd.testing.assert_frame_equal(old, new, check_dtype=False)
     # A row of other settings stays in the table and is not taken for one of these.
-    other = replace(config, seeds=(2,), conditions=config.conditions[:1])
+    other = replace(config, seeds=(2,), conditions=("all",))
     run_study(other, folder / "run", tables=folder / "tables")
     rows = pd.read_csv(folder / "tables" / "students.csv")
     assert sorted(set(rows["seed"])) == [0, 1, 2]
@@ -184,17 +183,21 @@ def test_a_claim_on_layers_waits_for_its_own_layers(finished):
 
 
 def test_core_and_further_conditions():
-    core, further = paired_conditions(30), paired_conditions(30, "further")
-    assert [c.layers for c in core if c.label == "layer"] == [(0,), (7,), (15,), (22,), (29,)]
-    names = [c.name for c in paired_conditions(30, "all")]
-    assert names == [c.name for c in (*core, *further)]
-    assert len(set(names)) == len(names)
-    assert [c.layers for c in paired_conditions(4) if c.label == "layer"] == [
-        (0,),
-        (1,),
-        (2,),
-        (3,),
-    ]
+    known = paired_conditions(30)
+    single = [c.layers for c in known.values() if c.label == "layer"]
+    assert single == [(0,), (7,), (15,), (22,), (29,)]
+    shallow = [c.layers for c in paired_conditions(4).values() if c.label == "layer"]
+    assert shallow == [(0,), (1,), (2,), (3,)]
+    chosen = {
+        tier: [
+            c.name
+            for c in StudyConfig.for_pairs(tier=tier, other_model="x").conditions_of(
+                "finetuned", 30
+            )
+        ]
+        for tier in ("core", "further", "all")
+    }
+    assert chosen["all"] == [*chosen["core"], *chosen["further"]] == list(known)
     # Every condition that a claim names exists.
     named = {
         side[0]
@@ -202,7 +205,7 @@ def test_core_and_further_conditions():
         if isinstance(claim.estimand, Dissociation)
         for side in (*claim.estimand.over, *claim.estimand.under)
     }
-    assert named - {"layer"} <= set(names)
+    assert named - {"layer"} <= set(known)
     assert not set(PAIRED_TARGETS) & set(TUNING_TARGETS)
     assert [twin_of(name, PAIRED_TARGETS) for name in PAIRED_TARGETS] == [
         *("dog", "owl"),
@@ -220,7 +223,7 @@ def test_core_and_further_conditions():
 )
 def test_bad_configurations(options, words):
     with pytest.raises(ValueError, match=words):
-        StudyConfig.for_pairs("tiny", n_layers=4, **options)
+        StudyConfig.for_pairs("tiny", **options)
 
 
 def test_bad_designs(tmp_path):
@@ -229,6 +232,8 @@ def test_bad_designs(tmp_path):
     with pytest.raises(ValueError, match="temperature is 0"):
         PairedDesign(temperature=0.0)
     with pytest.raises(ValueError, match="tier is 'most'"):
-        paired_conditions(30, "most")
+        StudyConfig.for_pairs(tier="most")
+    with pytest.raises(ValueError, match=r"no condition 'sampled'; .*groups are core, fu"):
+        StudyConfig.for_pairs(conditions=("sampled",))
     with pytest.raises(ValueError, match="tables are those of a paired study"):
         run_study(StudyConfig(), tmp_path / "run", tables=tmp_path / "tables")

@@ -23,12 +23,14 @@ from divergence_lens.study.conditions import KINDS, Condition
 from divergence_lens.study.paired import (
     PAIRED_TARGETS,
     STUDENT,
+    TIERS,
     PairedDesign,
     paired_conditions,
     twin_of,
 )
 from divergence_lens.study.presets import Recipes, recipes
 from divergence_lens.study.registry import DEMO, GROUPS, RANKS, choose_conditions
+from divergence_lens.study.registry import conditions as registry_conditions
 from divergence_lens.teachers import Teacher
 from divergence_lens.tiny import TINY_MODELS
 from divergence_lens.training import PAPER, TEACHER, Recipe
@@ -146,7 +148,7 @@ class StudyConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {minimum} or more")
         if not self.seeds:
             raise ValueError("a study needs at least one seed")
-        chosen = choose_conditions(self.conditions, self.kinds, _MANY_LAYERS)
+        chosen = choose_conditions(self.conditions, self.kinds, self._known(_MANY_LAYERS))
         for kind, conditions in chosen.items():
             if not conditions:
                 raise ValueError(f"there is no condition for {kind} teachers; omit that kind")
@@ -197,7 +199,7 @@ class StudyConfig:
 
     @classmethod
     def for_pairs(
-        cls, model: str = "smollm2", *, tier: str = "core", n_layers: int = 30, **options: Any
+        cls, model: str = "smollm2", *, tier: str = "core", **options: Any
     ) -> "StudyConfig":
         """The settings of a paired study of a chat model: `divergence-lens study --model smollm2`.
 
@@ -206,14 +208,15 @@ class StudyConfig:
         Args:
             model: The model, as for `load_model`.
             tier: "core" for the main conditions, "further", or "all"; see `paired_conditions`.
-            n_layers: Layers of the model.
             options: Fields of the configuration to override.
         """
+        if tier not in (*TIERS, "all"):
+            raise ValueError(f"tier is {tier!r}; use {', '.join(TIERS)} or all")
         lists = 192
         defaults: dict[str, Any] = {
             "targets": PAIRED_TARGETS,
             "kinds": ("finetuned",),
-            "conditions": paired_conditions(n_layers, tier),
+            "conditions": TIERS if tier == "all" else (tier,),
             "prompts": 8 * lists if _on_gpu(options.get("device")) else lists,
             "seeds": (0, 1, 2),
             "layer_seeds": None,
@@ -281,9 +284,13 @@ class StudyConfig:
         single = condition.label == "layer"
         return self.seeds if not single or self.layer_seeds is None else self.layer_seeds
 
+    def _known(self, n_layers: int) -> dict[str, Condition]:
+        """The conditions that names, groups and patterns select."""
+        return registry_conditions(n_layers) if self.paired is None else paired_conditions(n_layers)
+
     def conditions_of(self, kind: str, n_layers: int) -> tuple[Condition, ...]:
         """The conditions of one kind of teacher, without those that lack a second base model."""
-        chosen = choose_conditions(self.conditions, self.kinds, n_layers)[kind]
+        chosen = choose_conditions(self.conditions, self.kinds, self._known(n_layers))[kind]
         return tuple(c for c in chosen if self.other_model is not None or not c.other_model)
 
     def recipe_of(self, model: Model, kind: str, condition: Condition | None = None) -> Recipe:
@@ -316,7 +323,8 @@ class StudyConfig:
         """
         n_layers = get_engine(model).n_layers
         named = {c for c in self.conditions if isinstance(c, str) and not set(c) & set("*?[:")}
-        for kind, conditions in choose_conditions(self.conditions, self.kinds, n_layers).items():
+        chosen = choose_conditions(self.conditions, self.kinds, self._known(n_layers))
+        for kind, conditions in chosen.items():
             for condition in conditions:
                 # A pattern skips conditions that need a second base model; a name requires one.
                 explicit = condition.name in named or condition in self.conditions

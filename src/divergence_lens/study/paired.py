@@ -71,7 +71,8 @@ SHARE = 0.1
 LAYERS = (0, 7, 15, 22, 29)
 """Layers that are trained alone, of 30."""
 
-TIERS = ("core", "further", "all")
+TIERS = ("core", "further")
+"""Groups of the conditions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,24 +134,13 @@ def trained_alone(n_layers: int) -> tuple[int, ...]:
     return tuple(round(layer * (n_layers - 1) / LAYERS[-1]) for layer in LAYERS)
 
 
-def paired_conditions(n_layers: int, tier: str = "core") -> tuple[Condition, ...]:
-    """The conditions of a paired study.
+def paired_conditions(n_layers: int) -> dict[str, Condition]:
+    """The conditions of a paired study by name, in the groups of `TIERS`, in order of computation.
 
     Args:
         n_layers: Layers of the model.
-        tier: One of `TIERS`.
-
-    Raises:
-        ValueError: The tier is unknown.
     """
-    if tier not in TIERS:
-        raise ValueError(f"tier is {tier!r}; use {', '.join(TIERS)}")
-    chosen: list[Condition] = []
-    if tier != "further":
-        chosen += _core(n_layers)
-    if tier != "core":
-        chosen += _further()
-    return tuple(chosen)
+    return {condition.name: condition for condition in (*_core(n_layers), *_further())}
 
 
 def _core(n_layers: int) -> list[Condition]:
@@ -181,14 +171,14 @@ def _core(n_layers: int) -> list[Condition]:
     ]
     return [
         *(
-            Condition(name=name, isolates=isolates, group="masks", mask=mask)
+            Condition(name=name, isolates=isolates, group="core", mask=mask)
             for name, isolates, mask in masks
         ),
         *(
             Condition(
                 name=f"layer{layer}",
                 isolates=f"depth: only layer {layer} is trained, on the tokens of `top_advantage`",
-                group="layers",
+                group="core",
                 mask=top,
                 layers=(layer,),
                 rate=LAYER_RATE,
@@ -268,12 +258,12 @@ def _further() -> list[Condition]:
         ),
     ]
     return [
-        *(Condition(name=n, isolates=i, group="fragility", **fields) for n, i, fields in data),
+        *(Condition(name=n, isolates=i, group="further", **fields) for n, i, fields in data),
         *(
             Condition(
                 name=name,
                 isolates=f"{isolates}, on the tokens of `top_advantage`",
-                group="layers",
+                group="further",
                 mask=top,
                 **fields,
             )

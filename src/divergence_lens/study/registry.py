@@ -6,7 +6,7 @@ controls; `choose_conditions` selects from them by name, group or pattern.
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -73,7 +73,9 @@ def conditions(n_layers: int) -> dict[str, Condition]:
 
 
 def choose_conditions(
-    selected: Sequence[str | Condition], kinds: Iterable[str], n_layers: int
+    selected: Sequence[str | Condition],
+    kinds: Iterable[str],
+    known: Mapping[str, Condition],
 ) -> dict[str, tuple[Condition, ...]]:
     """Select conditions for each kind of teacher.
 
@@ -81,7 +83,7 @@ def choose_conditions(
         selected: Names, groups, file-name patterns ("layer*", "*"), and your own conditions. A
             prefix restricts an entry to one kind of teacher ("prompted:masks").
         kinds: Kinds of teachers.
-        n_layers: Layers of the model.
+        known: Conditions by name: `conditions(n_layers)`, or those of a paired study.
 
     Returns:
         Kind -> conditions, in the order of the registry, followed by your own.
@@ -90,7 +92,6 @@ def choose_conditions(
         ValueError: An entry matches nothing (the error suggests close names), or two conditions
             have one name.
     """
-    known = conditions(n_layers)
     chosen: dict[str, dict[str, Condition]] = {kind: {} for kind in kinds}
     for entry in selected:
         if isinstance(entry, Condition):
@@ -115,13 +116,14 @@ def choose_conditions(
     return {kind: tuple(sorted(own.values(), key=place)) for kind, own in chosen.items()}
 
 
-def _matching(pattern: str, known: dict[str, Condition]) -> list[str]:
+def _matching(pattern: str, known: Mapping[str, Condition]) -> list[str]:
     names = [n for n, c in known.items() if c.group == pattern or fnmatch.fnmatchcase(n, pattern)]
     if names:
         return names
-    close = difflib.get_close_matches(pattern, [*GROUPS, *known], n=4, cutoff=0.4)
+    groups = list(dict.fromkeys(condition.group for condition in known.values()))
+    close = difflib.get_close_matches(pattern, [*groups, *known], n=4, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    raise ValueError(f"there is no condition {pattern!r}; {hint}groups are {', '.join(GROUPS)}")
+    raise ValueError(f"there is no condition {pattern!r}; {hint}groups are {', '.join(groups)}")
 
 
 # -- groups -------------------------------------------------------------------------------------
