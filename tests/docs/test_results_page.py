@@ -231,9 +231,7 @@ def test_rare_divergence_tokens_are_not_called_as_rare_as_the_papers(tmp_path):
 def test_a_claim_that_is_open_for_what_it_presupposes_names_that(tmp_path):
     flat = PAPER_LIKE | {"all": 0.05, "without_divergence": 0.03}
     page = write_results_page(a_study(flat), tmp_path / "page.md")
-    (line,) = lines_of(
-        text_of(page), "Without divergence tokens the transfer is weaker"
-    )
+    (line,) = lines_of(text_of(page), "Without divergence tokens the transfer is weaker")
     assert "| open | undecided: it presupposes a claim that is not supported here (students" in line
     assert "trained on all tokens acquire the teacher's preference, by at least a tenth); " in line
 

@@ -7,7 +7,13 @@ import pandas as pd
 import pytest
 
 from divergence_lens.data import TrainingData
-from divergence_lens.study import PairedDesign, StudyConfig, paired_conditions, run_study
+from divergence_lens.study import (
+    PairedDesign,
+    StudyConfig,
+    paired_conditions,
+    run_study,
+    write_study_report,
+)
 from divergence_lens.study.findings import judge
 from divergence_lens.study.interventions import (
     Inputs,
@@ -172,6 +178,13 @@ def test_claims_are_open_until_all_targets_are_measured(finished):
         assert finding.verdict == "unclear"
         if finding.n:
             assert "measured for 2 of 4 targets" in finding.caveat
+
+
+def test_a_paired_study_has_no_report_of_shares(finished, tmp_path):
+    _, study = finished
+    with pytest.raises(ValueError, match="has tables and no report"):
+        write_study_report(study, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_claim_on_layers_waits_for_its_own_layers(finished):

@@ -144,8 +144,16 @@ def write_study_report(study: Study, folder: str | os.PathLike[str]) -> Path:
 
     Returns:
         The path of the page.
+
+    Raises:
+        ValueError: The study is paired; its figures would be of margins, not of shares.
     """
     out = Path(folder)
+    if "paired" in study.results["settings"]["settings"]:
+        raise ValueError(
+            "a paired study has tables and no report; docs/tools/paired_page.py writes a page from "
+            "the tables"
+        )
     figures = study_figures(study)
     plots.save_figures(figures, out / "figures")
     about = study.results["settings"]

@@ -76,7 +76,8 @@ def run_study(
         config: What to run. Worker processes import the main module again, so with more than one
             worker a script needs `if __name__ == "__main__":` around its call.
         folder: Where to write. It is created if it does not exist.
-        resume: Whether to use cells of earlier runs; otherwise they are deleted first.
+        resume: Whether to use cells of earlier runs, and rows of `tables`; otherwise cells are
+            deleted first, and rows replaced as they are computed again.
         tables: A folder for the tables of a paired study, such as one under version control. Rows
             with the same settings are not computed again, and the tables are written after every
             cell.
@@ -108,7 +109,8 @@ def run_study(
         table = None
         if tables is not None:
             table = StudyTables(Path(tables), runner, [task for group in groups for task in group])
-            progress(f"{table.restore()} cells are read from {tables}")
+            if resume:
+                progress(f"{table.restore()} cells are read from {tables}")
             table.write()
         compute_cells(runner, groups, out, progress, None if table is None else table.write)
         timing = {"cells_before": cells_before, "seconds": time.perf_counter() - started}
