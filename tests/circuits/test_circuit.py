@@ -148,3 +148,15 @@ def test_top_lists_the_strongest_edges_of_the_mean(model_of, pairs):
     table = scores.top(5)
     mean = scores.values[:, 0].mean(0)
     np.testing.assert_allclose(table["score"].abs(), np.sort(np.abs(mean))[::-1][:5], rtol=1e-4)
+
+
+def test_the_figure_of_200_edges_is_small_and_states_every_edge(model_of, pairs):
+    scores = dl.edge_scores(model_of("llama", "bridge"), pairs, span="position")
+    figure = scores.plot(pair=1, k=200)
+    assert len(figure.data) <= 25  # arcs are bundled by color and width
+    hovers = [text for trace in figure.data if trace.text is not None for text in trace.text]
+    plain = [text.replace("<br>", " ").replace("\xa0", " ") for text in hovers]
+    stated = [text for text in plain if " at " in text]
+    assert len(stated) == min(200, int(np.count_nonzero(np.nan_to_num(scores.values[1]))))
+    assert figure.layout.yaxis.ticktext[0] == "embed"
+    assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]  # layers down

@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from divergence_lens import plots
+from divergence_lens.circuits import Circuit, EdgeScores, Faithfulness, Graph
 from divergence_lens.divergence import Divergence
 from divergence_lens.divergence.view import ExampleDivergence
 from divergence_lens.evaluation.result import Preference
@@ -209,7 +210,46 @@ def example() -> ExampleDivergence:
     )
 
 
+def edge_scores(span: str = "position") -> EdgeScores:
+    """One pair of three tokens in a model of two layers with four heads over two groups."""
+    graph = Graph(n_layers=2, n_heads=4, n_kv_heads=2)
+    values = np.random.default_rng(0).normal(size=(1, 3, len(graph))).astype(np.float32)
+    return EdgeScores(
+        values=values,
+        graph=graph,
+        method="gradient",
+        direction="noising",
+        metric="logit_difference",
+        clean_metric=np.array([2.0], dtype=np.float32),
+        corrupted_metric=np.array([-1.0], dtype=np.float32),
+        segments=(("bias", "user", "divergence"),),
+        labels=((" <b>", " 3", " 4"),),
+        metadata={"settings": {"span": span}},
+    )
+
+
+def circuit() -> Circuit:
+    """The strongest 30 edges of the same model."""
+    return edge_scores().circuit(top=30)
+
+
+def curve() -> Faithfulness:
+    """Faithfulness of three sizes on two pairs."""
+    return Faithfulness(
+        metric=np.array([[0.0, 1.0], [1.5, 2.0], [2.0, 3.0]]),
+        full=np.array([2.0, 3.0]),
+        empty=np.array([-1.0, 0.0]),
+        edges=(1, 8, 82),
+        shares=(0.01, 0.1, 1.0),
+        metadata={"settings": {"level": "edges", "ablation": "counterfactual"}},
+    )
+
+
 FIGURES = {
+    "circuit_graph": lambda: plots.circuit_graph(circuit()),
+    "edge_graph": lambda: plots.edge_graph(edge_scores(), k=40),
+    "edge_graph of segments": lambda: plots.edge_graph(edge_scores("segment"), k=40),
+    "faithfulness_curves": lambda: plots.faithfulness_curves({"edges": curve(), "b": curve()}),
     "divergence_tokens": lambda: plots.divergence_tokens(example()),
     "head_grid": lambda: plots.head_grid(effects(heads=2)),
     "head_grid of a pair": lambda: plots.head_grid(effects(heads=2), 1, name="owl"),
