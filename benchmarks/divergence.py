@@ -2,6 +2,7 @@
 
     python benchmarks/divergence.py                    # tiny, 30m, and the memory of 30m-wide
     python benchmarks/divergence.py --shape 30m --backend bridge --examples 64
+    python benchmarks/divergence.py --shape FOLDER --teachers 5 --threads 1 --no-memory
     python benchmarks/divergence.py --device cuda --shape qwen2.5-7b --json gpu.json
 
 The baseline processes one example at a time through Hugging Face, with all teachers as one padded
@@ -38,7 +39,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import divergence_lens as dl
 from divergence_lens.chat import encode_prompts
@@ -74,6 +75,8 @@ def build(name: str, device: str) -> Any:
     """Build a Hugging Face model in eval mode."""
     if name in dl.tiny.TINY_MODELS:
         return AutoModelForCausalLM.from_pretrained(tiny_folder(name)).to(device).eval()
+    if name not in SHAPES:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
     shape = SHAPES[name]
     config = Qwen2Config(
         vocab_size=shape.vocab,
@@ -101,12 +104,19 @@ def wrap(hf: Any, backend: str, tokenizer: Any) -> Any:
     return dl.load_model(source, backend=backend, device=device, dtype=dtype, tokenizer=tokenizer)
 
 
-def inputs(examples: int, teachers: int) -> tuple[Any, list[Any], list[Any]]:
-    """The tiny model's tokenizer, the teachers, and number lists that the first teacher wrote."""
+def inputs(name: str, examples: int | None, teachers: int) -> tuple[Any, list[Any], list[Any]]:
+    """The tokenizer, the teachers, and number lists that the first teacher wrote.
+
+    The tiny model writes them, and random models have its tokenizer.
+    """
+    examples = examples or EXAMPLES.get(name, 16)
     writer = dl.load_model("tiny")
     conditions = [*dl.animal_teachers(dl.ANIMALS)[: teachers - 1], dl.Teacher("nobody")]
     data = dl.generate(writer, dl.number_prompts(examples, seed=0), teacher=conditions[0])
-    return writer.tokenizer, conditions, data
+    if name in EXAMPLES:
+        return writer.tokenizer, conditions, data
+    lists = [dl.Example(example.prompt, example.completion) for example in data]
+    return AutoTokenizer.from_pretrained(name), conditions, lists
 
 
 @torch.no_grad()
@@ -247,7 +257,7 @@ def timed(run: Callable[[], Any], device: str = "cpu") -> tuple[Any, float, floa
 def compare(name: str, backend: str, options: argparse.Namespace) -> dict[str, Any]:
     """Time both sides on one model."""
     device = options.device
-    tokenizer, teachers, data = inputs(options.examples or EXAMPLES[name], options.teachers)
+    tokenizer, teachers, data = inputs(name, options.examples, options.teachers)
     hf = build(name, device)
     model = wrap(hf, backend, tokenizer)
     ours(model, data[:2], teachers)
@@ -295,7 +305,7 @@ def operators(name: str, backend: str, options: argparse.Namespace) -> None:
     """Print the time of torch's own operators in our run, on one thread: a lower bound."""
     from torch.profiler import ProfilerActivity, profile
 
-    tokenizer, teachers, data = inputs(options.examples or EXAMPLES[name], options.teachers)
+    tokenizer, teachers, data = inputs(name, options.examples, options.teachers)
     hf = build(name, options.device)
     model = wrap(hf, backend, tokenizer)
     threads = torch.get_num_threads()
@@ -344,7 +354,7 @@ def _reset_peak() -> None:
 def peak(side: str, name: str, options: argparse.Namespace, queue: Any) -> None:
     """Measure the peak bytes above the model for one side; runs in a separate process."""
     torch.set_num_threads(options.threads)
-    tokenizer, conditions, data = inputs(EXAMPLES[name], options.teachers)
+    tokenizer, conditions, data = inputs(name, None, options.teachers)
     hf = build(name, "cpu")
     if side == "baseline":
         run = lambda: baseline(hf, tokenizer, data, conditions)  # noqa: E731
@@ -377,7 +387,12 @@ def memory(name: str, backends: Sequence[str], options: argparse.Namespace) -> d
 def main() -> None:
     """Run the selected comparisons, print a table, and optionally write JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", nargs="+", choices=[*EXAMPLES], default=["tiny", "30m"])
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        default=["tiny", "30m"],
+        help=f"one of {', '.join(EXAMPLES)}, or the folder of a model",
+    )
     parser.add_argument("--backend", nargs="+", choices=["hooked", "bridge"])
     parser.add_argument(
         "--examples", type=int, help="number of examples (default: depends on the shape)"
