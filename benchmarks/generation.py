@@ -44,7 +44,7 @@ from divergence_lens.generation.sampling import Sampler
 from divergence_lens.tiny import TINY_MODELS, tiny_folder
 
 OWL = dl.animal_teachers(["owl", "cat"])[0]
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise")
 Completions = list[tuple[int, ...]]
 
 
