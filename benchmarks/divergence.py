@@ -115,8 +115,16 @@ def inputs(name: str, examples: int | None, teachers: int) -> tuple[Any, list[An
     data = dl.generate(writer, dl.number_prompts(examples, seed=0), teacher=conditions[0])
     if name in EXAMPLES:
         return writer.tokenizer, conditions, data
-    lists = [dl.Example(example.prompt, example.completion) for example in data]
-    return AutoTokenizer.from_pretrained(name), conditions, lists
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    written = [
+        (*tokenizer.encode(row.completion, add_special_tokens=False), tokenizer.eos_token_id)
+        for row in data
+    ]
+    lists = [
+        dl.Example(row.prompt, row.completion, completion_ids=ids)
+        for row, ids in zip(data, written, strict=True)
+    ]
+    return tokenizer, conditions, lists
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 
 Both sides get the same model (a random Llama of 12 layers and d_model 512, or that of a folder),
 and the same number prompts and lists, batches, steps, learning rates and initial values. peft
-trains `layers_to_transform=[layer]`. Its loop pads on the right, runs the whole model, and computes logits
-and loss only at completion tokens. It receives token ids, while the time of `finetune` includes
-tokenization and all checks.
+trains `layers_to_transform=[layer]`. Its loop pads on the right, runs the whole model, and computes
+logits and loss only at completion tokens. It receives token ids, while the time of `finetune`
+includes tokenization and all checks.
 
 The task runs with and without a system prompt, because `finetune` runs the shared prefix of all
 rows once and the loop runs it once per row.
