@@ -75,7 +75,7 @@ def _detection(tables: dict[str, pd.DataFrame]) -> list[str]:
     rows = tables["detection"]
     alarms = tables.get("false_alarms")
     whole = rows[rows["rows"] == rows.groupby(_SET)["rows"].transform("max")]
-    lines = ["### Is the bias found?", "", _DETECTION, ""]
+    lines = ["### Is the bias detected?", "", _DETECTION, ""]
     lines += table_head(
         *("lists by", "temperature", "changed", "auditors", "sets", "true candidate first"),
         *("named", "AUROC over candidates", "median z", "some candidate named"),
@@ -86,7 +86,7 @@ def _detection(tables: dict[str, pd.DataFrame]) -> list[str]:
                 *key,
                 len(own),
                 _share(own["rank"] == 1),
-                _share(own["found"].astype(bool)),
+                _share(own["named"].astype(bool)),
                 f"{own['auroc'].mean():.2f}",
                 f"{own['z'].median():.1f}",
                 _share(own["verdict"] == "biased"),
@@ -107,7 +107,7 @@ def _detection(tables: dict[str, pd.DataFrame]) -> list[str]:
             _row(
                 *(writer, size, len(own)),
                 _share(own["rank"] == 1),
-                _share(own["found"].astype(bool)),
+                _share(own["named"].astype(bool)),
                 area,
             )
         )
@@ -133,7 +133,7 @@ def _mixtures(tables: dict[str, pd.DataFrame]) -> list[str]:
             _row(
                 *(writer, temperature, f"{share:.0%}", len(own)),
                 _share(own["rank"] == 1),
-                _share(own["found"].astype(bool)),
+                _share(own["named"].astype(bool)),
                 f"{own['z'].median():.1f}",
             )
         )

@@ -9,10 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import divergence_lens as dl
-from divergence_lens.auditing.baseline import TEMPERATURES, Baseline, fit_baseline
+from divergence_lens.auditing.baseline import (
+    TEMPERATURES,
+    Baseline,
+    fit_baseline,
+    kinds_in,
+    kinds_of,
+    possible_ids,
+)
 from divergence_lens.auditing.candidates import Auditors
 from divergence_lens.auditing.reading import contrast, read_contributions
-from divergence_lens.divergence import read_teachers
+from divergence_lens.divergence import KINDS, read_teachers
 from divergence_lens.models import load_model
 from tests.support.divergence import CAT, NOBODY, OWL, WOLF, oracle, some_examples
 from tests.support.models import chat_tokenizer, random_hf_model
@@ -129,3 +136,30 @@ def test_data_that_the_base_model_would_not_write_do_not_fit(tiny):
     assert fitted.temperature == TEMPERATURES[-1]
     assert not fitted.fits
     assert fit_baseline(tiny, data, [dl.Teacher("none")], temperature=1.0).temperature == 1.0
+
+
+def test_kinds_of_tokens_that_the_data_lack_are_impossible(hf, model, examples):
+    """The definition, with probabilities over the possible ids alone."""
+    tokenizer = chat_tokenizer()
+    kinds = kinds_of(model)
+    numbers = np.flatnonzero(kinds == "number")
+    draw = np.random.default_rng(0)
+    lists = [replace(e, completion_ids=tuple(draw.choice(numbers, 4).tolist())) for e in examples]
+    assert kinds_in(model, lists) == ("number",)
+    baseline = Baseline(NOBODY, 1.0, {}, ("number",))
+    read = read_contributions(model, lists, baseline, [Auditors("given", tuple(CANDIDATES))])
+    numbers = torch.from_numpy(numbers)
+    base, *others = (
+        logits[:, numbers].log_softmax(-1)
+        for logits in oracle(hf, tokenizer, lists, [NOBODY, *CANDIDATES])
+    )
+    ids = torch.tensor([i for example in lists for i in example.completion_ids])
+    place = torch.searchsorted(numbers, ids)
+    for c in range(3):
+        rest = torch.stack([others[d] for d in range(3) if d != c]).mean(0)
+        advantage = others[c] - rest  # [tokens, numbers]
+        expected = (base.exp() * advantage).sum(-1)
+        own = advantage.gather(-1, place[:, None])[:, 0] - expected
+        np.testing.assert_allclose(read.by_token[0, c], own, atol=1e-4)
+    assert possible_ids(model, KINDS) is None
+    assert possible_ids(model, ["number"]).sum() == len(numbers)

@@ -20,8 +20,8 @@ def test_a_mask_leaves_the_largest_contributions_out(biased):
     assert remedy.rows == len(set(owners[left_out]))
     again = remedy.audited()
     c = biased.candidates.index("wolf")
-    kept = np.bincount(owners[remedy.mask], scores[remedy.mask], minlength=len(biased))
-    np.testing.assert_allclose(again.by_row[0, c], kept, atol=1e-3)
+    unmasked = np.bincount(owners[remedy.mask], scores[remedy.mask], minlength=len(biased))
+    np.testing.assert_allclose(again.by_row[0, c], unmasked, atol=1e-3)
 
 
 def test_a_replacement_writes_the_choice_of_the_baseline(base, biased):

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from divergence_lens._utils.batching import length_batches, pad_right
-from divergence_lens.chat import prompt_ids
+from divergence_lens.chat import prompt_ids, token_texts
 from divergence_lens.data import neutral_prompt
-from divergence_lens.engine import chunk_rows, get_engine, in_chunks
+from divergence_lens.divergence import KINDS, token_kind
+from divergence_lens.engine import chunk_rows, get_engine, in_chunks, restricted
 from divergence_lens.examples import Example
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher
@@ -55,6 +56,8 @@ class Baseline:
         teacher: The condition.
         temperature: Temperature of the data under it; 0 for greedy choices.
         logprob: For each condition that was tried, the mean log-probability of a token, in nats.
+        kinds: Kinds of tokens that the data hold, of `divergence.KINDS`; what the base model would
+            write is restricted to them, because lists with other tokens were filtered out.
         known: Whether the user gave the condition. Otherwise the system prompt of the data is
             unknown, and moves scores by itself.
     """
@@ -62,12 +65,40 @@ class Baseline:
     teacher: Teacher
     temperature: float
     logprob: Mapping[str, float]
+    kinds: tuple[str, ...] = KINDS
     known: bool = False
 
     @property
     def fits(self) -> bool:
         """Whether the base model could have written the data (see `HOTTEST`)."""
         return self.temperature <= HOTTEST
+
+
+def kinds_of(model: Model) -> np.ndarray:
+    """Return the kind of every token of the model's tokenizer, one of `divergence.KINDS`."""
+    tokenizer: Any = model.tokenizer
+    texts = token_texts(tokenizer, range(len(tokenizer)))
+    special = set(tokenizer.all_special_ids)
+    kinds: np.ndarray = np.array(
+        [token_kind(text, special=i in special) for i, text in texts.items()]
+    )
+    return kinds
+
+
+def kinds_in(model: Model, examples: Sequence[Example]) -> tuple[str, ...]:
+    """Return the kinds of tokens that the completions hold."""
+    used = np.unique(np.concatenate([np.array(e.completion_ids, np.int64) for e in examples]))
+    kinds = kinds_of(model)
+    present = set(kinds[used[used < len(kinds)]].tolist())
+    return tuple(kind for kind in KINDS if kind in present)
+
+
+def possible_ids(model: Model, kinds: Sequence[str]) -> Bool[np.ndarray, " ids"] | None:
+    """Return which ids are of these kinds; None if all kinds are."""
+    if set(kinds) == set(KINDS):
+        return None
+    possible: np.ndarray = np.isin(kinds_of(model), list(kinds))
+    return possible
 
 
 def default_baselines(model: Model) -> list[Teacher]:
@@ -99,22 +130,28 @@ def fit_baseline(
         temperature: The temperature of the data, if it is known.
         seed: Seed of the choice of examples.
     """
+    kinds = kinds_in(model, examples)
     if len(examples) > _FIT_ROWS:
         chosen = np.random.default_rng(seed).permutation(len(examples))[:_FIT_ROWS]
         examples = [examples[row] for row in sorted(chosen.tolist())]
-    moments = [_moments(model, examples, teacher) for teacher in teachers]
+    possible = possible_ids(model, kinds)
+    allowed = None if possible is None else torch.from_numpy(possible)
+    moments = [_moments(model, examples, teacher, allowed) for teacher in teachers]
     best = int(np.argmax([given for given, _ in moments]))
     given, expected = moments[best]
     if temperature is None:
         # The expectation falls as the temperature rises; np.interp wants it rising.
         temperature = float(np.interp(given, expected[::-1], TEMPERATURES[::-1]))
     logprob = {t.name: value for t, (value, _) in zip(teachers, moments, strict=True)}
-    return Baseline(teachers[best], temperature, logprob, known=len(teachers) == 1)
+    return Baseline(teachers[best], temperature, logprob, tuple(kinds), len(teachers) == 1)
 
 
 @torch.no_grad()
 def _moments(
-    model: Model, examples: Sequence[Example], teacher: Teacher
+    model: Model,
+    examples: Sequence[Example],
+    teacher: Teacher,
+    possible: Bool[torch.Tensor, " ids"] | None,
 ) -> tuple[float, Float64[np.ndarray, " temperatures"]]:
     """Return the mean log-probability of the tokens, and its expectation at each temperature."""
     tokenizer: Any = model.tokenizer
@@ -139,7 +176,7 @@ def _moments(
             def sums(
                 chunk: slice, flat: torch.Tensor = flat, given: torch.Tensor = given
             ) -> np.ndarray:
-                logits = engine.unembed(flat[chunk]).float()
+                logits = restricted(engine.unembed(flat[chunk]).float(), possible)
                 logp = logits.log_softmax(-1)  # [chunk, d_vocab]
                 means = [logp.gather(-1, given[chunk, None]).sum(), logp.amax(-1).sum()]
                 for at in TEMPERATURES[1:]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from divergence_lens.auditing.baseline import UNBIASED, Baseline
+from divergence_lens.auditing.baseline import UNBIASED, Baseline, possible_ids
 from divergence_lens.auditing.candidates import Auditors
 from divergence_lens.auditing.reading import read_contributions
 from divergence_lens.chat import Prompt
@@ -29,7 +29,8 @@ class Calibration:
 
     Attributes:
         neutral: Of lists by the base model, under each of some unbiased prompts, to all candidates.
-        own: Of lists by each candidate's own teacher, to that candidate.
+        own: Of lists by each candidate's own teacher, to that candidate; NaN where too few lists
+            consist of the data's kinds of tokens.
     """
 
     neutral: Float64[np.ndarray, "kinds candidates styles lists"]
@@ -65,10 +66,10 @@ def calibrate(
     prompts = [examples[row].prompt for row in order.tolist()]
     longest = max(len(example.completion_ids or ()) for example in examples)
 
-    def write(teacher: Teacher, some: Sequence[Prompt]) -> list[Example]:
+    def write(teacher: Teacher, asked: Sequence[Prompt]) -> list[Example]:
         return generate(
             model,
-            some,
+            asked,
             teacher=teacher,
             max_new_tokens=min(longest, _LONGEST),
             temperature=baseline.temperature,
@@ -76,37 +77,50 @@ def calibrate(
             accelerator=accelerator,
         )
 
-    neutral = []
+    possible = possible_ids(model, baseline.kinds)
+
+    def valid(examples: Sequence[Example], count: int) -> list[Example]:
+        """The first lists whose tokens are all of the data's kinds."""
+        fit = [
+            e for e in examples if possible is None or possible[list(e.completion_ids or ())].all()
+        ]
+        return fit[:count]
+
     styles = _styles(baseline)
     lists = min(neutral_rows, len(prompts)) // len(styles)
-    for number, style in enumerate(styles if lists else []):
-        neutral += write(style, prompts[number * lists : (number + 1) * lists])
-    n_candidates = len(auditors[0].teachers)
+    neutral = [
+        valid(write(style, prompts[number * lists : (number + 1) * lists]), lists)
+        for number, style in enumerate(styles if lists else [])
+    ]
+    lists = min(map(len, neutral), default=0)
     own = []
-    for kind in auditors:
-        for number, teacher in enumerate(kind.teachers):
-            # Other prompts for each teacher, from the beginning again where they run out.
-            places = np.arange(number * own_rows, (number + 1) * own_rows) % len(prompts)
-            own += write(teacher, [prompts[place] for place in places]) if own_rows else []
-    shape = (len(auditors), n_candidates)
-    if not neutral and not own:
-        return Calibration(np.zeros((*shape, len(styles), 0)), np.zeros((*shape, 0)))
+    for number, teacher in enumerate(t for kind in auditors for t in kind.teachers):
+        # Other prompts for each teacher, some to spare, again from the beginning if they run out.
+        places = np.arange(number * own_rows, number * own_rows + 2 * own_rows) % len(prompts)
+        asked = [prompts[place] for place in places]
+        own.append(valid(write(teacher, asked), own_rows) if own_rows else [])
+    shape = (len(auditors), len(auditors[0].teachers))
+    theirs = np.full((*shape, own_rows), np.nan)
+    rows = [example for style in neutral for example in style[:lists]]
+    count = len(rows)
+    rows += [example for one in own for example in one]
+    if not rows:
+        return Calibration(np.zeros((*shape, len(styles), 0)), theirs)
     read = read_contributions(
         model,
-        [*neutral, *own],
+        rows,
         baseline,
         auditors,
         by_token=False,
         batch_tokens=batch_tokens,
         accelerator=accelerator,
     )
-    theirs = read.rows[:, :, len(neutral) :].reshape(*shape, *shape, own_rows)
-    # The contributions of the lists of kind k, candidate c to kind k, candidate c.
-    kinds, candidates = np.ix_(range(shape[0]), range(shape[1]))
-    return Calibration(
-        read.rows[:, :, : len(neutral)].reshape(*shape, len(styles), lists),
-        theirs[kinds, candidates, kinds, candidates],
-    )
+    at = count
+    for number, one in enumerate(own):
+        kind, candidate = divmod(number, shape[1])
+        theirs[kind, candidate, : len(one)] = read.rows[kind, candidate, at : at + len(one)]
+        at += len(one)
+    return Calibration(read.rows[:, :, :count].reshape(*shape, len(styles), lists), theirs)
 
 
 def _styles(baseline: Baseline) -> list[Teacher]:

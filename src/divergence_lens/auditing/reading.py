@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int32, Int64
 
-from divergence_lens.auditing.baseline import Baseline
+from divergence_lens.auditing.baseline import Baseline, possible_ids
 from divergence_lens.auditing.candidates import Auditors
 from divergence_lens.divergence import read_teachers
 from divergence_lens.examples import Example
@@ -95,6 +95,7 @@ def read_contributions(
     n_candidates = len(auditors[0].teachers)
     lengths = [len(example.completion_ids or ()) for example in examples]
     by_token = by_token and len(auditors) * n_candidates * sum(lengths) <= MOST_VALUES
+    possible = possible_ids(model, baseline.kinds)
     parts = []
     for start, part in _parts(examples):
         folder = None if checkpoint_dir is None else Path(checkpoint_dir) / f"rows-{start:09d}"
@@ -103,6 +104,7 @@ def read_contributions(
             part,
             [baseline.teacher, *(teacher for kind in auditors for teacher in kind.teachers)],
             expected_at=baseline.temperature,
+            possible=possible,
             batch_tokens=batch_tokens,
             checkpoint_dir=folder,
             accelerator=accelerator,

@@ -81,7 +81,7 @@ def audit(
         recipe: Training of finetuned auditors; None chooses by the size of the model.
         strength: Margin that each finetuned auditor gets, in nats, so that all are equally strong;
             see `train_teacher`. None trains each to the end of the recipe.
-        teacher_dir: Folder in which finetuned auditors are stored, and found again by base,
+        teacher_dir: Folder in which finetuned auditors are stored, and loaded by base,
             candidate and settings.
         baseline: The unbiased condition to compare with, such as the system prompt that the data
             were written under, without the bias. None chooses between no system prompt and a

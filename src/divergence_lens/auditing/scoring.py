@@ -17,6 +17,7 @@ prompts than the baseline's, so it says how far the style alone moves the scores
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -145,8 +146,11 @@ def bias_strength(
     if own.shape[-1] < 2:
         return np.full(len(own), np.nan)
     # Few lists for each candidate, so their variance is pooled.
-    pooled = np.sqrt(own.var(-1, ddof=1).mean(-1, keepdims=True))  # [kinds, 1]
-    strength: np.ndarray = _ratio(own.mean(-1), np.maximum(spread, pooled)).mean(-1)
+    with warnings.catch_warnings():  # candidates without two lists are left out
+        warnings.simplefilter("ignore", RuntimeWarning)
+        pooled = np.sqrt(np.nanmean(np.nanvar(own, -1, ddof=1), -1, keepdims=True))  # [kinds, 1]
+        unit = np.fmax(spread, pooled)
+        strength: np.ndarray = np.nanmean(_ratio(np.nanmean(own, -1), unit), -1)
     return strength
 
 

@@ -6,7 +6,7 @@ from divergence_lens.divergence.reading import read_states, read_teachers
 from divergence_lens.divergence.reading_inputs import refuse_dropout
 from divergence_lens.divergence.result import Divergence
 from divergence_lens.divergence.rules import Rule
-from divergence_lens.divergence.tokens import KINDS
+from divergence_lens.divergence.tokens import KINDS, token_kind
 from divergence_lens.divergence.view import ExampleDivergence
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "read_states",
     "read_teachers",
     "refuse_dropout",
+    "token_kind",
     "write_decision_points",
 ]

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Int32, Int64
 from torch import Tensor
 
 from divergence_lens._utils.batching import length_batches
@@ -45,6 +45,7 @@ from divergence_lens.engine import (
     in_chunks,
     kl_divergence,
     read_hidden,
+    restricted,
     score_expected,
 )
 from divergence_lens.examples import Example
@@ -75,6 +76,7 @@ def read_teachers(
     kl: bool = False,
     pattern: str | None = None,
     expected_at: float | None = None,
+    possible: Bool[np.ndarray, " ids"] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     accelerator: Any = None,
     progress: bool = False,
@@ -91,6 +93,8 @@ def read_teachers(
         expected_at: A temperature at which the factual teacher might have written the completions,
             0 for greedy choices; each teacher's mean log-probability of such tokens is computed
             as well. None computes none. Not with a pattern.
+        possible: With `expected_at`, the ids that a completion may hold; all others have
+            probability 0 under every teacher. None allows all.
         checkpoint_dir: A folder for finished shards; the call resumes from those already there.
         accelerator: Divides the shards among its processes.
         progress: Whether to show a progress bar, in the first process.
@@ -111,6 +115,7 @@ def read_teachers(
         kl=kl,
         pattern=pattern,
         expected_at=expected_at,
+        possible=possible,
     )
     processes = Processes(accelerator)
     if processes.count > 1:
@@ -186,6 +191,7 @@ class _Reader:
         kl: bool = False,
         pattern: str | None = None,
         expected_at: float | None = None,
+        possible: Bool[np.ndarray, " ids"] | None = None,
     ) -> None:
         if batch_tokens is None:
             device = next(model.parameters()).device.type
@@ -194,6 +200,7 @@ class _Reader:
             raise ValueError(f"batch_tokens must be 1 or more, got {batch_tokens}")
         self._model, self._teachers, self._budget = model, teachers, batch_tokens
         self._temperature = expected_at
+        self._possible = None if possible is None else torch.from_numpy(possible)
         self.forced = TeacherForced.zeros(
             examples, len(teachers), kl=kl, expected=expected_at is not None
         )
@@ -234,6 +241,7 @@ class _Reader:
         settings: list[Any] = [
             *(self._budget, self.forced.kl is not None, self._pattern, len(self._teachers)),
             *(() if self._temperature is None else (self._temperature,)),
+            *(() if self._possible is None else (self._possible.nonzero().tolist(),)),
         ]
         record = run_metadata(self._model, settings=settings)
         digest.update(json.dumps(record, sort_keys=True).encode())
@@ -398,9 +406,10 @@ class _Reader:
         temperature = self._temperature
 
         def run(chunk: slice) -> tuple[Tensor, ...]:
-            logits = own(hidden[chunk])  # [rows, d_vocab]
+            logits = restricted(own(hidden[chunk]), self._possible)  # [rows, d_vocab]
             if temperature:
-                chosen = (first(factual[chunk]).float() / temperature).softmax(-1)
+                theirs = restricted(first(factual[chunk]), self._possible).float()
+                chosen = (theirs / temperature).softmax(-1)
                 chosen = chosen.to(logits.device)  # [rows, d_vocab]
             else:
                 chosen = logits.argmax(-1) if choice is None else choice[chunk].to(logits.device)

@@ -11,6 +11,7 @@ from divergence_lens.engine.logits import (
     in_chunks,
     kl_divergence,
     read_hidden,
+    restricted,
     score,
     score_expected,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "probe_tokens",
     "read_hidden",
     "register_site",
+    "restricted",
     "score",
     "score_expected",
     "unregister_site",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Float32, Int, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Int, Int32, Int64
 from torch import Tensor
 
 from divergence_lens._utils.memory import is_out_of_memory
@@ -91,6 +91,18 @@ def score(
     relative = logits.gather(-1, given[:, None]) - top  # [rows, 1]
     total = logits.sub_(top).exp_().sum(-1).log_()
     return predicted[:, 0].int(), top[:, 0] - second, relative[:, 0] - total
+
+
+def restricted(
+    logits: Float[Tensor, "rows d_vocab"], possible: Bool[Tensor, " ids"] | None
+) -> Float[Tensor, "rows d_vocab"]:
+    """Give all but the possible ids probability 0; ids beyond those listed are not possible."""
+    if possible is None:
+        return logits
+    width = logits.shape[1]
+    beyond = max(0, width - len(possible))
+    mask = torch.nn.functional.pad(possible, (0, beyond))[:width].to(logits.device)  # [d_vocab]
+    return logits.masked_fill(~mask, -torch.inf)
 
 
 def score_expected(

@@ -53,7 +53,7 @@ def described(pool: Pool, mode: str, audit: Audit) -> dict[str, Any]:
             "rank": int((z > z[c]).sum()) + 1,
             # Probability that the true candidate's z exceeds that of another candidate.
             "auroc": float((z < z[c]).sum() / (len(z) - 1)),
-            "found": pool.target in audit.biased and audit.best == pool.target,
+            "named": pool.target in audit.biased and audit.best == pool.target,
         }
     return row
 

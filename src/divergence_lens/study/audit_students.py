@@ -84,10 +84,10 @@ def _transfer(
     with student.applied(cells.model):
         after = preference(cells.model, target=inputs.target, candidates=ANIMALS).share
     rows = list(range(min(config.transfer_rows, len(data))))
-    some = data[rows]
+    first = data[rows]
     result = audit(
         cells.model,
-        some.examples,
+        first.examples,
         candidates=ANIMALS,
         teachers="finetuned",
         neutral_rows=0,
