@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import divergence_lens as dl
 from divergence_lens.cli import terminal
 from divergence_lens.cli.main import app
+from divergence_lens.plots import style
 
 CLEAN, CORRUPTED = "Here are numbers: 412, 467, 530.", "Here are numbers: 412, 530, 467."
 PROMPTS = ("--clean", CLEAN, "--corrupted", CORRUPTED, "--answer", " 1", "--foil", " 9")
@@ -136,7 +137,8 @@ def test_a_narrow_terminal_shows_colors_without_numbers(model, monkeypatch):
     assert "0." not in "".join(text.splitlines()[3:])
     assert all(len(line) <= 30 for line in text.splitlines()[2:])
     # The strongest cell has the color at the end of the scale.
-    assert re.search(r"48;2;(178;24;43|33;102;172)m", styled)
+    assert re.search(r"48;2;(102;44;0|5;48;97)m", styled)
+    assert terminal.SCALE == style.DIVERGING
 
 
 def test_a_figure_replaces_the_heatmap(tmp_path):
@@ -184,6 +186,7 @@ def results(tmp_path_factory, model):
         (["effects"], "mean of 3 pairs"),
         (["effects", "--item", 1], "pair 1 of 3"),
         (["effects", "--kind", "segments"], "by layer and segment"),
+        (["effects", "--kind", "segments", "--orientation", "layers_across"], "segment"),
         (["effects", "--kind", "layers"], "layer by layer"),
         (["gradient", "--kind", "agreement", "--other", "effects.safetensors"], "Pearson"),
         (["heads", "--kind", "heads"], "by layer and head"),
@@ -203,6 +206,18 @@ def test_any_saved_result_is_drawn_again(results, tmp_path, monkeypatch, call, w
     out = tmp_path / "figure.html"
     run("plot", f"{call[0]}.safetensors", out, *call[1:])
     assert words in out.read_text(encoding="utf-8")
+
+
+def test_the_title_the_caption_and_the_width_are_chosen(results, tmp_path):
+    sizes, texts = [], []
+    for options in ((), ("--no-title", "--no-caption"), ("--width", 180)):
+        out = tmp_path / f"{len(sizes)}.svg"
+        run("plot", results / "effects.safetensors", out, *options)
+        text = out.read_text(encoding="utf-8")
+        sizes.append(float(re.search(r'<svg[^>]* width="([\d.]+)', text)[1]))
+        texts.append("Effect of a patch" in text)
+    assert texts == [True, False, True]
+    assert sizes[2] / sizes[0] == pytest.approx(180 / 80, rel=0.02)
 
 
 @pytest.mark.parametrize(

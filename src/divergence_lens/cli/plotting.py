@@ -27,6 +27,8 @@ Kind = Literal[
     "training",
 ]
 
+Orientation = Literal["layers_down", "layers_across"]
+
 # The figures of each kind of result; without --kind the first is drawn.
 KINDS: dict[str, tuple[Kind, ...]] = {
     "effects": ("heatmap", "segments", "layers", "heads", "agreement"),
@@ -48,12 +50,14 @@ class Choice:
         item: Number of a pair or of an example; None for all, or the first example.
         other: A second result, for comparison.
         measure: A measure of a sweep, or a column of a student's history.
+        orientation: Whether the layers of a heatmap go down or across.
     """
 
     kind: str | None
     item: int | None
     other: Path | None
     measure: str | None
+    orientation: Orientation = "layers_down"
 
 
 @report_errors
@@ -92,6 +96,11 @@ def plot(
     width: Annotated[float, typer.Option(help="Width of an image in mm.", min=20, max=1000)] = 80,
     dpi: Annotated[float, typer.Option(help="Dots per inch of a PNG.", min=20, max=2400)] = 300,
     theme: Annotated[Literal["light", "dark"], typer.Option(help="Colors of an image.")] = "light",
+    title: Annotated[bool, typer.Option(help="Whether the figure has its title.")] = True,
+    caption: Annotated[bool, typer.Option(help="Whether it has the lines below.")] = True,
+    orientation: Annotated[
+        Orientation, typer.Option(help="Of a heatmap: whether layers go down or across.")
+    ] = "layers_down",
     force: Force = False,
 ) -> None:
     """Draw any saved result; no model is loaded.
@@ -108,12 +117,12 @@ def plot(
     if other is not None:
         check_kind(other, stored, option="--other")
     check_outputs(figure=out, force=force)
-    choice = Choice(kind=kind, item=item, other=other, measure=measure)
+    choice = Choice(kind=kind, item=item, other=other, measure=measure, orientation=orientation)
     try:
         figure = _DRAW[stored](result, choice)
     except IndexError as error:
         raise ValueError(f"--item is {item}, but {error}") from error
-    write_figure(figure, out, theme=theme, width_mm=width, dpi=dpi)
+    write_figure(figure, out, theme=theme, width_mm=width, dpi=dpi, title=title, caption=caption)
 
 
 def _effects(path: Path, choice: Choice) -> "go.Figure":
@@ -121,17 +130,19 @@ def _effects(path: Path, choice: Choice) -> "go.Figure":
     from divergence_lens.patching import Effects
 
     effects = Effects.load(path)
+    turned: Any = {"orientation": choice.orientation}
     pair: Any = "mean" if choice.item is None and len(effects) > 1 else choice.item or 0
     if choice.kind == "segments":
-        return plots.effects_by_segment(effects if choice.item is None else effects[choice.item])
+        chosen = effects if choice.item is None else effects[choice.item]
+        return plots.effects_by_segment(chosen, **turned)
     if choice.kind == "layers":
         return plots.layer_profile(effects if choice.item is None else effects[choice.item])
     if choice.kind == "heads":
-        return plots.head_grid(effects, pair)
+        return plots.head_grid(effects, pair, **turned)
     if choice.kind == "agreement":
         assert choice.other is not None
         return plots.agreement_scatter(effects, Effects.load(choice.other))
-    return plots.effects_heatmap(effects, pair)
+    return plots.effects_heatmap(effects, pair, **turned)
 
 
 def _divergence(path: Path, choice: Choice) -> "go.Figure":

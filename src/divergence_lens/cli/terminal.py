@@ -14,8 +14,18 @@ from rich.text import Text
 if TYPE_CHECKING:
     from divergence_lens.patching import Effects
 
-# Endpoints of the color scale, as in the figures: negative, zero, positive.
-_COLORS = ((33, 102, 172), (247, 247, 247), (178, 24, 43))
+# The color scale of the figures, from the most negative value to the most positive.
+SCALE: tuple[tuple[float, str], ...] = (
+    (0.0, "#053061"),
+    (0.15, "#1B62A5"),
+    (0.32, "#6CA7D2"),
+    (0.44, "#CFE3F0"),
+    (0.5, "#F8F8F6"),
+    (0.56, "#FBE0C6"),
+    (0.68, "#EE9B4E"),
+    (0.85, "#C05A0C"),
+    (1.0, "#662C00"),
+)
 _NARROW, _WIDE = 2, 6
 _LABEL = 24
 
@@ -122,8 +132,11 @@ def _style(share: float) -> str:
     """A background between the colors of the scale, with a readable text color."""
     if not np.isfinite(share):
         return ""
-    low, middle, high = (np.array(color, dtype=float) for color in _COLORS)
-    end = low if share < 0 else high
-    red, green, blue = (middle + (end - middle) * min(abs(share), 1.0)).round().astype(int)
+    place = (min(max(share, -1.0), 1.0) + 1) / 2
+    stops = [stop for stop, _ in SCALE]
+    red, green, blue = (
+        round(float(np.interp(place, stops, [int(color[i : i + 2], 16) for _, color in SCALE])))
+        for i in (1, 3, 5)
+    )
     ink = "black" if abs(share) < 0.6 else "white"
     return f"{ink} on rgb({red},{green},{blue})"
