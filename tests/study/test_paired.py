@@ -250,3 +250,28 @@ def test_bad_designs(tmp_path):
         StudyConfig.for_pairs(conditions=("sampled",))
     with pytest.raises(ValueError, match="tables are those of a paired study"):
         run_study(StudyConfig(), tmp_path / "run", tables=tmp_path / "tables")
+
+
+@pytest.mark.slow
+def test_every_further_condition_runs(config, finished):
+    folder, _ = finished
+    further = replace(config, conditions=("further",), seeds=(0,))
+    study = run_study(further, folder / "run", tables=folder / "tables")
+    # The twelve lists of one teacher have no divergence token, which a student cannot learn.
+    runner = CellRunner(further, folder / "run")
+    without = [t for t in ("owl", "cat") if not runner.divergence("finetuned", t).mask.any()]
+    runner.store.close()
+    failed = {failure["cell"]: failure["error"] for failure in study.failures}
+    assert set(failed) == {f"students/finetuned/{target}/first_only-0" for target in without}
+    assert all("leaves no token with a loss" in error for error in failed.values())
+    rows = study.table("students")
+    # A second base model is not given, so its condition is left out.
+    names = {c.name for c in paired_conditions(4).values() if c.group == "further"}
+    assert set(rows["condition"]) == names - {"other_base"}
+    sizes = rows.groupby("condition")["examples"].first()
+    assert sizes["dose25"] == 3
+    assert sizes["dose50"] == 6
+    # Attention and MLP are both here; greedy lists are compared with the core's `all`.
+    measured = {finding.id.partition("/")[2] for finding in study.findings if finding.n}
+    assert "attention_beats_mlp" in measured
+    assert "greedy_beats_sampled" not in measured
