@@ -178,8 +178,8 @@ def study(
     if audit:
         from divergence_lens.study import AuditStudyConfig, run_audit_study
 
-        chosen = {} if targets is None else {"targets": split_names(targets)}
-        validation = AuditStudyConfig.for_model(model, **chosen)
+        given = {} if targets is None else {"targets": split_names(targets)}
+        validation = AuditStudyConfig.for_model(model or "tiny", **given)
         written = run_audit_study(validation, out, progress=_timed_progress())
         typer.echo(f"{', '.join(written)} written to {out}")
         return
