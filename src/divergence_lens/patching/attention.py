@@ -215,7 +215,9 @@ def attention_patterns(
 
 
 def _heads(heads: "pd.DataFrame | Sequence[Head]") -> tuple[Head, ...]:
-    if hasattr(heads, "columns"):
+    import pandas as pd
+
+    if isinstance(heads, pd.DataFrame):
         absent = {"layer", "head"} - set(heads.columns)
         if absent:
             raise ValueError(
