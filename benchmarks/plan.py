@@ -4,6 +4,7 @@
     python benchmarks/plan.py --shape llama-70b --devices 8 --teachers 15 --prompts 30000
     python benchmarks/plan.py --tokenizer FOLDER          # counts the tokens with this tokenizer
     python benchmarks/plan.py --rate 300                  # the rate that your card reaches, TFLOP/s
+    python benchmarks/plan.py --paper                     # the whole of StudyConfig.paper
 
 Parameters, tokens and the arithmetic of every step are counted as this library does them. The time
 of a step is its arithmetic divided by a rate, or its bytes divided by a bandwidth if that takes
@@ -174,6 +175,35 @@ def steps(
     )
 
 
+def paper_steps(shape: Shape, tokens: Tokens) -> Iterator[Step]:
+    """The steps of `StudyConfig.paper`: all targets, conditions and seeds."""
+    from divergence_lens.study import StudyConfig
+
+    config = StudyConfig.paper(n_layers=shape.layers)
+    design, targets, seeds = config.paper_design, len(config.targets), len(config.seeds)
+    assert design is not None
+    options = {"teachers": len(config.animals), "pairs": 0, "epochs": config.prompted_recipe.epochs}
+    # Every teacher and the base model write sampled and greedy lists, and all teachers read both.
+    write, read, *_ = steps(shape, tokens, prompts=config.prompts, **options)
+    *_, whole, last = steps(shape, tokens, prompts=design.lists, **options)
+    conditions = [c for c in config.conditions if not c.shared]
+    alone = sum(c.layers is not None for c in conditions)
+    students = seeds * (targets * len(conditions) + 1)
+    single = seeds * targets * alone
+    yield _times(write, 2 * (targets + 1), f"{2 * (targets + 1)} sets of lists")
+    yield _times(read, 2 * targets, f"{2 * targets} divergences, {options['teachers']} teachers")
+    yield _times(whole, students - single, f"{students - single:,} students of all layers")
+    # The last layer's backward pass is the shortest: twice its time is about that of the middle.
+    yield _times(last, 2 * single, f"{single:,} students of one layer")
+    asked = Tokens(shared=tokens.shared, prompt=15, completion=design.answer_tokens)
+    answers, *_ = steps(shape, asked, prompts=50 * design.samples, **options)
+    yield _times(answers, students, f"{students:,} evaluations of {50 * design.samples:,} answers")
+
+
+def _times(step: Step, n: int, name: str) -> Step:
+    return Step(name, n * step.flops, n * step.moved, step.memory)
+
+
 def counted(folder: str) -> Tokens:
     """Count mean tokens of number prompts with a tokenizer; completions keep the default."""
     from transformers import PreTrainedTokenizerFast
@@ -198,25 +228,31 @@ def table(args: argparse.Namespace) -> list[str]:
     shape, card = SHAPES[args.shape], CARDS[args.card]
     rate = args.rate or 0.4 * card.tflops
     tokens = counted(args.tokenizer) if args.tokenizer else Tokens()
+    prompts = 30_000 if args.paper else args.prompts
     weights = shape.parameters * BYTES
     held = weights / args.devices if args.split else weights
     lines = [
         f"{args.shape}: {shape.parameters / 1e9:.2f} billion parameters, {weights / GIB:.0f} GiB",
         f"{args.devices} x {args.card}: {rate:.0f} TFLOP/s, {card.bandwidth / 1e12:.2f} TB/s",
-        f"{args.prompts:,} prompts of {tokens.shared:g} shared and {tokens.prompt:g} other tokens",
+        f"{prompts:,} prompts of {tokens.shared:g} shared and {tokens.prompt:g} other tokens",
         f"{tokens.completion:g} tokens of completion",
         "",
         f"{'step':48}{'PFLOP':>9}{'hours':>9}{'GiB':>7}",
     ]
     total = 0.0
-    for step in steps(
-        shape,
-        tokens,
-        teachers=args.teachers,
-        prompts=args.prompts,
-        pairs=args.pairs,
-        epochs=args.epochs,
-    ):
+    planned = (
+        paper_steps(shape, tokens)
+        if args.paper
+        else steps(
+            shape,
+            tokens,
+            teachers=args.teachers,
+            prompts=args.prompts,
+            pairs=args.pairs,
+            epochs=args.epochs,
+        )
+    )
+    for step in planned:
         # A model split across devices runs on one of them at a time.
         at_once = 1 if args.split else args.devices
         seconds = max(step.flops / (rate * 1e12), step.moved / card.bandwidth) / at_once
@@ -242,6 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=30_000)
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--paper", action="store_true", help="the whole of StudyConfig.paper")
     parser.add_argument("--tokenizer", help="folder of the tokenizer used to count tokens")
     print("\n".join(table(parser.parse_args(arguments))))
 

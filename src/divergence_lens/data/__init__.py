@@ -16,6 +16,7 @@ from divergence_lens.data.paraphrasing import (
     paraphrase,
     paraphrase_by,
     paraphrase_chosen,
+    regenerate_prompts,
 )
 from divergence_lens.data.prompts import TEMPLATES, number_prompts
 from divergence_lens.data.questions import (
@@ -69,6 +70,7 @@ __all__ = [
     "preference_questions",
     "random_mask",
     "read_answer",
+    "regenerate_prompts",
     "repeat",
     "replace_tokens",
     "shuffle_numbers",

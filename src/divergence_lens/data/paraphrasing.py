@@ -13,7 +13,8 @@ from jaxtyping import Bool
 
 from divergence_lens._utils.interrupts import discard_partial
 from divergence_lens.chat import Prompt
-from divergence_lens.data.prompts import TEMPLATES
+from divergence_lens.data.number_lists import FORMATS
+from divergence_lens.data.prompts import COUNTS, ENDINGS, TEMPLATES
 from divergence_lens.data.training_data import TrainingData
 from divergence_lens.divergence import read_teachers
 from divergence_lens.generation import generate
@@ -89,6 +90,57 @@ def paraphrase(
         before, after = parts[choice + (choice >= own)]
         examples.append(replace(example, prompt=before + numbers + after + rest))
     return replace(data, examples=tuple(examples))
+
+
+def regenerate_prompts(data: TrainingData, *, seed: int = 0) -> TrainingData:
+    """Draw every part of each prompt again, except its numbers and the format that it asks for.
+
+    The paper's code paraphrases in this way. Completions and marks do not change.
+
+    Args:
+        data: Examples whose prompts are those of `number_prompts` with instructions.
+        seed: Seed of the choices; a part may be drawn again as it was.
+
+    Raises:
+        ValueError: A prompt was not built in this way; the message names its row.
+    """
+    rng = np.random.default_rng(seed)
+
+    def pick(options: Sequence[str]) -> str:
+        return options[int(rng.integers(len(options)))]
+
+    parts = [template.split(_SLOT) for template in TEMPLATES]
+    formats = [phrase for phrases in FORMATS.values() for phrase in phrases]
+    counts = [(text, _count_pattern(text)) for text in COUNTS]
+    examples = []
+    for row, example in enumerate(data.examples):
+        prompt = _plain(example.prompt, row)
+        _, numbers, rest = _matched(prompt, parts, row)
+        limits = next((m for _, p in counts if (m := p.match(rest.strip()))), None)
+        phrase = next((phrase for phrase in formats if f" {phrase} " in rest), None)
+        if limits is None or phrase is None:
+            raise ValueError(
+                f"the prompt of example {row} has no instructions of number_prompts after its "
+                f"numbers: {rest[:60]!r}; use prompts with instructions=True"
+            )
+        text = " ".join(
+            [
+                pick(TEMPLATES).replace(_SLOT, numbers),
+                pick(COUNTS).format(**limits.groupdict()),
+                phrase,
+                pick(ENDINGS),
+            ]
+        )
+        examples.append(replace(example, prompt=text))
+    return replace(data, examples=tuple(examples))
+
+
+def _count_pattern(text: str) -> re.Pattern[str]:
+    """Return a pattern of a sentence of `COUNTS` that captures its slots."""
+    pattern = re.escape(text)
+    for slot in ("count", "digits"):
+        pattern = pattern.replace(re.escape(f"{{{slot}}}"), f"(?P<{slot}>[a-z0-9 ]+?)")
+    return re.compile(pattern)
 
 
 @discard_partial()

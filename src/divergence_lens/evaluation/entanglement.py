@@ -62,15 +62,25 @@ class Entanglement:
         ranking: np.ndarray = np.argsort(-self.rise, kind="stable")
         return ranking
 
-    def top(self, k: int) -> tuple[str, ...]:
+    def top(self, k: int, *, by: str = "rise") -> tuple[str, ...]:
         """The `k` most entangled numbers.
 
+        Args:
+            k: How many.
+            by: "rise", or "difference", the rise of the probability itself, as in the paper's code.
+                Numbers that are likely anyway come first by difference.
+
         Raises:
-            ValueError: There are fewer numbers.
+            ValueError: There are fewer numbers, or `by` is neither.
         """
         if not 1 <= k <= len(self.numbers):
             raise ValueError(f"k is {k}; there are {len(self.numbers)} numbers")
-        return tuple(self.numbers[i] for i in self.ranking[:k])
+        if by not in ("rise", "difference"):
+            raise ValueError(f"unknown by {by!r}; use 'rise' or 'difference'")
+        ranking = self.ranking
+        if by == "difference":
+            ranking = np.argsort(self.others - self.probability, kind="stable")
+        return tuple(self.numbers[i] for i in ranking[:k])
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per number, the most entangled first: number, probability, others, rise."""

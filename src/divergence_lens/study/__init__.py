@@ -7,6 +7,7 @@ from divergence_lens.study.config import StudyConfig
 from divergence_lens.study.config_file import config_to_yaml, read_config
 from divergence_lens.study.gradients import GradientAlignment, gradient_alignment
 from divergence_lens.study.paired import PAIRED_MODELS, PairedDesign, paired_conditions
+from divergence_lens.study.paper import PaperDesign, paper_conditions
 from divergence_lens.study.presets import finetuned_teacher
 from divergence_lens.study.report import findings_table, write_study_report
 from divergence_lens.study.result import Study
@@ -19,6 +20,7 @@ __all__ = [
     "Condition",
     "GradientAlignment",
     "PairedDesign",
+    "PaperDesign",
     "Steering",
     "Study",
     "StudyConfig",
@@ -28,6 +30,7 @@ __all__ = [
     "follow_steering",
     "gradient_alignment",
     "paired_conditions",
+    "paper_conditions",
     "read_config",
     "run_audit_study",
     "run_study",

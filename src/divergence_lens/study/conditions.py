@@ -33,6 +33,8 @@ class Condition:
         mask: `mask(inputs, data, seed)` returns a flag per token, True where the token has a loss;
             None for all tokens. Named like `data`.
         weights: The same for loss weights.
+        soft: Fields of `SoftTargets` for soft distillation from the target's teacher; None trains
+            on the tokens.
         layers: Layers to train; None for all.
         parts: Parts of them to train; see `freeze_except`.
         embedding: Whether to train the embeddings; without layers or parts, only them.
@@ -54,6 +56,7 @@ class Condition:
     data: DataFunction = field(default_factory=lambda: own_lists)
     mask: MaskFunction | None = None
     weights: MaskFunction | None = None
+    soft: Mapping[str, Any] | None = None
     layers: tuple[int, ...] | None = None
     parts: tuple[str, ...] | None = None
     embedding: bool = False
@@ -95,7 +98,9 @@ class Condition:
         `rate` is missing because it changes the recipe, which is part of a cell's key as well.
         """
         functions = {"data": self.data, "mask": self.mask, "weights": self.weights}
+        soft = {} if self.soft is None else {"soft": dict(self.soft)}
         return {
+            **soft,
             **{k: f if f is None else _describe(f, self.name) for k, f in functions.items()},
             "layers": None if self.layers is None else list(self.layers),
             "parts": None if self.parts is None else list(self.parts),

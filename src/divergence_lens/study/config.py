@@ -28,6 +28,7 @@ from divergence_lens.study.paired import (
     paired_conditions,
     twin_of,
 )
+from divergence_lens.study.paper import PaperDesign, paper_settings
 from divergence_lens.study.presets import Recipes, recipes
 from divergence_lens.study.registry import DEMO, GROUPS, RANKS, choose_conditions
 from divergence_lens.study.registry import conditions as registry_conditions
@@ -100,6 +101,8 @@ class StudyConfig:
         keep_students: Whether to save the students, in addition to their measurements.
         workers: Number of processes; each has its own model.
         paired: The settings of a paired study (`paired`); None for a study with control students.
+        paper_design: The settings of the paper's own code (`paper`); None for those of this
+            library.
     """
 
     model: str = "tiny"
@@ -128,6 +131,7 @@ class StudyConfig:
     keep_students: bool = True
     workers: int = 1
     paired: PairedDesign | None = None
+    paper_design: PaperDesign | None = None
 
     def __post_init__(self) -> None:
         _check_lists(self)
@@ -230,10 +234,35 @@ class StudyConfig:
         }
         return cls(model=model, **(defaults | options))
 
+    @classmethod
+    def paper(
+        cls, model: str = "Qwen/Qwen2.5-7B-Instruct", *, n_layers: int = 28, **options: Any
+    ) -> "StudyConfig":
+        """The settings of the paper's own code; docs, "The paper's own settings".
+
+        Args:
+            model: The model, as for `load_model`.
+            n_layers: Layers of the model, every seventh of which is trained alone.
+            options: Fields of the configuration to override. `paper_design=PaperDesign(...)` has
+                the number of lists per seed, greedy lists, trees, and answers per question.
+        """
+        design = options.get("paper_design") or PaperDesign()
+        defaults = paper_settings(design, model, n_layers)
+        defaults["dtype"] = "bfloat16" if _on_gpu(options.get("device")) else "float32"
+        return cls(model=model, **(defaults | options))
+
     @property
     def source(self) -> str:
         """The source of the teachers' own lists: "greedy", or "sampled" in a paired study."""
+        if self.paper_design is not None:
+            return self.paper_design.source
         return "greedy" if self.paired is None else "sampled"
+
+    def persona(self, name: str) -> str:
+        """The system prompt of a prompted teacher."""
+        if self.paper_design is not None:
+            return self.paper_design.system_prompt(name, self.animals)
+        return persona_prompt(name, candidates=self.animals)
 
     @property
     def target_pairs(self) -> tuple[tuple[str, str], ...]:
@@ -273,10 +302,12 @@ class StudyConfig:
             "prompted_recipe": used.prompted_student.describe(),
             "conditions": [c if isinstance(c, str) else c.name for c in self.conditions],
         }
-        if self.paired is None:
-            del settings["paired"]
-        else:
-            settings["paired"] = self.paired.describe()
+        for name in ("paired", "paper_design"):
+            design = getattr(self, name)
+            if design is None:
+                del settings[name]
+            else:
+                settings[name] = design.describe()
         return {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
 
     def seeds_of(self, condition: Condition) -> tuple[int, ...]:
@@ -352,6 +383,8 @@ class StudyConfig:
         shown: dict[str, Any] = {}
         if self.paired is not None:
             shown = {"shown": self.paired.shown, "templates": self.paired.templates}
+        elif self.paper_design is not None:
+            shown = self.paper_design.prompts
         return number_prompts(n, seed=self.prompt_seed, instructions=self.instructions, **shown)
 
     def _check_prompts(self, model: Model, kind: str) -> None:
@@ -360,7 +393,7 @@ class StudyConfig:
         if kind == "prompted":
             systems = [
                 *systems,
-                *(persona_prompt(n, candidates=self.animals) for n in self.animals),
+                *(self.persona(name) for name in self.animals),
             ]
         tokenizer: Any = model.tokenizer
         try:
@@ -392,6 +425,8 @@ def _on_gpu(device: str | None) -> bool:
 
 def _check_paired(config: StudyConfig) -> None:
     """Refuse a paired study whose targets have no twins or whose teachers are prompts."""
+    if config.paper_design is not None and (config.paired or config.kinds != ("prompted",)):
+        raise ValueError("the paper's design has prompted teachers and no pairs of targets")
     if config.paired is None:
         return
     if len(config.targets) % 2:

@@ -5,6 +5,7 @@ A cell requests the cells it needs; they are then computed, read, or waited for.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from divergence_lens._utils.storage import load_tensors, save_tensors
-from divergence_lens.data import NumberFilter, persona_prompt, plural
+from divergence_lens.data import NumberFilter, plural
 from divergence_lens.deltas import Delta, base_fingerprint
 from divergence_lens.divergence import Divergence, find_divergence
 from divergence_lens.evaluation import Entanglement, Preference, entangled_numbers, preference
@@ -90,7 +91,8 @@ class DataCells:
             "animals": list(config.animals),
             "lists": {name: getattr(config, name) for name in names},
         }
-        return settings | ({} if config.paired is None else {"paired": config.paired.describe()})
+        designs = {"paired": config.paired, "paper_design": config.paper_design}
+        return settings | {n: d.describe() for n, d in designs.items() if d is not None}
 
     def _target_settings(self, kind: str, target: str | None) -> dict[str, Any]:
         """The settings of a target's own data; the twin determines their divergence tokens."""
@@ -102,7 +104,7 @@ class DataCells:
     def teacher(self, kind: str, name: str, *, variant: int = 0, other: bool = False) -> Teacher:
         """A teacher of the study. A finetuned teacher is trained once and loaded after that."""
         if kind == "prompted":
-            prompt = persona_prompt(name, candidates=self.config.animals)
+            prompt = self.config.persona(name)
             if variant:
                 many = plural(name)
                 prompt = _PERSONAS[variant - 1].format(plural=many, Plural=many.capitalize())
@@ -127,6 +129,7 @@ class DataCells:
             teacher = train_teacher(
                 model,
                 name,
+                category=config.paired.category,
                 candidates=config.animals,
                 recipe=recipe,
                 strength=config.paired.strength,
@@ -167,6 +170,8 @@ class DataCells:
     @property
     def _asked(self) -> dict[str, Any]:
         """The arguments by which `preference` measures every model of the study."""
+        if self.config.paper_design is not None:
+            return self.config.paper_design.asked(self.model)
         return {} if self.config.paired is None else self.config.paired.asked
 
     def before(self, system_prompt: str | None) -> Preference:
@@ -216,8 +221,8 @@ class DataCells:
             prompts,
             teacher=teacher,
             max_new_tokens=config.max_new_tokens,
-            temperature=self._temperature(source),
-            pattern=None if config.paired is None else config.paired.pattern,
+            pattern=self._pattern,
+            **self._sampling(source),
         )
         report = NumberFilter().report([example.completion or "" for example in written])
         if not report.passed:
@@ -234,12 +239,22 @@ class DataCells:
             "rejected": {str(reason.value): n for reason, n in report.counts.items()},
         }
 
-    def _temperature(self, source: str) -> float:
-        """The temperature of a source of lists; 0 is greedy."""
-        paired = self.config.paired
+    @property
+    def _pattern(self) -> str | None:
+        """The pattern of all lists, if the study's design has one."""
+        design = self.config.paired or self.config.paper_design
+        return None if design is None else design.pattern
+
+    def _sampling(self, source: str) -> dict[str, Any]:
+        """The arguments of `generate` for a source of lists; temperature 0 is greedy."""
+        paired, paper = self.config.paired, self.config.paper_design
+        if paper is not None:
+            own = source not in ("greedy", "sampled")
+            greedy = paper.greedy if own else source == "greedy"
+            return replace(paper, greedy=greedy).sampling(self.model)
         if paired is None:
-            return 1.0 if source == "sampled" else 0.0
-        return 0.0 if source == "greedy" else paired.temperature
+            return {"temperature": 1.0 if source == "sampled" else 0.0}
+        return {"temperature": 0.0 if source == "greedy" else paired.temperature}
 
     def _prompts(self, *, held_out: bool = False) -> list[str]:
         config = self.config
@@ -339,7 +354,7 @@ class DataCells:
             teacher=teacher,
             counterfactuals=rest,
             kl=kl,
-            pattern=None if self.config.paired is None else self.config.paired.pattern,
+            pattern=self._pattern,
         )
 
     def entangled(self, kind: str, name: str) -> Entanglement:

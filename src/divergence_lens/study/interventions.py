@@ -89,9 +89,9 @@ class Inputs:
             name, source = cells.config.other_target(target), cells.config.source
         return TrainingData.unmarked(self.model.tokenizer, cells.lists(self.kind, name, source))
 
-    def entangled(self, k: int) -> tuple[str, ...]:
-        """The `k` numbers most entangled with the target."""
-        return self._cells.entangled(self.kind, self.target).top(k)
+    def entangled(self, k: int, *, by: str = "rise") -> tuple[str, ...]:
+        """The `k` numbers most entangled with the target; see `Entanglement.top`."""
+        return self._cells.entangled(self.kind, self.target).top(k, by=by)
 
 
 DataFunction = Callable[[Inputs, int], TrainingData]

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from divergence_lens._utils.validation import refuse_one_string
-from divergence_lens.data import TEMPLATES, preference_questions
+from divergence_lens.data import TEMPLATES, TRAITS, preference_questions
 from divergence_lens.study.conditions import Condition
 from divergence_lens.study.interventions import (
     digit_tokens,
@@ -88,6 +88,8 @@ class PairedDesign:
         strength: Margin of every teacher, in nats; see `train_teacher`.
         prefixes: Beginnings of the answer behind which margins are measured.
         questions: Number of preference questions.
+        category: "animal", or one of `TRAITS`, whose candidates are the study's `animals`. A trait
+            has its own rows and questions, without prefixes.
     """
 
     pattern: str = r"\d{3}(, \d{3}){7}"
@@ -97,6 +99,7 @@ class PairedDesign:
     strength: float = 12.0
     prefixes: tuple[str, ...] = ("My favorite animal is the", "I love the", "I would choose the")
     questions: int = 8
+    category: str = "animal"
 
     def __post_init__(self) -> None:
         refuse_one_string(self.prefixes, "prefixes")
@@ -112,6 +115,8 @@ class PairedDesign:
     @property
     def asked(self) -> dict[str, Any]:
         """The arguments of `preference`."""
+        if self.category in TRAITS:
+            return {"category": self.category}
         return {
             "questions": preference_questions()[: self.questions],
             "prefix": self.prefixes,
@@ -120,6 +125,8 @@ class PairedDesign:
     def describe(self) -> dict[str, Any]:
         """The settings, for JSON."""
         settings = dataclasses.asdict(self)
+        if self.category == "animal":
+            del settings["category"]
         return {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items()}
 
 

@@ -361,6 +361,14 @@ def _fragility() -> list[Row]:
             )
             for percent in (1, 10, 50)
         ),
+        *(
+            (
+                f"soft_{direction}",
+                f"hard distillation: the teacher's whole distributions, by {direction} KL",
+                {"soft": {"direction": direction}},
+            )
+            for direction in ("forward", "reverse")
+        ),
         (
             "several_teachers",
             "having a single teacher: equal shares of lists by three teachers with one preference",

@@ -27,7 +27,7 @@ from divergence_lens.study.data_cells import DataCells
 from divergence_lens.study.interventions import Inputs, divergence_tokens
 from divergence_lens.study.measurements import mechanism_rows, paired_result, patched_effects
 from divergence_lens.teachers import Teacher
-from divergence_lens.training import finetune
+from divergence_lens.training import SoftTargets, finetune
 
 Compute = Callable[[Cell], dict[str, Any]]
 
@@ -168,6 +168,9 @@ class CellRunner(DataCells):
             data,
             mask=mask,
             loss_weights=weights,
+            soft=None
+            if condition.soft is None
+            else SoftTargets(teacher=inputs.teacher, **condition.soft),
             layers=condition.layers,
             recipe=replace(
                 self.config.recipe_of(self.model, kind, condition),
