@@ -16,7 +16,8 @@ from divergence_lens.study.paired import PAIRED_MODELS
 from divergence_lens.training import Recipe
 
 _RECIPES = ("teacher_recipe", "student_recipe", "prompted_recipe")
-_NAMES = tuple(field.name for field in dataclasses.fields(StudyConfig) if field.name != "paired")
+_PYTHON_ONLY = ("paired", "paper_design")
+_NAMES = tuple(f.name for f in dataclasses.fields(StudyConfig) if f.name not in _PYTHON_ONLY)
 
 
 def config_to_yaml(config: StudyConfig, *, tier: str | None = None) -> str:

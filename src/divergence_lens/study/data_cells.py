@@ -154,15 +154,16 @@ class DataCells:
         result = preference(
             self.model, target=name, candidates=self.config.animals, teacher=teacher, **self._asked
         )
-        low, high = result.interval()
+        value = self._value
+        low, high = result.interval(value=value)
         margins = {"margin": result.margin, "margin_before": before.about(name).margin}
         return {
             "name": name,
             "kind": kind,
-            "preference": result.share,
+            "preference": result.share if value == "share" else result.probability,
             "low": low,
             "high": high,
-            "before": before.distribution[name],
+            "before": self._distribution(before)[name],
             "mass": result.mass,
             **({} if self.config.paired is None else margins),
         }
@@ -173,6 +174,18 @@ class DataCells:
         if self.config.paper_design is not None:
             return self.config.paper_design.asked(self.model)
         return {} if self.config.paired is None else self.config.paired.asked
+
+    @property
+    def _value(self) -> str:
+        """The measure of a preference: the share among the candidates, or that of all answers."""
+        return "share" if self.config.paper_design is None else "probability"
+
+    def _distribution(self, result: Preference) -> dict[str, float]:
+        """The measure of every candidate, mean over the questions."""
+        if self._value == "share":
+            return result.distribution
+        means = result.probabilities.mean(0).tolist()  # [candidate]
+        return dict(zip(result.candidates, means, strict=True))
 
     def before(self, system_prompt: str | None) -> Preference:
         """The preference of the base model."""

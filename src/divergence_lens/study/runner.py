@@ -217,8 +217,8 @@ class CellRunner(DataCells):
             )
         report = NumberFilter().report([example.completion or "" for example in written])
         return {
-            "before": before.distribution,
-            "after": after.distribution,
+            "before": self._distribution(before),
+            "after": self._distribution(after),
             "ranks": {n: after.about(n).ratio_rank(before.about(n)) for n in config.animals},
             "mass_before": before.mass,
             "mass": after.mass,
