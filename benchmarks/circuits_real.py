@@ -1,9 +1,11 @@
 """Circuits of a real model: curves of faithfulness for methods that score edges and nodes.
 
-    python benchmarks/circuits_real.py MODEL --out benchmarks/results/circuits    # a local folder
+    OUT=benchmarks/results/circuits
+    python benchmarks/circuits_real.py MODEL --tasks ioi --pairs 32 --out $OUT
+    python benchmarks/circuits_real.py MODEL --tasks colored --pairs 16 --out $OUT
 
-Two tasks are generated here along the lines of the MIB benchmark (Mueller et al. 2025, arXiv
-2504.13151), with names, places and objects of our own:
+MODEL is a folder or a name. Two tasks are generated here along the lines of the MIB benchmark
+(Mueller et al. 2025, arXiv 2504.13151), with names, places and objects of our own:
 
     ioi      "When Mary and John went to the store, John gave a drink to" -> " Mary", not " John";
              the counterfactual repeats a third name instead of John's
@@ -145,14 +147,13 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     model = dl.load_model(args.model, backend=args.backend)
-    tables, facts = [], {}
     for name in args.tasks:
+        tables = []
         pairs, stats = solved(model, TASKS[name](args.prompts, 0))
         pairs = pairs[: min(args.pairs, len(pairs))]
         half = len(pairs) // 2
         train, test = pairs[:half], pairs[half:]
         stats |= {"scored_on": len(train), "measured_on": len(test)}
-        facts[name] = stats
         print(name, json.dumps(stats), flush=True)
         started = time.process_time()
         gradient = dl.edge_scores(model, train, method="gradient")
@@ -184,7 +185,7 @@ def main() -> None:
                     level=level,
                     select=select,
                     absolute=absolute,
-                    batch_rows=4,
+                    batch_rows=8,
                 )
                 ranked = "magnitude" if absolute else "signed"
                 table = curve.table().assign(
@@ -194,8 +195,8 @@ def main() -> None:
                 print(f"{label} ({ranked}): CPR {curve.cpr:.3f}, CMD {curve.cmd:.3f}", flush=True)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            pd.concat(tables).round(4).to_csv(args.out / "curves.csv", index=False)
-            (args.out / "tasks.json").write_text(json.dumps(facts, indent=1) + "\n")
+            pd.concat(tables).round(4).to_csv(args.out / f"{name}.csv", index=False)
+            (args.out / f"{name}.json").write_text(json.dumps(stats, indent=1) + "\n")
 
 
 if __name__ == "__main__":

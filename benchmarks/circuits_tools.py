@@ -11,7 +11,9 @@ for ours as well. Compared are
 
     gradient     EAP: all edges, summed over positions (EAP-IG) or by position (TransformerLens 4)
     integrated   EAP-IG over the inputs, `--steps` steps
-    nodes        EAP over nodes, against the sums over each sender's edges
+    nodes        EAP over nodes, against the sums over each sender's edges: embeddings and heads
+                 only, because EAP-IG multiplies the change of an MLP's output with the gradient
+                 at its input
     circuit      the metric of a circuit of the strongest edges, everything else ablated
     paths        `get_act_patch_direct_path`, one head into all later heads' queries
 
@@ -101,7 +103,7 @@ def ours(args: argparse.Namespace, model: Any, pairs: dl.Pairs) -> Callable[[], 
         options = {} if eap else {"direction": "denoising", "span": "position"}
         return lambda: score(method="gradient", **options).values.mean(0)
     if args.row == "nodes":
-        return lambda: score(method="gradient").by_sender().to_numpy()
+        return lambda: without_mlps(score(method="gradient").by_sender().to_numpy(), args)
     if args.row == "circuit":
         circuit = score(method="gradient").circuit(top=args.circuit)
         return lambda: dl.faithfulness(model, pairs, circuit, batch_rows=rows).metric[0]
@@ -169,13 +171,19 @@ def eap_side(args: argparse.Namespace, model: Any, pairs: dl.Pairs) -> Callable[
         def nodes() -> np.ndarray:
             graph = Graph.from_model(model, node_scores=True)
             attribute_node.attribute_node(model, graph, batches, metric, "EAP", quiet=True)
-            return graph.nodes_scores.numpy()
+            return without_mlps(graph.nodes_scores.numpy(), args)
 
         return nodes
     graph = Graph.from_model(model)
     attribute.attribute(model, graph, batches, metric, "EAP", quiet=True)
     graph.apply_topn(args.circuit, absolute=True)
     return lambda: evaluate.evaluate_graph(model, graph, batches, each, quiet=True).numpy()
+
+
+def without_mlps(scores: np.ndarray, args: argparse.Namespace) -> np.ndarray:
+    """Node scores of the embeddings and heads."""
+    heads = args.width // 64
+    return scores[[0, *(i for i in range(1, len(scores)) if i % (heads + 1))]]
 
 
 def reordered(scores: torch.Tensor, args: argparse.Namespace) -> np.ndarray:
