@@ -53,7 +53,7 @@ def heatmap_numbers(figure: dict[str, Any]) -> list[str]:
 
 
 def test_there_are_notebooks():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07"]
 
 
 def test_first_cell_names_the_model_and_last_section_the_limits(notebook):
