@@ -202,12 +202,11 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         inputs, *results = (f"{folder}/{name}.npz" for name in ("inputs", "ours", "peer"))
         ours.prepare(inputs, results[0], comparison.task, size, options.backend)
-        peer = Side(python, comparison.side, options)
-        peer.prepare(inputs, results[1], *extra)
-        for _ in range(options.rounds):
-            ours.run()
-            peer.run()
-        peer.close()
+        with contextlib.closing(Side(python, comparison.side, options)) as peer:
+            peer.prepare(inputs, results[1], *extra)
+            for _ in range(options.rounds):
+                ours.run()
+                peer.run()
         apart, shown = difference(*results)
     if not apart <= comparison.tolerance:
         raise SystemExit(f"{comparison.peer}, {comparison.title}: results differ by {shown}")

@@ -5,14 +5,13 @@ model is loaded once for all tasks.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 from worker import Arrays, Run, serve
 
 import divergence_lens as dl
@@ -53,10 +52,10 @@ def number_lists(count: int) -> list[dl.Example]:
     ]
 
 
-def writable(tokenizer: Any) -> list[str]:
-    """The animals that the tokenizer can write."""
+def writable(tokenizer: Any, candidates: Sequence[str]) -> list[str]:
+    """The candidates that the tokenizer can write."""
     names = []
-    for name in dl.ANIMALS:
+    for name in candidates:
         with contextlib.suppress(ValueError):
             form_ids(tokenizer, [name])
             names.append(name)
@@ -176,9 +175,12 @@ def answers(model: Any, count: int) -> tuple[Inputs, Run]:
     `preference` also computes the probability that the word ends after a form. Requests do not, so
     every token counts as such an end here, which costs the same and has probability 1.
     """
-    questions = preference_questions("animal")[:count]
+    names, category = writable(model.tokenizer, dl.ANIMALS), "animal"
+    if not names:
+        names, category = writable(model.tokenizer, dl.TREES), "tree"
+    questions = preference_questions(category)[:count]
     prompts = [encoded.ids for encoded in encode_prompts(model.tokenizer, questions)]
-    forms, _ = form_ids(model.tokenizer, writable(model.tokenizer))
+    forms, _ = form_ids(model.tokenizer, names)
     engine = get_engine(model)
     every_word_ends = np.zeros(engine.d_vocab, dtype=bool)
     inputs = {
@@ -278,10 +280,10 @@ TASKS: dict[str, Task] = {
 @lru_cache(maxsize=1)
 def load(folder: str, backend: str, dtype: torch.dtype = torch.float32) -> Any:
     """Load the model of a folder."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN
-    return dl.load_model(folder, backend=backend, tokenizer=tokenizer, dtype=dtype)
+    model = dl.load_model(folder, backend=backend, dtype=dtype)
+    if model.tokenizer.chat_template is None:
+        model.tokenizer.chat_template = PLAIN
+    return model
 
 
 def prepare(folder: str, inputs: Path, options: list[str]) -> Run:
