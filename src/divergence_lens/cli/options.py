@@ -101,7 +101,6 @@ class Loading:
 
     def load(self, source: str | Path | None = None) -> "Model":
         """Load the command's model, or the model at `source` with the same settings."""
-        check_device_exists(self.device)
         import torch
 
         from divergence_lens.models import load_model
@@ -166,6 +165,8 @@ def report_errors(command: Callable[..., Any] | None = None, *, stopped: str = R
         try:
             with running(stopped), warnings.catch_warnings():
                 warnings.showwarning = _echo_warning
+                if options:  # before the command imports more than torch
+                    check_device_exists(kwargs["loading"].device)
                 return command(*args, **kwargs)
         except typer.Exit:
             raise  # a RuntimeError too, so it must be handled before those
