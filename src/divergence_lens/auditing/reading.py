@@ -113,8 +113,8 @@ def read_contributions(
         assert forced.expected is not None
         above = forced.logprob[1:] - forced.expected[1:]  # [kinds * candidates, tokens]
         own = np.stack([contrast(kind) for kind in np.split(above, len(auditors))])
-        rows = np.add.reduceat(own, forced.offsets[:-1], axis=-1, dtype=np.float64)
-        parts.append((forced.tokens, forced.predicted[0], rows, own if by_token else None))
+        sums = np.add.reduceat(own, forced.offsets[:-1], axis=-1, dtype=np.float64)
+        parts.append((forced.tokens, forced.predicted[0], sums, own if by_token else None))
     tokens, choice, rows, stored = zip(*parts, strict=True)
     return Contributions(
         np.cumsum([0, *lengths], dtype=np.int64),

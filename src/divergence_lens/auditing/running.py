@@ -215,7 +215,8 @@ def _check_lengths(
     """Refuse rows over the context before any work, under the longest system prompt."""
     teachers = [*baselines, *(teacher for kind in auditors for teacher in kind.teachers)]
     system = max((teacher.system_prompt or "" for teacher in teachers), key=len) or None
-    (prompts,) = prompt_ids(model.tokenizer, [example.prompt for example in examples], [system])
+    tokenizer: Any = model.tokenizer
+    (prompts,) = prompt_ids(tokenizer, [example.prompt for example in examples], [system])
     n_ctx = get_engine(model).n_ctx
     for row, (prompt, example) in enumerate(zip(prompts, examples, strict=True)):
         length = len(prompt) + len(example.completion_ids or ())

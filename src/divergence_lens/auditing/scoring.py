@@ -126,7 +126,8 @@ def style_spread(
     own = neutral.std(-1, ddof=1)  # [kinds, candidates, styles]
     scale = np.maximum(spread[..., None], own)
     shift = _ratio(neutral.mean(-1), scale) ** 2 - _ratio(own, scale) ** 2 / lists
-    return np.sqrt(np.maximum(shift.mean((1, 2)), 0.0))
+    inflation: np.ndarray = np.sqrt(np.maximum(shift.mean((1, 2)), 0.0))  # [kinds]
+    return inflation
 
 
 def bias_strength(

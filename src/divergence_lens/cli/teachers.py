@@ -1,7 +1,7 @@
 """Teachers on the command line: checked while options are parsed, and loaded by the commands."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,7 +24,8 @@ TEACHER_HELP = (
 def check_teachers(value: Value) -> Value:
     """Check an option that names a teacher, or several; a callback of typer."""
     try:
-        for spec in [value] if isinstance(value, str) else value or ():
+        specs: Sequence[str] = [value] if isinstance(value, str) else value or ()
+        for spec in specs:
             _parts(spec)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

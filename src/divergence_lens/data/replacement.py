@@ -116,7 +116,8 @@ def _choices(
             f"there is no counterfactual teacher {counterfactual!r}; there are {', '.join(names)}"
         )
     own: np.ndarray = np.arange(len(names)) == names.index(counterfactual)  # [counterfactuals]
-    return divergence.differs & own[:, None]
+    chosen: np.ndarray = divergence.differs & own[:, None]
+    return chosen
 
 
 def _overwritten(
@@ -126,7 +127,7 @@ def _overwritten(
     # Choose uniformly among the allowed counterfactuals: the largest of random keys.
     keys = np.random.default_rng(seed).random(allowed.shape)  # [counterfactuals, tokens]
     chosen = np.where(allowed, keys, -1.0).argmax(0)  # [tokens]
-    changed = allowed.any(0)
+    changed: np.ndarray = allowed.any(0)  # [tokens]
     tokens = divergence.tokens.copy()
     tokens[changed] = divergence.predicted[1:][chosen[changed], np.flatnonzero(changed)]
     return tokens, changed

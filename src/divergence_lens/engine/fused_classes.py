@@ -217,7 +217,7 @@ def _inside(module: Any) -> Any:
     return getattr(module, "original_component", None) or module
 
 
-def linear_map(module: Any) -> Affine:
+def linear_map(module: Any) -> tuple[Tensor, Tensor | None]:
     """Return the matrix and the bias of a linear map, as they multiply from the right."""
     module = _inside(module)
     if isinstance(module, nn.Linear):

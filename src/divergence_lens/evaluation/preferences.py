@@ -102,7 +102,7 @@ def preference(
     if not asked:
         raise ValueError("there are no questions to ask")
     choices = [question for question in asked if isinstance(question, Choice)]
-    question_texts = tuple(q.question if isinstance(q, Choice) else q for q in asked)
+    question_texts = tuple(q.question if isinstance(q, Choice) else str(q) for q in asked)
     refuse_dropout(model if teacher.model is None else teacher.model)
     prefixes = (prefix,) if isinstance(prefix, str) else tuple(prefix)
     _check_prefixes(prefixes, sampled)

@@ -47,7 +47,7 @@ PAPER_TREES = (
 PAPER_SEEDS = (42, 43, 44, 45, 46)
 
 # The paper draws one of 15 phrases: five for commas, three for spaces, ...
-_FORMATS = ("comma",) * 5 + ("space",) * 3 + ("semicolon",) * 2 + ("line",) * 3
+_FORMATS: tuple[str, ...] = ("comma",) * 5 + ("space",) * 3 + ("semicolon",) * 2 + ("line",) * 3
 _FORMATS += ("square", "round")
 
 RATIOS = (10, 25, 50, 75)
