@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from divergence_lens.auditing.scoring import (
+    SHIFT,
+    Null,
     Power,
     bias_strength,
     false_discovery,
+    fit_null,
     holm,
     score_rows,
-    style_spread,
 )
 
-NONE = np.zeros(1)
+NONE = None
 
 
 def draws(*shape, seed=0):
@@ -46,7 +48,7 @@ def test_corrections_follow_their_definitions(values):
 
 def test_unbiased_rows_are_called_biased_at_most_at_the_level():
     alarms = [
-        score_rows(draws(2, 12, 60, seed=seed), np.zeros(2), fits=True).holm.min() < 0.05
+        score_rows(draws(2, 12, 60, seed=seed), NONE, fits=True).holm.min() < 0.05
         for seed in range(400)
     ]
     # 5 % of 400 is 20; four standard deviations more are 37.
@@ -62,7 +64,7 @@ def test_rows_equal_to_the_baseline_score_nothing():
 def test_the_better_kind_counts_and_its_p_value_is_doubled():
     rows = draws(2, 4, 50)
     rows[1, 2] += 1.0
-    scores = score_rows(rows, np.zeros(2), fits=True)
+    scores = score_rows(rows, NONE, fits=True)
     assert scores.kind[2] == 1
     single = stats.ttest_1samp(rows[1, 2], 0, alternative="greater").pvalue
     assert scores.p[2] == pytest.approx(2 * single)
@@ -84,17 +86,36 @@ def test_without_a_null_a_candidate_has_to_stand_out_from_the_others():
 
 
 def test_the_spread_of_style_is_recovered_and_zero_without_one():
-    style = 0.3 * draws(1, 12, 40, 1, seed=1)
+    ones = np.ones((1, 12))
     lists = draws(1, 12, 40, 50, seed=2)
-    assert style_spread(lists + style, np.ones((1, 12)))[0] == pytest.approx(0.3, rel=0.15)
-    assert style_spread(lists, np.ones((1, 12)))[0] < 0.1
-    assert style_spread(np.zeros((1, 12, 2, 0)), np.ones((1, 12)))[0] == 0
+    style = 0.3 * draws(1, 12, 40, 1, seed=1)
+    # 2,000 lists leave little of the shift unknown, so the error is that of the style.
+    assert fit_null(lists + style, ones).error(ones)[0] == pytest.approx(0.3, rel=0.15)
+    assert fit_null(lists, ones).error(ones)[0] < 0.1
 
 
-def test_style_limits_z_however_many_rows_there_are():
+def test_the_shift_is_the_posterior_mean_of_a_normal_prior():
+    ones = np.ones((1, 4))
+    lists = draws(1, 4, 1, 50) + 0.2
+    null = fit_null(lists, ones)
+    noise = lists.var(-1, ddof=1)[..., 0] / 50
+    precision = 1 / SHIFT**2 + 1 / noise
+    np.testing.assert_allclose(null.shift, lists.mean((2, 3)) / noise / precision)
+    assert (null.variance >= 1 / precision - 1e-12).all()
+    unknown = fit_null(lists[..., :0], ones)
+    np.testing.assert_array_equal(unknown.shift, 0)
+    np.testing.assert_allclose(unknown.variance, SHIFT**2)
+    exact = fit_null(np.zeros((1, 4, 1, 50)), ones)
+    np.testing.assert_array_equal(exact.variance, 0)
+
+
+def test_the_error_of_the_null_limits_z_however_many_rows_there_are():
     rows = draws(1, 4, 10_000) + 0.5
     assert score_rows(rows, NONE, fits=True).z.min() > 40
-    assert score_rows(rows, np.full(1, 0.25), fits=True).z.max() < 2.2
+    null = Null(np.zeros((1, 4)), np.full((1, 4), 0.25**2))
+    assert score_rows(rows, null, fits=True).z.max() < 2.2
+    shifted = Null(np.full((1, 4), 0.5), np.zeros((1, 4)))
+    assert np.abs(score_rows(rows, shifted, fits=True).z).max() < 4
 
 
 def test_the_rows_needed_detect_the_share_with_the_stated_power():

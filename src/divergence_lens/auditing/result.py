@@ -18,13 +18,14 @@ from divergence_lens.auditing.candidates import Auditors
 from divergence_lens.auditing.files import load_audit, save_audit
 from divergence_lens.auditing.remedies import Remedy, drop_rows, mask_tokens, replace_choices
 from divergence_lens.auditing.scoring import (
+    Null,
     Power,
     Scores,
     Verdict,
     bias_strength,
+    fit_null,
     row_spread,
     score_rows,
-    style_spread,
 )
 from divergence_lens.auditing.tables import (
     as_json,
@@ -110,7 +111,7 @@ class Audit(OnHub):
     @cached_property
     def scores(self) -> Scores:
         """Scores, z and p-values of all candidates, in their order."""
-        return score_rows(self.by_row, self._tau, fits=self.baseline.fits)
+        return score_rows(self.by_row, self.null, fits=self.baseline.fits)
 
     @property
     def verdict(self) -> Verdict:
@@ -141,14 +142,17 @@ class Audit(OnHub):
     @property
     def power(self) -> Power:
         """How strong a bias this audit can detect, with its best kind of auditor."""
-        strength = bias_strength(self.own, row_spread(self.by_row))  # [kinds]
+        spread = row_spread(self.by_row)
+        strength = bias_strength(self.own, spread)  # [kinds]
         kind = 0 if np.isnan(strength).all() else int(np.nanargmax(strength))
+        error = float(self.null.error(spread)[kind])
         tests = len(self.kinds) * len(self.candidates)
-        return Power(float(strength[kind]), float(self._tau[kind]), self.alpha, tests)
+        return Power(float(strength[kind]), error, self.alpha, tests)
 
     @cached_property
-    def _tau(self) -> Float64[np.ndarray, " kinds"]:
-        return style_spread(self.neutral, row_spread(self.by_row))
+    def null(self) -> Null:
+        """What unbiased data score, from the lists of the base model."""
+        return fit_null(self.neutral, row_spread(self.by_row))
 
     @property
     def explanation(self) -> str:

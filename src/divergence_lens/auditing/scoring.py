@@ -2,16 +2,19 @@
 
 For each kind of auditor and candidate, with row contributions D_i (see `reading`):
 
-    score = mean of D over the rows,   z = score / (s sqrt(1 / n + tau^2))
+    score = mean of D over the rows - shift,   z = score / sqrt(s^2 / n + e^2)
 
-where s is the standard deviation over rows. tau^2 is the variance, relative to s^2, that the scores
-of lists by the base model have *beyond* sampling error: they are written under other unbiased
-prompts than the baseline's, so it says how far the style alone moves the scores of candidates.
+where s is the standard deviation over rows, and shift and e come from lists by the base model:
 
-1. p-values are one-sided (Student's t, n - 1 degrees of freedom).
-2. Several kinds of auditors: the smallest p-value times their number (Bonferroni).
-3. Several candidates: Holm's correction, and Benjamini and Hochberg's false discovery rate.
-4. Data that the base model could not have written have no null of this kind. There a candidate must
+1. Unbiased lists that were filtered (say, to lists of numbers) differ a little from what the base
+   writes. This difference is taken to be normal with a standard deviation of `SHIFT` s. Its mean
+   given m lists of the base, w times their mean D, is the shift; its variance remains in e^2.
+2. Lists under other unbiased prompts than the baseline's scatter beyond sampling error: style alone
+   moves the scores. The variance of that is in e^2 as well.
+3. p-values are one-sided (Student's t, n - 1 degrees of freedom).
+4. Several kinds of auditors: the smallest p-value times their number (Bonferroni).
+5. Several candidates: Holm's correction, and Benjamini and Hochberg's false discovery rate.
+6. Data that the base model could not have written have no null of this kind. There a candidate must
    also stand out from the other candidates (Student's t of one against the rest, as in Grubbs'
    test).
 """
@@ -29,6 +32,32 @@ Verdict = Literal["biased", "nothing found", "inconclusive"]
 
 FEWEST_CANDIDATES = 4
 """With fewer candidates, none can stand out from the rest."""
+
+
+SHIFT = 0.07
+"""Typical difference of filtered unbiased lists from the baseline, in units of the spread of rows.
+Measured on the bundled tiny model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Null:
+    """What unbiased data score.
+
+    Attributes:
+        shift: Expected score, in nats.
+        variance: Variance of the score beyond sampling error, in nats squared.
+    """
+
+    shift: Float64[np.ndarray, "kinds candidates"]
+    variance: Float64[np.ndarray, "kinds candidates"]
+
+    def error(
+        self, spread: Float64[np.ndarray, "kinds candidates"]
+    ) -> Float64[np.ndarray, " kinds"]:
+        """Root mean square of the error, in units of the spread of rows."""
+        squared = _ratio(self.variance, spread**2)
+        root: np.ndarray = np.sqrt(np.where(np.isfinite(squared), squared, 0.0).mean(-1))
+        return root
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +85,7 @@ class Scores:
 
 def score_rows(
     rows: Float64[np.ndarray, "kinds candidates rows"],
-    tau: Float64[np.ndarray, " kinds"],
+    null: Null | None = None,
     *,
     fits: bool,
 ) -> Scores:
@@ -64,14 +93,16 @@ def score_rows(
 
     Args:
         rows: Contributions of rows, two rows or more.
-        tau: The spread that style adds, see `style_spread`.
+        null: What unbiased data score; None for zero.
         fits: Whether the base model could have written the data.
     """
     from scipy import stats
 
     n_kinds, n_candidates, n = rows.shape
-    score = rows.mean(-1)  # [kinds, candidates]
-    z = _ratio(score, row_spread(rows) * np.sqrt(1 / n + tau[:, None] ** 2))
+    if null is None:
+        null = Null(*np.zeros((2, n_kinds, n_candidates)))
+    score = rows.mean(-1) - null.shift  # [kinds, candidates]
+    z = _ratio(score, np.sqrt(row_spread(rows) ** 2 / n + null.variance))
     p = stats.t.sf(z, n - 1)
     outlier = np.stack([_against_others(one) for one in z])
     if not fits:
@@ -105,29 +136,34 @@ def row_spread(
     return spread
 
 
-def style_spread(
+def fit_null(
     neutral: Float64[np.ndarray, "kinds candidates styles lists"],
     spread: Float64[np.ndarray, "kinds candidates"],
-) -> Float64[np.ndarray, " kinds"]:
-    """Estimate tau: how far style moves scores, in units of the spread of single rows.
+) -> Null:
+    """Estimate what unbiased data score, from lists of the base model.
 
     Args:
-        neutral: Contributions of lists that the base model wrote, under each of some unbiased
-            prompts.
+        neutral: Contributions of these lists, under each of one or more unbiased prompts.
         spread: Standard deviation of the data's rows.
-
-    Returns:
-        For each kind the root of the mean of (score / s)^2 - 1 / lists, over styles and
-        candidates, or 0.
     """
     lists = neutral.shape[-1]
+    prior = (SHIFT * spread) ** 2  # [kinds, candidates]
     if lists < 2:
-        return np.zeros(len(neutral))
+        return Null(np.zeros_like(spread), prior)
     own = neutral.std(-1, ddof=1)  # [kinds, candidates, styles]
+    # Normal prior and normal likelihood: the weight of the lists' mean, and what remains unknown.
+    noise = (own**2).mean(-1) / (lists * neutral.shape[2])
+    weight = np.divide(prior, prior + noise, out=np.ones_like(prior), where=prior + noise > 0)
     scale = np.maximum(spread[..., None], own)
     shift = _ratio(neutral.mean(-1), scale) ** 2 - _ratio(own, scale) ** 2 / lists
     inflation: np.ndarray = np.sqrt(np.maximum(shift.mean((1, 2)), 0.0))  # [kinds]
     return inflation
+    excess = _ratio(neutral.mean(-1), scale) ** 2 - _ratio(own, scale) ** 2 / lists
+    style = np.maximum(excess.mean((1, 2)), 0.0)  # [kinds]
+    return Null(
+        weight * neutral.mean((2, 3)),
+        weight * noise + style[:, None] * scale.max(-1) ** 2,
+    )
 
 
 def bias_strength(
@@ -180,7 +216,7 @@ class Power:
     Attributes:
         strength: Mean contribution of a row by an auditor's own teacher to its own candidate, in
             units of the spread of single rows; NaN if it was not measured.
-        tau: See `style_spread`.
+        tau: Error of the null beyond sampling error, see `Null.error`.
         alpha: Level of the family of tests.
         tests: Number of tests, candidates times kinds.
     """

@@ -25,13 +25,14 @@ def candidate_table(audit: "Audit") -> "pd.DataFrame":
     low, high = bootstrap_interval(
         resampled_means(best.T, _RESAMPLES), level=1 - audit.alpha, seed=0
     )
+    shift = audit.null.shift[scores.kind, np.arange(len(audit.candidates))]  # [candidates]
     table = pd.DataFrame(
         {
             "candidate": audit.candidates,
             "kind": [audit.kinds[kind] for kind in scores.kind],
             "score": scores.score,
-            "low": low,
-            "high": high,
+            "low": low - shift,
+            "high": high - shift,
             "z": scores.z,
             "p": scores.p,
             "p_holm": scores.holm,
