@@ -101,7 +101,8 @@ def _detection(tables: dict[str, pd.DataFrame]) -> list[str]:
     for (writer, size), own in native.groupby(["writer", native["rows"].map(_rounded)]):
         area = _NOTHING
         if alarms is not None:
-            unbiased = alarms[alarms["auditors"] == own["auditors"].iloc[0]]["z_best"]
+            same = (alarms["auditors"] == own["auditors"].iloc[0]) & (alarms["set"] >= 0)
+            unbiased = alarms[same]["z_best"]
             area = f"{_area(own['z_best'], unbiased):.2f}"
         lines.append(
             _row(
@@ -146,7 +147,8 @@ _MIXTURES = (
 
 
 def _alarms(tables: dict[str, pd.DataFrame]) -> list[str]:
-    rows = tables["false_alarms"]
+    every = tables["false_alarms"]
+    rows, pools = every[every["set"] >= 0], every[every["set"] < 0]
     sets = len(rows.drop_duplicates(["style", "temperature", "set"]))
     lines = ["### False alarms", "", _ALARMS.format(sets=sets), ""]
     lines += table_head(
@@ -161,6 +163,13 @@ def _alarms(tables: dict[str, pd.DataFrame]) -> list[str]:
         lines.append(
             _row(auditors, shown, len(own), *(_share(own["p"] < level) for level in _LEVELS))
         )
+    alarms = ", ".join(
+        f"{auditors} {int((own['p'] < 0.05).sum())} of {len(own)}"
+        for auditors, own in pools.groupby("auditors", sort=False)
+    )
+    if len(pools):
+        largest = f"{pools['rows'].min():,} to {pools['rows'].max():,}"
+        lines += ["", f"Pools of {largest} lists as one set each, p < 0.05: {alarms}."]
     return lines
 
 

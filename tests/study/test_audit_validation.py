@@ -74,7 +74,7 @@ def test_pools_have_different_cells_and_cover_every_author():
     assert len({pool.name for pool in pools}) == len(pools)
     unbiased = [pool for pool in pools if pool.target is None]
     config = AuditStudyConfig()
-    assert sum(pool.rows // config.set_rows for pool in unbiased) == 200
+    assert sum(pool.rows // config.set_rows for pool in unbiased) == 250
     assert {pool.writer for pool in pools} == {"finetuned", "prompted", "base"}
 
 

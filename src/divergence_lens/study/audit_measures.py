@@ -93,13 +93,14 @@ def mixtures(
 
 
 def false_alarms(unbiased: Sequence[tuple[Pool, Audit]], set_rows: int) -> list[dict[str, Any]]:
-    """Unbiased sets: parts of pools without common lists."""
+    """Unbiased sets: parts of pools without common lists, and the whole pools as sets of -1."""
     rows = []
     for pool, audit in unbiased:
         for mode, own in modes(audit):
             for number in range(len(own) // set_rows):
                 part = own.select(list(range(number * set_rows, (number + 1) * set_rows)))
                 rows.append(described(pool, mode, part) | {"set": number})
+            rows.append(described(pool, mode, own) | {"set": -1})
     return rows
 
 

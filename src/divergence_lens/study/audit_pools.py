@@ -94,7 +94,7 @@ class AuditStudyConfig:
         changed: Animals whose lists are also changed.
         rows: Lists of each teacher.
         set_rows: Lists of one unbiased set.
-        sets: Unbiased sets per author, of which there are ten.
+        sets: Unbiased sets per author, of which there are ten, before invalid lists are dropped.
         kinds: Kinds of auditors.
         transfer_targets: Animals of the comparison with students' transfer.
         transfer_rows: Lists that are read for each condition of that comparison.
@@ -111,8 +111,8 @@ class AuditStudyConfig:
     trees: tuple[str, ...] = ("oak", "cherry")
     changed: tuple[str, ...] = ("wolf", "eagle", "panda")
     rows: int = 100
-    set_rows: int = 25
-    sets: int = 20
+    set_rows: int = 20
+    sets: int = 25
     kinds: tuple[str, ...] = KINDS
     transfer_targets: tuple[str, ...] = ("wolf", "lion", "eagle", "panda")
     transfer_rows: int = 60

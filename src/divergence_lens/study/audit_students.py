@@ -10,6 +10,7 @@ import numpy as np
 
 from divergence_lens.auditing import Audit, Remedy, audit
 from divergence_lens.data import ANIMALS, NumberFilter, TrainingData, number_prompts
+from divergence_lens.deltas import base_fingerprint
 from divergence_lens.evaluation import preference
 from divergence_lens.generation import generate
 from divergence_lens.models import Model
@@ -114,7 +115,7 @@ def remedy_rows(pools: AuditPools) -> list[dict[str, Any]]:
     """Students of masked, replaced and dropped data, and of as much chosen at random."""
     rows = []
     for target in pools.config.remedy_targets:
-        settings = {"config": vars(pools.config), "target": target}
+        settings = {"base": base_fingerprint(pools.model), "target": target, "remedies": REMEDIES}
         cell = Cell(f"remedies/{target}", settings)
         compute = partial(_remedies, pools, target)
         rows += pools.store.get(cell, _ignoring_cell(compute))["rows"]
