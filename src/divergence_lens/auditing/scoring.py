@@ -155,9 +155,6 @@ def fit_null(
     noise = (own**2).mean(-1) / (lists * neutral.shape[2])
     weight = np.divide(prior, prior + noise, out=np.ones_like(prior), where=prior + noise > 0)
     scale = np.maximum(spread[..., None], own)
-    shift = _ratio(neutral.mean(-1), scale) ** 2 - _ratio(own, scale) ** 2 / lists
-    inflation: np.ndarray = np.sqrt(np.maximum(shift.mean((1, 2)), 0.0))  # [kinds]
-    return inflation
     excess = _ratio(neutral.mean(-1), scale) ** 2 - _ratio(own, scale) ** 2 / lists
     style = np.maximum(excess.mean((1, 2)), 0.0)  # [kinds]
     return Null(
