@@ -328,8 +328,8 @@ def test_refuses_what_cannot_be_patched(model_of, unchecked):
     model = model_of("gpt2")
     vocab = model.cfg.d_vocab
     pairs = random_pairs(vocab)
-    with pytest.raises(ValueError, match="no site 'pattern'"):
-        causal_mediation(model, pairs, site="pattern")
+    with pytest.raises(ValueError, match="no site 'patterns'"):
+        causal_mediation(model, pairs, site="patterns")
     with pytest.raises(ValueError, match="direction is 'up'"):
         causal_mediation(model, pairs, direction="up")
     with pytest.raises(ValueError, match="metric is 'accuracy'"):

@@ -127,7 +127,7 @@ def _overwritten(
     # Choose uniformly among the allowed counterfactuals: the largest of random keys.
     keys = np.random.default_rng(seed).random(allowed.shape)  # [counterfactuals, tokens]
     chosen = np.where(allowed, keys, -1.0).argmax(0)  # [tokens]
-    changed: np.ndarray = allowed.any(0)  # [tokens]
+    changed = np.asarray(allowed.any(0))  # [tokens]
     tokens = divergence.tokens.copy()
     tokens[changed] = divergence.predicted[1:][chosen[changed], np.flatnonzero(changed)]
     return tokens, changed
