@@ -1,6 +1,7 @@
 """Audits of the tiny model: verdicts, tables, files and views."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,6 +47,74 @@ def test_few_rows_are_inconclusive(biased):
     assert few.power.rows_needed(few.share) > 3
     quiet = few.select(np.array([True, True, False]))
     assert len(quiet) == 2
+
+
+def test_copies_of_the_data_do_not_make_them_biased(base, lists):
+    data = lists(None, 12, seed=5, temperature=1.0)
+    options = {"candidates": FEW, "neutral_rows": 0, "own_rows": 0}
+    once, often = dl.audit(base, data, **options), dl.audit(base, list(data) * 20, **options)
+    assert often.independent_rows == pytest.approx(once.independent_rows)
+    np.testing.assert_allclose(often.scores.z, once.scores.z, rtol=0.01)
+    assert often.verdict == "inconclusive"
+    same = dl.audit(base, list(data[:1]) * 4, **options)
+    assert same.verdict == "inconclusive"
+    assert "two different rows" in same.explanation
+
+
+def test_a_stated_temperature_does_not_make_foreign_data_fit(base, biased):
+    rows = [
+        {"prompt": "1, 2", "completion": "yes the tree"},
+        {"prompt": "1, 9", "completion": "zebra under"},
+    ]
+    audit = dl.audit(base, rows, candidates=FEW, temperature=1.0, neutral_rows=0, own_rows=0)
+    assert audit.baseline.temperature == 1.0
+    assert not audit.baseline.fits
+    assert "hardly write such data" in audit.explanation
+
+
+def test_power_is_that_of_the_weaker_kind(biased):
+    both = replace(
+        biased,
+        kinds=("prompted", "finetuned"),
+        by_row=np.repeat(biased.by_row, 2, 0),
+        by_token=None,
+        neutral=np.repeat(biased.neutral, 2, 0),
+        own=np.concatenate([biased.own, biased.own / 4]),
+        auditors=(),
+    )
+    weak = both.with_kinds("finetuned").power
+    assert both.power.strength == pytest.approx(weak.strength)
+    assert both.power.strength < biased.power.strength
+    unknown = replace(both, own=np.concatenate([biased.own, np.nan * biased.own]))
+    assert np.isnan(unknown.power.strength)
+
+
+def test_the_best_candidate_is_one_that_is_named(biased):
+    # Without a null, the first kind scatters widely, and the second shows one outlier.
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(2, 5, 60)) + np.array([[9, -9, 5, -5, 0], [0, 0, 0, 3, 0]])[..., None]
+    audit = replace(
+        biased.select(range(60)) if len(biased) > 60 else biased,
+        kinds=("prompted", "finetuned"),
+        by_row=rows[..., : len(biased)],
+        by_token=None,
+        neutral=np.zeros((2, 5, 1, 0)),
+        own=np.zeros((2, 5, 0)),
+        baseline=replace(biased.baseline, fitted=2.0),
+    )
+    assert audit.biased == ("panda",)
+    assert audit.best == "panda"
+    assert audit.scores.z.argmax() == FEW.index("owl")
+    assert "'panda'" in audit.explanation.split("(")[0]
+
+
+def test_intervals_of_many_rows_need_no_resampling(biased, monkeypatch):
+    resampled = biased.to_dataframe()
+    monkeypatch.setattr("divergence_lens.auditing.tables._MOST_RESAMPLED", 10)
+    normal = replace(biased).to_dataframe()
+    width = resampled["high"] - resampled["low"]
+    np.testing.assert_allclose(normal["high"] - normal["low"], width, rtol=0.25)
+    assert ((normal["low"] + normal["high"]) / 2 - normal["score"]).abs().max() < 1e-9
 
 
 def test_finetuned_auditors_find_a_finetuned_writer(base, lists):

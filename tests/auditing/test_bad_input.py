@@ -42,7 +42,7 @@ CASES = {
         "over the context of 128",
     ),
     "share": ({"share": 0.0}, "share is 0.0; it must lie above 0"),
-    "alpha": ({"alpha": 1.5}, "must lie between 0 and 1"),
+    "alpha": ({"alpha": 1.5}, "alpha is 1.5; it must lie between 0 and 1"),
     "calibration": ({"own_rows": -1}, "own_rows is -1; it must be 0 or more"),
     "temperature": ({"temperature": -1.0}, "temperature is -1.0; it must be 0 or more"),
 }

@@ -16,6 +16,7 @@ from divergence_lens.auditing.scoring import (
     false_discovery,
     fit_null,
     holm,
+    independent_rows,
     score_rows,
 )
 
@@ -59,6 +60,20 @@ def test_rows_equal_to_the_baseline_score_nothing():
     scores = score_rows(np.zeros((1, 4, 10)), NONE, fits=True)
     np.testing.assert_array_equal(scores.z, 0)
     assert (scores.p >= 0.5).all()
+
+
+def test_copies_of_rows_add_no_evidence():
+    rows = draws(1, 5, 40) + 0.2
+    once = score_rows(rows, fits=True)
+    copies = score_rows(np.tile(rows, 20), fits=True, independent=independent_rows(np.full(40, 20)))
+    np.testing.assert_allclose(copies.z, once.z)
+    np.testing.assert_allclose(copies.p, once.p)
+    assert independent_rows(np.ones(7, int)) == 7
+    # Of a mean in which one of four rows counts three times: variance (9 + 1 + 1 + 1) / 36.
+    assert independent_rows(np.array([3, 1, 1, 1])) == pytest.approx(36 / 12)
+    same = score_rows(rows[..., :1].repeat(9, -1), fits=True, independent=1.0)
+    assert np.isnan(same.z).all()
+    assert (same.p == 1).all()
 
 
 def test_the_better_kind_counts_and_its_p_value_is_doubled():

@@ -60,6 +60,8 @@ class Baseline:
             write is restricted to them, because lists with other tokens were filtered out.
         known: Whether the user gave the condition. Otherwise the system prompt of the data is
             unknown, and moves scores by itself.
+        fitted: Temperature that explains the data best, whether or not the user gave another; None
+            if it was not fitted.
     """
 
     teacher: Teacher
@@ -67,11 +69,13 @@ class Baseline:
     logprob: Mapping[str, float]
     kinds: tuple[str, ...] = KINDS
     known: bool = False
+    fitted: float | None = None
 
     @property
     def fits(self) -> bool:
         """Whether the base model could have written the data (see `HOTTEST`)."""
-        return self.temperature <= HOTTEST
+        # A temperature that the user states does not make the data any likelier.
+        return (self.temperature if self.fitted is None else self.fitted) <= HOTTEST
 
 
 def kinds_of(model: Model) -> np.ndarray:
@@ -139,11 +143,17 @@ def fit_baseline(
     moments = [_moments(model, examples, teacher, allowed) for teacher in teachers]
     best = int(np.argmax([given for given, _ in moments]))
     given, expected = moments[best]
-    if temperature is None:
-        # The expectation falls as the temperature rises; np.interp wants it rising.
-        temperature = float(np.interp(given, expected[::-1], TEMPERATURES[::-1]))
+    # The expectation falls as the temperature rises; np.interp wants it rising.
+    fitted = float(np.interp(given, expected[::-1], TEMPERATURES[::-1]))
     logprob = {t.name: value for t, (value, _) in zip(teachers, moments, strict=True)}
-    return Baseline(teachers[best], temperature, logprob, tuple(kinds), len(teachers) == 1)
+    return Baseline(
+        teachers[best],
+        fitted if temperature is None else temperature,
+        logprob,
+        tuple(kinds),
+        len(teachers) == 1,
+        fitted,
+    )
 
 
 @torch.no_grad()

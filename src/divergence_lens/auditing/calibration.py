@@ -92,7 +92,9 @@ def calibrate(
         valid(write(style, prompts[number * lists : (number + 1) * lists]), lists)
         for number, style in enumerate(styles if lists else [])
     ]
-    lists = min(map(len, neutral), default=0)
+    # A style under which the base model hardly writes such lists is left out.
+    neutral = [written for written in neutral if len(written) >= max(2, lists / 2)]
+    n_styles, lists = len(neutral), min(map(len, neutral), default=0)
     own = []
     for number, teacher in enumerate(t for kind in auditors for t in kind.teachers):
         # Other prompts for each teacher, some to spare, again from the beginning if they run out.
@@ -105,7 +107,7 @@ def calibrate(
     count = len(rows)
     rows += [example for one in own for example in one]
     if not rows:
-        return Calibration(np.zeros((*shape, len(styles), 0)), theirs)
+        return Calibration(np.zeros((*shape, n_styles, 0)), theirs)
     read = read_contributions(
         model,
         rows,
@@ -120,7 +122,7 @@ def calibrate(
         kind, candidate = divmod(number, shape[1])
         theirs[kind, candidate, : len(one)] = read.rows[kind, candidate, at : at + len(one)]
         at += len(one)
-    return Calibration(read.rows[:, :, :count].reshape(*shape, len(styles), lists), theirs)
+    return Calibration(read.rows[:, :, :count].reshape(*shape, n_styles, lists), theirs)
 
 
 def _styles(baseline: Baseline) -> list[Teacher]:

@@ -1,10 +1,10 @@
 """The result of `audit`: which candidate bias a data set carries, and in which rows and tokens."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,8 +22,9 @@ from divergence_lens.auditing.scoring import (
     Power,
     Scores,
     Verdict,
-    bias_strength,
     fit_null,
+    independent_rows,
+    least_power,
     row_spread,
     score_rows,
 )
@@ -111,7 +112,18 @@ class Audit(OnHub):
     @cached_property
     def scores(self) -> Scores:
         """Scores, z and p-values of all candidates, in their order."""
-        return score_rows(self.by_row, self.null, fits=self.baseline.fits)
+        return score_rows(
+            self.by_row,
+            self.null,
+            fits=self.baseline.fits,
+            independent=self.independent_rows,
+        )
+
+    @cached_property
+    def independent_rows(self) -> float:
+        """Number of rows, less for rows that occur more than once; see `scoring`."""
+        copies = Counter((str(e.prompt), e.completion_ids) for e in self.examples)
+        return independent_rows(np.array(list(copies.values()), dtype=np.int64))
 
     @property
     def verdict(self) -> Verdict:
@@ -125,7 +137,8 @@ class Audit(OnHub):
         """
         if self.biased:
             return "biased"
-        enough = self.power.rows_needed(self.share) <= len(self)
+        rows = self.independent_rows
+        enough = rows >= 2 and self.power.rows_needed(self.share) <= rows
         return "nothing found" if enough and self.baseline.fits else "inconclusive"
 
     @property
@@ -136,18 +149,19 @@ class Audit(OnHub):
 
     @property
     def best(self) -> str:
-        """The candidate with the highest z."""
-        return self.candidates[int(self.scores.z.argmax())]
+        """The candidate with the highest z, among `biased` if there are any."""
+        named = self.biased
+        # Without a null, a candidate of another kind of auditor may have a higher z than these.
+        return named[0] if named else self.candidates[int(self.scores.z.argmax())]
 
     @property
     def power(self) -> Power:
-        """How strong a bias this audit can detect, with its best kind of auditor."""
-        spread = row_spread(self.by_row)
-        strength = bias_strength(self.own, spread)  # [kinds]
-        kind = 0 if np.isnan(strength).all() else int(np.nanargmax(strength))
-        error = float(self.null.error(spread)[kind])
-        tests = len(self.kinds) * len(self.candidates)
-        return Power(float(strength[kind]), error, self.alpha, tests)
+        """How strong a bias this audit can detect.
+
+        With several kinds of auditors, that of the kind with the least power, because the bias may
+        be of any kind.
+        """
+        return least_power(self.own, row_spread(self.by_row), self.null, self.alpha, len(self))
 
     @cached_property
     def null(self) -> Null:
@@ -170,9 +184,9 @@ class Audit(OnHub):
 
         Returns:
             Columns: candidate; kind (of the auditor with the smallest p-value); score, the mean
-            contribution of a row in nats, with `low` and `high`, its bootstrap interval over rows;
-            z; p, one-sided; p_holm and p_fdr, corrected for the number of candidates; outlier, how
-            far z lies from those of the other candidates.
+            contribution of a row in nats minus `null.shift`, with `low` and `high`, its bootstrap
+            interval over rows; z; p, one-sided; p_holm and p_fdr, corrected for the number of
+            candidates; outlier, how far z lies from those of the other candidates.
         """
         return self._table.copy()
 
@@ -281,11 +295,15 @@ class Audit(OnHub):
 
     def plot(self) -> "Figure":
         """Draw the candidates as a dot plot with the band of the null."""
-        level = NormalDist().inv_cdf(1 - self.alpha / len(self.candidates))
+        from scipy import stats
+
+        tests = len(self.candidates) * len(self.kinds)
+        level = float(stats.t.isf(self.alpha / tests, max(self.independent_rows - 1, 1)))
         return draw(
             "candidate_dots",
             self.to_dataframe(),
             level=level,
+            alpha=self.alpha,
             headline=f"Audit: {self.verdict}",
             detail=f"{len(self):,} rows; {len(self.candidates)} candidates; gray band: what chance "
             f"alone seldom exceeds (one-sided, {self.alpha:.0%} over all candidates); lines: "
@@ -361,7 +379,7 @@ class Audit(OnHub):
         return len(self.examples)
 
     def __repr__(self) -> str:
-        c = int(self.scores.z.argmax())
+        c = self.candidates.index(self.best)
         return (
             f"Audit({self.verdict}; {len(self):,} rows, {len(self.candidates)} candidates; highest "
             f"{self.best!r}, z {self.scores.z[c]:.1f}, corrected p {self.scores.holm[c]:.2g})"

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from divergence_lens._utils.interrupts import discard_partial
-from divergence_lens._utils.statistics import check_level
 from divergence_lens.auditing.baseline import default_baselines, fit_baseline
 from divergence_lens.auditing.calibration import calibrate
 from divergence_lens.auditing.candidates import Auditors, build_auditors, candidate_names
@@ -110,7 +109,8 @@ def audit(
         TypeError: `model` is not a TransformerLens model, or a teacher is not a `Teacher`.
     """
     check_model(model)
-    check_level(1 - alpha)
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is {alpha}; it must lie between 0 and 1, such as 0.05")
     _check_settings(share, neutral_rows, own_rows, temperature)
     names = candidate_names(candidates, teachers)
     examples = _examples(model, data)

@@ -4,7 +4,7 @@ For each kind of auditor and candidate, with row contributions D_i (see `reading
 
     score = mean of D over the rows - shift,   z = score / sqrt(s^2 / n + e^2)
 
-where s is the standard deviation over rows, and shift and e come from lists by the base model:
+where s is the standard deviation over the n rows. Lists by the base model give shift and e:
 
 1. Unbiased lists that were filtered (say, to lists of numbers) differ a little from what the base
    writes. This difference is taken to be normal with a standard deviation of `SHIFT` s. Its mean
@@ -17,6 +17,7 @@ where s is the standard deviation over rows, and shift and e come from lists by 
 6. Data that the base model could not have written have no null of this kind. There a candidate must
    also stand out from the other candidates (Student's t of one against the rest, as in Grubbs'
    test).
+7. Rows that occur more than once add no evidence, see `independent_rows`.
 """
 
 import math
@@ -66,7 +67,7 @@ class Scores:
 
     Attributes:
         kind: Index of the kind with the largest z.
-        score: Mean contribution of a row, in nats.
+        score: Mean contribution of a row, minus the shift, in nats.
         z: The score over its standard error.
         p: One-sided p-value, corrected for the number of kinds.
         holm: p corrected by Holm's method for the number of candidates.
@@ -88,6 +89,7 @@ def score_rows(
     null: Null | None = None,
     *,
     fits: bool,
+    independent: float | None = None,
 ) -> Scores:
     """Score every candidate.
 
@@ -95,15 +97,22 @@ def score_rows(
         rows: Contributions of rows, two rows or more.
         null: What unbiased data score; None for zero.
         fits: Whether the base model could have written the data.
+        independent: See `independent_rows`; None for all rows. At 1, z is NaN and p is 1.
     """
     from scipy import stats
 
     n_kinds, n_candidates, n = rows.shape
+    count = n if independent is None else independent
     if null is None:
         null = Null(*np.zeros((2, n_kinds, n_candidates)))
     score = rows.mean(-1) - null.shift  # [kinds, candidates]
-    z = _ratio(score, np.sqrt(row_spread(rows) ** 2 / n + null.variance))
-    p = stats.t.sf(z, n - 1)
+    if count > 1:
+        # The unbiased variance of weighted rows; with no row twice, that of n - 1.
+        variance = rows.var(-1) / (1 - 1 / count)
+        z = _ratio(score, np.sqrt(variance / count + null.variance))
+        p = stats.t.sf(z, count - 1)
+    else:
+        z, p = np.full_like(score, np.nan), np.ones_like(score)
     outlier = np.stack([_against_others(one) for one in z])
     if not fits:
         p_outlier = (
@@ -126,6 +135,16 @@ def score_rows(
         false_discovery(corrected),
         outlier[best],
     )
+
+
+def independent_rows(copies: Int64[np.ndarray, " distinct"]) -> float:
+    """Return how many independent rows a mean is worth in which rows occur more than once.
+
+    The mean of n rows, of which m_i are copies of row i, has the variance s^2 sum(m_i^2) / n^2, as
+    the mean of n^2 / sum(m_i^2) rows would (Kish, Survey Sampling, 1965).
+    """
+    total = float(copies.sum())
+    return total**2 / float((copies.astype(np.float64) ** 2).sum()) if total else 0.0
 
 
 def row_spread(
@@ -265,6 +284,30 @@ class Power:
             raise ValueError(f"power is {power}; it must lie between 0 and 1, such as 0.8")
         normal = NormalDist()
         return normal.inv_cdf(1 - self.alpha / self.tests) + normal.inv_cdf(power)
+
+
+def least_power(
+    own: Float64[np.ndarray, "kinds candidates own_rows"],
+    spread: Float64[np.ndarray, "kinds candidates"],
+    null: Null,
+    alpha: float,
+    rows: int,
+) -> Power:
+    """Return the power of the kind of auditor that detects least; unknown if that of any kind is.
+
+    Args:
+        own: See `bias_strength`.
+        spread: Standard deviation of the data's rows.
+        null: What unbiased data score.
+        alpha: Level of the family of tests.
+        rows: Number of rows.
+    """
+    powers = [
+        Power(float(strength), float(error), alpha, spread.size)
+        for strength, error in zip(bias_strength(own, spread), null.error(spread), strict=True)
+    ]
+    unknown = [power for power in powers if math.isnan(power.strength)]
+    return unknown[0] if unknown else max(powers, key=lambda power: power.detectable(rows))
 
 
 def _against_others(z: Float64[np.ndarray, " candidates"]) -> Float64[np.ndarray, " candidates"]:

@@ -1,5 +1,6 @@
 """Tables of an audit, its verdict in words, and its JSON."""
 
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from divergence_lens.auditing.result import Audit
 
 _RESAMPLES = 1000
+# Resampling takes 16 bytes for each row and resample: 16 GB for a million rows.
+_MOST_RESAMPLED = 20_000
 
 
 def candidate_table(audit: "Audit") -> "pd.DataFrame":
@@ -22,9 +25,7 @@ def candidate_table(audit: "Audit") -> "pd.DataFrame":
 
     scores = audit.scores
     best = audit.by_row[scores.kind, np.arange(len(audit.candidates))]  # [candidates, rows]
-    low, high = bootstrap_interval(
-        resampled_means(best.T, _RESAMPLES), level=1 - audit.alpha, seed=0
-    )
+    low, high = _interval(best, 1 - audit.alpha)
     shift = audit.null.shift[scores.kind, np.arange(len(audit.candidates))]  # [candidates]
     table = pd.DataFrame(
         {
@@ -41,6 +42,18 @@ def candidate_table(audit: "Audit") -> "pd.DataFrame":
         }
     )
     return table.sort_values("z", ascending=False, kind="stable", ignore_index=True)
+
+
+def _interval(
+    rows: Float[np.ndarray, "candidates rows"], level: float
+) -> tuple[Float[np.ndarray, " candidates"], Float[np.ndarray, " candidates"]]:
+    """Bootstrap interval of the means; of many rows the normal one, which it approaches."""
+    n = rows.shape[-1]
+    if n <= _MOST_RESAMPLED:
+        return bootstrap_interval(resampled_means(rows.T, _RESAMPLES), level=level, seed=0)
+    mean = rows.mean(-1)
+    margin = NormalDist().inv_cdf(0.5 + level / 2) * rows.std(-1, ddof=1) / n**0.5
+    return mean - margin, mean + margin
 
 
 def row_table(audit: "Audit", score: Float[np.ndarray, " rows"]) -> "pd.DataFrame":
@@ -81,9 +94,10 @@ def explain(audit: "Audit") -> str:
     """State the verdict in one or two sentences, with its numbers."""
     text = _biased(audit) if audit.biased else _not_biased(audit)
     if not audit.baseline.fits:
+        fitted = audit.baseline.fitted or audit.baseline.temperature
         text += (
             " The base model would hardly write such data (their temperature under it is "
-            f"{audit.baseline.temperature:.1f}): check that it is the student's base."
+            f"{fitted:.1f}): check that it is the student's base."
         )
     return text
 
@@ -100,25 +114,30 @@ def _biased(audit: "Audit") -> str:
 
 
 def _not_biased(audit: "Audit") -> str:
-    n, needed = len(audit), audit.power.rows_needed(audit.share)
+    n, needed = int(audit.independent_rows), audit.power.rows_needed(audit.share)
+    there = f"{n:,}" if n == len(audit) else f"{len(audit):,}, worth {n:,} because of copies"
     nobody = "No candidate stands out"
     if audit.verdict == "nothing found":
         return (
             f"{nobody} (largest z {audit.scores.z.max():.1f}, {audit.best!r}). {needed:,} rows are "
-            f"enough to detect {audit.share:.0%} of rows by a biased teacher, and there are {n:,}."
+            f"enough to detect {audit.share:.0%} of rows by a teacher like the auditors, and there "
+            f"are {there}."
         )
     if not audit.baseline.fits:
         return f"{nobody}, but there is no null to compare these data with."
+    if n < 2:
+        return f"{nobody}, but an audit needs two different rows or more."
     if np.isnan(needed):
         return f"{nobody}, but without calibration lists the power is unknown."
     if np.isinf(needed):
         return (
-            f"{nobody}, but these auditors cannot detect {audit.share:.0%} of rows by a biased "
-            "teacher in any number of rows; if you know the data's system prompt, give baseline=."
+            f"{nobody}, but these auditors cannot detect {audit.share:.0%} of rows by a teacher "
+            "like them in any number of rows; if you know the data's system prompt, give it as the "
+            "baseline."
         )
     return (
-        f"{nobody}, but it takes {needed:,} rows to detect {audit.share:.0%} of rows by a biased "
-        f"teacher, and there are {n:,}."
+        f"{nobody}, but it takes {needed:,} rows to detect {audit.share:.0%} of rows by a teacher "
+        f"like the auditors, and there are {there}."
     )
 
 
@@ -131,6 +150,7 @@ def as_json(audit: "Audit") -> dict[str, Any]:
         "biased": list(audit.biased),
         "explanation": audit.explanation,
         "rows": len(audit),
+        "independent_rows": audit.independent_rows,
         "tokens": len(audit.token_ids),
         "alpha": audit.alpha,
         "share": audit.share,

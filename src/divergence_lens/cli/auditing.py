@@ -37,6 +37,12 @@ def audit(
     category: Annotated[
         str | None, typer.Option(help='What the candidates are, such as "fruit".')
     ] = None,
+    system_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="System prompt that the data were written under, without the bias, if you know it."
+        ),
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Temperature of the data; by default it is fitted.", min=0)
     ] = None,
@@ -66,8 +72,12 @@ def audit(
     from divergence_lens._utils.storage import write_text
     from divergence_lens.auditing import audit as run
     from divergence_lens.examples import load_examples
+    from divergence_lens.teachers import Teacher
 
     examples = load_examples(data)
+    baseline = None
+    if system_prompt is not None:
+        baseline = Teacher("given system prompt", system_prompt=system_prompt or None)
     with checkpoint_folder(files[0]) as folder:
         result = run(
             loading.load(),
@@ -75,6 +85,7 @@ def audit(
             candidates=names,
             teachers=teachers,
             category=category,
+            baseline=baseline,
             temperature=temperature,
             alpha=alpha,
             share=share,

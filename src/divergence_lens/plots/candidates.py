@@ -10,13 +10,16 @@ _ROW = 22  # pixels from one candidate to the next
 _MOST = 40
 
 
-def candidate_dots(table: Table, *, level: float, headline: str, detail: str) -> go.Figure:
+def candidate_dots(
+    table: Table, *, level: float, alpha: float, headline: str, detail: str
+) -> go.Figure:
     """Draw the z of each candidate, with its interval, over the band of the null.
 
     Args:
         table: `Audit.to_dataframe()`, or its rows: `candidate`, `kind`, `score`, `low`, `high`,
             `z`, `p_holm`. The first 40 candidates are drawn.
         level: Half the width of the band: the z that chance alone seldom exceeds.
+        alpha: Level of `p_holm` below which a candidate is colored.
         headline: The figure's title.
         detail: Lines below the title.
 
@@ -30,7 +33,7 @@ def candidate_dots(table: Table, *, level: float, headline: str, detail: str) ->
     score = rows["score"].to_numpy(float)
     # The interval is in nats, the axis in standard errors: z / score is one over the error.
     scale = np.divide(z, score, out=np.zeros_like(z), where=score != 0)
-    beyond = z > level
+    beyond = rows["p_holm"].to_numpy(float) < alpha
     colors = [style.VERMILION if above else style.GREY for above in beyond]
     hover = [
         f"{style.escape(row.candidate)}: z {row.z:+.1f}, {row.score:+.2f} nats for each row "
