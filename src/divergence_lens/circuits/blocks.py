@@ -176,6 +176,10 @@ class Blocks:
             unseen = [site for site in sites if site not in states]
             if unseen:
                 self._refuse("output", layer, f"its {unseen[0]} is not observable")
+            for site in sites:
+                if states[site].shape[:2] != resid.shape[:2]:  # OPT: MLPs of [batch * pos, d_model]
+                    shape = list(states[site].shape)
+                    self._refuse("output", layer, f"its {site} has the shape {shape}")
             compared = {}
             for read, name in zip(READS, ("queries", "keys", "values"), strict=True):
                 own = resid[:, None].expand(-1, self.graph.heads(read), -1, -1)
@@ -203,7 +207,7 @@ class Blocks:
 
     def _refuse(self, name: str, layer: int, why: str) -> None:
         raise ValueError(
-            f"the {name} of block {layer} cannot be divided among its heads and its MLP ({why}): "
-            "the model has a norm or a scale after them, so that edges are not defined; patch its "
-            "nodes instead"
+            f"the {name} of block {layer} cannot be divided among its heads and its MLP ({why}); "
+            "edges need a block whose output is the plain sum of its heads and its MLP, without a "
+            "norm or a scale after them: patch the model's nodes instead"
         )

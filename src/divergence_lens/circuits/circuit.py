@@ -108,7 +108,8 @@ class Circuit:
     ) -> "Circuit":
         """Choose edges from one score per edge; see `EdgeScores.circuit`.
 
-        `absolute=False` ranks by signed scores, so that edges against the effect come last.
+        Edges without a score (NaN) are never chosen. `absolute=False` ranks by signed scores, so
+        that edges against the effect come last.
         """
         given = {"top": top, "threshold": threshold, "greedy": greedy}
         named = {name: value for name, value in given.items() if value is not None}
@@ -116,15 +117,20 @@ class Circuit:
             got = " and ".join(named) or "none"
             raise ValueError(f"give one of top, threshold and greedy, got {got}")
         ((name, value),) = named.items()
-        count = len(graph)
-        if name != "threshold" and not 0 <= value <= count:
-            raise ValueError(f"{name} is {value}; it is a number of edges, 0 to {count}")
-        values = np.nan_to_num(np.asarray(scores, dtype=np.float64))
-        strength = np.abs(values) if absolute else values
+        values = np.asarray(scores, dtype=np.float64)
+        known = np.isfinite(values)
+        if name != "threshold" and not (
+            isinstance(value, int | np.integer) and 0 <= value <= known.sum()
+        ):
+            raise ValueError(
+                f"{name} is {value!r}; it is a number of edges, 0 to {known.sum()} (those that "
+                "have a score)"
+            )
+        strength = np.where(known, np.abs(values) if absolute else values, -np.inf)
         if threshold is not None:
-            chosen = strength >= threshold
+            chosen = known & (strength >= threshold)
         elif top is not None:
-            chosen = np.zeros(count, dtype=bool)
+            chosen = np.zeros(len(graph), dtype=bool)
             chosen[np.argsort(-strength, kind="stable")[:top]] = True
         else:
             assert greedy is not None
@@ -254,7 +260,10 @@ class Circuit:
 
 
 def _greedy(graph: Graph, strength: "np.ndarray", count: int) -> Bool[np.ndarray, " edges"]:
-    """Add the strongest edge into a node of the circuit, from the logits backward."""
+    """Add the strongest edge into a node of the circuit, from the logits backward.
+
+    Edges of strength -inf, which have no score, are left out.
+    """
     chosen = np.zeros(len(graph), dtype=bool)
     waiting: list[tuple[float, int]] = []
     entered = np.zeros(len(graph.receivers), dtype=bool)
@@ -263,7 +272,8 @@ def _greedy(graph: Graph, strength: "np.ndarray", count: int) -> Bool[np.ndarray
         if not entered[receiver]:
             entered[receiver] = True
             first = int(graph.offsets[receiver])
-            for edge in range(first, first + int(graph.reach[receiver])):
+            edges = np.arange(first, first + int(graph.reach[receiver]))
+            for edge in edges[strength[edges] > -np.inf].tolist():
                 heapq.heappush(waiting, (-float(strength[edge]), edge))
 
     enter(len(graph.receivers) - 1)

@@ -180,7 +180,17 @@ class Graph:
         return int(self.offsets[column]) + row
 
     def edges(self, named: Sequence[tuple[str, str]]) -> Int64[np.ndarray, " edges"]:
-        """The numbers of edges given as (sender, receiver)."""
+        """The numbers of edges given as (sender, receiver).
+
+        Raises:
+            ValueError: An entry is no such pair of names, or names an edge that does not exist.
+        """
+        for entry in named:
+            if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 2:
+                raise ValueError(
+                    f"edges contains {entry!r}; give a list of (sender, receiver), such as "
+                    '[("embed", "logits")]'
+                )
         return np.array([self.edge(*names) for names in named], dtype=np.int64)
 
     def names(self, edge: int) -> tuple[str, str]:

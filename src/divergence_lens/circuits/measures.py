@@ -193,6 +193,11 @@ def faithfulness(
     )
     graph = blocks.graph
     for one in circuits:
+        if not isinstance(one, Circuit):
+            raise ValueError(
+                f"circuit contains {type(one).__name__}; choose edges from scores with "
+                "scores.circuit(top=...), or measure them with faithfulness_curve"
+            )
         one.check_graph(graph)
     masks = [np.zeros(len(graph), dtype=bool), *(one.chosen for one in circuits)]
     if completeness:

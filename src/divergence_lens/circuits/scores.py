@@ -150,10 +150,12 @@ class EdgeScores:
         averaged over the pairs that have the segment. Needs `span="position"` or `"segment"`.
 
         Raises:
-            ValueError: The scores are summed over all positions.
+            ValueError: The scores are summed over all positions, or `ends` is unknown.
         """
         import pandas as pd
 
+        if ends not in ("sender", "receiver"):
+            raise ValueError(f"ends is {ends!r}; it is sender or receiver")
         if self.setting("span") == "all":
             raise ValueError(
                 'these scores are summed over positions; compute them with span="segment"'
@@ -194,10 +196,17 @@ class EdgeScores:
         Returns:
             One row per edge (or cell) with columns `sender`, `receiver` and `score`; for cells
             also `pair`, `column`, `label` and `segment`.
+
+        Raises:
+            ValueError: `k` is below 1, or `of` is unknown.
+            IndexError: There is no such pair.
         """
         import pandas as pd
 
-        one = self if pair is None else self[pair]
+        if k < 1 or of not in ("edges", "cells"):
+            raise ValueError(f"k is {k} and of is {of!r}; k is at least 1, and of edges or cells")
+        number = None if pair is None else row_numbers(pair, len(self), "pair")[0]
+        one = self if number is None else self[number]
         flat = one.mean() if of == "edges" else one.values.ravel()
         order = np.argsort(-np.abs(np.nan_to_num(flat)), kind="stable")
         order = order[np.isfinite(flat[order])][:k]
@@ -208,7 +217,7 @@ class EdgeScores:
         if of == "cells":
             rows, columns = cell[0].tolist(), cell[1].tolist()
             both = list(zip(rows, columns, strict=True))
-            table.insert(0, "pair", rows if pair is None else pair)
+            table.insert(0, "pair", rows if number is None else number)
             table.insert(1, "column", columns)
             table.insert(2, "label", [one.labels[i][c] for i, c in both])
             table.insert(3, "segment", [one.segments[i][c] for i, c in both])
