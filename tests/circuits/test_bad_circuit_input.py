@@ -5,6 +5,7 @@ import pytest
 
 import divergence_lens as dl
 from divergence_lens.circuits import Graph
+from tests.support.architectures import build
 from tests.support.patching_oracles import random_pairs
 
 
@@ -26,6 +27,31 @@ def model(model_of):
 def test_edges_that_do_not_exist(model, pairs, edge, message):
     with pytest.raises(ValueError, match=message):
         dl.path_patch(model, pairs, edges=[edge])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("edges", ["m0", ("m0", "logits"), [("m0", "a1.h0", "q")], [3]])
+def test_edges_that_are_no_pairs_of_names(model, pairs, edges):
+    with pytest.raises(ValueError, match=r"give a list of \(sender, receiver\)"):
+        dl.path_patch(model, pairs, edges=edges)
+
+
+def test_edges_without_a_score_are_never_chosen(model, pairs):
+    exact = dl.path_patch(model, pairs, edges=[("m0", "logits"), ("m1", "logits")])
+    for options in ({"top": 2}, {"threshold": 0.0}, {"greedy": 2}):
+        chosen = exact.circuit(**options).table()
+        assert set(chosen["sender"]) == {"m0", "m1"}, options
+        assert set(chosen["receiver"]) == {"logits"}, options
+    assert len(exact.circuit(greedy=1)) == 1
+    with pytest.raises(ValueError, match=r"top is 3; it is a number of edges, 0 to 2"):
+        exact.circuit(top=3)
+
+
+def test_a_model_with_flat_mlp_outputs_is_refused(pairs):
+    """OPT's MLP writes [batch * pos, d_model]."""
+    opt = dl.load_model(build("OPT"), backend="bridge")
+    with pytest.raises(ValueError, match="its mlp_out has the shape"):
+        dl.edge_scores(opt, pairs)
 
 
 def test_a_circuit_of_another_model(model, pairs):
@@ -92,6 +118,16 @@ def test_bad_options_of_circuits(model, pairs):
         scores.plot()
     with pytest.raises(ValueError, match="ablation is 'noise'"):
         dl.faithfulness(model, pairs, scores.circuit(top=1), ablation="noise")
+    with pytest.raises(ValueError, match=r"top is 2\.5"):
+        scores.circuit(top=2.5)
+    with pytest.raises(ValueError, match=r"k is -1 and of is 'edges'"):
+        scores.top(-1)
+    with pytest.raises(ValueError, match="ends is 'head'"):
+        dl.edge_scores(model, pairs, span="segment").by_segment("head")
+    with pytest.raises(TypeError, match="circuit contains EdgeScores"):
+        dl.faithfulness(model, pairs, [scores])
+    with pytest.raises(TypeError, match="circuit is EdgeScores"):
+        dl.faithfulness(model, pairs, scores)
     with pytest.raises(ValueError, match="circuit is empty"):
         dl.faithfulness(model, pairs, [])
     with pytest.raises(ValueError, match="increasing shares"):

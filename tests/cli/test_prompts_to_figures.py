@@ -174,6 +174,10 @@ def results(tmp_path_factory, model):
         ),
         "student": student,
     }
+    saved["edges"] = dl.edge_scores(model, pairs, method="gradient", span="position")
+    saved["summed"] = dl.edge_scores(model, pairs, method="gradient")
+    saved["circuit"] = saved["summed"].circuit(top=20)
+    saved["patterns"] = dl.attention_patterns(model, pairs, heads=[(0, 1)])
     saved["audit"] = dl.audit(model, examples, candidates=["owl", "cat", "wolf"])
     for name, result in saved.items():
         result.save(folder / f"{name}.safetensors")
@@ -199,6 +203,9 @@ def results(tmp_path_factory, model):
         (["cross_patch"], "crossed at every boundary"),
         (["student"], "Preference over training"),
         (["audit"], "Audit: "),
+        (["edges", "--item", 2], "edges of pair 2"),
+        (["circuit"], "Circuit of 20 edges"),
+        (["patterns", "--item", 1], "clean"),
     ],
 )
 def test_any_saved_result_is_drawn_again(results, tmp_path, monkeypatch, call, words):
@@ -226,6 +233,8 @@ def test_the_title_the_caption_and_the_width_are_chosen(results, tmp_path):
         (["effects", "--kind", "tokens"], "effects has no figure 'tokens'"),
         (["effects", "--kind", "agreement"], "belong together"),
         (["effects", "--item", 7], "there is no pair 7"),
+        (["edges", "--item", 7], "pair is 7"),
+        (["summed"], "summed over positions"),
         (["effects", "--kind", "agreement", "--other", "sweep.safetensors"], "holds sweep"),
         (["student", "--measure", "accuracy"], "has no column 'accuracy'"),
     ],

@@ -173,13 +173,7 @@ class Blocks:
                     stack.callback(hook.remove)
                 stack.enter_context(self.reading(layer, watched))
                 after = engine.block(layer, resid, run)
-            unseen = [site for site in sites if site not in states]
-            if unseen:
-                self._refuse("output", layer, f"its {unseen[0]} is not observable")
-            for site in sites:
-                if states[site].shape[:2] != resid.shape[:2]:  # OPT: MLPs of [batch * pos, d_model]
-                    shape = list(states[site].shape)
-                    self._refuse("output", layer, f"its {site} has the shape {shape}")
+            self._check_shapes(layer, {site: states.get(site) for site in sites}, resid)
             compared = {}
             for read, name in zip(READS, ("queries", "keys", "values"), strict=True):
                 own = resid[:, None].expand(-1, self.graph.heads(read), -1, -1)
@@ -204,6 +198,16 @@ class Blocks:
                 if not difference <= tolerance:
                     self._refuse(name, layer, f"relative difference {difference:.2g}")
             resid = after
+
+    def _check_shapes(
+        self, layer: int, states: Mapping[str, Tensor | None], resid: Float[Tensor, "batch pos d"]
+    ) -> None:
+        """Refuse a block with an activation that is absent or without an axis of positions."""
+        for site, state in states.items():
+            if state is None:
+                self._refuse("output", layer, f"its {site} is not observable")
+            elif state.shape[:2] != resid.shape[:2]:  # OPT's MLPs write [batch * pos, d_model]
+                self._refuse("output", layer, f"its {site} has the shape {list(state.shape)}")
 
     def _refuse(self, name: str, layer: int, why: str) -> None:
         raise ValueError(

@@ -12,7 +12,7 @@ a{layer}.g{g}.k and .v. All senders of lower layers reach a receiver, and the he
 layer reach its MLP, unless attention and MLP are parallel.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -186,7 +186,7 @@ class Graph:
             ValueError: An entry is no such pair of names, or names an edge that does not exist.
         """
         for entry in named:
-            if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 2:
+            if isinstance(entry, str) or not isinstance(entry, Collection) or len(entry) != 2:
                 raise ValueError(
                     f"edges contains {entry!r}; give a list of (sender, receiver), such as "
                     '[("embed", "logits")]'

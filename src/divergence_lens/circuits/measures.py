@@ -176,7 +176,13 @@ def faithfulness(
     Raises:
         ValueError: As in `edge_scores`; and if a circuit is of another model, there is none, or an
             ablation is unknown.
+        TypeError: `circuit` is no circuit and no sequence of circuits.
     """
+    if not isinstance(circuit, Circuit | Sequence):
+        raise TypeError(
+            f"circuit is {type(circuit).__name__}; choose edges with scores.circuit(top=...), or "
+            "measure scores with faithfulness_curve"
+        )
     circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
     if not circuits:
         raise ValueError("circuit is empty; give at least one circuit")
@@ -194,9 +200,9 @@ def faithfulness(
     graph = blocks.graph
     for one in circuits:
         if not isinstance(one, Circuit):
-            raise ValueError(
-                f"circuit contains {type(one).__name__}; choose edges from scores with "
-                "scores.circuit(top=...), or measure them with faithfulness_curve"
+            raise TypeError(
+                f"circuit contains {type(one).__name__}; give circuits, such as "
+                "scores.circuit(top=20)"
             )
         one.check_graph(graph)
     masks = [np.zeros(len(graph), dtype=bool), *(one.chosen for one in circuits)]

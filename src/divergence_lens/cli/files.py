@@ -56,7 +56,7 @@ def check_outputs(*paths: Path | None, figure: Path | None = None, force: bool) 
     if figure is not None:
         suffix = figure.suffix.lower()
         if suffix not in {*IMAGES, ".html", ""}:
-            raise ValueError(f"--figure is {figure}; its name ends in .html, .png, .svg or .pdf")
+            raise ValueError(f"the figure is {figure}; its name ends in .html, .png, .svg or .pdf")
         if suffix in IMAGES and not (find_spec("kaleido") or find_spec("matplotlib")):
             raise ValueError(
                 f"{figure} needs kaleido or matplotlib, and neither is installed; run pip install "

@@ -128,7 +128,7 @@ def patch(
         try:
             pairs = encode_prompt_pairs(model, prompts, chat=chat, system=system)
         except ValueError as error:
-            if not loading.model.startswith("tiny"):
+            if not loading.model.startswith("tiny") or "vocabulary" not in str(error):
                 raise
             raise ValueError(
                 f"{error}; the bundled model {loading.model!r} knows few words: choose another "

@@ -25,6 +25,8 @@ Kind = Literal[
     "students",
     "margins",
     "training",
+    "edges",
+    "attention",
 ]
 
 Orientation = Literal["layers_down", "layers_across"]
@@ -38,6 +40,9 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "cross_patch": ("margins",),
     "delta": ("training",),
     "audit": ("candidates",),
+    "edge scores": ("edges",),
+    "circuit": ("edges",),
+    "attention": ("attention",),
 }
 
 
@@ -75,8 +80,8 @@ def plot(
     item: Annotated[
         int | None,
         typer.Option(
-            help="Number of the pair of effects, or of the example whose tokens are drawn; by "
-            "default the mean of several pairs, or the first example.",
+            help="Number of the pair of effects, edges or attention, or of the example whose "
+            "tokens are drawn; by default the mean of the effects, or the first.",
             min=0,
         ),
     ] = None,
@@ -192,6 +197,27 @@ def _audit(path: Path, choice: Choice) -> "go.Figure":  # noqa: ARG001
     return Audit.load(path).plot()
 
 
+def _edge_scores(path: Path, choice: Choice) -> "go.Figure":
+    from divergence_lens import plots
+    from divergence_lens.circuits import EdgeScores
+
+    return plots.edge_graph(EdgeScores.load(path), pair=choice.item or 0)
+
+
+def _circuit(path: Path, choice: Choice) -> "go.Figure":  # noqa: ARG001
+    from divergence_lens import plots
+    from divergence_lens.circuits import Circuit
+
+    return plots.circuit_graph(Circuit.load(path))
+
+
+def _attention(path: Path, choice: Choice) -> "go.Figure":
+    from divergence_lens import plots
+    from divergence_lens.patching import AttentionPatterns
+
+    return plots.attention_from(AttentionPatterns.load(path), pair=choice.item or 0)
+
+
 _DRAW = {
     "effects": _effects,
     "divergence": _divergence,
@@ -200,4 +226,7 @@ _DRAW = {
     "cross_patch": _cross_patch,
     "delta": _delta,
     "audit": _audit,
+    "edge scores": _edge_scores,
+    "circuit": _circuit,
+    "attention": _attention,
 }

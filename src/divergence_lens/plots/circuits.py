@@ -126,6 +126,7 @@ def circuit_graph(circuit: Circuit, *, k: int = 400) -> go.Figure:
         graph.n_layers,
         headline=f"Circuit of {style.plural(len(circuit), 'edge')}",
         detail=f"{style.plural(len(circuit.nodes), 'node')} of {len(graph.senders) + 1:,}"
+        + ("; orange raises the metric, blue lowers it" if table["score"].notna().any() else "")
         + (f"; {style.plural(left_out, 'weaker edge')} not drawn" if left_out else ""),
         ticks=[*(str(head) for head in range(graph.n_heads)), "MLP"],
         x_title="head",
