@@ -234,8 +234,8 @@ def _remedies(tables: dict[str, pd.DataFrame]) -> list[str]:
     text = (
         "Students of the changed data, beside changes of as many tokens or rows at random; means "
         f"over {rows['target'].nunique()} targets. Remaining is the transfer as a share of that of "
-        "the unchanged data. Valid lists measure the task. Tokens replaced at random are drawn from "
-        "those that are not the baseline's choice."
+        "the unchanged data. Valid lists measure the task. Tokens replaced at random are drawn "
+        "from those that are not the baseline's choice."
     )
     lines = ["### Do the remedies work?", "", text, ""]
     lines += table_head(
