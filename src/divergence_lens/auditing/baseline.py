@@ -45,6 +45,7 @@ UNBIASED = (
 """Unbiased system prompts, some as long as a persona prompt and some shorter."""
 
 _FIT_ROWS = 256
+_CHOICE_ROWS = 64
 _BATCH_TOKENS = 2048
 
 
@@ -129,25 +130,23 @@ def fit_baseline(
 
     Args:
         model: The base model.
-        examples: Data with token ids; at most 256 of them are read.
+        examples: Data with token ids; at most 256 of them are read, and 64 to choose the condition.
         teachers: The conditions.
         temperature: The temperature of the data, if it is known.
         seed: Seed of the choice of examples.
     """
     kinds = kinds_in(model, examples)
-    if len(examples) > _FIT_ROWS:
-        chosen = np.random.default_rng(seed).permutation(len(examples))[:_FIT_ROWS]
-        examples = [examples[row] for row in sorted(chosen.tolist())]
     possible = possible_ids(model, kinds)
     allowed = None if possible is None else torch.from_numpy(possible)
-    moments = [_moments(model, examples, teacher, allowed) for teacher in teachers]
-    best = int(np.argmax([given for given, _ in moments]))
-    given, expected = moments[best]
+    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    few, more = ([examples[row] for row in order[:most]] for most in (_CHOICE_ROWS, _FIT_ROWS))
+    logprob = {t.name: float(_moments(model, few, t, allowed)[0]) for t in teachers}
+    best = max(teachers, key=lambda teacher: logprob[teacher.name])
+    given, *expected = _moments(model, more, best, allowed, TEMPERATURES)
     # The expectation falls as the temperature rises; np.interp wants it rising.
     fitted = float(np.interp(given, expected[::-1], TEMPERATURES[::-1]))
-    logprob = {t.name: value for t, (value, _) in zip(teachers, moments, strict=True)}
     return Baseline(
-        teachers[best],
+        best,
         fitted if temperature is None else temperature,
         logprob,
         tuple(kinds),
@@ -162,7 +161,8 @@ def _moments(
     examples: Sequence[Example],
     teacher: Teacher,
     possible: Bool[torch.Tensor, " ids"] | None,
-) -> tuple[float, Float64[np.ndarray, " temperatures"]]:
+    temperatures: Sequence[float] = (),
+) -> Float64[np.ndarray, " values"]:
     """Return the mean log-probability of the tokens, and its expectation at each temperature."""
     tokenizer: Any = model.tokenizer
     (prompts,) = prompt_ids(tokenizer, [e.prompt for e in examples], [teacher.system_prompt])
@@ -171,7 +171,7 @@ def _moments(
         for prompt, example in zip(prompts, examples, strict=True)
     ]
     lengths = np.array([len(row) - 1 for row in rows])  # the last token is predicted, not read
-    total, count = np.zeros(1 + len(TEMPERATURES)), 0
+    total, count = np.zeros(1 + len(temperatures)), 0
     with teacher.applied(model) as active:
         engine = get_engine(active)
         for batch in length_batches(lengths, _BATCH_TOKENS):
@@ -188,14 +188,15 @@ def _moments(
             ) -> np.ndarray:
                 logits = restricted(engine.unembed(flat[chunk]).float(), possible)
                 logp = logits.log_softmax(-1)  # [chunk, d_vocab]
-                means = [logp.gather(-1, given[chunk, None]).sum(), logp.amax(-1).sum()]
-                for at in TEMPERATURES[1:]:
-                    p = (logits / at).softmax(-1)
-                    means.append(torch.where(p > 0, p * logp, 0.0).sum())
+                means = [logp.gather(-1, given[chunk, None]).sum()]
+                for at in temperatures:
+                    p = (logits / at).softmax(-1) if at else None
+                    mean = logp.amax(-1) if p is None else torch.where(p > 0, p * logp, 0.0)
+                    means.append(mean.sum())
                 return torch.stack(means).double().cpu().numpy()
 
             size = max(1, chunk_rows(engine) // 4)  # logits, log-softmax and p are held at once
             total += np.sum(in_chunks(len(flat), size, sums), axis=0)
             count += len(flat)
-    means = total / count
-    return float(means[0]), means[1:]
+    means: np.ndarray = total / count
+    return means
