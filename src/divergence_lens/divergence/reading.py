@@ -409,8 +409,7 @@ class _Reader:
             logits = restricted(own(hidden[chunk]), self._possible)  # [rows, d_vocab]
             if temperature:
                 theirs = restricted(first(factual[chunk]), self._possible).float()
-                chosen = (theirs / temperature).softmax(-1)
-                chosen = chosen.to(logits.device)  # [rows, d_vocab]
+                chosen = theirs.div_(temperature).softmax(-1).to(logits.device)  # [rows, d_vocab]
             else:
                 chosen = logits.argmax(-1) if choice is None else choice[chunk].to(logits.device)
             return score_expected(logits, given[chunk], chosen)
@@ -428,9 +427,11 @@ class _Reader:
         """Return the unembedding under a teacher, usable outside of its `applied` block."""
         teacher, base = self._teachers[index], self._base(index)
         engine = get_engine(base)
+        if teacher.delta is None:
+            return engine.unembed
         blocks = (engine.block_parameters(layer) for layer in range(engine.n_layers))
         inside = {name for block in blocks for name in block}
-        if teacher.delta is None or inside.issuperset(teacher.delta.tensors):
+        if inside.issuperset(teacher.delta.tensors):
             return engine.unembed
 
         def unembed(hidden: Tensor) -> Tensor:

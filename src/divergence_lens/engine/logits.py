@@ -96,13 +96,17 @@ def score(
 def restricted(
     logits: Float[Tensor, "rows d_vocab"], possible: Bool[Tensor, " ids"] | None
 ) -> Float[Tensor, "rows d_vocab"]:
-    """Give all but the possible ids probability 0; ids beyond those listed are not possible."""
+    """Give all but the possible ids probability 0; the logits are overwritten.
+
+    Ids beyond those listed are not possible. Their logits become the lowest number instead of
+    minus infinity, which times a probability of 0 would be NaN.
+    """
     if possible is None:
         return logits
     width = logits.shape[1]
     beyond = max(0, width - len(possible))
     mask = torch.nn.functional.pad(possible, (0, beyond))[:width].to(logits.device)  # [d_vocab]
-    return logits.masked_fill(~mask, -torch.inf)
+    return logits.masked_fill_(~mask, torch.finfo(logits.dtype).min)
 
 
 def score_expected(
@@ -127,7 +131,9 @@ def score_expected(
         # One of two models may pad its vocabulary further; an id of probability 0 adds nothing.
         width = min(logits.shape[1], chosen.shape[1])
         p = chosen[:, :width]
-        mean = torch.where(p > 0, p * logits[:, :width], 0.0).sum(-1)  # [rows]
+        mean = torch.einsum("rv,rv->r", p, logits[:, :width])  # [rows]
+        if not mean.isfinite().all():  # a model's own logit of minus infinity, times 0
+            mean = torch.where(p > 0, p * logits[:, :width], 0.0).sum(-1)
     predicted, margin, logprob = score(logits, given)
     # mean(log p) = mean(logit) - log(sum(exp(logits))), and that sum is in log p of the given id.
     return predicted, margin, logprob, mean - own + logprob
