@@ -88,7 +88,7 @@ def test_commands_warn_about_a_file_of_another_model(tmp_path, base, divergence,
     }
     for name, arguments in commands.items():
         for model, expected in (("tiny", 0), ("tiny-qwen2", 1)):
-            out = ["--model", model, "--out", tmp_path / f"{name}.safetensors"]
+            out = ["--model", model, "--out", tmp_path / f"{name}.safetensors", "--force"]
             done = CliRunner().invoke(app, [str(word) for word in (*arguments, *out)])
             assert done.exit_code == 0, (done.output, done.exception)
             assert done.output.count("Warning: ") == expected

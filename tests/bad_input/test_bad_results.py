@@ -311,9 +311,9 @@ CASES: list[Case] = [
     ),
     (
         "an unknown way to measure",
-        lambda k: dl.preference(k.model, target="owl", method="guess"),
-        ValueError,
-        "guess",
+        lambda k: dl.preference(k.model, target="owl", sampled="guess"),
+        TypeError,
+        "SampledAnswers",
     ),
     (
         "questions as one string",

@@ -39,11 +39,15 @@ def results() -> dict[str, Any]:
         foils=pairs.foils,
         corrupted_teacher=dl.Teacher("student", delta=student),
     )
+    scores = dl.edge_scores(model, pairs)
+    circuit = scores.circuit(top=4)
     audit = dl.audit(model, examples, candidates=["owl", "cat"], neutral_rows=0, own_rows=0)
     objects = [
         *(audit, audit.show(0), audit.drop_rows("owl")),
         dl.audit_student(model, student, examples, candidates=["owl", "cat"], questions=questions),
         *(examples[0], div, div[0], pairs, data, student, effects, effects.verified),
+        *(scores, circuit, dl.faithfulness(model, pairs, circuit)),
+        dl.attention_patterns(model, pairs, heads=[(0, 1)]),
         Rewritten(data, np.ones(len(data), dtype=bool), (EVIL,) * len(data)),
         dl.preference(model, target="owl", questions=questions),
         dl.layer_sweep(

@@ -106,6 +106,8 @@ def preference(
     refuse_dropout(model if teacher.model is None else teacher.model)
     prefixes = (prefix,) if isinstance(prefix, str) else tuple(prefix)
     _check_prefixes(prefixes, sampled)
+    if sampled is not None and not isinstance(sampled, SampledAnswers):
+        raise TypeError(f"sampled is {sampled!r}; give SampledAnswers(...), or None to be exact")
     settings: dict[str, Any] = {"system_prompt": teacher.system_prompt}
     if choices:
         if len(choices) < len(asked) or sampled is not None or any(prefixes):

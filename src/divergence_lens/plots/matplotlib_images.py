@@ -93,9 +93,9 @@ def _plain(text: Any) -> str:
     return unescape(re.sub(r"<[^<>]*>", "", str(text or "").replace("<br>", "\n")))
 
 
-def _color(color: str) -> Any:
+def _color(color: str | None) -> Any:
     """Convert a CSS color for matplotlib."""
-    parts = re.fullmatch(r"rgba\((.*)\)", color)
+    parts = re.fullmatch(r"rgba\((.*)\)", color or "")
     if parts is None:
         return color
     red, green, blue, opacity = (float(part) for part in parts[1].split(","))
@@ -207,7 +207,7 @@ def _scatter(axes: Any, trace: Any) -> None:
         axes.fill(x, y, color=_color(trace.fillcolor), linewidth=0)
         return
     mode = trace.mode or "lines"
-    color = trace.line.color if "lines" in mode else trace.marker.color
+    color = _color(trace.line.color if "lines" in mode else trace.marker.color)
     hollow = str(trace.marker.symbol or "").endswith("-open")
     outline = trace.marker.line
     axes.plot(
@@ -220,15 +220,15 @@ def _scatter(axes: Any, trace: Any) -> None:
         linewidth=(trace.line.width or 2) * _POINTS,
         marker=_SYMBOLS.get(trace.marker.symbol or "circle", "o") if "markers" in mode else "none",
         markersize=(trace.marker.size or 6) * _POINTS,
-        markerfacecolor="none" if hollow else trace.marker.color or color,
-        markeredgecolor=outline.color or color,
+        markerfacecolor="none" if hollow else _color(trace.marker.color) or color,
+        markeredgecolor=_color(outline.color) or color,
         markeredgewidth=(outline.width or 1) * _POINTS,
     )
     _error_bars(axes, x, y, trace.error_y, name="yerr", color=color)
     _error_bars(axes, x, y, trace.error_x, name="xerr", color=color)
 
 
-def _error_bars(axes: Any, x: Any, y: Any, error: Any, *, name: str, color: str) -> None:
+def _error_bars(axes: Any, x: Any, y: Any, error: Any, *, name: str, color: Any) -> None:
     if error.array is None:
         return
     ends = np.abs(np.stack([_values(error.arrayminus), _values(error.array)]))  # [2, points]
