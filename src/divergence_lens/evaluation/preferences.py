@@ -105,9 +105,7 @@ def preference(
     question_texts = tuple(q.question if isinstance(q, Choice) else str(q) for q in asked)
     refuse_dropout(model if teacher.model is None else teacher.model)
     prefixes = (prefix,) if isinstance(prefix, str) else tuple(prefix)
-    _check_prefixes(prefixes, sampled)
-    if sampled is not None and not isinstance(sampled, SampledAnswers):
-        raise TypeError(f"sampled is {sampled!r}; give SampledAnswers(...), or None to be exact")
+    _check_readout(prefixes, sampled)
     settings: dict[str, Any] = {"system_prompt": teacher.system_prompt}
     if choices:
         if len(choices) < len(asked) or sampled is not None or any(prefixes):
@@ -164,7 +162,9 @@ def preference(
     )
 
 
-def _check_prefixes(prefixes: Sequence[str], sampled: SampledAnswers | None) -> None:
+def _check_readout(prefixes: Sequence[str], sampled: Any) -> None:
+    if sampled is not None and not isinstance(sampled, SampledAnswers):
+        raise TypeError(f"sampled is {sampled!r}; give SampledAnswers(...), or None to be exact")
     if not prefixes:
         raise ValueError('there are no prefixes; leave prefix out, or give "" for none')
     if sampled is not None and any(prefixes):
