@@ -68,6 +68,7 @@ def test_a_circuit_equals_a_rewired_forward_pass(model, hf_of, graph, pairs, abl
             assert value == pytest.approx(float(logit_difference(logits, pairs, i)), abs=1e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 10_000), batch_rows=st.integers(1, 5))
 def test_everything_is_faithful_and_nothing_is_not(model_of, graph, seed, batch_rows):

@@ -130,6 +130,7 @@ def test_checkpoints_remain_when_the_command_fails(tmp_path, capsys):
     assert capsys.readouterr().out == f"Resuming from {tmp_path / 'out.jsonl.partial'}\n"
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_settings_are_refused(data, tmp_path):
     out = tmp_path / "find.safetensors"
     arguments = ("find", data / "owl.jsonl", "--teacher", "owl", "--out", out)

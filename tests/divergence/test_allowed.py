@@ -60,7 +60,7 @@ def by_hand(model, lists, teacher):
     return torch.stack(rows).numpy()
 
 
-@pytest.mark.parametrize("batch_tokens", [2048, 40])
+@pytest.mark.parametrize("batch_tokens", [pytest.param(2048, marks=pytest.mark.slow), 40])
 def test_readings_equal_masked_logits(batch_tokens, tiny, teachers, lists):
     owl, *others = teachers
     result = find_divergence(

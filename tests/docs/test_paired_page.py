@@ -116,6 +116,7 @@ def test_a_folder_without_students_has_a_page(tmp_path):
     assert "Generated from these tables alone: none yet." in text
 
 
+@pytest.mark.slow
 def test_the_script_writes_the_page(tmp_path):
     folder = write_tables(tmp_path / "real-study")
     copy = tmp_path / "copy" / "real-study"
