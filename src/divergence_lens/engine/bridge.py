@@ -1,5 +1,6 @@
 """The engine of a `TransformerBridge`, through the Hugging Face decoder that it wraps."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -101,7 +102,8 @@ class BridgeEngine(Engine):
             return False
         changed: list[Tensor] = []
         point = self._site_module(0, "pattern")
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TransformerLens 4 warns where the edit has no effect
             for zero in (False, True):
                 handle = point.register_forward_hook(
                     lambda _module, _inputs, pattern, zero=zero: pattern * (0.0 if zero else 1.0)
