@@ -1,5 +1,7 @@
 """Errors of edges, path patching and circuits name the value and the fix."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -68,9 +70,9 @@ def test_pairs_without_a_counterfactual(model):
         dl.edge_scores(model, dl.Pairs.from_tokens([row], [row], answers=[1], foils=[2]))
 
 
-def test_teachers_of_two_weights(model, model_of):
+def test_teachers_of_two_weights(model):
     rows = random_pairs(64)
-    other = dl.Teacher("other", model=model_of("llama", "hooked"))
+    other = dl.Teacher("other", model=copy.deepcopy(model))
     pairs = dl.Pairs.from_tokens(
         rows.clean, rows.corrupted, answers=[1] * 4, foils=[2] * 4, corrupted_teacher=other
     )
@@ -80,7 +82,7 @@ def test_teachers_of_two_weights(model, model_of):
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])
 def test_blocks_with_a_norm_after_the_heads_are_refused(model_of, pairs, family):
-    with pytest.raises(ValueError, match="block 0 cannot be divided"):
+    with pytest.raises(ValueError, match="block 0 cannot be divided|heads cannot be separated"):
         dl.edge_scores(model_of(family, "bridge"), pairs)
 
 
