@@ -82,7 +82,7 @@ def test_teachers_of_two_weights(model):
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])
 def test_blocks_with_a_norm_after_the_heads_are_refused(model_of, pairs, family):
-    with pytest.raises(ValueError, match="block 0 cannot be divided|heads cannot be separated"):
+    with pytest.raises(ValueError, match=r"cannot be (divided|separated)"):
         dl.edge_scores(model_of(family, "bridge"), pairs)
 
 
