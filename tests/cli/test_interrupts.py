@@ -68,7 +68,19 @@ def test_during_the_imports_of_a_command(module, tmp_path):
     assert "KeyboardInterrupt" not in output
 
 
-def test_before_the_command_and_between_imports(tmp_path):
+def outcome(code: str) -> tuple[int, str, str]:
+    """Run Python code in another process; return its exit code and its two outputs."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_before_the_command_and_between_imports():
     """Without an import on the stack, and before any command runs."""
     code = (
         "import os, signal\n"
@@ -78,17 +90,10 @@ def test_before_the_command_and_between_imports(tmp_path):
         "os.kill(os.getpid(), signal.SIGINT)\n"
         "print('not reached')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "started\n", "\nStopped.\n")
+    assert outcome(code) == (130, "started\n", "\nStopped.\n")
 
 
-def test_in_a_command_the_library_sees_the_interrupt(tmp_path):
+def test_in_a_command_the_library_sees_the_interrupt():
     """Results that are finished are stored before the process ends."""
     code = (
         "import os, signal\n"
@@ -105,14 +110,7 @@ def test_in_a_command_the_library_sees_the_interrupt(tmp_path):
         "handle_interrupts()\n"
         "typer.run(work)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "stored\n", "Stopped here.\n")
+    assert outcome(code) == (130, "stored\n", "Stopped here.\n")
 
 
 @pytest.mark.slow

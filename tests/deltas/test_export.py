@@ -97,7 +97,8 @@ def test_a_shipped_base_is_found_by_its_name_and_brings_its_tokenizer(tiny, tmp_
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # within peft
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "qwen2", "gemma2"])
 def test_peft_loads_the_adapter(backend, family, tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model, hf_model = both(family, backend)
     recipe = Recipe(epochs=2, batch_size=4, lr=0.02, lora_rank=3, lora_alpha=6.0)
     student = finetune(model, number_lists(4), layers=[1, 2], recipe=recipe)
@@ -111,7 +112,8 @@ def test_peft_loads_the_adapter(backend, family, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 def test_sums_and_opposites_of_lora_students_are_adapters_too(backend, tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model, hf_model = both("llama", backend)
     one, two = (
         finetune(

@@ -178,7 +178,6 @@ def test_words_that_differ_are_bold_inside_a_chat_template(tiny):
 
 @pytest.mark.parametrize("kind", ["effects_heatmap", "effects_by_segment"])
 def test_an_image_has_the_same_bold_words(kind):
-    pytest.importorskip("matplotlib")
     from divergence_lens.plots.matplotlib_images import draw_image
 
     figure = getattr(plots, kind)(effects())

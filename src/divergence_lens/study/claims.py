@@ -116,6 +116,32 @@ def compare(  # noqa: PLR0917 - one column of the table of claims each
 
 
 _SHARED = "all targets share the control students"
+
+EARLY_LAYERS = Claim(
+    id="early_layers_cause_divergence",
+    claim="The first half of the layers causes more of the first divergence than the second",
+    estimand=early_share,
+    unit="share of the absolute effects of attention and MLP outputs",
+    caveat="effects of single cells, which do not add up to the total effect",
+    threshold=0.5,
+    within=(0, 1),
+)
+
+APPROXIMATION = Claim(
+    id="approximation_agrees",
+    claim="Integrated attribution agrees with exact mediation",
+    estimand=agreement("inner_pearson"),
+    unit="Pearson correlation within a pair (resid_post, without target position and last layer)",
+    caveat="on this model and these pairs; other sites may differ",
+    threshold=0.8,
+    within=(-1, 1),
+    related={
+        "Spearman correlation of the same cells": agreement("inner_spearman"),
+        "slope of exact on approximate values, same cells": agreement("inner_slope"),
+        "Pearson correlation of all cells and pairs together": agreement("pearson"),
+    },
+)
+
 CLAIMS = (
     Claim(
         id="few_divergence_tokens",
@@ -185,28 +211,6 @@ CLAIMS = (
         f"control students trained all layers, on other lists; {_SHARED}",
         needs=("divergence_tokens_suffice",),
     ),
-    Claim(
-        id="early_layers_cause_divergence",
-        claim="The first half of the layers causes more of the first divergence than the second",
-        estimand=early_share,
-        unit="share of the absolute effects of attention and MLP outputs",
-        caveat="effects of single cells, which do not add up to the total effect",
-        threshold=0.5,
-        within=(0, 1),
-    ),
-    Claim(
-        id="approximation_agrees",
-        claim="Integrated attribution agrees with exact mediation",
-        estimand=agreement("inner_pearson"),
-        unit="Pearson correlation within a pair (resid_post, without target position and last "
-        "layer)",
-        caveat="on this model and these pairs; other sites may differ",
-        threshold=0.8,
-        within=(-1, 1),
-        related={
-            "Spearman correlation of the same cells": agreement("inner_spearman"),
-            "slope of exact on approximate values, same cells": agreement("inner_slope"),
-            "Pearson correlation of all cells and pairs together": agreement("pearson"),
-        },
-    ),
+    EARLY_LAYERS,
+    APPROXIMATION,
 )

@@ -11,12 +11,12 @@ student minus its margin in the twin, mean over seeds. Intervals are over target
 two targets of a pair share their students, so four targets are less than four independent ones.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from divergence_lens.study.claims import Claim
-from divergence_lens.study.estimands import TENTH, Tables, agreement, early_share, table
+from divergence_lens.study.claims import APPROXIMATION, EARLY_LAYERS, Claim
+from divergence_lens.study.estimands import TENTH, Tables, table
 from divergence_lens.study.paired import trained_alone
 
 Side = tuple[str, int | None]
@@ -267,26 +267,7 @@ PAIRED_CLAIMS: tuple[Claim, ...] = (
         "dose25",
         optional=True,
     ),
-    Claim(
-        id="early_layers_cause_divergence",
-        claim="The first half of the layers causes more of the first divergence than the second",
-        estimand=early_share,
-        unit="share of the absolute effects of attention and MLP outputs",
-        caveat="effects of single cells, which do not add up to the total effect",
-        threshold=0.5,
-        within=(0, 1),
-        optional=True,
-    ),
-    Claim(
-        id="approximation_agrees",
-        claim="Integrated attribution agrees with exact mediation",
-        estimand=agreement("inner_pearson"),
-        unit="Pearson correlation within a pair (resid_post, without target position and last "
-        "layer)",
-        caveat="on this model and these pairs; other sites may differ",
-        threshold=0.8,
-        within=(-1, 1),
-        optional=True,
-    ),
+    replace(EARLY_LAYERS, optional=True),
+    replace(APPROXIMATION, optional=True, related={}),
 )
 """Claims on the core conditions, then optional ones on the further conditions."""
