@@ -280,7 +280,8 @@ def test_wrong_input_is_one_line_and_writes_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_gpu_that_is_not_there_is_one_line(monkeypatch):
+def test_a_gpu_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the clone may hold a demo, which demo and study refuse to replace
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     for command in (["evaluate", "--target", "owl"], ["demo"], ["study"]):
         output = run(*command, "--device", "cuda:1", code=2)
