@@ -57,6 +57,23 @@ _WORDS = {
     "random": "a random tenth of the digits",
     "bottom_advantage": "the tenth of the digits with the smallest advantage",
     "without_divergence": "all digits but divergence tokens",
+    "first_only": "the first divergence token of each list",
+    "top_quarter": "the quarter of the digits with the largest advantage",
+    "dose25": "a quarter of the lists, their tenth with the largest advantage",
+    "dose50": "half of the lists, their tenth with the largest advantage",
+    "few_rows": "a quarter of the lists four times, their tenth with the largest advantage",
+    "soft": "the teacher's distributions at all digits (soft distillation)",
+    "greedy": "all digits of greedy lists",
+    "paraphrased": "all digits, behind paraphrased prompts",
+    "mixed_twin10": "all digits, 10 % of the lists by the twin's teacher",
+    "mixed_twin25": "all digits, 25 % of the lists by the twin's teacher",
+    "replaced_all": "all digits, divergence tokens replaced with the twin's choices",
+    "other_base": "all digits of lists by a teacher of another base model",
+    "attention": "largest advantage, attention alone",
+    "mlp": "largest advantage, MLPs alone",
+    "lora1": "largest advantage, LoRA of rank 1",
+    "lora32": "largest advantage, LoRA of rank 32",
+    "full": "largest advantage, all weights instead of LoRA",
 }
 
 
@@ -136,8 +153,9 @@ def _opening(about: Mapping[str, Any], students: pd.DataFrame, folder: Path) -> 
         f"A paired study of `{settings['model']}` ({about['layers']} layers), a chat model that "
         f"was not made for it. Generated from these tables alone: {', '.join(files) or 'none yet'}."
     )
+    number = f"{len(students)} student" + ("" if len(students) == 1 else "s")
     size = (
-        f"**{len(students)} students** so far ({hours:.1f} hours of one CPU core); the last "
+        f"**{number}** so far ({hours:.1f} hours of one CPU core); the last "
         f"command planned {about['planned']}. Targets, in pairs of twins: {pairs}. Seeds: "
         f"{', '.join(map(str, settings['seeds']))}. Each teacher is finetuned to a margin of "
         f"{paired['strength']:g} nats and writes {settings['prompts']} lists that match "

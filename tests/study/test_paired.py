@@ -271,6 +271,7 @@ def test_every_further_condition_runs(config, finished):
     sizes = rows.groupby("condition")["examples"].first()
     assert sizes["dose25"] == 3
     assert sizes["dose50"] == 6
+    assert sizes["few_rows"] == 3
     # Attention and MLP are both here; greedy lists are compared with the core's `all`.
     measured = {finding.id.partition("/")[2] for finding in study.findings if finding.n}
     assert "attention_beats_mlp" in measured

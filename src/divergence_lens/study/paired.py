@@ -218,6 +218,17 @@ def _further() -> list[Condition]:
             for percent in (25, 50)
         ),
         (
+            "few_rows",
+            "the number of different lists: the first 25%, four times, on their share of "
+            "`top_advantage`",
+            {"data": partial(first_lists, share=0.25), "mask": top, "recipe": {"epochs": 4}},
+        ),
+        (
+            "soft",
+            "the labels: the teacher's full next-token distributions, at all digits",
+            {"mask": digit_tokens, "soft": {}},
+        ),
+        (
             "greedy",
             "sampling: greedy lists, all digits",
             {"data": partial(lists_from, name="greedy"), "mask": digit_tokens},

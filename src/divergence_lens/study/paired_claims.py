@@ -267,6 +267,22 @@ PAIRED_CLAIMS: tuple[Claim, ...] = (
         "dose25",
         optional=True,
     ),
+    _margins(
+        "different_lists_beat_repeated_ones",
+        "All lists once transfer more than a quarter of them four times, each on its tenth of the "
+        "digits",
+        "top_advantage",
+        "few_rows",
+        optional=True,
+    ),
+    _margins(
+        "soft_beats_hard",
+        "Soft distillation transfers more than the tokens themselves",
+        "soft",
+        "all",
+        "soft targets have far more information per token",
+        optional=True,
+    ),
     replace(EARLY_LAYERS, optional=True),
     replace(APPROXIMATION, optional=True, related={}),
 )
