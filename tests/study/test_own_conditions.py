@@ -9,6 +9,7 @@ import pytest
 
 from divergence_lens.models import load_model
 from divergence_lens.study import StudyConfig, run_study
+from divergence_lens.study.config_checks import check_models
 from divergence_lens.study.interventions import divergence_tokens, own_lists, random_tokens
 from divergence_lens.study.presets import STUDENT
 from divergence_lens.study.registry import conditions
@@ -104,7 +105,7 @@ def test_a_model_without_a_chat_template_has_no_prompted_teachers(config, tmp_pa
     model = load_model("tiny", backend="bridge")
     model.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="cannot have prompted teachers"):
-        replace(config, kinds=("prompted",)).check(model, None)
+        check_models(replace(config, kinds=("prompted",)), model, None)
 
 
 @pytest.mark.slow

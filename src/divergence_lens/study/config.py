@@ -1,25 +1,22 @@
 """The configuration of a study: its settings, their validation, and presets per model."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from divergence_lens._utils.tables import short_repr
-from divergence_lens._utils.validation import refuse_one_number, refuse_one_string
-from divergence_lens.chat import check_length, encode_prompts
 from divergence_lens.data import (
     ANIMALS,
-    check_candidate,
     neutral_prompt,
     number_prompts,
     persona_prompt,
 )
-from divergence_lens.engine import get_engine
-from divergence_lens.models import Model, load_model, model_name
+from divergence_lens.models import Model, load_model
 from divergence_lens.study.conditions import KINDS, Condition
+from divergence_lens.study.config_checks import check_settings
 from divergence_lens.study.paired import (
     PAIRED_TARGETS,
     STUDENT,
@@ -32,7 +29,6 @@ from divergence_lens.study.paper import PaperDesign, paper_settings
 from divergence_lens.study.presets import Recipes, recipes
 from divergence_lens.study.registry import DEMO, GROUPS, RANKS, choose_conditions
 from divergence_lens.study.registry import conditions as registry_conditions
-from divergence_lens.teachers import Teacher
 from divergence_lens.tiny import TINY_MODELS
 from divergence_lens.training import PAPER, TEACHER, Recipe
 
@@ -56,11 +52,6 @@ one that all its students have. Conditions at multiples of the rate of full trai
 because the recipe's rate is already one for LoRA, and conditions that need a second base model are
 skipped unless the user chooses one."""
 
-DTYPES = ("float32", "bfloat16", "float16")
-"""Data types of the parameters."""
-
-_MANY_LAYERS = 1000  # for names of layers before the model is loaded
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class StudyConfig:
@@ -73,7 +64,7 @@ class StudyConfig:
         model: The model, as for `load_model`.
         backend: Model class, as for `load_model`.
         device: Device, as for `load_model`; None for the first GPU, or else the CPU.
-        dtype: Data type of the parameters, one of `DTYPES`.
+        dtype: Data type of the parameters, one of `config_checks.DTYPES`.
         targets: The preferences to transfer.
         animals: All candidates. Those that are not the target are its counterfactual teachers.
         kinds: Kinds of teachers, of `KINDS`.
@@ -134,28 +125,7 @@ class StudyConfig:
     paper_design: PaperDesign | None = None
 
     def __post_init__(self) -> None:
-        _check_lists(self)
-        _check_paired(self)
-        if len(self.targets) < 2:
-            raise ValueError(
-                f"targets are {self.targets}; an interval over targets needs two or more"
-            )
-        for name in self.targets:
-            check_candidate(name, candidates=self.animals)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; it is one of {', '.join(DTYPES)}")
-        if set(self.kinds) - set(KINDS) or not self.kinds:
-            raise ValueError(f"kinds are {self.kinds}; choose from {', '.join(KINDS)}")
-        minimums = {"prompts": 1, "max_new_tokens": 1, "held_out": 1, "workers": 1, "pairs": 0}
-        for name, minimum in minimums.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be {minimum} or more")
-        if not self.seeds:
-            raise ValueError("a study needs at least one seed")
-        chosen = choose_conditions(self.conditions, self.kinds, self._known(_MANY_LAYERS))
-        for kind, conditions in chosen.items():
-            if not conditions:
-                raise ValueError(f"there is no condition for {kind} teachers; omit that kind")
+        check_settings(self)
 
     def __repr__(self) -> str:
         """The model, and the settings that differ from the demo's."""
@@ -315,13 +285,14 @@ class StudyConfig:
         single = condition.label == "layer"
         return self.seeds if not single or self.layer_seeds is None else self.layer_seeds
 
-    def _known(self, n_layers: int) -> dict[str, Condition]:
-        """The conditions that names, groups and patterns select."""
-        return registry_conditions(n_layers) if self.paired is None else paired_conditions(n_layers)
+    def chosen_conditions(self, n_layers: int) -> dict[str, tuple[Condition, ...]]:
+        """The conditions of each kind of teacher on a model with this number of layers."""
+        known = registry_conditions if self.paired is None else paired_conditions
+        return choose_conditions(self.conditions, self.kinds, known(n_layers))
 
     def conditions_of(self, kind: str, n_layers: int) -> tuple[Condition, ...]:
         """The conditions of one kind of teacher, without those that lack a second base model."""
-        chosen = choose_conditions(self.conditions, self.kinds, self._known(n_layers))[kind]
+        chosen = self.chosen_conditions(n_layers)[kind]
         return tuple(c for c in chosen if self.other_model is not None or not c.other_model)
 
     def recipe_of(self, model: Model, kind: str, condition: Condition | None = None) -> Recipe:
@@ -343,41 +314,6 @@ class StudyConfig:
         """The system prompt under which the base model writes the control lists."""
         return neutral_prompt(1) if kind == "prompted" and self.neutral else None
 
-    def check(self, model: Model, other: Model | None) -> None:
-        """Check the configuration against its models, before anything runs.
-
-        Raises:
-            ValueError: A condition names layers or parts that the model lacks, or needs a second
-                base model that is not given; a recipe field does not exist; the tokenizer has no
-                chat template but the teachers need system prompts; prompts exceed the context;
-                the second base model has another tokenizer.
-        """
-        n_layers = get_engine(model).n_layers
-        named = {c for c in self.conditions if isinstance(c, str) and not set(c) & set("*?[:")}
-        chosen = choose_conditions(self.conditions, self.kinds, self._known(n_layers))
-        for kind, conditions in chosen.items():
-            for condition in conditions:
-                # A pattern skips conditions that need a second base model; a name requires one.
-                explicit = condition.name in named or condition in self.conditions
-                if explicit and condition.other_model and self.other_model is None:
-                    raise ValueError(
-                        f"condition {condition.name!r} needs another base model; set other_model"
-                    )
-                self._check_condition(model, kind, condition)
-            self._check_prompts(model, kind)
-        if other is not None:
-            with Teacher("other", model=other).applied(model):
-                pass
-
-    def _check_condition(self, model: Model, kind: str, condition: Condition) -> None:
-        try:
-            recipe = self.recipe_of(model, kind, condition)
-            replace(recipe, parts=condition.parts, embedding=condition.embedding).choose(
-                model, condition.layers
-            )
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"condition {condition.name!r}: {error}") from error
-
     def number_prompts(self, n: int) -> list[str]:
         """The first `n` prompts of the study."""
         shown: dict[str, Any] = {}
@@ -386,22 +322,6 @@ class StudyConfig:
         elif self.paper_design is not None:
             shown = self.paper_design.prompts
         return number_prompts(n, seed=self.prompt_seed, instructions=self.instructions, **shown)
-
-    def _check_prompts(self, model: Model, kind: str) -> None:
-        longest = max(self.number_prompts(self.prompts), key=len)
-        systems: Sequence[str | None] = [self.system_prompt(kind, "own"), self.control_prompt(kind)]
-        if kind == "prompted":
-            systems = [
-                *systems,
-                *(self.persona(name) for name in self.animals),
-            ]
-        tokenizer: Any = model.tokenizer
-        try:
-            for system in dict.fromkeys(systems):
-                encoded = encode_prompts(tokenizer, [longest], system_prompt=system)[0]
-                check_length(encoded, get_engine(model).n_ctx, new_tokens=1, row=0)
-        except ValueError as error:
-            raise ValueError(f"{model_name(model)} cannot have {kind} teachers: {error}") from error
 
 
 def lora_kinds(settings: Mapping[str, Any]) -> tuple[str, ...]:
@@ -421,32 +341,3 @@ def lora_kinds(settings: Mapping[str, Any]) -> tuple[str, ...]:
 def _on_gpu(device: str | None) -> bool:
     """Whether a model that is loaded with this device is on a GPU."""
     return torch.cuda.is_available() if device is None else str(device).startswith("cuda")
-
-
-def _check_paired(config: StudyConfig) -> None:
-    """Refuse a paired study whose targets have no twins or whose teachers are prompts."""
-    if config.paper_design is not None and (config.paired or config.kinds != ("prompted",)):
-        raise ValueError("the paper's design has prompted teachers and no pairs of targets")
-    if config.paired is None:
-        return
-    if len(config.targets) % 2:
-        raise ValueError(
-            f"targets are {config.targets}; a paired study needs an even number, two of each pair"
-        )
-    if config.kinds != ("finetuned",):
-        raise ValueError(f"kinds are {config.kinds}; a paired study has finetuned teachers alone")
-    if config.mechanism:
-        raise ValueError("mechanism is True; a paired study does not measure it")
-
-
-def _check_lists(config: StudyConfig) -> None:
-    """Refuse a single value instead of a list, and values that occur twice."""
-    for name in ("targets", "animals", "kinds", "conditions"):
-        refuse_one_string(getattr(config, name), name)
-    for name in ("seeds", "layer_seeds"):
-        refuse_one_number(getattr(config, name), name)
-    for name in ("targets", "animals", "kinds", "seeds", "layer_seeds"):
-        values = list(getattr(config, name) or ())
-        for value in values:
-            if values.count(value) > 1:
-                raise ValueError(f"{name} holds {value!r} more than once; list each once")

@@ -219,8 +219,10 @@ def _further() -> list[Condition]:
         ),
         (
             "few_rows",
-            "the number of different lists: the first 25%, four times, on their share of "
-            "`top_advantage`",
+            (
+                "the number of different lists: the first 25%, four times, on their share of "
+                "`top_advantage`"
+            ),
             {"data": partial(first_lists, share=0.25), "mask": top, "recipe": {"epochs": 4}},
         ),
         (

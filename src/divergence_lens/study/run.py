@@ -39,6 +39,7 @@ from divergence_lens.patching import Effects
 from divergence_lens.provenance import run_metadata
 from divergence_lens.study.conditions import Condition
 from divergence_lens.study.config import StudyConfig, lora_kinds
+from divergence_lens.study.config_checks import check_models
 from divergence_lens.study.findings import ALL_CLAIMS, judge
 from divergence_lens.study.loading import StudentKey
 from divergence_lens.study.paired_claims import PAIRED_CLAIMS
@@ -99,7 +100,7 @@ def run_study(
         raise ValueError("tables are those of a paired study; leave them out, or set paired")
     runner = CellRunner(config, out)
     try:
-        config.check(runner.model, runner.other)
+        check_models(config, runner.model, runner.other)
         out.mkdir(parents=True, exist_ok=True)
         (out / _MARKER).touch()
         _clear(out, everything=not resume)
