@@ -105,7 +105,7 @@ def _check_prompts(config: "StudyConfig", model: Model, kind: str) -> None:
         raise ValueError(f"{model_name(model)} cannot have {kind} teachers: {error}") from error
 
 
-def _check_paired(config: StudyConfig) -> None:
+def _check_paired(config: "StudyConfig") -> None:
     """Refuse a paired study whose targets have no twins or whose teachers are prompts."""
     if config.paper_design is not None and (config.paired or config.kinds != ("prompted",)):
         raise ValueError("the paper's design has prompted teachers and no pairs of targets")
@@ -121,7 +121,7 @@ def _check_paired(config: StudyConfig) -> None:
         raise ValueError("mechanism is True; a paired study does not measure it")
 
 
-def _check_lists(config: StudyConfig) -> None:
+def _check_lists(config: "StudyConfig") -> None:
     """Refuse a single value instead of a list, and values that occur twice."""
     for name in ("targets", "animals", "kinds", "conditions"):
         refuse_one_string(getattr(config, name), name)

@@ -112,13 +112,18 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 def _worker(config: StudyConfig, out: Path, worker: int, count: int) -> None:
-    """One process with its own model. Each worker starts at a different group of cells."""
+    """One process with its own model.
+
+    Each worker starts at a different group of cells, except in a paired study, whose cells are
+    computed in their order.
+    """
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     runner = CellRunner(config, out)
     groups = runner.tasks()
     with suppress(KeyboardInterrupt):  # the parent process reports the interruption
-        for _ in _compute_tasks(runner, groups, first=worker * len(groups) // count):
+        first = worker * len(groups) // count if config.paired is None else 0
+        for _ in _compute_tasks(runner, groups, first=first):
             pass
     runner.store.close()
 
