@@ -3,8 +3,9 @@
     python docs/tools/paired_page.py docs/real-study
 
 The folder holds the tables that `divergence-lens study --tables docs/real-study` writes after every
-cell. The page is written beside it (`docs/real-study.md`) and judges the claims again from the
-rows, so it can be generated at any time; whatever is missing is called not yet measured.
+cell. The page is written beside it (`docs/real-study.md`), and a figure in `docs/images`. It judges
+the claims again from the rows, so it can be generated at any time; a result that is missing is
+called not yet measured.
 """
 
 import argparse
@@ -17,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 from paper import PAPER_CLAIMS, SOURCES
 
 from divergence_lens._utils.statistics import t_interval
 from divergence_lens._utils.storage import write_text
+from divergence_lens.plots import dissociation_bars, save_figure
 from divergence_lens.study.findings import Finding, judge
 from divergence_lens.study.paired_claims import PAIRED_CLAIMS, dissociation, single_layers
 from divergence_lens.study.report import short_interval, short_number, table_head
@@ -50,6 +53,14 @@ _CORE = (
     *("all", "top_advantage", "divergence_only", "random", "bottom_advantage"),
     "without_divergence",
 )
+_SHORT = {
+    "top_advantage": "top tenth",
+    "divergence_only": "divergence",
+    "all": "all digits",
+    "random": "random tenth",
+    "without_divergence": "not divergence",
+    "bottom_advantage": "bottom tenth",
+}
 _WORDS = {
     "all": "all digits",
     "top_advantage": "the tenth of the digits with the largest advantage",
@@ -82,7 +93,19 @@ def write_paired_page(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     page = folder.with_suffix(".md")
     write_text(page, paired_page(folder))
+    figure = paired_figure(load_tables(folder))
+    if figure is not None:
+        image = folder.parent / "images" / f"{folder.name}.png"
+        image.parent.mkdir(exist_ok=True)
+        save_figure(figure, image, width_mm=150, dpi=200, title=False, renderer="matplotlib")
     return page
+
+
+def paired_figure(tables: Mapping[str, pd.DataFrame]) -> go.Figure | None:
+    """Draw the core conditions and the single layers; None before a student has its twin."""
+    shown = {words: dissociation(tables, name) for name, words in _SHORT.items()}
+    shown |= {f"layer {i}": dissociation(tables, "layer", i) for i in single_layers(tables)}
+    return dissociation_bars(shown) if any(shown.values()) else None
 
 
 def paired_page(folder: str | os.PathLike[str]) -> str:
@@ -105,6 +128,8 @@ def paired_page(folder: str | os.PathLike[str]) -> str:
     tiny = _tiny_verdicts(folder.parent / _TINY)
     students = tables["students"]
     lines = ["# The paper on a real model", "", *_opening(about, students, folder)]
+    if paired_figure(tables) is not None:
+        lines += ["", f"![Students against their twins](images/{folder.name}.png)", "", _FIGURE]
     lines += ["", "## Claims", "", _RULES, "", *_claim_rows(by_id, tiny)]
     lines += ["", "## Students", "", _ESTIMAND, "", *_student_rows(tables, settings["targets"])]
     lines += ["", "## Single layers", "", *_layer_rows(tables, settings)]
@@ -121,6 +146,11 @@ _RULES = (
     "threshold, not supported if it is on the other side, and open otherwise, or while a target is "
     "missing. “Tiny models” is the verdict of the same claim in "
     "[the study of the tiny models](study-results.md)."
+)
+_FIGURE = (
+    "*How much more a student prefers its own teacher's target than its twin does. Bars are means "
+    "over targets with 95 % intervals, dots are targets. The layers were trained alone, on the "
+    "tokens of the first bar.*"
 )
 _ESTIMAND = (
     "Each number is a *dissociation* in nats: the margin of the target in students of its own "

@@ -11,7 +11,8 @@ import pytest
 
 from divergence_lens.study import StudyConfig
 from divergence_lens.study.paired_claims import PAIRED_CLAIMS
-from tests.support.docs_tools import paired_page, write_paired_page
+from divergence_lens.study.rows import load_tables
+from tests.support.docs_tools import paired_figure, paired_page, write_paired_page
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "docs" / "real-study"
@@ -87,6 +88,22 @@ def test_dissociations_are_those_of_the_rows(tmp_path):
     assert "**supported**" in line_of(text, "| Divergence tokens alone transfer more than all")
     reversed_ = next(c.claim for c in PAIRED_CLAIMS if c.id == "bottom_advantage_reverses")
     assert "**supported**" in line_of(text, f"| {reversed_}")
+
+
+def test_the_figure_shows_the_conditions_that_were_measured(tmp_path):
+    folder = write_tables(tmp_path / "real-study")
+    figure = paired_figure(load_tables(folder))
+    bars, dots = figure.data
+    assert list(figure.layout.xaxis.ticktext) == [
+        *("divergence", "all digits", "random tenth", "bottom tenth")
+    ]
+    # The mean of .6, .606, .612 and .618, and these values.
+    assert bars.y[0] == pytest.approx(0.609)
+    assert list(dots.y[:4]) == pytest.approx([0.6, 0.606, 0.612, 0.618])
+    page = write_paired_page(folder)
+    assert "(images/real-study.png)" in page.read_text(encoding="utf-8")
+    assert (tmp_path / "images" / "real-study.png").stat().st_size > 1000
+    assert paired_figure({"students": pd.DataFrame()}) is None
 
 
 def test_missing_rows_are_not_yet_measured(tmp_path):

@@ -284,6 +284,9 @@ FIGURES = {
         preference("owl", 0.4), before=preference("owl", 0.1)
     ),
     "transfer_bars": lambda: plots.transfer_bars(students()),
+    "dissociation_bars": lambda: plots.dissociation_bars(
+        {"all digits": {"owl": [0.1, 0.3], "cat": [0.4]}, "others": {"owl": [-0.2], "cat": [0.0]}}
+    ),
     "condition_bars": lambda: plots.condition_bars(masked(), "masks"),
     "condition_bars of many": lambda: plots.condition_bars(many(), "masks"),
     "cross_patch_margins": lambda: plots.cross_patch_margins(crossed()),

@@ -25,6 +25,7 @@ from divergence_lens.plots.pages import page as figure_page
 from divergence_lens.plots.pages import save_figures
 from divergence_lens.plots.students import (
     condition_bars,
+    dissociation_bars,
     layer_sweep,
     preference_bars,
     transfer_bars,
@@ -45,6 +46,7 @@ __all__ = [
     "circuit_graph",
     "condition_bars",
     "cross_patch_margins",
+    "dissociation_bars",
     "divergence_tokens",
     "edge_graph",
     "effects_by_segment",

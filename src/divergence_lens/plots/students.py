@@ -1,5 +1,7 @@
 """Figures of students: their preference after training, by data and by layer."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -162,6 +164,59 @@ def condition_bars(
         )
     return bar_charts.bars(
         [series], headline=headline, detail=detail, value_title=value_title, value_format=""
+    )
+
+
+def dissociation_bars(
+    dissociations: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    title: str = "Students against their twins",
+) -> go.Figure:
+    """Draw how far students prefer their own teacher's target over their twins, by condition.
+
+    Bars are means over targets with 95 % intervals (Student's t), dots are targets.
+
+    Args:
+        dissociations: Name of a condition -> target -> a value per seed in nats; see
+            `study.paired_claims.dissociation`.
+        title: Title of the figure.
+
+    Raises:
+        ValueError: There is no value.
+    """
+    means = {
+        condition: {target: float(np.mean(seeds)) for target, seeds in targets.items()}
+        for condition, targets in dissociations.items()
+        if targets
+    }
+    if not means:
+        raise ValueError("no condition has a student and its twin; compute some of them first")
+    intervals = np.array([t_interval(list(by_target.values())) for by_target in means.values()])
+    # With one target there is no interval, and the bar is drawn without one.
+    intervals = np.where(np.isfinite(intervals), intervals, intervals[:, :1])
+    series = bar_charts.Bars(
+        label="mean",
+        groups=list(means),
+        values=intervals[:, 0],
+        low=intervals[:, 1],
+        high=intervals[:, 2],
+        hover=[
+            f"{name}: {mean:+.2f} nats" for name, mean in zip(means, intervals[:, 0], strict=True)
+        ],
+        points=[
+            (name, value, f"{target}, {name}: {value:+.2f} nats")
+            for name, by_target in means.items()
+            for target, value in by_target.items()
+        ],
+    )
+    targets = {target for by_target in means.values() for target in by_target}
+    return bar_charts.bars(
+        [series],
+        headline=title,
+        detail=f"{style.plural(len(targets), 'target')}; bars: means with 95 % intervals over "
+        "targets, dots: targets",
+        value_title="own margin minus the twin's (nats)",
+        value_format="",
     )
 
 
