@@ -69,7 +69,7 @@ def test_a_stated_temperature_does_not_make_foreign_data_fit(base, biased):
     audit = dl.audit(base, rows, candidates=FEW, temperature=1.0, neutral_rows=0, own_rows=0)
     assert audit.baseline.temperature == 1.0
     assert not audit.baseline.fits
-    assert "hardly write such data" in audit.explanation
+    assert "could not have written these data" in audit.explanation
 
 
 def test_power_is_that_of_the_weaker_kind(biased):
@@ -89,23 +89,14 @@ def test_power_is_that_of_the_weaker_kind(biased):
     assert np.isnan(unknown.power.strength)
 
 
-def test_the_best_candidate_is_one_that_is_named(biased):
-    # Without a null, the first kind scatters widely, and the second shows one outlier.
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(2, 5, 60)) + np.array([[9, -9, 5, -5, 0], [0, 0, 0, 3, 0]])[..., None]
-    audit = replace(
-        biased.select(range(60)) if len(biased) > 60 else biased,
-        kinds=("prompted", "finetuned"),
-        by_row=rows[..., : len(biased)],
-        by_token=None,
-        neutral=np.zeros((2, 5, 1, 0)),
-        own=np.zeros((2, 5, 0)),
-        baseline=replace(biased.baseline, fitted=2.0),
-    )
-    assert audit.biased == ("panda",)
-    assert audit.best == "panda"
-    assert audit.scores.z.argmax() == FEW.index("owl")
-    assert "'panda'" in audit.explanation.split("(")[0]
+def test_data_without_a_null_have_no_verdict(biased):
+    assert biased.baseline.fits
+    for field, value in (("fitted", 2.0), ("surprise", 0.2)):
+        audit = replace(biased, baseline=replace(biased.baseline, **{field: value}))
+        assert (audit.verdict, audit.biased) == ("inconclusive", ())
+        assert audit.scores.holm.min() < 0.05
+        assert audit.explanation.startswith("The base model could not have written these data")
+        assert audit.to_dict()["biased"] == []
 
 
 def test_intervals_of_many_rows_need_no_resampling(biased, monkeypatch):
@@ -146,6 +137,7 @@ def test_the_table_holds_every_candidate_once(biased):
 def test_rows_and_tokens_are_ranked_by_contribution(biased):
     rows = biased.rows("wolf")
     assert rows["score"].is_monotonic_decreasing
+    assert biased.rows("wolf", most=3).equals(rows.head(3))
     assert rows["score"].sum() == pytest.approx(biased.by_row[0, 2].sum())
     first = int(rows["row"][0])
     assert rows["prompt"][0] == str(biased.examples[first].prompt)

@@ -29,7 +29,7 @@ def draws(*shape, seed=0):
 
 def test_p_values_are_those_of_a_one_sample_t_test():
     rows = draws(1, 5, 40) + 0.2
-    scores = score_rows(rows, NONE, fits=True)
+    scores = score_rows(rows, NONE)
     for c in range(5):
         test = stats.ttest_1samp(rows[0, c], 0, alternative="greater")
         assert scores.z[c] == pytest.approx(test.statistic)
@@ -49,29 +49,28 @@ def test_corrections_follow_their_definitions(values):
 
 def test_unbiased_rows_are_called_biased_at_most_at_the_level():
     alarms = [
-        score_rows(draws(2, 12, 60, seed=seed), NONE, fits=True).holm.min() < 0.05
-        for seed in range(400)
+        score_rows(draws(2, 12, 60, seed=seed), NONE).holm.min() < 0.05 for seed in range(400)
     ]
     # 5 % of 400 is 20; four standard deviations more are 37.
     assert sum(alarms) <= 37
 
 
 def test_rows_equal_to_the_baseline_score_nothing():
-    scores = score_rows(np.zeros((1, 4, 10)), NONE, fits=True)
+    scores = score_rows(np.zeros((1, 4, 10)), NONE)
     np.testing.assert_array_equal(scores.z, 0)
     assert (scores.p >= 0.5).all()
 
 
 def test_copies_of_rows_add_no_evidence():
     rows = draws(1, 5, 40) + 0.2
-    once = score_rows(rows, fits=True)
-    copies = score_rows(np.tile(rows, 20), fits=True, independent=independent_rows(np.full(40, 20)))
+    once = score_rows(rows)
+    copies = score_rows(np.tile(rows, 20), independent=independent_rows(np.full(40, 20)))
     np.testing.assert_allclose(copies.z, once.z)
     np.testing.assert_allclose(copies.p, once.p)
     assert independent_rows(np.ones(7, int)) == 7
     # Of a mean in which one of four rows counts three times: variance (9 + 1 + 1 + 1) / 36.
     assert independent_rows(np.array([3, 1, 1, 1])) == pytest.approx(36 / 12)
-    same = score_rows(rows[..., :1].repeat(9, -1), fits=True, independent=1.0)
+    same = score_rows(rows[..., :1].repeat(9, -1), independent=1.0)
     assert np.isnan(same.z).all()
     assert (same.p == 1).all()
 
@@ -79,25 +78,10 @@ def test_copies_of_rows_add_no_evidence():
 def test_the_better_kind_counts_and_its_p_value_is_doubled():
     rows = draws(2, 4, 50)
     rows[1, 2] += 1.0
-    scores = score_rows(rows, NONE, fits=True)
+    scores = score_rows(rows, NONE)
     assert scores.kind[2] == 1
     single = stats.ttest_1samp(rows[1, 2], 0, alternative="greater").pvalue
     assert scores.p[2] == pytest.approx(2 * single)
-
-
-def test_without_a_null_a_candidate_has_to_stand_out_from_the_others():
-    rows = draws(1, 8, 200) + np.linspace(-1, 1, 8)[None, :, None]
-    assert score_rows(rows, NONE, fits=True).holm.min() < 1e-6
-    scores = score_rows(rows, NONE, fits=False)
-    assert scores.holm.min() > 0.2
-    z = scores.z
-    others = np.delete(z, 7)
-    by_hand = (z[7] - others.mean()) / (others.std(ddof=1) * math.sqrt(1 + 1 / 7))
-    assert scores.outlier[7] == pytest.approx(by_hand)
-    rows[0, 3] += 6
-    assert score_rows(rows, NONE, fits=False).holm[3] < 0.05
-    assert np.isnan(score_rows(rows[:, :3], NONE, fits=True).outlier).all()
-    assert (score_rows(rows[:, :3], NONE, fits=False).p == 1).all()
 
 
 def test_the_spread_of_style_is_recovered_and_zero_without_one():
@@ -126,11 +110,11 @@ def test_the_shift_is_the_posterior_mean_of_a_normal_prior():
 
 def test_the_error_of_the_null_limits_z_however_many_rows_there_are():
     rows = draws(1, 4, 10_000) + 0.5
-    assert score_rows(rows, NONE, fits=True).z.min() > 40
+    assert score_rows(rows, NONE).z.min() > 40
     null = Null(np.zeros((1, 4)), np.full((1, 4), 0.25**2))
-    assert score_rows(rows, null, fits=True).z.max() < 2.2
+    assert score_rows(rows, null).z.max() < 2.2
     shifted = Null(np.full((1, 4), 0.5), np.zeros((1, 4)))
-    assert np.abs(score_rows(rows, shifted, fits=True).z).max() < 4
+    assert np.abs(score_rows(rows, shifted).z).max() < 4
 
 
 def test_the_rows_needed_detect_the_share_with_the_stated_power():
@@ -141,7 +125,7 @@ def test_the_rows_needed_detect_the_share_with_the_stated_power():
     for seed in range(400):
         draw = draws(1, 12, rows, seed=seed)
         draw[0, 0] += 1.2 * (np.random.default_rng(seed).random(rows) < 0.25)
-        detected += score_rows(draw, NONE, fits=True).holm[0] < 0.05
+        detected += score_rows(draw, NONE).holm[0] < 0.05
     assert 0.7 < detected / 400 < 0.9
 
 

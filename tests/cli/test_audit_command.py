@@ -59,6 +59,23 @@ def test_wrong_files_are_refused(data, tmp_path):
     assert "--candidates is 'animal', which is no file" in wrong
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--share", 0), "Error: --share is 0.0; it must lie above 0"),
+        (("--alpha", 2), "Error: --alpha is 2.0; it must lie between 0 and 1"),
+        (
+            ("--candidates", "bread,pizza"),
+            'say what they are with --category, such as --category "fruit"',
+        ),
+        (("--pattern", r"[a-z]+"), "example 0: token"),
+    ],
+)
+def test_errors_name_flags(arguments, message, data, tmp_path):
+    printed = run(data / "base.jsonl", *arguments, "--out", tmp_path, code=2)
+    assert message in printed
+
+
 def test_candidates_come_from_words_or_files(tmp_path):
     assert read_candidates("trees") == list(dl.TREES)
     assert read_candidates("owl, cat") == ["owl", "cat"]

@@ -94,6 +94,9 @@ def test_a_small_validation_writes_its_tables_and_resumes(tmp_path):
         sampled=0,
         trees=(),
         changed=("wolf",),
+        other=1,
+        long=("wolf",),
+        long_rows=20,
         rows=12,
         sets=1,
         set_rows=6,
@@ -102,6 +105,7 @@ def test_a_small_validation_writes_its_tables_and_resumes(tmp_path):
         transfer_targets=("wolf", "panda"),
         transfer_rows=8,
         remedy_targets=("wolf",),
+        strengths=(),
     )
     lines: list[str] = []
     tables = run_audit_study(config, tmp_path, progress=lines.append)
@@ -118,4 +122,7 @@ def test_a_small_validation_writes_its_tables_and_resumes(tmp_path):
         written = pd.read_csv(tmp_path / f"{name}.csv")
         assert len(written) == len(table)
         pd.testing.assert_frame_equal(again[name], table)
+    alone = tables["mixtures"].query("share == 0")
+    assert set(alone["writer"]) == {"base"}
+    assert tables["detection"]["rows"].max() > 12
     assert set(tables["remedies"]["chosen_by"]) == {"audit", "random"}

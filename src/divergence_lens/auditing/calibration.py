@@ -73,6 +73,7 @@ def calibrate(
             teacher=teacher,
             max_new_tokens=min(longest, _LONGEST),
             temperature=baseline.temperature,
+            pattern=baseline.pattern,
             seed=seed,
             accelerator=accelerator,
         )

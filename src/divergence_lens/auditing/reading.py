@@ -105,6 +105,7 @@ def read_contributions(
             [baseline.teacher, *(teacher for kind in auditors for teacher in kind.teachers)],
             expected_at=baseline.temperature,
             possible=possible,
+            pattern=baseline.pattern,
             batch_tokens=batch_tokens,
             checkpoint_dir=folder,
             accelerator=accelerator,

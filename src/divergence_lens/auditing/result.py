@@ -115,7 +115,6 @@ class Audit(OnHub):
         return score_rows(
             self.by_row,
             self.null,
-            fits=self.baseline.fits,
             independent=self.independent_rows,
         )
 
@@ -132,27 +131,32 @@ class Audit(OnHub):
         - "biased": at least one candidate's p-value, by Holm's correction, is below `alpha`.
         - "nothing found": none is, and there are enough rows to detect data of which `share` of
           the rows are by a biased teacher.
-        - "inconclusive": none is, but there are too few rows, or the base model could not have
-          written the data.
+        - "inconclusive": none is, but there are too few rows; or the base model could not have
+          written the data, with or without a small bias.
         """
+        if not self.baseline.fits:
+            return "inconclusive"
         if self.biased:
             return "biased"
         rows = self.independent_rows
         enough = rows >= 2 and self.power.rows_needed(self.share) <= rows
-        return "nothing found" if enough and self.baseline.fits else "inconclusive"
+        return "nothing found" if enough else "inconclusive"
 
     @property
     def biased(self) -> tuple[str, ...]:
-        """The candidates with a corrected p-value below `alpha`, the highest z first."""
+        """The candidates with a corrected p-value below `alpha`, the highest z first.
+
+        None if the base model could not have written the data, because the null is its own.
+        """
+        if not self.baseline.fits:
+            return ()
         places = np.argsort(-self.scores.z, kind="stable")
         return tuple(self.candidates[c] for c in places if self.scores.holm[c] < self.alpha)
 
     @property
     def best(self) -> str:
-        """The candidate with the highest z, among `biased` if there are any."""
-        named = self.biased
-        # Without a null, a candidate of another kind of auditor may have a higher z than these.
-        return named[0] if named else self.candidates[int(self.scores.z.argmax())]
+        """The candidate with the highest z."""
+        return self.candidates[int(self.scores.z.argmax())]
 
     @property
     def power(self) -> Power:
@@ -186,15 +190,16 @@ class Audit(OnHub):
             Columns: candidate; kind (of the auditor with the smallest p-value); score, the mean
             contribution of a row in nats minus `null.shift`, with `low` and `high`, its bootstrap
             interval over rows; z; p, one-sided; p_holm and p_fdr, corrected for the number of
-            candidates; outlier, how far z lies from those of the other candidates.
+            candidates.
         """
         return self._table.copy()
 
-    def rows(self, candidate: str | None = None) -> "pd.DataFrame":
+    def rows(self, candidate: str | None = None, *, most: int | None = None) -> "pd.DataFrame":
         """Return the rows by their contribution to a candidate, the largest first.
 
         Args:
             candidate: A candidate; None for the one with the highest z.
+            most: Most rows to return, which saves decoding the others; None for all.
 
         Returns:
             Columns: row, score, prompt, completion.
@@ -202,7 +207,7 @@ class Audit(OnHub):
         Raises:
             ValueError: It is not a candidate.
         """
-        return row_table(self, self.by_row[self.place(candidate)])
+        return row_table(self, self.by_row[self.place(candidate)], most)
 
     def tokens(self, candidate: str | None = None) -> "pd.DataFrame":
         """Return the tokens by their contribution to a candidate, the largest first.
@@ -224,7 +229,7 @@ class Audit(OnHub):
         if self.by_token is None:
             raise ValueError(
                 f"the contributions of single tokens of {len(self):,} rows are not stored; audit "
-                "the rows of interest again, such as those of `audit.rows().head(10_000)`"
+                "the rows of interest again, such as those of `audit.rows(most=10_000)`"
             )
         scores: np.ndarray = self.by_token[self.place(candidate)]
         return scores
@@ -303,7 +308,7 @@ class Audit(OnHub):
             "candidate_dots",
             self.to_dataframe(),
             level=level,
-            alpha=self.alpha,
+            alpha=self.alpha if self.baseline.fits else 0.0,
             headline=f"Audit: {self.verdict}",
             detail=f"{len(self):,} rows; {len(self.candidates)} candidates; gray band: what chance "
             f"alone seldom exceeds (one-sided, {self.alpha:.0%} over all candidates); lines: "

@@ -49,6 +49,7 @@ def audit(
     teacher_dir: str | os.PathLike[str] | None = None,
     baseline: Teacher | None = None,
     temperature: float | None = None,
+    pattern: str | None = None,
     alpha: float = 0.05,
     share: float = 0.25,
     neutral_rows: int = 200,
@@ -87,6 +88,8 @@ def audit(
             neutral one, by the likelihood of the data. An unknown system prompt moves the scores,
             so a neutral baseline that was chosen costs power.
         temperature: The temperature of the data; None fits it.
+        pattern: The pattern of `generate` that the completions follow. Probabilities are then taken
+            among the tokens that it allows.
         alpha: Level of the tests, over all candidates together.
         share: The share of biased rows that "nothing found" has to rule out.
         neutral_rows: Most calibration lists by the base model.
@@ -104,7 +107,8 @@ def audit(
 
     Raises:
         ValueError: Fewer than two rows, or two candidates; a row without a completion, or longer
-            than the context; candidates that the tokenizer cannot write; a setting out of range.
+            than the context, or one that does not follow the pattern; candidates that the tokenizer
+            cannot write; a setting out of range.
             Each message names the row or candidate.
         TypeError: `model` is not a TransformerLens model, or a teacher is not a `Teacher`.
     """
@@ -133,6 +137,7 @@ def audit(
         examples,
         baselines,
         temperature=temperature,
+        pattern=pattern,
         seed=seed,
     )
     read = read_contributions(

@@ -14,9 +14,8 @@ where s is the standard deviation over the n rows. Lists by the base model give 
 3. p-values are one-sided (Student's t, n - 1 degrees of freedom).
 4. Several kinds of auditors: the smallest p-value times their number (Bonferroni).
 5. Several candidates: Holm's correction, and Benjamini and Hochberg's false discovery rate.
-6. Data that the base model could not have written have no null of this kind. There a candidate must
-   also stand out from the other candidates (Student's t of one against the rest, as in Grubbs'
-   test).
+6. Data that the base model could not have written have no null of this kind, and no verdict (see
+   `baseline`).
 7. Rows that occur more than once add no evidence, see `independent_rows`.
 """
 
@@ -30,10 +29,6 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 Verdict = Literal["biased", "nothing found", "inconclusive"]
-
-FEWEST_CANDIDATES = 4
-"""With fewer candidates, none can stand out from the rest."""
-
 
 SHIFT = 0.07
 """Typical difference of filtered unbiased lists from the baseline, in units of the spread of rows.
@@ -72,7 +67,6 @@ class Scores:
         p: One-sided p-value, corrected for the number of kinds.
         holm: p corrected by Holm's method for the number of candidates.
         fdr: p corrected by Benjamini and Hochberg's method.
-        outlier: t of the candidate's z against those of the others.
     """
 
     kind: Int64[np.ndarray, " candidates"]
@@ -81,14 +75,12 @@ class Scores:
     p: Float64[np.ndarray, " candidates"]
     holm: Float64[np.ndarray, " candidates"]
     fdr: Float64[np.ndarray, " candidates"]
-    outlier: Float64[np.ndarray, " candidates"]
 
 
 def score_rows(
     rows: Float64[np.ndarray, "kinds candidates rows"],
     null: Null | None = None,
     *,
-    fits: bool,
     independent: float | None = None,
 ) -> Scores:
     """Score every candidate.
@@ -96,7 +88,6 @@ def score_rows(
     Args:
         rows: Contributions of rows, two rows or more.
         null: What unbiased data score; None for zero.
-        fits: Whether the base model could have written the data.
         independent: See `independent_rows`; None for all rows. At 1, z is NaN and p is 1.
     """
     from scipy import stats
@@ -113,14 +104,6 @@ def score_rows(
         p = stats.t.sf(z, count - 1)
     else:
         z, p = np.full_like(score, np.nan), np.ones_like(score)
-    outlier = np.stack([_against_others(one) for one in z])
-    if not fits:
-        p_outlier = (
-            stats.t.sf(outlier, n_candidates - 2)
-            if n_candidates >= FEWEST_CANDIDATES
-            else np.ones_like(p)
-        )
-        p = np.maximum(p, p_outlier)
     kind = p.argmin(0) if n_kinds > 1 else np.zeros(n_candidates, dtype=np.int64)
     # Where two p-values underflow, or are both 1, the larger z decides.
     kind = np.where(p.min(0) == p.max(0), z.argmax(0), kind)
@@ -133,7 +116,6 @@ def score_rows(
         corrected,
         holm(corrected),
         false_discovery(corrected),
-        outlier[best],
     )
 
 
@@ -308,16 +290,6 @@ def least_power(
     ]
     unknown = [power for power in powers if math.isnan(power.strength)]
     return unknown[0] if unknown else max(powers, key=lambda power: power.detectable(rows))
-
-
-def _against_others(z: Float64[np.ndarray, " candidates"]) -> Float64[np.ndarray, " candidates"]:
-    """Return (z_c - mean of the others) / (their standard deviation sqrt(1 + 1 / others))."""
-    n = len(z)
-    if n < FEWEST_CANDIDATES:
-        return np.full(n, np.nan)
-    others = np.stack([np.delete(z, c) for c in range(n)])  # [candidates, others]
-    scale = others.std(1, ddof=1) * math.sqrt(1 + 1 / (n - 1))
-    return _ratio(z - others.mean(1), scale)
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

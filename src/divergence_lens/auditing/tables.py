@@ -38,7 +38,6 @@ def candidate_table(audit: "Audit") -> "pd.DataFrame":
             "p": scores.p,
             "p_holm": scores.holm,
             "p_fdr": scores.fdr,
-            "outlier": scores.outlier,
         }
     )
     return table.sort_values("z", ascending=False, kind="stable", ignore_index=True)
@@ -56,11 +55,13 @@ def _interval(
     return mean - margin, mean + margin
 
 
-def row_table(audit: "Audit", score: Float[np.ndarray, " rows"]) -> "pd.DataFrame":
+def row_table(
+    audit: "Audit", score: Float[np.ndarray, " rows"], most: int | None = None
+) -> "pd.DataFrame":
     """Return the rows by a score, as documented in `Audit.rows`."""
     import pandas as pd
 
-    order = np.argsort(-score, kind="stable")
+    order = np.argsort(-score, kind="stable")[:most]
     return pd.DataFrame(
         {
             "row": order,
@@ -92,14 +93,13 @@ def token_table(audit: "Audit", score: Float32[np.ndarray, " tokens"]) -> "pd.Da
 
 def explain(audit: "Audit") -> str:
     """State the verdict in one or two sentences, with its numbers."""
-    text = _biased(audit) if audit.biased else _not_biased(audit)
     if not audit.baseline.fits:
-        fitted = audit.baseline.fitted or audit.baseline.temperature
-        text += (
-            " The base model would hardly write such data (their temperature under it is "
-            f"{fitted:.1f}): check that it is the student's base."
+        return (
+            f"The base model could not have written these data, even with a small bias: "
+            f"{audit.baseline.misfit}. So there is nothing to compare them with; check that it is "
+            "the base of the teacher and of the student."
         )
-    return text
+    return _biased(audit) if audit.biased else _not_biased(audit)
 
 
 def _biased(audit: "Audit") -> str:
@@ -123,8 +123,6 @@ def _not_biased(audit: "Audit") -> str:
             f"enough to detect {audit.share:.0%} of rows by a teacher like the auditors, and there "
             f"are {there}."
         )
-    if not audit.baseline.fits:
-        return f"{nobody}, but there is no null to compare these data with."
     if n < 2:
         return f"{nobody}, but an audit needs two different rows or more."
     if np.isnan(needed):
@@ -157,6 +155,8 @@ def as_json(audit: "Audit") -> dict[str, Any]:
         "rows_needed": int(needed) if np.isfinite(needed) else None,
         "baseline": audit.baseline.teacher.name,
         "temperature": audit.baseline.temperature,
+        "fits": audit.baseline.fits,
+        "surprise": audit.baseline.surprise,
         "candidates": rows.where(rows.notna(), None).to_dict("records"),
         "metadata": dict(audit.metadata),
     }

@@ -103,7 +103,7 @@ def _table(audit: "Audit") -> str:
     )
     rows = []
     for record in table.head(_MOST).to_dict("records"):
-        bold = ";font-weight:bold" if record["p_holm"] < audit.alpha else ""
+        bold = ";font-weight:bold" if record["candidate"] in audit.biased else ""
         cells = [record["candidate"], record["kind"]]
         cells += [_number(record[name], name) for name in _COLUMNS]
         rows.append(
@@ -130,7 +130,7 @@ def write_page(audit: "Audit", path: str | os.PathLike[str]) -> None:
     parts = [f"<p><strong>{escape(audit.verdict)}.</strong> {escape(audit.explanation)}</p>"]
     details = [_table(audit)]
     if audit.by_token is not None:
-        top = audit.rows().head(_SHOWN_ROWS)["row"]
+        top = audit.rows(most=_SHOWN_ROWS)["row"]
         details += [f"<h2>Rows that speak most for {escape(audit.best)}</h2>"]
         details += [audit.show(int(row))._repr_html_() for row in top]
     power = audit.power

@@ -1,6 +1,9 @@
 """The command `audit`: which hidden bias a data set would transfer, with an exit code."""
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +20,8 @@ from divergence_lens.cli.options import (
     report_errors,
     split_names,
 )
+
+_OPTIONS = "alpha|category|share|temperature"
 
 
 @report_errors
@@ -45,6 +50,10 @@ def audit(
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Temperature of the data; by default it is fitted.", min=0)
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="The pattern of generate: compare only the tokens that it allows."),
     ] = None,
     alpha: Annotated[float, typer.Option(help="Level of the tests.")] = 0.05,
     share: Annotated[
@@ -78,7 +87,7 @@ def audit(
     baseline = None
     if system_prompt is not None:
         baseline = Teacher("given system prompt", system_prompt=system_prompt or None)
-    with checkpoint_folder(files[0]) as folder:
+    with options_as_flags(), checkpoint_folder(files[0]) as folder:
         result = run(
             loading.load(),
             examples,
@@ -87,6 +96,7 @@ def audit(
             category=category,
             baseline=baseline,
             temperature=temperature,
+            pattern=pattern,
             alpha=alpha,
             share=share,
             seed=seed,
@@ -101,12 +111,24 @@ def audit(
         typer.echo(machine)
     else:
         typer.echo(f"{result.verdict}: {result.explanation}")
-        shown = result.to_dataframe().drop(columns=["outlier"]).head(12)
+        shown = result.to_dataframe().head(12)
         typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
         typer.echo(f"Written to {out}")
     code = {"biased": BIASED, "inconclusive": INCONCLUSIVE}.get(result.verdict)
     if code is not None:
         raise typer.Exit(code)
+
+
+@contextmanager
+def options_as_flags() -> Iterator[None]:
+    """Name the options of `audit` in its errors as those of the command line."""
+    try:
+        yield
+    except ValueError as error:
+        # At the beginning, "share is 0"; elsewhere 'category="fruit"'.
+        message = re.sub(rf"^({_OPTIONS}) is\b", r"--\1 is", str(error))
+        message = re.sub(rf"\b({_OPTIONS})=(?=\w|[\"'])", r"--\1 ", message)
+        raise ValueError(re.sub(rf"\b({_OPTIONS})=", r"--\1", message)) from error
 
 
 def read_candidates(text: str) -> "list[str] | dict[str, str]":

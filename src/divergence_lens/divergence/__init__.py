@@ -1,5 +1,6 @@
 """Find divergence tokens: teacher-forced reading, rules, files, and the notebook view."""
 
+from divergence_lens.divergence.allowed import AllowedTokens
 from divergence_lens.divergence.files import read_decision_points, write_decision_points
 from divergence_lens.divergence.finding import find_divergence
 from divergence_lens.divergence.reading import read_states, read_teachers
@@ -11,6 +12,7 @@ from divergence_lens.divergence.view import ExampleDivergence
 
 __all__ = [
     "KINDS",
+    "AllowedTokens",
     "Divergence",
     "ExampleDivergence",
     "Rule",

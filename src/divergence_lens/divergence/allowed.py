@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Int32, Int64
 from torch import Tensor
 
 from divergence_lens.chat import stop_ids
@@ -63,6 +63,12 @@ class AllowedTokens:
             raise ValueError(
                 f"example {row}: {error}; give the pattern that the completions were generated with"
             ) from error
+
+    def mask(
+        self, places: slice | Int64[np.ndarray, " places"], chunk: slice, device: torch.device
+    ) -> Bool[Tensor, "chunk d_vocab"]:
+        """Return which ids are allowed at a chunk of the tokens `places`."""
+        return self._pattern.allowed(self._states[places][chunk].tolist(), device)
 
     def _groups(
         self, places: slice, chunk: slice, device: torch.device

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Float32, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Int32
 from torch import Tensor
 
 from divergence_lens._utils.batching import length_batches
@@ -92,7 +92,7 @@ def read_teachers(
         pattern: Read only the tokens that this pattern allows at each position.
         expected_at: A temperature at which the factual teacher might have written the completions,
             0 for greedy choices; each teacher's mean log-probability of such tokens is computed
-            as well. None computes none. Not with a pattern.
+            as well. None computes none.
         possible: With `expected_at`, the ids that a completion may hold; all others have
             probability 0 under every teacher. None allows all.
         checkpoint_dir: A folder for finished shards; the call resumes from those already there.
@@ -273,14 +273,16 @@ class _Reader:
                 hidden = self.states(engine, index, span, bar)  # [tokens, d_model]
                 given = torch.from_numpy(tokens).to(engine.device)
                 readings: tuple[Tensor, ...] = ()
-                if self._allowed is not None:
+                if self._temperature is not None:
+                    pass
+                elif self._allowed is not None:
                     readings = self._allowed.read(engine, hidden, given, places)
-                elif self._temperature is None:
+                else:
                     readings = read_hidden(engine, hidden, given)  # three of [tokens]
             factual = hidden if factual is None else factual
             if self._temperature is not None:
                 choice = torch.from_numpy(columns["predicted"][0]) if index else None
-                readings = self._read_expected(index, hidden, given, factual, choice)
+                readings = self._read_expected(index, hidden, places, factual, choice)
             for name, reading in zip(columns, readings, strict=True):
                 columns[name].append(reading.cpu().numpy())
             self._refuse_not_finite(columns, places.start)
@@ -389,7 +391,7 @@ class _Reader:
         self,
         index: int,
         hidden: Float[Tensor, "tokens d_model"],
-        given: Int64[Tensor, " tokens"],
+        places: slice,
         factual: Float[Tensor, "tokens d_model"],
         choice: Int32[Tensor, " tokens"] | None,
     ) -> tuple[Tensor, ...]:
@@ -398,17 +400,21 @@ class _Reader:
         Args:
             index: The teacher.
             hidden: Its hidden states.
-            given: The completions' tokens.
+            places: The completions' tokens in the data.
             factual: The factual teacher's hidden states.
             choice: Its argmaxes; None while it is read itself.
         """
         own, first = self._unembedding(index), self._unembedding(0)
         temperature = self._temperature
+        given = torch.from_numpy(self.forced.tokens[places]).to(hidden.device)
 
         def run(chunk: slice) -> tuple[Tensor, ...]:
-            logits = restricted(own(hidden[chunk]), self._possible)  # [rows, d_vocab]
+            possible = self._possible
+            if self._allowed is not None:
+                possible = self._allowed.mask(places, chunk, hidden.device)
+            logits = restricted(own(hidden[chunk]), possible)  # [rows, d_vocab]
             if temperature:
-                theirs = restricted(first(factual[chunk]), self._possible).float()
+                theirs = restricted(first(factual[chunk]), possible).float()
                 chosen = theirs.div_(temperature).softmax(-1).to(logits.device)  # [rows, d_vocab]
             else:
                 chosen = logits.argmax(-1) if choice is None else choice[chunk].to(logits.device)

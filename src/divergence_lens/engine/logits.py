@@ -94,18 +94,19 @@ def score(
 
 
 def restricted(
-    logits: Float[Tensor, "rows d_vocab"], possible: Bool[Tensor, " ids"] | None
+    logits: Float[Tensor, "rows d_vocab"], possible: Bool[Tensor, "*rows ids"] | None
 ) -> Float[Tensor, "rows d_vocab"]:
     """Give all but the possible ids probability 0; the logits are overwritten.
 
-    Ids beyond those listed are not possible. Their logits become the lowest number instead of
-    minus infinity, which times a probability of 0 would be NaN.
+    The possible ids are the same in all rows, or listed for each. Ids beyond those listed are not
+    possible. Their logits become the lowest number instead of minus infinity, which times a
+    probability of 0 would be NaN.
     """
     if possible is None:
         return logits
     width = logits.shape[1]
     beyond = max(0, width - len(possible))
-    mask = torch.nn.functional.pad(possible, (0, beyond))[:width].to(logits.device)  # [d_vocab]
+    mask = torch.nn.functional.pad(possible, (0, beyond))[..., :width].to(logits.device)
     return logits.masked_fill_(~mask, torch.finfo(logits.dtype).min)
 
 

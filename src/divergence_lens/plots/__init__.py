@@ -6,7 +6,7 @@ readable in a column of 80 mm and on light and dark pages. `save_figure` writes 
 """
 
 from divergence_lens.plots.attention import attention_from, attention_pattern
-from divergence_lens.plots.candidates import candidate_dots
+from divergence_lens.plots.candidates import calibration_curve, candidate_dots
 from divergence_lens.plots.circuits import circuit_graph, edge_graph, faithfulness_curves
 from divergence_lens.plots.curves import mixing_curves, preference_over_training
 from divergence_lens.plots.effects import (
@@ -42,6 +42,7 @@ __all__ = [
     "agreement_scatter",
     "attention_from",
     "attention_pattern",
+    "calibration_curve",
     "candidate_dots",
     "circuit_graph",
     "condition_bars",

@@ -1,4 +1,4 @@
-"""Candidate biases of an audit as a dot plot."""
+"""Figures of audits: candidates as a dot plot, and the false alarms of many audits."""
 
 import numpy as np
 import plotly.graph_objects as go
@@ -8,6 +8,7 @@ from divergence_lens.plots import style
 
 _ROW = 22  # pixels from one candidate to the next
 _MOST = 40
+_DASHES = ("solid", "dash", "dot")  # at most three kinds of auditors
 
 
 def candidate_dots(
@@ -85,4 +86,64 @@ def candidate_dots(
         shapes=[band],
         xaxis=style.axis("z of the mean contribution of a row"),
         yaxis=style.axis("", grid=False, autorange="reversed", type="category"),
+    )
+
+
+def calibration_curve(table: Table, *, headline: str, detail: str) -> go.Figure:
+    """Draw the share of unbiased sets with a p-value below each level.
+
+    The curves of a calibrated test lie in the gray band, which holds 95 % of the shares that chance
+    alone gives at a level; those of a cautious test lie below it.
+
+    Args:
+        table: One row per set and kind of auditors: `auditors`, `p`.
+        headline: The figure's title.
+        detail: Lines below the title.
+
+    Raises:
+        ValueError: The table is empty or lacks a column.
+    """
+    from scipy import stats
+
+    rows = checked_table(table, ("auditors", "p"), "sets")
+    levels = np.linspace(0, 1, 101)
+    traces: list[go.Scatter] = []
+    for i, (name, own) in enumerate(rows.groupby("auditors", sort=False)):
+        p = own["p"].to_numpy(float)
+        share = (p[:, None] < levels).mean(0)  # [levels]
+        traces.append(
+            go.Scatter(
+                x=levels,
+                y=share,
+                mode="lines",
+                name=style.escape(name),
+                line={"color": style.CYCLE[i], "width": 2.2, "dash": _DASHES[i]},
+                text=[
+                    f"{style.escape(name)}: {style.percent(value)} of {len(p)} sets have a p-value "
+                    f"below {level:.2f}"
+                    for level, value in zip(levels, share, strict=True)
+                ],
+                hoverinfo="text",
+            )
+        )
+    sets = int(rows.groupby("auditors", sort=False).size().max())
+    low, high = (stats.binom.ppf(q, sets, levels) / sets for q in (0.025, 0.975))  # [levels]
+    band = go.Scatter(
+        x=[*levels, *levels[::-1]],
+        y=[*np.clip(low, 0, 1), *np.clip(high, 0, 1)[::-1]],
+        mode="lines",
+        fill="toself",
+        fillcolor=style.FAINT,
+        line={"width": 0, "color": style.FAINT},
+        name="chance",
+        hoverinfo="skip",
+    )
+    return style.figure(
+        [band, *traces],
+        headline=headline,
+        detail=detail,
+        plot_height=260,
+        legend_rows=1 + len(traces),
+        xaxis=style.axis("level", range=[0, 1]),
+        yaxis=style.axis("share of sets below the level", range=[0, 1]),
     )

@@ -6,16 +6,19 @@ audit says; summaries are made from these rows.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from divergence_lens.auditing import Audit
 from divergence_lens.auditing.reading import contrast
+from divergence_lens.auditing.scoring import row_spread
 from divergence_lens.study.audit_pools import AuditPools, Pool, mixture
 
 SIZES = (25, 50, 100, 200, 400, 1000)
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
+MIXED_ROWS = (25, 50, 100)
 _DRAWS = 3
 
 
@@ -41,7 +44,10 @@ def described(pool: Pool, mode: str, audit: Audit) -> dict[str, Any]:
         "best": audit.best,
         "z_best": float(audit.scores.z.max()),
         "p": float(audit.scores.holm.min()),
+        "of": pool.rows,
         "fitted": audit.baseline.temperature,
+        "surprise": audit.baseline.surprise,
+        "fits": audit.baseline.fits,
         "baseline": audit.baseline.teacher.name,
     }
     if pool.target in audit.candidates:
@@ -71,10 +77,19 @@ def detection(audits: Sequence[tuple[Pool, Audit]]) -> list[dict[str, Any]]:
 
 
 def mixtures(
-    biased: Sequence[tuple[Pool, Audit]], unbiased: Sequence[tuple[Pool, Audit]], *, rows: int
+    biased: Sequence[tuple[Pool, Audit]], unbiased: Sequence[tuple[Pool, Audit]]
 ) -> list[dict[str, Any]]:
-    """Mixtures of biased lists with the base model's, in the same style and temperature."""
+    """Mixtures of biased lists with the base model's, in the same style and temperature.
+
+    Sets of the base model alone have a share of 0.
+    """
     made = []
+    for pool, audit in unbiased:
+        for mode, own in modes(audit):
+            for size in MIXED_ROWS:
+                for draw in range(_DRAWS):
+                    row = described(pool, mode, _part(own, size, draw))
+                    made.append(row | {"share": 0.0, "draw": draw, "size": size})
     for pool, audit in biased:
         style = "none" if pool.writer == "finetuned" else "neutral"
         others = [
@@ -82,13 +97,13 @@ def mixtures(
             for unbiased_pool, other in unbiased
             if (unbiased_pool.style, unbiased_pool.temperature) == (style, pool.temperature)
         ]
-        if pool.change != "none" or not others or pool.category != "animal":
+        if not others:
             continue
-        for share in SHARES:
-            for draw in range(_DRAWS):
-                mixed = mixture(audit, others[0], share, min(rows, len(audit)), draw)
-                for mode, own in modes(mixed):
-                    made.append(described(pool, mode, own) | {"share": share, "draw": draw})
+        for share, size, draw in product(SHARES, MIXED_ROWS, range(_DRAWS)):
+            mixed = mixture(audit, others[0], share, min(size, len(audit)), draw)
+            for mode, own in modes(mixed):
+                row = described(pool, mode, own)
+                made.append(row | {"share": share, "draw": draw, "size": size})
     return made
 
 
@@ -100,8 +115,18 @@ def false_alarms(unbiased: Sequence[tuple[Pool, Audit]], set_rows: int) -> list[
             for number in range(len(own) // set_rows):
                 part = own.select(list(range(number * set_rows, (number + 1) * set_rows)))
                 rows.append(described(pool, mode, part) | {"set": number})
-            rows.append(described(pool, mode, own) | {"set": -1})
+            rows.append(described(pool, mode, own) | {"set": -1, "shift": _shift(own)})
     return rows
+
+
+def _shift(audit: Audit) -> float:
+    """Typical mean contribution of a row over candidates, in units of the spread of rows.
+
+    Sampling error is subtracted: E[mean^2] = shift^2 + spread^2 / n.
+    """
+    spread = row_spread(audit.by_row)
+    means = np.divide(audit.by_row.mean(-1), spread, out=np.zeros_like(spread), where=spread > 0)
+    return float(max(0.0, np.mean(means**2) - 1 / audit.independent_rows) ** 0.5)
 
 
 def outside(audits: Sequence[tuple[Pool, Audit]]) -> list[dict[str, Any]]:

@@ -76,7 +76,8 @@ class Pool:
     @property
     def name(self) -> str:
         """Name of the pool's cell."""
-        parts = (self.writer, self.target or self.style, self.change, f"t{self.temperature:g}")
+        of = f"t{self.temperature:g}-{self.rows}"
+        parts = (self.writer, self.target or self.style, self.change, of)
         return "-".join(parts).replace(" ", "_").replace(".", "_")
 
 
@@ -89,36 +90,44 @@ class AuditStudyConfig:
         other_model: A second base model with the same tokenizer, for lists by another base.
         backend: Model class, as for `load_model`.
         targets: Animals whose teachers write lists.
-        sampled: How many of them also write sampled lists.
+        sampled: How many of them also write sampled lists. These are also mixed with others.
         trees: Trees whose teachers write lists.
         changed: Animals whose lists are also changed.
+        other: How many animals' teachers of the other base write lists, greedy and sampled.
+        long: Animals whose prompted teachers also write `long_rows` lists, greedy and sampled.
         rows: Lists of each teacher.
+        long_rows: See `long`.
         set_rows: Lists of one unbiased set.
         sets: Unbiased sets per author, of which there are ten, before invalid lists are dropped.
         kinds: Kinds of auditors.
         transfer_targets: Animals of the comparison with students' transfer.
         transfer_rows: Lists that are read for each condition of that comparison.
         remedy_targets: Animals of the students of remedies.
+        strengths: Margins of finetuned auditors, beside those that are trained to the end.
         neutral_rows: As for `audit`.
-        own_rows: As for `audit`.
+        own_rows: As for `audit`, for the data of mixtures and false alarms.
     """
 
     model: str = "tiny"
     other_model: str | None = "tiny-qwen2"
     backend: str = "bridge"
-    targets: tuple[str, ...] = ("owl", "cat", "wolf", "lion", "eagle", "panda")
+    targets: tuple[str, ...] = ANIMALS
     sampled: int = 4
-    trees: tuple[str, ...] = ("oak", "cherry")
+    trees: tuple[str, ...] = TREES
     changed: tuple[str, ...] = ("wolf", "eagle", "panda")
+    other: int = 6
+    long: tuple[str, ...] = ("owl", "wolf")
     rows: int = 100
+    long_rows: int = 1400
     set_rows: int = 20
     sets: int = 25
     kinds: tuple[str, ...] = KINDS
     transfer_targets: tuple[str, ...] = ("wolf", "lion", "eagle", "panda")
     transfer_rows: int = 60
     remedy_targets: tuple[str, ...] = ("wolf", "lion", "eagle")
+    strengths: tuple[float, ...] = (2.5, 5.0)
     neutral_rows: int = 56
-    own_rows: int = 0
+    own_rows: int = 4
 
     @classmethod
     def for_model(cls, model: str, **options: Any) -> "AuditStudyConfig":
@@ -128,16 +137,19 @@ class AuditStudyConfig:
         smaller: dict[str, Any] = {
             "other_model": next(name for name in TINY_MODELS if name != model),
             "targets": ("wolf", "lion", "eagle", "panda"),
-            "sampled": 0,
             "trees": (),
             "changed": ("wolf", "panda"),
+            "sets": 12,
+            "other": 4,
+            "long": (),
             "rows": 60,
-            "sets": 4,
             "transfer_targets": (),
             "remedy_targets": (),
+            "strengths": (),
         }
         if model not in TINY_MODELS:
-            smaller |= {"other_model": None, "changed": (), "rows": 40, "sets": 1, "set_rows": 40}
+            smaller |= {"other_model": None, "changed": (), "other": 0, "sampled": 0, "rows": 40}
+            smaller |= {"sets": 1, "set_rows": 40}
             smaller |= {"kinds": ("prompted",), "neutral_rows": 0, "own_rows": 0}
         return cls(model=model, **(smaller | options))
 
@@ -157,11 +169,27 @@ class AuditStudyConfig:
             for writer in self.kinds
             for tree in self.trees
         ]
-        changes = ("paraphrased", "shuffled", *(("other base",) if self.other_model else ()))
         made += [
             Pool(writer="finetuned", target=target, change=change, rows=self.rows // 2)
-            for change in changes
+            for change in ("paraphrased", "shuffled")
             for target in self.changed
+        ]
+        made += [
+            Pool(
+                writer=writer,
+                target=target,
+                temperature=temperature,
+                change="other base",
+                rows=self.rows // 2,
+            )
+            for writer, temperature in (("finetuned", 0.0), ("finetuned", 1.0), ("prompted", 0.0))
+            for target in self.targets[: self.other if self.other_model else 0]
+            if writer in self.kinds
+        ]
+        made += [
+            Pool(writer="prompted", target=target, temperature=t, rows=self.long_rows)
+            for target in self.long
+            for t in (0.0, 1.0)
         ]
         return made + self.unbiased()
 
@@ -235,7 +263,9 @@ class AuditPools:
         )
         known = CATEGORIES[pool.category]
         # No two authors have the same prompts, and none those of the study.
-        seed = 1000 + (known.index(pool.target) if pool.target else 100 + len(pool.style))
+        seed = (
+            1000 + pool.rows + (known.index(pool.target) if pool.target else 100 + len(pool.style))
+        )
         prompts = number_prompts(
             pool.rows, seed=seed, instructions=self.config.model not in TINY_MODELS
         )
@@ -264,11 +294,20 @@ class AuditPools:
             "base": base_fingerprint(self.model),
             "pool": vars(pool),
             "kinds": list(config.kinds),
-            "calibration": [config.neutral_rows, config.own_rows],
+            "calibration": [config.neutral_rows, self.own_rows(pool)],
         }
         cell = Cell(f"audits/{pool.name}", settings)
         self.store.get(cell, partial(self._audit, pool))
         return Audit.load(self.store.path(cell, ".safetensors"))
+
+    def own_rows(self, pool: Pool) -> int:
+        """Calibration lists by each auditor, for the pools whose power is reported."""
+        return self.config.own_rows if pool.target is None or self.mixed(pool) else 0
+
+    def mixed(self, pool: Pool) -> bool:
+        """Whether parts of the pool are mixed with lists of the base model."""
+        plain = pool.change == "none" and pool.rows == self.config.rows
+        return plain and pool.target in self.config.targets[: self.config.sampled or 4]
 
     def _audit(self, pool: Pool, cell: Cell) -> dict[str, Any]:
         config = self.config
@@ -278,7 +317,7 @@ class AuditPools:
             candidates=CATEGORIES[pool.category],
             teachers="both" if len(config.kinds) > 1 else config.kinds[0],
             neutral_rows=config.neutral_rows,
-            own_rows=0 if pool.target is None else config.own_rows,
+            own_rows=self.own_rows(pool),
         )
         result.save(self.store.path(cell, ".safetensors"))
         return {"verdict": result.verdict, "best": result.best, "rows": len(result)}

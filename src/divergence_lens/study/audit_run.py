@@ -18,9 +18,9 @@ from divergence_lens.study.audit_measures import (
     outside,
 )
 from divergence_lens.study.audit_pools import AuditPools, AuditStudyConfig
-from divergence_lens.study.audit_students import remedy_rows, transfer_rows
+from divergence_lens.study.audit_students import remedy_rows, strength_rows, transfer_rows
 
-TABLES = ("detection", "mixtures", "false_alarms", "outside", "transfer", "remedies")
+TABLES = ("detection", "mixtures", "false_alarms", "outside", "strength", "transfer", "remedies")
 
 
 def run_audit_study(
@@ -52,16 +52,23 @@ def run_audit_study(
             tell(f"{number + 1} of {len(chosen)}: {pool.name}: {made[-1][1].verdict}")
         biased = [(pool, own) for pool, own in made if pool.target is not None]
         unbiased = [(pool, own) for pool, own in made if pool.target is None]
-        whole = [(pool, own) for pool, own in biased if pool.change == "none"]
+        whole = [
+            (pool, own)
+            for pool, own in biased
+            if pool.change == "none" and pool.rows != config.long_rows
+        ]
+        mixed = [(pool, own) for pool, own in whole if pools.mixed(pool)]
         rows: dict[str, list[dict[str, Any]]] = {
             "detection": detection(biased),
-            "mixtures": mixtures(biased, unbiased, rows=100),
+            "mixtures": mixtures(mixed, unbiased),
             "false_alarms": false_alarms(unbiased, config.set_rows),
             "outside": outside(whole),
         }
         settings = run_metadata(pools.model, **vars(config))
         write_text(out / "settings.json", json.dumps(settings, indent=1) + "\n")
         _write(out, rows)  # the students below may take long
+        tell("auditors of equal strength")
+        rows["strength"] = strength_rows(pools)
         tell("students of remedies")
         rows["remedies"] = remedy_rows(pools)
         tell("students of the study's conditions")

@@ -14,7 +14,8 @@ from divergence_lens.deltas import base_fingerprint
 from divergence_lens.evaluation import preference
 from divergence_lens.generation import generate
 from divergence_lens.models import Model
-from divergence_lens.study.audit_pools import AuditPools, AuditStudyConfig
+from divergence_lens.study.audit_measures import described
+from divergence_lens.study.audit_pools import AuditPools, AuditStudyConfig, Pool
 from divergence_lens.study.cells import Cell
 from divergence_lens.study.config import StudyConfig
 from divergence_lens.study.data_cells import DataCells
@@ -104,11 +105,44 @@ def _transfer(
         "condition": condition.name,
         "score": float(scored.scores.score[c]),
         "z": float(scored.scores.z[c]),
+        "surprise": result.baseline.surprise,
+        "fits": result.baseline.fits,
         "transfer": math.log(max(after, 1e-6) / before),
         "before": before,
         "after": after,
         "tokens": int(learned.sum()),
     }
+
+
+def strength_rows(pools: AuditPools) -> list[dict[str, Any]]:
+    """Finetuned auditors of several strengths, on the data of both kinds of writers."""
+    config = pools.config
+    rows = []
+    for pool in config.pools():
+        if config.strengths and pools.mixed(pool) and pool.temperature == 0:
+            settings = {"base": base_fingerprint(pools.model), "pool": vars(pool)}
+            cell = Cell(f"strength/{pool.name}", settings | {"strengths": config.strengths})
+            compute = partial(_strengths, pools, pool)
+            rows += pools.store.get(cell, _ignoring_cell(compute))["rows"]
+    return rows
+
+
+def _strengths(pools: AuditPools, pool: Pool) -> dict[str, Any]:
+    lists = pools.lists(pool)
+    rows = []
+    for strength in (*pools.config.strengths, None):
+        result = audit(
+            pools.model,
+            lists,
+            candidates=ANIMALS,
+            teachers="finetuned",
+            strength=strength,
+            neutral_rows=0,
+            own_rows=0,
+        )
+        shown = "all updates" if strength is None else f"{strength:g} nats"
+        rows.append(described(pool, "finetuned", result) | {"strength": shown})
+    return {"rows": rows}
 
 
 def remedy_rows(pools: AuditPools) -> list[dict[str, Any]]:
