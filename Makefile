@@ -95,6 +95,7 @@ bench: $(READY)
 		$(OFFLINE) $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
 	$(OFFLINE) $(BIN)/python benchmarks/patching.py --integrated
+	$(OFFLINE) $(BIN)/python benchmarks/preference.py --model $(MODEL)
 	$(OFFLINE) $(BIN)/python benchmarks/arithmetic.py --model $(MODEL)
 	$(OFFLINE) $(BIN)/python benchmarks/scaling.py
 

@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 from paper import PAPER_CLAIMS, SOURCES
 
 from divergence_lens._utils.statistics import t_interval
 from divergence_lens._utils.storage import write_text
-from divergence_lens.plots import dissociation_bars, save_figure
+from divergence_lens.plots import save_figure
 from divergence_lens.study.findings import Finding, judge
 from divergence_lens.study.paired_claims import PAIRED_CLAIMS, dissociation, single_layers
+from divergence_lens.study.paired_report import paired_figure
 from divergence_lens.study.report import short_interval, short_number, table_head
 from divergence_lens.study.rows import DIVERGENCE, SETTINGS, STUDENTS, TEACHERS, load_tables
 
@@ -53,14 +53,6 @@ _CORE = (
     *("all", "top_advantage", "divergence_only", "random", "bottom_advantage"),
     "without_divergence",
 )
-_SHORT = {
-    "top_advantage": "top tenth",
-    "divergence_only": "divergence",
-    "all": "all digits",
-    "random": "random tenth",
-    "without_divergence": "not divergence",
-    "bottom_advantage": "bottom tenth",
-}
 _WORDS = {
     "all": "all digits",
     "top_advantage": "the tenth of the digits with the largest advantage",
@@ -99,13 +91,6 @@ def write_paired_page(folder: str | os.PathLike[str]) -> Path:
         image.parent.mkdir(exist_ok=True)
         save_figure(figure, image, width_mm=150, dpi=200, title=False, renderer="matplotlib")
     return page
-
-
-def paired_figure(tables: Mapping[str, pd.DataFrame]) -> go.Figure | None:
-    """Draw the core conditions and the single layers; None before a student has its twin."""
-    shown = {words: dissociation(tables, name) for name, words in _SHORT.items()}
-    shown |= {f"layer {i}": dissociation(tables, "layer", i) for i in single_layers(tables)}
-    return dissociation_bars(shown) if any(shown.values()) else None
 
 
 def paired_page(folder: str | os.PathLike[str]) -> str:

@@ -11,8 +11,9 @@ import pytest
 
 from divergence_lens.study import StudyConfig
 from divergence_lens.study.paired_claims import PAIRED_CLAIMS
+from divergence_lens.study.paired_report import paired_figure
 from divergence_lens.study.rows import load_tables
-from tests.support.docs_tools import paired_figure, paired_page, write_paired_page
+from tests.support.docs_tools import paired_page, write_paired_page
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "docs" / "real-study"

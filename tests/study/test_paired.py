@@ -23,6 +23,7 @@ from divergence_lens.study.interventions import (
 )
 from divergence_lens.study.paired import PAIRED_TARGETS, TUNING_TARGETS, twin_of
 from divergence_lens.study.paired_claims import PAIRED_CLAIMS, Dissociation, dissociation
+from divergence_lens.study.paired_report import paired_figure, paired_sentences
 from divergence_lens.study.rows import load_tables
 from divergence_lens.study.runner import CellRunner
 from divergence_lens.training import TEACHER
@@ -180,11 +181,35 @@ def test_claims_are_open_until_all_targets_are_measured(finished):
             assert "measured for 2 of 4 targets" in finding.caveat
 
 
-def test_a_paired_study_has_no_report_of_shares(finished, tmp_path):
+def test_the_report_answers_with_the_dissociations(finished, tmp_path):
     _, study = finished
-    with pytest.raises(ValueError, match="has tables and no report"):
-        write_study_report(study, tmp_path / "report")
-    assert not (tmp_path / "report").exists()
+    page = write_study_report(study, tmp_path / "report").read_text(encoding="utf-8")
+    rows = {finding.id: finding for finding in study.findings}
+    top = rows["finetuned/top_advantage_transfers"]
+    assert f"favor the teacher, by {top.measured:+.2f} (" in page
+    share = rows["finetuned/few_digits_diverge"].measured
+    assert f"At {share:.1%} of the digits" in page
+    figure = paired_figure({"students": study.table("students")})
+    names = list(figure.layout.xaxis.ticktext)
+    after = {
+        (row["target"], row["seed"]): row["distribution"]
+        for row in study.results["students"]
+        if row["condition"] == "all"
+    }
+    owl = np.mean([after["owl", seed]["owl"] - after["cat", seed]["owl"] for seed in (0, 1)])
+    cat = np.mean([after["cat", seed]["cat"] - after["owl", seed]["cat"] for seed in (0, 1)])
+    assert figure.data[0].y[names.index("all digits")] == pytest.approx((owl + cat) / 2)
+    assert (tmp_path / "report" / "figures").is_dir()
+
+
+def test_sentences_leave_out_what_was_not_measured():
+    rows = [
+        {"id": "finetuned/all_digits_transfer", "measured": 0.5, "interval": None, "unit": "nats"},
+        {"id": "finetuned/few_digits_diverge", "measured": None, "interval": None, "unit": "share"},
+    ]
+    assert paired_sentences(rows) == [
+        "Students of all digits prefer their teacher's target to their twins' by +0.50 nats."
+    ]
 
 
 def test_a_claim_on_layers_waits_for_its_own_layers(finished):

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "tools"))
 
 from audit_page import audit_page  # noqa: E402
-from paired_page import paired_figure, paired_page, write_paired_page  # noqa: E402
+from paired_page import paired_page, write_paired_page  # noqa: E402
 from paper import PAPER_CLAIMS, SOURCES  # noqa: E402
 from results_page import results_pages, write_results_page  # noqa: E402
 
@@ -16,7 +16,6 @@ __all__ = [
     "PAPER_CLAIMS",
     "SOURCES",
     "audit_page",
-    "paired_figure",
     "paired_page",
     "results_page",
     "text_of",

@@ -257,19 +257,20 @@ def _timed_progress() -> Callable[[str], None]:
 
 
 def _run(config: "StudyConfig", out: Path, *, resume: bool, tables: Path | None = None) -> None:
-    """Run a study, write its report (a paired one has tables instead), and print the findings."""
+    """Run a study, write its report, and print the findings."""
     from divergence_lens.study import findings_table, run_study, write_study_report
 
     started, progress = time.perf_counter(), _timed_progress()
     if config.paired is not None:
         tables = out / "tables" if tables is None else tables
     finished = run_study(config, out, resume=resume, tables=tables, progress=progress)
-    if config.paired is None:
-        progress("report and figures")
-        written = write_study_report(finished, out)
+    progress("report and figures")
+    written = write_study_report(finished, out)
     typer.echo("")
     typer.echo(findings_table(finished.findings))
-    result = f"Tables written to {tables}" if config.paired else f"Report written to {written}"
+    result = f"Report written to {written}"
+    if tables is not None:
+        result += f", tables to {tables}"
     typer.echo(f"\n{result} ({time.perf_counter() - started:.0f} s)")
     if finished.failures:
         typer.echo(

@@ -16,6 +16,7 @@ from divergence_lens._utils.storage import write_text
 from divergence_lens.study.estimands import SMALLEST
 from divergence_lens.study.findings import Finding
 from divergence_lens.study.html import Answer, HasHtml, write_report
+from divergence_lens.study.paired_report import write_paired_report
 from divergence_lens.study.result import Study
 
 _EXAMPLES = 3
@@ -138,6 +139,8 @@ def _removal_during_training(study: Study, kind: str) -> dict[str, pd.DataFrame]
 def write_study_report(study: Study, folder: str | os.PathLike[str]) -> Path:
     """Write `report.html`, `study.md` and `figures/*.html` of a study.
 
+    A paired study has no `study.md`; `docs/tools/paired_page.py` writes a page from its tables.
+
     Args:
         study: What `run_study` returned.
         folder: The study's folder.
@@ -145,15 +148,10 @@ def write_study_report(study: Study, folder: str | os.PathLike[str]) -> Path:
     Returns:
         The path of the page.
 
-    Raises:
-        ValueError: The study is paired; its figures would be of margins, not of shares.
     """
     out = Path(folder)
     if "paired" in study.results["settings"]["settings"]:
-        raise ValueError(
-            "a paired study has tables and no report; docs/tools/paired_page.py writes a page from "
-            "the tables"
-        )
+        return write_paired_report(study, out)
     figures = study_figures(study)
     plots.save_figures(figures, out / "figures")
     about = study.results["settings"]

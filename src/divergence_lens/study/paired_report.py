@@ -1,0 +1,130 @@
+"""The report of a paired study: margins of students against those of their twins."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from divergence_lens import plots
+from divergence_lens.study.estimands import Tables
+from divergence_lens.study.html import Answer, write_report
+from divergence_lens.study.paired_claims import dissociation, single_layers
+from divergence_lens.study.result import Study
+
+QUESTION = (
+    "Which tokens and which layers of a student carry its teacher's preference? Every student has "
+    "a twin that learned from another teacher's lists, and only their difference counts."
+)
+_FIGURE = "students and twins"
+_CORE = {
+    "top_advantage": "top tenth",
+    "divergence_only": "divergence",
+    "all": "all digits",
+    "random": "random tenth",
+    "without_divergence": "not divergence",
+    "bottom_advantage": "bottom tenth",
+}
+# Words of a sentence before the finding's value; sentences of claims without a value are left out.
+_SENTENCES = {
+    "few_digits_diverge": "At {} of the digits the other teacher of the pair would have written "
+    "something else.",
+    "all_digits_transfer": "Students of all digits prefer their teacher's target to their twins' "
+    "by {}.",
+    "divergence_tokens_transfer": "Trained on divergence tokens alone, by {}.",
+    "top_advantage_transfers": "Trained on the tenth of the digits that most favor the teacher, "
+    "by {};",
+    "bottom_advantage_reverses": "on the tenth that least favor it, by {}.",
+    "first_layer_transfers": "Training the first layer alone on that first tenth gives {},",
+    "last_layer_transfers_nothing": "and the last layer alone {}.",
+}
+
+
+def paired_figure(tables: Tables, *, others: bool = False) -> go.Figure | None:
+    """Draw the core conditions and the single layers, or with `others` the further conditions.
+
+    Returns:
+        The figure; None if no such student has its twin yet.
+    """
+    if others:
+        students = tables["students"]
+        names = dict.fromkeys(students["condition"]) if len(students) else {}
+        shown = {
+            name.replace("_", " "): dissociation(tables, name)
+            for name in names
+            if name not in _CORE and name != "layer"
+        }
+    else:
+        shown = {words: dissociation(tables, name) for name, words in _CORE.items()}
+        shown |= {f"layer {i}": dissociation(tables, "layer", i) for i in single_layers(tables)}
+    if not any(shown.values()):
+        return None
+    title = "Further conditions against their twins" if others else "Students against their twins"
+    return plots.dissociation_bars(shown, title=title)
+
+
+def paired_sentences(findings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The answer of a paired study in sentences, from its findings."""
+    rows = {row["id"].partition("/")[2]: row for row in findings}
+    sentences = []
+    for name, form in _SENTENCES.items():
+        row = rows.get(name)
+        if row is None or row["measured"] is None or not np.isfinite(row["measured"]):
+            continue
+        value = f"{row['measured']:.1%}"
+        if row["unit"].startswith("nats"):
+            ends = [end for end in row["interval"] or () if end is not None and np.isfinite(end)]
+            known = f" ({ends[0]:+.2f} to {ends[1]:+.2f})" if len(ends) == 2 else ""
+            value = f"{row['measured']:+.2f}{known} nats"
+        sentences.append(form.format(value))
+    return sentences
+
+
+def write_paired_report(study: Study, folder: str | os.PathLike[str]) -> Path:
+    """Write `report.html` and `figures/*.html` of a paired study.
+
+    Args:
+        study: What `run_study` returned.
+        folder: The study's folder.
+
+    Returns:
+        The path of the page.
+    """
+    out = Path(folder)
+    about = study.results["settings"]
+    settings = about["settings"]
+    design = settings["paired"]
+    tables: dict[str, pd.DataFrame] = {"students": study.table("students")}
+    figures = {_FIGURE: paired_figure(tables), "further": paired_figure(tables, others=True)}
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    plots.save_figures(drawn, out / "figures")
+    pairs = ", ".join(
+        f"{one} and {other}"
+        for one, other in zip(settings["targets"][::2], settings["targets"][1::2], strict=True)
+    )
+    setting = (
+        f"{settings['model']}, {about['layers']} layers. Pairs of targets: {pairs}; seeds "
+        f"{', '.join(map(str, settings['seeds']))}. Each teacher was finetuned until its margin "
+        f"was {design['strength']:g} nats, and wrote {settings['prompts']} lists that match "
+        f"{design['pattern']}, at temperature {design['temperature']:g}. The two teachers of a "
+        "pair answered the same prompts with the same random numbers. A margin is the "
+        "log-probability of the target minus the mean of the other candidates', in nats. Intervals "
+        "are over targets (Student's t)."
+    )
+    return write_report(
+        out / "report.html",
+        study.results,
+        drawn,
+        question=QUESTION,
+        setting=setting,
+        answers=[
+            Answer(
+                heading="",
+                sentences=paired_sentences(study.results["findings"]),
+                figures=[_FIGURE] if _FIGURE in drawn else [],
+            )
+        ],
+    )
