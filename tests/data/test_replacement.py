@@ -1,5 +1,7 @@
 """Replaced tokens are a counterfactual teacher's choice, at the requested places only."""
 
+import re
+
 import numpy as np
 import pytest
 
