@@ -29,11 +29,6 @@ def divergence(tiny):
     return find_divergence(tiny, examples, teacher=owl, counterfactuals=others)
 
 
-@pytest.fixture(scope="module")
-def data(divergence):
-    return TrainingData.of(divergence)
-
-
 def _changed(divergence, data):
     ids = np.concatenate([example.completion_ids for example in data.examples])
     return np.flatnonzero(ids != divergence.tokens), ids
