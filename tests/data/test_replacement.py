@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from divergence_lens.data import (
-    TrainingData,
     animal_teachers,
     mix,
     number_prompts,
