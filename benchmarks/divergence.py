@@ -415,7 +415,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    backends = options.backend or (["bridge"] if dl.models.HookedTransformer is None else None)
+    backends = options.backend or (["bridge"] if dl.models.lens_classes().hooked is None else None)
     backends = backends or (["hooked", "bridge"] if options.device == "cpu" else ["bridge"])
     if options.operators:
         for name in options.shape:

@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backends", nargs="*", choices=["hooked", "bridge"])
     parser.add_argument("--only", nargs="*", help="names of models to check; all if not given")
     options = parser.parse_args(arguments)
-    classes = ["bridge"] if dl.models.HookedTransformer is None else ["hooked", "bridge"]
+    classes = ["bridge"] if dl.models.lens_classes().hooked is None else ["hooked", "bridge"]
     failures = 0
     for source, backend in itertools.product(sources(options.models), options.backends or classes):
         if options.only and source.name not in options.only:

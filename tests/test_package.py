@@ -227,6 +227,7 @@ def test_importing_transformer_lens_through_us_leaves_the_log_level_of_transform
         "import transformers\n"
         "before = transformers.logging.get_verbosity()\n"
         "import divergence_lens.models\n"
+        "divergence_lens.models.lens_classes()\n"
         "print(transformers.logging.get_verbosity() == before)"
     )
     assert run_python(code) == "True"

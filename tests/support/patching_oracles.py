@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from divergence_lens.engine.factory import get_engine
-from divergence_lens.models import HookedTransformer
+from divergence_lens.models import lens_classes
 from divergence_lens.pairs import Pairs
 
 FOUR = (9, 12, 7, 10)
@@ -99,7 +99,8 @@ def one_hook_per_cell(
 
 def hand_set(n_heads: int = 2, *, n_layers: int = 2, **options: object) -> object:
     """A HookedTransformer without norms and MLPs, all of whose weights are zero."""
-    if HookedTransformer is None:
+    hooked = lens_classes().hooked
+    if hooked is None:
         pytest.skip("weights are set by hand in a HookedTransformer, which this version lacks")
     from transformer_lens import HookedTransformerConfig
 
@@ -117,7 +118,7 @@ def hand_set(n_heads: int = 2, *, n_layers: int = 2, **options: object) -> objec
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the class leaves in version 4
-        model = HookedTransformer(cfg)
+        model = hooked(cfg)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

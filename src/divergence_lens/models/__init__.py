@@ -6,13 +6,14 @@ weights, so that logits and residuals are Hugging Face's own and trained weights
 """
 
 from divergence_lens.models.classes import (
-    HookedTransformer,
+    LensClasses,
     LensModel,
     Model,
     check_model,
     describe_model,
     end_token_ids,
     is_hooked,
+    lens_classes,
     lens_model,
     model_name,
     sampling_defaults,
@@ -23,7 +24,7 @@ from divergence_lens.models.reference import take_own_logits
 
 __all__ = [
     "Backend",
-    "HookedTransformer",
+    "LensClasses",
     "LensModel",
     "Model",
     "check_model",
@@ -31,6 +32,7 @@ __all__ = [
     "end_token_ids",
     "from_pretrained",
     "is_hooked",
+    "lens_classes",
     "lens_model",
     "load_model",
     "model_name",

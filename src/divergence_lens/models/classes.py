@@ -1,22 +1,10 @@
 """The two model classes of TransformerLens: type checks, names and typed access."""
 
-from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+import sys
+from functools import cache
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 
 from torch import nn
-from transformers.utils import logging as transformers_logging
-
-HookedTransformer: Any
-# Importing TransformerLens sets the log level of transformers to "error" for the whole process.
-_verbosity = transformers_logging.get_verbosity()
-try:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    try:
-        from transformer_lens import HookedTransformer
-    except ImportError:  # TransformerLens 4 removed it; there, only bridges exist.
-        HookedTransformer = None
-finally:
-    transformers_logging.set_verbosity(_verbosity)
 
 Model: TypeAlias = nn.Module
 """A `HookedTransformer` or a `TransformerBridge`; `check_model` tells them from other modules."""
@@ -40,14 +28,50 @@ class LensModel(Protocol):
         """Return a submodule or an attribute of the wrapped model."""
 
 
+class LensClasses(NamedTuple):
+    """The model classes of the installed TransformerLens."""
+
+    hooked: Any
+    """`HookedTransformer`; None in TransformerLens 4, which removed it."""
+    bridge: Any
+    """`TransformerBridge`."""
+
+
+@cache
+def lens_classes() -> LensClasses:
+    """Import TransformerLens, and return its model classes.
+
+    The import takes seconds, so results are read, drawn and pickled without it. It also sets the
+    log level of transformers to "error" for the whole process, which is undone here.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        try:
+            from transformer_lens import HookedTransformer
+        except ImportError:
+            HookedTransformer = None
+    finally:
+        logging.set_verbosity(verbosity)
+    return LensClasses(HookedTransformer, TransformerBridge)
+
+
 def is_hooked(model: object) -> bool:
     """Return whether `model` is a `HookedTransformer`."""
-    return HookedTransformer is not None and isinstance(model, HookedTransformer)
+    # Before TransformerLens is imported, there is no object of its classes.
+    if "transformer_lens" not in sys.modules or (hooked := lens_classes().hooked) is None:
+        return False
+    return isinstance(model, hooked)
 
 
 def is_lens_model(model: object) -> bool:
     """Return whether `model` is a `HookedTransformer` or a `TransformerBridge`."""
-    return is_hooked(model) or isinstance(model, TransformerBridge)
+    if "transformer_lens" not in sys.modules:
+        return False
+    return is_hooked(model) or isinstance(model, lens_classes().bridge)
 
 
 def check_model(model: object) -> None:

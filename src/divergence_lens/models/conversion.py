@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from divergence_lens.models.classes import HookedTransformer, Model
+from divergence_lens.models.classes import Model, lens_classes
 from divergence_lens.models.positions import longrope_switch
 from divergence_lens.models.pretrained import first_line
 from divergence_lens.models.reference import ConversionError
@@ -56,6 +56,7 @@ def build_bridge(hf_model: Any, name: str) -> Model:
     Raises:
         ValueError: TransformerLens has no bridge for the architecture.
     """
+    lens_classes()  # keeps the log level that the next import changes
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     try:
@@ -81,7 +82,8 @@ def build_hooked(hf_model: Any, name: str, *, shared: bool) -> Model:
     Raises:
         ConversionError: TransformerLens cannot convert the architecture.
     """
-    if HookedTransformer is None:
+    hooked = lens_classes().hooked
+    if hooked is None:
         raise ConversionError("this version of TransformerLens has no HookedTransformer")
     from transformer_lens.loading_from_pretrained import (
         get_pretrained_model_config,
@@ -114,7 +116,7 @@ def build_hooked(hf_model: Any, name: str, *, shared: bool) -> Model:
     with warnings.catch_warnings():
         # The class is deprecated in favor of bridges; the caller chose it.
         warnings.simplefilter("ignore", DeprecationWarning)
-        model: Any = HookedTransformer(cfg, move_to_device=False)
+        model: Any = hooked(cfg, move_to_device=False)
     _assign_weights(model, weights, [] if shared else list(hf_model.parameters()))
     model.cfg.dtype = dtype
     model.cfg.device = device.type
