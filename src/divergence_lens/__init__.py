@@ -13,8 +13,9 @@ model causes them, trains students on them, and measures what the students prefe
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+# The constant of `typing`, whose import would be most of the time that this module takes.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from divergence_lens import plots
     from divergence_lens._utils.interrupts import Interrupted
@@ -192,7 +193,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOME_OF:
         value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
         globals()[name] = value

@@ -14,6 +14,7 @@ from divergence_lens import patching
 from divergence_lens.cli import choices
 from divergence_lens.cli.main import app
 from divergence_lens.engine import SITES
+from tests.support.figures import effects
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -131,6 +132,21 @@ def test_usage_errors_import_no_heavy_library(arguments, message, folder):
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_saved_result_is_drawn_without_transformer_lens(tmp_path):
+    effects().save(tmp_path / "effects.safetensors")
+    code, output, modules = loaded(["plot", "effects.safetensors", "figure.html"], tmp_path)
+    assert (code, "Figure written" in output) == (0, True)
+    assert "torch" in modules
+    assert not {"transformer_lens", "transformers.modeling_utils", "scipy"} & modules
+
+
+@pytest.mark.parametrize("command", app.registered_commands, ids=lambda c: c.callback.__name__)
+def test_paragraphs_of_help_have_no_line_breaks_of_the_source(command):
+    paragraphs = command.help.split("\n\n")
+    assert " ".join(paragraphs).split() == command.callback.__doc__.split()
+    assert not any("\n" in paragraph for paragraph in paragraphs)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -159,7 +175,7 @@ def test_the_shell_completes_commands_options_and_values(words, expected):
 
 
 def test_the_choices_are_those_of_the_library():
-    assert get_args(choices.Site) == SITES
+    assert tuple(site.value for site in choices.Site) == SITES
     assert get_args(choices.Method) == ("exact", *get_args(patching.Method))
     hints = _literals(dl.causal_mediation)
     assert set(get_args(choices.Direction)) == hints["direction"]

@@ -130,7 +130,7 @@ def test_a_narrow_terminal_shows_colors_without_numbers(model, monkeypatch):
     effects = dl.causal_mediation(model, from_prompts(model, answers=[" 1"], foils=[" 9"]))
     narrow = Console(width=30, color_system="truecolor", force_terminal=True, record=True)
     monkeypatch.setattr(terminal, "Console", lambda **_: narrow)
-    terminal.print_heatmap(effects, 0)
+    terminal.print_heatmaps([effects], 0)
     text = narrow.export_text(clear=False)
     styled = narrow.export_text(styles=True)
     # Only the caption and the header hold numbers of the heatmap.
@@ -139,6 +139,26 @@ def test_a_narrow_terminal_shows_colors_without_numbers(model, monkeypatch):
     # The strongest cell has the color at the end of the scale.
     assert re.search(r"48;2;(102;44;0|5;48;97)m", styled)
     assert terminal.SCALE == style.DIVERGING
+
+
+def test_several_sites_have_their_files_their_heatmaps_and_one_figure(model, tmp_path):
+    out, figure = tmp_path / "e.safetensors", tmp_path / "sites.html"
+    sites = ("--site", "attn_out", "--site", "z", "--site", "attn_out")
+    output = run("patch", *PROMPTS, *sites, "--out", out)
+    pairs = from_prompts(model, answers=[" 1"], foils=[" 9"], chat=False)
+    for site in ("attn_out", "z"):
+        expected = dl.causal_mediation(model, pairs, site=site)
+        loaded = dl.Effects.load(tmp_path / f"e-{site}.safetensors")
+        np.testing.assert_array_equal(loaded.values, expected.values)
+        assert f"{site}, exact, noising, in shares of the total effect" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "e-attn_out.safetensors",
+        "e-z.safetensors",
+    ]
+    assert output.count("layer  ") == 2
+    output = run("patch", *PROMPTS, *sites, "--figure", figure)
+    assert "layer  " not in output
+    assert "summed over heads (z)" in figure.read_text()
 
 
 def test_a_figure_replaces_the_heatmap(tmp_path):
@@ -173,6 +193,8 @@ def results(tmp_path_factory, model):
             model, student, dl.Pairs.from_disagreements(model, student, pairs.clean)
         ),
         "student": student,
+        "plain": dl.finetune(model, examples[:2], layers=[0]),
+        "attention": dl.causal_mediation(model, pairs, site="attn_out"),
     }
     saved["edges"] = dl.edge_scores(model, pairs, method="gradient", span="position")
     saved["summed"] = dl.edge_scores(model, pairs, method="gradient")
@@ -182,6 +204,13 @@ def results(tmp_path_factory, model):
     for name, result in saved.items():
         result.save(folder / f"{name}.safetensors")
     return folder
+
+
+def arguments(call, out):
+    """The results that begin a call, the figure, and the options after them."""
+    named = [word for word in call if not str(word).startswith("--")]
+    options = next((i for i, word in enumerate(call) if word not in named), len(call))
+    return [*(f"{name}.safetensors" for name in call[:options]), out, *call[options:]]
 
 
 @pytest.mark.parametrize(
@@ -202,6 +231,12 @@ def results(tmp_path_factory, model):
         (["sweep"], "layer"),
         (["cross_patch"], "crossed at every boundary"),
         (["student"], "Preference over training"),
+        (["student", "--measure", "loss"], "Loss over training"),
+        (["plain"], "Loss over training"),
+        (["effects", "attention"], "attn_out"),
+        (["effects", "attention", "--kind", "segments"], "attn_out"),
+        (["effects", "attention", "--kind", "layers", "--item", 0], "attn_out"),
+        (["effects", "gradient"], "gradient"),
         (["audit"], "Audit: "),
         (["edges", "--item", 2], "edges of pair 2"),
         (["circuit"], "Circuit of 20 edges"),
@@ -211,7 +246,7 @@ def results(tmp_path_factory, model):
 def test_any_saved_result_is_drawn_again(results, tmp_path, monkeypatch, call, words):
     monkeypatch.chdir(results)
     out = tmp_path / "figure.html"
-    run("plot", f"{call[0]}.safetensors", out, *call[1:])
+    run("plot", *arguments(call, out))
     assert words in out.read_text(encoding="utf-8")
 
 
@@ -237,10 +272,13 @@ def test_the_title_the_caption_and_the_width_are_chosen(results, tmp_path):
         (["summed"], "summed over positions"),
         (["effects", "--kind", "agreement", "--other", "sweep.safetensors"], "holds sweep"),
         (["student", "--measure", "accuracy"], "has no column 'accuracy'"),
+        (["effects", "preference"], "holds preference; only effects are drawn in one figure"),
+        (["effects", "heads", "--kind", "heads"], "--kind heads draws one result"),
+        (["effects", "heads"], "'z' are not of the same pairs"),
     ],
 )
 def test_a_figure_that_does_not_exist_is_refused(results, tmp_path, monkeypatch, call, message):
     monkeypatch.chdir(results)
     out = tmp_path / "figure.html"
-    assert message in run("plot", f"{call[0]}.safetensors", out, *call[1:], code=2)
+    assert message in run("plot", *arguments(call, out), code=2)
     assert not list(tmp_path.iterdir())

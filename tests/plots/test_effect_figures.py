@@ -4,20 +4,17 @@ import dataclasses
 import re
 
 import numpy as np
-import plotly.graph_objects as go
 import pytest
 
 from divergence_lens import plots
 from divergence_lens.pairs import Pairs
 from divergence_lens.patching.effects import Effects
 from divergence_lens.patching.exact import causal_mediation
-from divergence_lens.patching.inner_agreements import inner_agreement
+from divergence_lens.plots.color_limits import color_limit
 from divergence_lens.plots.export import themed
 from divergence_lens.plots.fitting import fitted
-from divergence_lens.plots.heatmaps import color_limit
+from divergence_lens.plots.style import round_ticks
 from tests.support.figures import (
-    LAYERS,
-    crossed,
     effects,
     heat,
     plain,
@@ -68,6 +65,19 @@ def test_sites_of_the_same_pairs_share_one_color_scale():
         plots.effects_heatmap({"a": small, "b": small[1:]})
     with pytest.raises(ValueError, match="at least one"):
         plots.effects_heatmap({})
+    panels = plots.effects_by_segment({"small": small, "large": large})
+    for trace, one in zip(panels.data, (small, large), strict=True):
+        np.testing.assert_array_equal(trace.z, heat(plots.effects_by_segment(one)).z)
+    assert "summed over positions and heads" in plain_title(panels)
+
+
+@pytest.mark.parametrize("limit", [1e-4, 0.3, 0.99, 1.0, 1.93, 2.0, 4.9, 7.0, 123.0])
+def test_the_ticks_of_a_color_bar_are_round_and_few(limit):
+    ticks = round_ticks(limit)
+    assert ticks == [-tick for tick in reversed(ticks)]
+    assert 5 <= len(ticks) <= 9
+    assert max(ticks) <= limit * (1 + 1e-9)
+    assert [float(f"{tick:.2g}") for tick in ticks] == pytest.approx(ticks)
 
 
 def test_a_few_outliers_do_not_compress_all_other_colors():
@@ -312,87 +322,6 @@ def test_segments_hold_the_numbers_of_the_table():
     table = effects().normalized().by_segment()
     np.testing.assert_allclose(np.asarray(heat(figure).z, dtype=float), table.to_numpy())
     assert figure.layout.coloraxis.cmin == -figure.layout.coloraxis.cmax
-
-
-def test_the_profile_is_a_line_in_a_band():
-    figure = plots.layer_profile(effects())
-    band, line = figure.data
-    table = effects().normalized().by_layer()
-    np.testing.assert_allclose(line.y, table["effect"], rtol=1e-6)
-    np.testing.assert_allclose(band.y, [*table["high"], *table["low"][::-1]], rtol=1e-6)
-    assert "band: 95 % interval" in plain_title(figure)
-    with pytest.raises(ValueError, match="at least one"):
-        plots.layer_profile({})
-
-
-def test_a_single_pair_has_no_band():
-    figure = plots.layer_profile(effects()[0])
-    (line,) = figure.data
-    assert "band" not in plain_title(figure)
-    assert "interval" not in plain(line.text[0])
-    one = crossed()
-    one = dataclasses.replace(one, margins=one.margins[:1])
-    figure = plots.cross_patch_margins(one)
-    assert len(figure.data) == 3
-    assert "band" not in plain_title(figure)
-
-
-def test_agreement_draws_each_cell_once_with_both_agreements_in_the_title():
-    exact, fast = effects(), effects(method="gradient")
-    figure = plots.agreement_scatter(fast, exact, name="owl")
-    must, rest = figure.data[1:]
-    agreement, within = fast.agreement(exact), inner_agreement(fast, exact)
-    assert len(must.x) + len(rest.x) == agreement.cells
-    # Layers 0 and 1 without the target: 4 positions of one pair, 5 (and a missing one) of another.
-    assert len(rest.x) == within.cells == 2 * (4 + 5)
-    for points in (must, rest):
-        np.testing.assert_allclose(points.y, 1.1 * np.asarray(points.x), rtol=1e-4)
-    title = plain_title(figure)
-    assert "effects: owl" in title
-    assert f"within a pair: Pearson {within.pearson:.2f}" in title
-    assert f"together: Pearson {agreement.pearson:.2f}" in title
-    assert any("&lt;script&gt;" in text for text in must.text)
-    assert not any("<script>" in text for text in (*must.text, *rest.text))
-
-
-def test_many_cells_are_thinned_except_the_largest():
-    big = effects()
-    pairs = 400
-    values = np.random.default_rng(0).normal(size=(pairs, 3, 5)).astype(np.float32)
-    values[7, 2, 4] = 50.0
-    many = Effects(
-        values=values,
-        site=big.site,
-        method="exact",
-        direction="noising",
-        metric=big.metric,
-        clean_metric=np.ones(pairs, dtype=np.float32),
-        corrupted_metric=np.zeros(pairs, dtype=np.float32),
-        segments=(big.segments[0],) * pairs,
-        labels=(big.labels[0],) * pairs,
-    )
-    figure = plots.agreement_scatter(many, many)
-    assert sum(len(points.x) for points in figure.data[1:]) == 4000
-    assert max(figure.data[1].x) == 50.0
-    assert "4,000 cells drawn" in plain_title(figure)
-
-
-def test_crossed_models_show_the_effect_of_upper_layers_over_each_lower_half():
-    lines = [trace for trace in plots.cross_patch_margins(crossed()).data if trace.mode != "lines"]
-    assert [list(line.y) for line in lines] == [[2.0] * 3, [1.0] * 3, [1.0] * 3]
-
-
-def test_layers_by_site_draws_means_with_a_dot_for_every_target():
-    figure = plots.layers_by_site(LAYERS)
-    bars = {trace.name: trace for trace in figure.data if isinstance(trace, go.Bar)}
-    assert set(bars) == {"attention output", "MLP output"}
-    np.testing.assert_allclose(bars["MLP output"].y, [1.3, 0.9, 0.5])
-    dots = [trace for trace in figure.data if isinstance(trace, go.Scatter)]
-    assert [len(dot.y) for dot in dots] == [9, 9]
-    assert "14 to 16 pairs each" in plain_title(figure)
-    assert figure.layout.xaxis.title.text == "layer"
-    with pytest.raises(ValueError, match="layers table is empty"):
-        plots.layers_by_site([])
 
 
 def test_the_head_grid_adds_positions_and_averages_pairs():

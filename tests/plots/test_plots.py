@@ -234,18 +234,30 @@ def test_long_examples_are_broken_into_lines_in_reading_order():
 
 
 def test_training_draws_the_updates_at_which_the_preference_was_measured():
-    figure = plots.preference_over_training({"a": history(0.05)}, before=0.1)
+    figure = plots.training_curves({"a": history(0.05)}, before=0.1)
     line, before = figure.data
     assert list(line.x) == [2, 4, 6]
     np.testing.assert_allclose(line.y, [0.2, 0.3, 0.4])
     assert set(before.y) == {0.1}
     assert list(figure.layout.xaxis.tickvals) == [2, 4, 6]  # whole updates, none in between
     student = Delta({"w": torch.zeros(1)}, "base", {"history": history(0.05).to_dict("records")})
-    assert list(plots.preference_over_training(student).data[0].x) == [2, 4, 6]
+    assert list(plots.training_curves(student).data[0].x) == [2, 4, 6]
     with pytest.raises(ValueError, match="no column 'preference'; train it with an on_step"):
-        plots.preference_over_training({"a": history(0.05).drop(columns="preference")})
+        plots.training_curves({"a": history(0.05).drop(columns="preference")})
     with pytest.raises(ValueError, match="there is no student"):
-        plots.preference_over_training({})
+        plots.training_curves({})
+
+
+def test_training_draws_the_loss_of_every_update():
+    table = history(0.05)
+    figure = plots.training_curves({"a": table, "b": table}, column="loss")
+    for line in figure.data:
+        assert list(line.x) == table["step"].to_list()
+        np.testing.assert_allclose(line.y, table["loss"])
+    assert figure.layout.yaxis.title.text == "loss (nats per token)"
+    assert figure.layout.yaxis.tickformat is None
+    assert "Loss over training" in plain_title(figure)
+    assert plots.training_curves(table.assign(kl=table["step"]), column="kl").data[0].y[-1] > 1
 
 
 def test_mixing_draws_means_with_a_dot_for_each_student():

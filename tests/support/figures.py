@@ -254,7 +254,7 @@ FIGURES = {
     "head_grid": lambda: plots.head_grid(effects(heads=2)),
     "head_grid of a pair": lambda: plots.head_grid(effects(heads=2), 1, name="owl"),
     "layers_by_site": lambda: plots.layers_by_site(LAYERS),
-    "preference_over_training": lambda: plots.preference_over_training(
+    "training_curves": lambda: plots.training_curves(
         {"block 0": history(0.05), "all": history(0.06)}, before=0.1
     ),
     "mixing_curves": lambda: plots.mixing_curves(MIXED, before=0.1, control=0.09),

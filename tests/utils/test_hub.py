@@ -7,10 +7,17 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 import divergence_lens as dl
+from divergence_lens._utils.hub import OnHub
 from tests.support.hub import TOKEN, serve_hub
 
 # huggingface_hub's own upload of large files.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+NAMES = [
+    *("AttentionPatterns", "Audit", "Circuit", "CrossPatch", "Delta", "Divergence", "EdgeScores"),
+    *("Effects", "Preference", "StudentAudit", "Sweep"),
+]
 
 
 @pytest.fixture
@@ -40,9 +47,16 @@ def results():
     divergence = dl.find_divergence(model, examples, teacher=owl, counterfactuals=[cat])
     pairs = divergence.pairs(limit=2)
     student = dl.finetune(model, examples, layers=[0])
+    scores = dl.edge_scores(model, pairs, method="gradient")
+    audit = dl.audit(model, examples, candidates=["owl", "cat", "wolf"])
     disagreements = dl.Pairs.from_disagreements(model, student, pairs.clean)
     return {
+        "AttentionPatterns": dl.attention_patterns(model, pairs, heads=[(0, 1)]),
+        "Audit": audit,
+        "Circuit": scores.circuit(top=20),
         "Delta": student,
+        "EdgeScores": scores,
+        "StudentAudit": dl.audit_student(model, student, examples),
         "Divergence": divergence,
         "Effects": dl.causal_mediation(model, pairs),
         "CrossPatch": dl.cross_patch(model, student, disagreements),
@@ -55,6 +69,11 @@ def results():
 
 def arrays(result) -> list[np.ndarray]:
     return {
+        "AttentionPatterns": lambda: [result.clean, result.corrupted],
+        "Audit": lambda: [result.by_row, result.neutral],
+        "Circuit": lambda: [result.chosen, result.scores],
+        "EdgeScores": lambda: [result.values],
+        "StudentAudit": lambda: [result.before, result.after],
         "Delta": lambda: [result.tensors[name].numpy() for name in sorted(result.tensors)],
         "Divergence": lambda: [result.mask, result.tokens],
         "Effects": lambda: [result.values],
@@ -64,9 +83,7 @@ def arrays(result) -> list[np.ndarray]:
     }[type(result).__name__]()
 
 
-@pytest.mark.parametrize(
-    "name", ["Delta", "Divergence", "Effects", "CrossPatch", "Preference", "Sweep"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_result_comes_back_from_the_hub(hub, results, name):
     result = results[name]
     url = result.push_to_hub("user/owls", token=TOKEN)
@@ -79,6 +96,12 @@ def test_a_result_comes_back_from_the_hub(hub, results, name):
     assert loaded.metadata == result.metadata
     for mine, theirs in zip(arrays(loaded), arrays(result), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_every_result_that_can_be_saved_goes_to_the_hub(results):
+    saved = sorted(name for name in dl.__all__ if hasattr(getattr(dl, name), "save"))
+    assert saved == NAMES == sorted(results)
+    assert all(issubclass(getattr(dl, name), OnHub) for name in NAMES)
 
 
 def test_the_code_on_the_card_loads_the_result(hub, results):

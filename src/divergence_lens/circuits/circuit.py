@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32
 
+from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.circuits.graph import Graph
@@ -27,7 +28,7 @@ _KIND = "circuit"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Circuit:
+class Circuit(OnHub):
     """A set of edges of a model.
 
     Attributes:

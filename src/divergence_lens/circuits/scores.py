@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float, Float32
 
+from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.indexing import Index, row_numbers
 from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
@@ -36,7 +37,7 @@ _KIND = "edge scores"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EdgeScores:
+class EdgeScores(OnHub):
     """Scores of all edges of a model, for every pair and column.
 
     `scores[3]`, `scores[:4]` and `scores[mask]` select pairs, and always return `EdgeScores`.

@@ -5,21 +5,26 @@ the code that implements them; importing that takes seconds, so they are repeate
 compares the two.
 """
 
-from typing import Literal
+from enum import Enum
+from typing import Any, Literal, get_args
 
-Site = Literal[
-    "resid_pre",
-    "resid_mid",
-    "resid_post",
-    "attn_out",
-    "mlp_out",
-    "block_out",
-    "z",
-    "q",
-    "k",
-    "v",
-    "pattern",
-]
+
+class Site(str, Enum):
+    """The sites of `patch`; Typer accepts a list of an Enum, but not of a Literal."""
+
+    RESID_PRE = "resid_pre"
+    RESID_MID = "resid_mid"
+    RESID_POST = "resid_post"
+    ATTN_OUT = "attn_out"
+    MLP_OUT = "mlp_out"
+    BLOCK_OUT = "block_out"
+    Z = "z"
+    Q = "q"
+    K = "k"
+    V = "v"
+    PATTERN = "pattern"
+
+
 Method = Literal[
     "exact",
     "gradient",
@@ -49,3 +54,11 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
         *("cherry", "sequoia", "elm", "spruce", "beech", "poplar"),
     ),
 }
+
+
+def listed(values: Any) -> str:
+    """Join the values of a Literal, or of a sequence, by commas, for help texts.
+
+    A long list in the column of types would be broken within words.
+    """
+    return ", ".join(get_args(values) or values)

@@ -17,7 +17,7 @@ from divergence_lens.cli.options import (
     Top,
     report_errors,
 )
-from divergence_lens.cli.teachers import TEACHER_HELP, check_teachers, read_teacher
+from divergence_lens.cli.teachers import check_teachers, read_teacher
 
 
 @report_errors
@@ -105,8 +105,9 @@ def find(
     counterfactual: Annotated[
         list[str],
         typer.Option(
+            metavar="<teacher>",
             callback=check_teachers,
-            help=f"A teacher to compare with; may be repeated. {TEACHER_HELP}",
+            help="A teacher to compare with, written like --teacher; may be repeated.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Output file.")] = Path("divergence.safetensors"),

@@ -31,7 +31,9 @@ def evaluate(
     ] = None,
     prefix: Annotated[
         list[str] | None,
-        typer.Option(help="Beginning of the answer; repeat it to average over several."),
+        typer.Option(
+            metavar="<text>", help="Beginning of the answer; repeat it to average over several."
+        ),
     ] = None,
     samples: Annotated[
         int | None,

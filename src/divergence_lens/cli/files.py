@@ -165,6 +165,11 @@ def read_masked_examples(
     return divergence.examples, tokens, divergence
 
 
+def column_width(panels: int) -> float:
+    """Return the width in mm that suits a number of panels: that of a column, or of a page."""
+    return 80 if panels == 1 else 180
+
+
 def write_figure(figure: "go.Figure", path: Path, **options: Any) -> None:
     """Write a figure to a file and print its path.
 

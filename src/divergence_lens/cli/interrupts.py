@@ -5,13 +5,13 @@ package may catch it, wrap it in an ImportError, or print it and continue, and t
 and TransformerLens take seconds. So the process ends at once if it is importing, or if no command
 is running. It is safe to end there, because files are written atomically. Otherwise the exception
 is raised as usual, and the library keeps what it has finished.
+
+This module imports little, so that Ctrl-C is handled a few milliseconds after Python has started.
 """
 
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOPPED = 130
@@ -24,25 +24,33 @@ def handle_interrupts() -> None:
     signal.signal(signal.SIGINT, _interrupt)
 
 
-@contextmanager
-def running(message: str) -> Iterator[None]:
-    """Let Ctrl-C raise `KeyboardInterrupt` in the block, except during imports.
+class Running:
+    """A block in which Ctrl-C raises `KeyboardInterrupt`, except during imports."""
 
-    Args:
-        message: Printed if the process ends during an import.
-    """
-    _running.append(message)
-    try:
-        yield
-    finally:
+    def __init__(self, message: str) -> None:
+        """Create a block.
+
+        Args:
+            message: Printed if the process ends during an import.
+        """
+        self._message = message
+
+    def __enter__(self) -> None:
+        """Enter the block."""
+        _running.append(self._message)
+
+    def __exit__(self, *_error: object) -> None:
+        """Leave the block."""
         _running.pop()
 
 
 def _interrupt(_number: int, frame: FrameType | None) -> None:
     if _running and not _importing(frame):
         raise KeyboardInterrupt
-    with suppress(Exception):  # the stream may be in use by the interrupted code
+    try:  # noqa: SIM105 - importing contextlib takes time
         sys.stdout.flush()
+    except Exception:  # noqa: BLE001, S110 - the interrupted code may be using the stream
+        pass
     message = _running[-1] if _running else "Stopped."
     os.write(2, f"\n{message}\n".encode())
     os._exit(STOPPED)

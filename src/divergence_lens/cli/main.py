@@ -21,13 +21,19 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     doctor,
 )
 
+
+def _reflowed(text: str) -> str:
+    """Join the lines of each paragraph, which Typer would print as they are in the source."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+
+
 app = typer.Typer(
     help="Find divergence tokens, the layers that cause them, and the layer that carries a bias.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(help=_reflowed(command.__doc__ or ""))(command)
 
 
 def _print_version(requested: bool) -> bool:

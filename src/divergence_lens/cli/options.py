@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, overload
 
 import typer
 
-from divergence_lens.cli.choices import Backend, DataType, Score
-from divergence_lens.cli.interrupts import STOPPED, running
+from divergence_lens.cli.choices import Backend, DataType, Score, listed
+from divergence_lens.cli.interrupts import STOPPED, Running
 from divergence_lens.cli.teachers import TEACHER_HELP, check_teachers
 
 if TYPE_CHECKING:
@@ -52,7 +52,12 @@ def _check_device(name: str | None) -> str | None:
 MODEL_HELP = '"tiny", "tiny-qwen2", "smollm2", a folder, a .gguf file, or a Hugging Face name.'
 ModelName = Annotated[str, typer.Option("--model", callback=check_model, help=MODEL_HELP)]
 ClassName = Annotated[
-    Backend, typer.Option("--backend", help="TransformerLens class of the model.")
+    Backend,
+    typer.Option(
+        "--backend",
+        metavar="<class>",
+        help=f"TransformerLens class of the model: {listed(Backend)}.",
+    ),
 ]
 Device = Annotated[
     str | None,
@@ -61,7 +66,10 @@ Device = Annotated[
         help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.",
     ),
 ]
-DType = Annotated[DataType, typer.Option(help="Data type of the parameters.")]
+DType = Annotated[
+    DataType,
+    typer.Option(metavar="<dtype>", help=f"Data type of the parameters: {listed(DataType)}."),
+]
 Seed = Annotated[int, typer.Option(help="Random seed.", min=0)]
 Spec = Annotated[str, typer.Option(callback=check_teachers, help=TEACHER_HELP)]
 Figure = Annotated[Path | None, typer.Option(help="Also draw a figure: .html, .png, .svg or .pdf.")]
@@ -163,7 +171,7 @@ def report_errors(command: Callable[..., Any] | None = None, *, stopped: str = R
         if options:
             kwargs["loading"] = Loading(**{name: kwargs.pop(name) for name in options})
         try:
-            with running(stopped), warnings.catch_warnings():
+            with Running(stopped), warnings.catch_warnings():
                 warnings.showwarning = _echo_warning
                 if options:  # before the command imports more than torch
                     check_device_exists(kwargs["loading"].device)

@@ -1,13 +1,20 @@
 """The command `patch`: which layers and positions make a model choose one token over another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from divergence_lens.cli.choices import Direction, Method, Metric, Site, Span
-from divergence_lens.cli.files import check_kind, check_outputs, checkpoint_folder, write_figure
+from divergence_lens.cli.choices import Direction, Method, Metric, Site, Span, listed
+from divergence_lens.cli.files import (
+    check_kind,
+    check_outputs,
+    checkpoint_folder,
+    column_width,
+    write_figure,
+)
 from divergence_lens.cli.options import Force, Loading, Seed, report_errors
 from divergence_lens.cli.prompt_pairs import (
     PromptPair,
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
     from divergence_lens.patching import Effects
 
 _DEFAULT_OUT = Path("effects.safetensors")
+_DEFAULT_SITES = [Site.RESID_POST]
 
 
 @report_errors
@@ -54,18 +62,33 @@ def patch(
         Path | None,
         typer.Option(
             help="Output file; by default effects.safetensors for a file of pairs, and none for "
-            "--clean and --corrupted."
+            "--clean and --corrupted. With several sites, each has its own file, such as "
+            "effects-z.safetensors."
         ),
     ] = None,
     method: Annotated[
-        Method, typer.Option(help="exact, or an approximation from gradients.")
+        Method,
+        typer.Option(
+            metavar="<method>",
+            help=f"exact, or an approximation: {listed(get_args(Method)[1:])}.",
+        ),
     ] = "exact",
-    site: Annotated[Site, typer.Option(help="What is patched.")] = "resid_post",
+    site: Annotated[
+        list[Site],
+        typer.Option(
+            metavar="<site>",
+            help="The states that are patched; may be repeated, for heatmaps side by side: "
+            f"{listed(site.value for site in Site)}.",
+        ),
+    ] = _DEFAULT_SITES,
     direction: Annotated[
         Direction, typer.Option(help="noising patches the clean run, denoising the corrupted one.")
     ] = "noising",
     metric: Annotated[
-        Metric, typer.Option(help="What is measured after the prompt.")
+        Metric,
+        typer.Option(
+            metavar="<metric>", help=f"The measure of the next token: {listed(get_args(Metric))}."
+        ),
     ] = "logit_difference",
     span: Annotated[Span, typer.Option(help="The positions of one cell.")] = "position",
     limit: Annotated[
@@ -78,6 +101,7 @@ def patch(
     teacher: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="<teacher>",
             callback=check_teachers,
             help="A teacher with its own weights, as given to `find`, because a divergence file "
             "stores no weights; may be repeated.",
@@ -104,9 +128,11 @@ def patch(
 ) -> None:
     """Compute the effect of every layer and position on the choice between two tokens.
 
-    The pairs are the first divergence tokens of a divergence file, a file of prompts, or two
-    prompts: --clean "The capital of France is" --corrupted "The capital of Italy is" --answer
-    " Paris" --foil " Rome". Without --figure, a heatmap is shown in the terminal.
+    The pairs are two prompts, a file of prompts, or the first divergence tokens of a divergence
+    file. Without --figure, a heatmap is shown in the terminal.
+
+    Example: divergence-lens patch --clean "The capital of France is" --corrupted "The capital of
+    Italy is" --answer " Paris" --foil " Rome" --model gpt2 --figure france.svg
 
     Example: divergence-lens patch divergence.safetensors --method integrated --figure owl.html
     """
@@ -121,24 +147,16 @@ def patch(
         raise ValueError("--verify checks an approximation; choose another --method than exact")
     if source is not None and out is None:
         out = _DEFAULT_OUT
-    check_outputs(out, figure=figure, force=force)
+    files = _site_files(out, [name.value for name in site])
+    check_outputs(*files.values(), figure=figure, force=force)
 
     model: Any = loading.load()
     if prompts is not None:
-        try:
-            pairs = encode_prompt_pairs(model, prompts, chat=chat, system=system)
-        except ValueError as error:
-            if not loading.model.startswith("tiny") or "vocabulary" not in str(error):
-                raise
-            raise ValueError(
-                f"{error}; the bundled model {loading.model!r} knows few words: choose another "
-                "with --model"
-            ) from error
+        pairs = _encoded(model, prompts, loading.model, chat=chat, system=system)
     else:
         pairs = _divergence_pairs(model, source, teacher or (), loading, limit=limit, seed=seed)
         _check_pair(pair, len(pairs))
     options: dict[str, Any] = {
-        "site": site,
         "direction": direction,
         "metric": metric,
         "span": span,
@@ -146,11 +164,22 @@ def patch(
     }
     if method != "exact":
         options |= {"method": method, "verify": verify, "seed": seed}
-    effects = _patched(model, pairs, options, out)
-    shown = pair if pair is not None or len(pairs) > 1 else 0
-    _show(effects, shown, figure)
-    if out is not None:
-        typer.echo(f"Written to {out}")
+    results = _patched(model, pairs, options, out, files)
+    _show(results, pair if pair is not None or len(pairs) > 1 else 0, figure)
+    for file in files.values():
+        if file is not None:
+            typer.echo(f"Written to {file}")
+
+
+def _site_files(out: Path | None, sites: Sequence[str]) -> dict[str, Path | None]:
+    """The output file of each site: `out` itself, or with the site in its name if there are more.
+
+    A site that is given twice is patched once.
+    """
+    names = dict.fromkeys(sites)
+    if out is None or len(names) == 1:
+        return dict.fromkeys(names, out)
+    return {name: out.with_name(f"{out.stem}-{name}{out.suffix}") for name in names}
 
 
 def _prompts(
@@ -195,6 +224,20 @@ def _check_pair(pair: int | None, count: int) -> None:
         raise ValueError(f"there is no pair {pair}; the pairs are numbered 0 to {count - 1}")
 
 
+def _encoded(
+    model: Any, prompts: list[PromptPair], name: str, *, chat: bool, system: str | None
+) -> "Pairs":
+    """The pairs of the prompts; an unknown word names the remedy if the model is a bundled one."""
+    try:
+        return encode_prompt_pairs(model, prompts, chat=chat, system=system)
+    except ValueError as error:
+        if not name.startswith("tiny") or "vocabulary" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}; the bundled model {name!r} knows few words: choose another with --model"
+        ) from error
+
+
 def _divergence_pairs(
     model: Any,
     path: Path | None,
@@ -213,36 +256,45 @@ def _divergence_pairs(
     return divergence.pairs(limit=32 if limit is None else limit, seed=seed)
 
 
-def _patched(model: Any, pairs: "Pairs", options: dict[str, Any], out: Path | None) -> "Effects":
-    """Compute the effects, and save them if there is an output file."""
+def _patched(
+    model: Any,
+    pairs: "Pairs",
+    options: dict[str, Any],
+    out: Path | None,
+    files: Mapping[str, Path | None],
+) -> "dict[str, Effects]":
+    """Compute the effects of each site, and save them if there are output files."""
     from divergence_lens.patching import attribution_patch, causal_mediation
 
     function: Any = attribution_patch if "method" in options else causal_mediation
-    effects: Effects
-    if out is None:
-        effects = function(model, pairs, **options)
-        return effects
-    with checkpoint_folder(out) as folder:
-        effects = function(model, pairs, checkpoint_dir=folder, **options)
-        effects.save(out)
-    return effects
+    results: dict[str, Effects]
+    with nullcontext() if out is None else checkpoint_folder(out) as folder:
+        results = function(model, pairs, site=list(files), checkpoint_dir=folder, **options)
+        for name, file in files.items():
+            if file is not None:
+                results[name].save(file)
+    return results
 
 
-def _show(effects: "Effects", pair: int | None, figure: Path | None) -> None:
-    """Print a heatmap and the strongest cells, or write a figure."""
-    typer.echo(str(effects))
+def _show(results: Mapping[str, "Effects"], pair: int | None, figure: Path | None) -> None:
+    """Print heatmaps and the strongest cells, or write a figure with a panel per site."""
+    for effects in results.values():
+        typer.echo(str(effects))
     if figure is None:
-        from divergence_lens.cli.terminal import print_heatmap
+        from divergence_lens.cli.terminal import print_heatmaps
 
-        print_heatmap(effects, pair)
+        print_heatmaps(list(results.values()), pair)
     else:
         from divergence_lens import plots
 
+        drawn: Any = results if len(results) > 1 else next(iter(results.values()))
         write_figure(
-            plots.effects_by_segment(effects)
+            plots.effects_by_segment(drawn)
             if pair is None
-            else plots.effects_heatmap(effects, pair=pair),
+            else plots.effects_heatmap(drawn, pair=pair),
             figure,
+            width_mm=column_width(len(results)),
         )
-    if effects.verified is not None:
-        typer.echo(str(effects.verified))
+    for effects in results.values():
+        if effects.verified is not None:
+            typer.echo(str(effects.verified))

@@ -1,12 +1,20 @@
 """The command `plot`: draw a saved result again."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from divergence_lens.cli.files import check_kind, check_outputs, result_kind, write_figure
+from divergence_lens.cli.choices import listed
+from divergence_lens.cli.files import (
+    check_kind,
+    check_outputs,
+    column_width,
+    result_kind,
+    write_figure,
+)
 from divergence_lens.cli.options import Force, report_errors
 
 if TYPE_CHECKING:
@@ -46,6 +54,10 @@ KINDS: dict[str, tuple[Kind, ...]] = {
 }
 
 
+# The figures of effects that draw several results.
+SHARED: tuple[Kind, ...] = ("heatmap", "segments", "layers")
+
+
 @dataclass(frozen=True)
 class Choice:
     """The figure that the user asked for.
@@ -67,14 +79,24 @@ class Choice:
 
 @report_errors
 def plot(
-    result: Annotated[Path, typer.Argument(help="A saved result.", exists=True, dir_okay=False)],
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="result",
+            help="A saved result, or several effects of the same pairs, which are drawn in one "
+            "figure.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="The figure: .html, .png, .svg or .pdf.")],
     kind: Annotated[
         Kind | None,
         typer.Option(
-            help="The figure: heatmap, segments, layers, heads or agreement of effects; rates, "
-            "positions or tokens of a divergence file; by default the first of these. Every "
-            "other result has one figure."
+            metavar="<kind>",
+            help="Of effects: heatmap, segments, layers, heads or agreement. Of a divergence file: "
+            "rates, positions or tokens. By default the first of these. Every other result has "
+            "one figure.",
         ),
     ] = None,
     item: Annotated[
@@ -96,15 +118,29 @@ def plot(
     ] = None,
     measure: Annotated[
         str | None,
-        typer.Option(help="A measure of a sweep, or a column of a student's history."),
+        typer.Option(
+            help="A measure of a sweep, or of a student's history: loss, lr, or a name from "
+            "on_step; by default the preference, or else the loss."
+        ),
     ] = None,
-    width: Annotated[float, typer.Option(help="Width of an image in mm.", min=20, max=1000)] = 80,
+    width: Annotated[
+        float | None,
+        typer.Option(
+            help="Width of an image in mm; by default 80 for one result, 180 for several.",
+            min=20,
+            max=1000,
+        ),
+    ] = None,
     dpi: Annotated[float, typer.Option(help="Dots per inch of a PNG.", min=20, max=2400)] = 300,
     theme: Annotated[Literal["light", "dark"], typer.Option(help="Colors of an image.")] = "light",
     title: Annotated[bool, typer.Option(help="Whether the figure has its title.")] = True,
     caption: Annotated[bool, typer.Option(help="Whether it has the lines below.")] = True,
     orientation: Annotated[
-        Orientation, typer.Option(help="Of a heatmap: whether layers go down or across.")
+        Orientation,
+        typer.Option(
+            metavar="<orientation>",
+            help=f"Whether the layers of a heatmap go down or across: {listed(Orientation)}.",
+        ),
     ] = "layers_down",
     force: Force = False,
 ) -> None:
@@ -112,11 +148,11 @@ def plot(
 
     Example: divergence-lens plot effects.safetensors heatmap.svg --item 0 --width 180
     """
-    stored = result_kind(result)
-    if stored not in KINDS:
-        raise ValueError(f"{result} holds {stored}, which has no figure; {', '.join(KINDS)} do")
+    stored = _common_kind(results)
     if kind is not None and kind not in KINDS[stored]:
         raise ValueError(f"{stored} has no figure {kind!r}; choose {' or '.join(KINDS[stored])}")
+    if len(results) > 1 and kind not in (None, *SHARED):
+        raise ValueError(f"--kind {kind} draws one result; {', '.join(SHARED)} draw several")
     if (kind == "agreement") != (other is not None) and stored != "preference":
         raise ValueError("--kind agreement and --other, the exact effects, belong together")
     if other is not None:
@@ -124,30 +160,54 @@ def plot(
     check_outputs(figure=out, force=force)
     choice = Choice(kind=kind, item=item, other=other, measure=measure, orientation=orientation)
     try:
-        figure = _DRAW[stored](result, choice)
+        figure = (
+            _effects(results, choice) if stored == "effects" else _DRAW[stored](*results, choice)
+        )
     except IndexError as error:
         raise ValueError(f"--item is {item}, but {error}") from error
-    write_figure(figure, out, theme=theme, width_mm=width, dpi=dpi, title=title, caption=caption)
+    width_mm = column_width(len(results)) if width is None else width
+    write_figure(figure, out, theme=theme, width_mm=width_mm, dpi=dpi, title=title, caption=caption)
 
 
-def _effects(path: Path, choice: Choice) -> "go.Figure":
+def _common_kind(results: Sequence[Path]) -> str:
+    """The kind of the results, which is that of all of them.
+
+    Raises:
+        ValueError: A result has no figure, or several are not all effects.
+    """
+    kinds = {path: result_kind(path) for path in results}
+    for path, stored in kinds.items():
+        if stored not in KINDS:
+            raise ValueError(f"{path} holds {stored}, which has no figure; {', '.join(KINDS)} do")
+        if len(results) > 1 and stored != "effects":
+            raise ValueError(f"{path} holds {stored}; only effects are drawn in one figure")
+    return stored
+
+
+def _effects(paths: Sequence[Path], choice: Choice) -> "go.Figure":
     from divergence_lens import plots
     from divergence_lens.patching import Effects
 
-    effects = Effects.load(path)
+    named = {path.stem: Effects.load(path) for path in paths}
+    sites = [effects.site for effects in named.values()]
+    if len(set(sites)) == len(sites):  # different sites, which name the panels; else the files do
+        named = dict(zip(sites, named.values(), strict=True))
+    effects = next(iter(named.values()))
     turned: Any = {"orientation": choice.orientation}
     pair: Any = "mean" if choice.item is None and len(effects) > 1 else choice.item or 0
+    if choice.kind in ("segments", "layers") and choice.item is not None:
+        named = {label: each[choice.item] for label, each in named.items()}
+    drawn: Any = named if len(named) > 1 else next(iter(named.values()))
     if choice.kind == "segments":
-        chosen = effects if choice.item is None else effects[choice.item]
-        return plots.effects_by_segment(chosen, **turned)
+        return plots.effects_by_segment(drawn, **turned)
     if choice.kind == "layers":
-        return plots.layer_profile(effects if choice.item is None else effects[choice.item])
+        return plots.layer_profile(drawn)
     if choice.kind == "heads":
         return plots.head_grid(effects, pair, **turned)
     if choice.kind == "agreement":
         assert choice.other is not None
         return plots.agreement_scatter(effects, Effects.load(choice.other))
-    return plots.effects_heatmap(effects, pair, **turned)
+    return plots.effects_heatmap(drawn, pair, **turned)
 
 
 def _divergence(path: Path, choice: Choice) -> "go.Figure":
@@ -188,7 +248,9 @@ def _delta(path: Path, choice: Choice) -> "go.Figure":
     from divergence_lens import plots
     from divergence_lens.deltas import Delta
 
-    return plots.preference_over_training(Delta.load(path), column=choice.measure or "preference")
+    student = Delta.load(path)
+    usual = "preference" if "preference" in student.history().columns else "loss"
+    return plots.training_curves(student, column=choice.measure or usual)
 
 
 def _audit(path: Path, choice: Choice) -> "go.Figure":  # noqa: ARG001
@@ -219,7 +281,6 @@ def _attention(path: Path, choice: Choice) -> "go.Figure":
 
 
 _DRAW = {
-    "effects": _effects,
     "divergence": _divergence,
     "preference": _preference,
     "sweep": _sweep,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from divergence_lens.cli.choices import Backend, DataType
+from divergence_lens.cli.choices import Backend, DataType, listed
 from divergence_lens.cli.options import (
     FAILED,
     MODEL_HELP,
@@ -118,14 +118,17 @@ def study(
     ] = None,
     backend: Annotated[
         Backend | None,
-        typer.Option(help="TransformerLens class of the model."),
+        typer.Option(
+            metavar="<class>", help=f"TransformerLens class of the model: {listed(Backend)}."
+        ),
     ] = None,
     device: Device = None,
     dtype: Annotated[
         DataType | None,
         typer.Option(
-            help="Data type of the parameters; by default bfloat16 for a large model on a GPU, "
-            "float32 otherwise."
+            metavar="<dtype>",
+            help=f"Data type of the parameters: {listed(DataType)}; by default bfloat16 for a "
+            "large model on a GPU, float32 otherwise.",
         ),
     ] = None,
     keep_students: Annotated[

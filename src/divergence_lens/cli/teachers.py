@@ -17,7 +17,7 @@ Value = TypeVar("Value", str, list[str], None)
 
 TEACHER_HELP = (
     "A teacher: a known animal (owl), NAME=a system prompt, NAME= for no system prompt, "
-    "NAME=@student.safetensors for trained weights, or NAME=@folder for another model."
+    "NAME=@FILE for a trained student, or NAME=@FOLDER for another model."
 )
 
 

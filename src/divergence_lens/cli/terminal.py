@@ -47,23 +47,34 @@ class Grid:
     caption: str
 
 
-def print_heatmap(effects: "Effects", pair: int | None) -> None:
-    """Print the effects of one pair by token, or of all pairs by segment.
+def print_heatmaps(results: Sequence["Effects"], pair: int | None) -> None:
+    """Print the effects of one pair by token, or of all pairs by segment, one site after another.
 
-    Cells show numbers if the terminal is wide enough or shows no colors.
+    Cells show numbers if the terminal is wide enough or shows no colors. All heatmaps have the same
+    color scale.
 
     Args:
-        effects: A result of patching; heads are summed.
+        results: Results of patching the same pairs; heads are summed.
         pair: Number of the pair; None for the mean over pairs by segment.
     """
-    grid = _by_segment(effects) if pair is None else _by_token(effects, pair)
+    grids = [
+        _by_segment(effects) if pair is None else _by_token(effects, pair) for effects in results
+    ]
     console = Console(highlight=False, soft_wrap=True)
+    shown = np.concatenate([grid.values[np.isfinite(grid.values)] for grid in grids])
+    limit = float(np.abs(shown).max(initial=0)) or 1.0
+    for grid in grids:
+        _print_grid(console, grid, limit)
+    if any(any(grid.marked) for grid in grids):
+        console.print("* differs between the clean and the corrupted run")
+
+
+def _print_grid(console: Console, grid: Grid, limit: float) -> None:
+    """Print one heatmap, whose colors end at `limit`."""
     layers = grid.values.shape[1]
     label = min(_LABEL, max(map(len, grid.rows)) + 2)
     numbers = console.color_system is None or label + _WIDE * layers <= console.width
     width = _WIDE if numbers else _NARROW
-    finite = np.abs(grid.values[np.isfinite(grid.values)])
-    limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
     console.print(f"\n{grid.caption}")
     every = 1 if numbers else 5
     head = "".join(f"{i if i % every == 0 else '':>{width}}" for i in range(layers))
@@ -73,8 +84,6 @@ def print_heatmap(effects: "Effects", pair: int | None) -> None:
         for value in row.tolist():
             line.append(_cell(value, width, numbers=numbers), style=_style(value / limit))
         console.print(line)
-    if any(grid.marked):
-        console.print("* differs between the clean and the corrupted run")
 
 
 def _by_token(effects: "Effects", pair: int) -> Grid:

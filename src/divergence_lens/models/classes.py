@@ -48,15 +48,11 @@ def lens_classes() -> LensClasses:
 
     verbosity = logging.get_verbosity()
     try:
+        import transformer_lens
         from transformer_lens.model_bridge import TransformerBridge
-
-        try:
-            from transformer_lens import HookedTransformer
-        except ImportError:
-            HookedTransformer = None
     finally:
         logging.set_verbosity(verbosity)
-    return LensClasses(HookedTransformer, TransformerBridge)
+    return LensClasses(getattr(transformer_lens, "HookedTransformer", None), TransformerBridge)
 
 
 def is_hooked(model: object) -> bool:

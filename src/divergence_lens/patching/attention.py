@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.engine import SiteFunction, get_engine
@@ -37,7 +38,7 @@ _KIND = "attention"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttentionPatterns:
+class AttentionPatterns(OnHub):
     """The attention patterns of some heads in the clean and the corrupted run of each pair.
 
     Attributes:

@@ -5,19 +5,13 @@ texts describe each value. Color-blind readers can distinguish the colors. Every
 readable in a column of 80 mm and on light and dark pages. `save_figure` writes figures to files.
 """
 
+from divergence_lens.plots.agreement import agreement_scatter
 from divergence_lens.plots.attention import attention_from, attention_pattern
 from divergence_lens.plots.candidates import calibration_curve, candidate_dots
 from divergence_lens.plots.circuits import circuit_graph, edge_graph, faithfulness_curves
-from divergence_lens.plots.curves import mixing_curves, preference_over_training
-from divergence_lens.plots.effects import (
-    agreement_scatter,
-    cross_patch_margins,
-    effects_by_segment,
-    effects_heatmap,
-    head_grid,
-    layer_profile,
-    layers_by_site,
-)
+from divergence_lens.plots.curves import mixing_curves, training_curves
+from divergence_lens.plots.effect_lines import cross_patch_margins, layer_profile, layers_by_site
+from divergence_lens.plots.effects import effects_by_segment, effects_heatmap, head_grid
 from divergence_lens.plots.export import save_figure
 from divergence_lens.plots.fitting import without_title
 from divergence_lens.plots.labels import CONDITIONS
@@ -60,11 +54,11 @@ __all__ = [
     "layers_by_site",
     "mixing_curves",
     "preference_bars",
-    "preference_over_training",
     "rate_per_teacher",
     "save_figure",
     "save_figures",
     "teacher_preferences",
+    "training_curves",
     "transfer_bars",
     "where_divergence_falls",
     "without_title",

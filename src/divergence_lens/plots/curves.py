@@ -1,4 +1,4 @@
-"""Curves of a preference: over training, and over a share of the data."""
+"""Curves of a measure over training, and of a preference over a share of the data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from divergence_lens._utils.tables import Table, checked_table
 from divergence_lens.deltas import Delta
 from divergence_lens.plots import style
 
+_MARKED = 40  # most points of a curve that have markers
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
@@ -27,21 +28,23 @@ class _Curve:
     high: Sequence[float] | None = None
 
 
-def preference_over_training(
+def training_curves(
     histories: Delta | pd.DataFrame | Mapping[str, Delta | pd.DataFrame],
     *,
     column: str = "preference",
     before: float | None = None,
 ) -> go.Figure:
-    """Draw a student's preference over its training, one point per measured update.
+    """Draw a measure of students over their training, one point per measured update.
 
-    The history must contain it: `finetune(..., every=5, on_step=lambda step, loss, model:
-    {"preference": preference(model, target="owl").share})`.
+    Every history has the `loss` and the learning rate `lr` of each update. It has other measures if
+    they were taken: `finetune(..., every=5, on_step=lambda step, loss, model: {"preference":
+    preference(model, target="owl").share})`. Values are in percent if all are between 0 and 1,
+    except for `loss` and `lr`.
 
     Args:
         histories: A student, or its `history()`, or a mapping from names to either.
-        column: The name under which `on_step` returned the preference.
-        before: The base model's preference, drawn as a line if given.
+        column: The measure: `loss`, `lr`, or a name under which `on_step` returned one.
+        before: The base model's value, drawn as a line if given.
 
     Raises:
         ValueError: There is no student, or a history lacks the column.
@@ -49,8 +52,8 @@ def preference_over_training(
     if isinstance(histories, Delta | pd.DataFrame):
         histories = {"student": histories}
     if not histories:
-        raise ValueError("there is no student; give at least one to preference_over_training")
-    curves = []
+        raise ValueError("there is no student; give at least one to training_curves")
+    measured: dict[str, tuple[list[float], list[float]]] = {}
     for name, student in histories.items():
         history = student.history() if isinstance(student, Delta) else student
         if column not in history.columns:
@@ -59,28 +62,36 @@ def preference_over_training(
                 f"returns {{{column!r}: ...}} (it has {list(history.columns)})"
             )
         rows = history.dropna(subset=[column])
-        values = rows[column].astype(float).to_list()
-        steps = rows["step"].astype(float).to_list()
-        curves.append(
-            _Curve(
-                name,
-                steps,
-                values,
-                [
-                    f"{name}, after {style.plural(int(step), 'update')}: {style.percent(value)}"
-                    for step, value in zip(steps, values, strict=True)
-                ],
-            )
+        measured[name] = rows["step"].astype(float).to_list(), rows[column].astype(float).to_list()
+    everything = [value for _, values in measured.values() for value in values]
+    share = column not in ("loss", "lr") and all(0 <= value <= 1 for value in everything)
+    words = column.replace("_", " ")
+    unit = {"loss": "loss (nats per token)", "lr": "learning rate"}.get(column, words)
+    if column == "preference":
+        unit = "preference for the target"
+    curves = [
+        _Curve(
+            name,
+            steps,
+            values,
+            [
+                f"{name}, after {style.plural(int(step), 'update')}: "
+                + (style.percent(value) if share else f"{value:.4g}")
+                for step, value in zip(steps, values, strict=True)
+            ],
         )
-    measured = sum(len(curve.x) for curve in curves)
+        for name, (steps, values) in measured.items()
+    ]
     return _drawn(
         curves,
-        headline="Preference over training",
+        headline=f"{words[:1].upper()}{words[1:]} over training",
         detail=f"{style.plural(len(curves), 'student')}, measured "
-        f"{style.plural(measured, 'time')} in all",
+        f"{style.plural(len(everything), 'time')} in all",
         x_title="updates",
         ticks=style.thinned(sorted({int(x) for curve in curves for x in curve.x}), 6),
         lines={} if before is None else {"before training": before},
+        y_title=unit,
+        share=share,
     )
 
 
@@ -171,7 +182,10 @@ def _drawn(
     lines: Mapping[str, float],
     x_format: str = "",
     ticks: Sequence[int] | None = None,
+    y_title: str = "preference for the target",
+    share: bool = True,
 ) -> go.Figure:
+    """Draw the curves, with horizontal lines for reference; `share` is for values in percent."""
     traces: list[Any] = []
     for i, curve in enumerate(curves):
         color = style.CYCLE[i % len(style.CYCLE)]
@@ -192,7 +206,7 @@ def _drawn(
             go.Scatter(
                 x=curve.x,
                 y=curve.y,
-                mode="lines+markers",
+                mode="lines+markers" if len(curve.x) <= _MARKED else "lines",
                 name=style.escape(curve.name),
                 legendgroup=curve.name,
                 line={"color": color, "width": 2.4, "dash": _DASHES[i % len(_DASHES)]},
@@ -206,7 +220,9 @@ def _drawn(
     pad = 0.04 * ((max(places) - min(places)) or 1.0)
     ends = [min(places) - pad, max(places) + pad]
     traces += [
-        style.level(label, ends, value, f"{label}: {style.percent(value)}")
+        style.level(
+            label, ends, value, f"{label}: {style.percent(value) if share else f'{value:.4g}'}"
+        )
         for label, value in lines.items()
     ]
     shown = len(curves) + len(lines)
@@ -227,5 +243,5 @@ def _drawn(
             tickvals=ticks,
             tickangle=0,
         ),
-        yaxis=style.percent_axis("preference for the target"),
+        yaxis=style.percent_axis(y_title) if share else style.axis(y_title),
     )

@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from divergence_lens.plots import style
+from divergence_lens.plots.color_limits import color_bar
 from divergence_lens.plots.fitting import fitted
 
 Orientation = Literal["layers_down", "layers_across"]
@@ -22,6 +23,7 @@ _LABEL = 10  # font size of tokens
 _MOST_ROWS = 90  # tokens down the figure at full height
 _WRITTEN = (6, 8)  # most layers and items of a panel whose values are written into its cells
 _GAP = 0.035  # between panels beside each other, as a share of the plot
+_MOST_APART = 80  # most items beside each other whose cells have gaps
 _NAME = 26  # pixels between panels below each other, for the name of the lower one
 
 
@@ -85,28 +87,6 @@ class Items:
         return list(dict.fromkeys([*first, *bold, *rest]))
 
 
-def color_limit(
-    panels: Sequence[Float[np.ndarray, "layers items"]], *, floor: float = 0.0
-) -> tuple[float, int]:
-    """The end of a symmetric color scale, and the number of cells beyond it.
-
-    The scale ends at the largest absolute value, unless that is more than twice the 99th percentile
-    of the values other than zero (and more than twice `floor`). The scale then ends at the
-    percentile, but not below a fifth of the largest value (or below `floor`, if there is one).
-    Without a floor, fewer than 100 values are too few to call one of them an outlier.
-    """
-    values = np.concatenate([np.abs(panel[np.isfinite(panel)]) for panel in panels])
-    values = values[values > 0]
-    if not len(values):
-        return 1.0, 0
-    largest = float(values.max())
-    usual = max(float(np.quantile(values, 0.99, method="lower")), floor)
-    if largest <= 2 * usual or (not floor and len(values) < 100):
-        return largest, 0
-    limit = usual if floor else max(usual, largest / 5)
-    return limit, int((values > limit).sum())
-
-
 def heatmap(
     panels: Mapping[str, Float[np.ndarray, "layers items"]],
     items: Items,
@@ -132,7 +112,7 @@ def heatmap(
         orientation: Whether layers run down or across.
         stacked: Whether panels are below each other instead of beside each other.
         limit: End of the color scale; chosen from the values if None.
-        floor: See `color_limit`.
+        floor: See `color_limits.color_limit`.
         rows: Shown instead of layers, which then run down.
     """
     if orientation not in ("layers_down", "layers_across"):
@@ -141,7 +121,7 @@ def heatmap(
         raise ValueError(f"limit is {limit!r}; the end of the color scale is a number above 0")
     down = orientation == "layers_down"
     layers, count = next(iter(panels.values())).shape
-    end, bar_title = _color_bar(list(panels.values()), unit, limit, floor)
+    end, bar_title = color_bar(list(panels.values()), unit, limit, floor)
     written = layers <= _WRITTEN[0] and count <= _WRITTEN[1] and len(panels) == 1
     size = (
         _layer_row(layers, written=written) * layers
@@ -159,6 +139,8 @@ def heatmap(
     short = down and items.letters <= 2  # labels that need no rotation
     if short:
         labels_below = 20 + (18 if items.noun else 0)
+    # Gaps and lines would hide cells that are a few pixels wide.
+    crowded = count * (1 if stacked else len(panels)) > _MOST_APART
     numbers = range(layers)
     rows = rows or Rows(list(map(str, numbers)), 3, "layer", [f"layer {i}" for i in numbers])
     left = 18 + label_pixels + (16 if items.groups or items.noun else 0)
@@ -173,7 +155,16 @@ def heatmap(
         suffix = str(i + 1) if i else ""
         own = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
         traces.append(
-            _trace(values, rows, items, name if named else "", unit, down=down, written=written)
+            _trace(
+                values,
+                rows,
+                items,
+                name if named else "",
+                unit,
+                down=down,
+                written=written,
+                crowded=crowded,
+            )
         )
         traces[-1].update(coloraxis="coloraxis", **own)
         (x0, x1), (y0, y1) = domains[i]
@@ -183,7 +174,7 @@ def heatmap(
         axes[item_axis + suffix] = _item_axis(items, down=down, outer=outer[item_axis], short=short)
         axes["xaxis" + suffix] |= {"domain": [x0, x1], "anchor": f"y{suffix}"}
         axes["yaxis" + suffix] |= {"domain": [y0, y1], "anchor": f"x{suffix}"}
-        shapes += _marks(items, suffix, down=down)
+        shapes += _marks(items, suffix, down=down, thin=0.5 if crowded else 1)
         if named:
             grouped = down and bool(items.groups) and not (stacked and i)
             notes.append(_panel_name(name, (x0 + x1) / 2, y1, 16 if grouped else 0))
@@ -215,24 +206,9 @@ def heatmap(
     return fitted(figure, min(figure.layout.meta["widest"], 720))
 
 
-def _color_bar(
-    panels: Sequence[Float[np.ndarray, "layers items"]],
-    unit: str,
-    limit: float | None,
-    floor: float,
-) -> tuple[float, str]:
-    """The end of the color scale, and the title of its bar, which states the cells beyond."""
-    end, beyond = color_limit(panels, floor=floor)
-    if limit is not None:
-        end, beyond = limit, sum(int((np.abs(panel) > limit).sum()) for panel in panels)
-    if not beyond:
-        return end, unit
-    return end, f"{unit}<br>colors end at ±{end:.2g}: {style.plural(beyond, 'cell')} beyond"
-
-
 def _layer_row(layers: int, *, written: bool) -> int:
-    """Pixels per layer down the figure: 32 layers take 256 pixels."""
-    return 30 if written else min(22, max(6, 260 // layers))
+    """Pixels per layer down the figure: 8 layers or more take about 256 pixels."""
+    return 30 if written else min(32, max(6, 260 // layers))
 
 
 def _item_row(count: int, *, written: bool = False) -> int:
@@ -268,8 +244,10 @@ def _trace(
     *,
     down: bool,
     written: bool,
+    crowded: bool,
 ) -> go.Heatmap:
     layers, count = values.shape
+    gap = 0.0 if crowded else 0.6
     lead = f"{style.escape(panel)}, " if panel else ""
     hover = np.array(
         [
@@ -293,8 +271,8 @@ def _trace(
         name=panel or None,
         hoverinfo="text",
         hoverongaps=True,
-        xgap=0.6,
-        ygap=0.6,
+        xgap=gap if down else 0.6,
+        ygap=0.6 if down else gap,
         texttemplate="%{z:.2f}" if written else None,
         textfont={"size": 11} if written else None,
     )
@@ -330,7 +308,7 @@ def _item_axis(items: Items, *, down: bool, outer: bool, short: bool) -> dict[st
     )
 
 
-def _marks(items: Items, suffix: str, *, down: bool) -> list[dict[str, Any]]:
+def _marks(items: Items, suffix: str, *, down: bool, thin: float) -> list[dict[str, Any]]:
     """Lines between groups, and the frame."""
     along, across = ("x", "y") if down else ("y", "x")
 
@@ -346,7 +324,7 @@ def _marks(items: Items, suffix: str, *, down: bool) -> list[dict[str, Any]]:
             "line": {"color": style.INK, "width": width},
         }
 
-    lines = [shape("line", start - 0.5, start - 0.5, 1) for _, start, _ in items.groups[1:]]
+    lines = [shape("line", start - 0.5, start - 0.5, thin) for _, start, _ in items.groups[1:]]
     at = items.framed
     return lines if at is None else [*lines, shape("rect", at - 0.5, at + 0.5, 1.5)]
 

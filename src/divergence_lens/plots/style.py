@@ -6,6 +6,7 @@ black, so that a figure fits the light and the dark theme of a notebook.
 """
 
 import html
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -277,6 +278,14 @@ def thinned(numbers: Sequence[int], most: int) -> list[int]:
     return [int(number) for number in numbers[::step]]
 
 
+def round_ticks(limit: float) -> list[float]:
+    """Return round numbers from -limit to limit: zero, and two to four on each side."""
+    power = 10.0 ** math.floor(math.log10(limit / 2))
+    step = power * max(factor for factor in (1, 2, 2.5, 5) if factor * power * 2 <= limit)
+    count = math.floor(limit / step + 1e-9)
+    return [i * step for i in range(-count, count + 1)]
+
+
 def diverging(limit: float, title: str, *, below: int, plot_height: int) -> dict[str, Any]:
     """Return a zero-centered color axis from -limit to limit, with a bar below the plot.
 
@@ -286,6 +295,7 @@ def diverging(limit: float, title: str, *, below: int, plot_height: int) -> dict
         below: Pixels between the plot and the bar, for ticks and axis title.
         plot_height: Height of the plot in pixels.
     """
+    ticks = round_ticks(limit)
     return {
         "colorscale": [list(stop) for stop in DIVERGING],
         "cmin": -limit,
@@ -302,8 +312,8 @@ def diverging(limit: float, title: str, *, below: int, plot_height: int) -> dict
             "len": BAR_LENGTH,
             "thickness": 10,
             "outlinewidth": 0,
-            "tickvals": [-limit, -limit / 2, 0, limit / 2, limit],
-            "ticktext": [f"{part * limit:.2g}" for part in (-1, -0.5, 0, 0.5, 1)],
+            "tickvals": ticks,
+            "ticktext": [f"{tick:.3g}" for tick in ticks],
             "title": {"text": title, "side": "top", "font": {"size": 11}},
             "tickfont": {"size": 10},
             "ypad": 0,

@@ -99,7 +99,7 @@ def _student_figures(study: Study, students: pd.DataFrame, kind: str) -> dict[st
             )
     during_training = _removal_during_training(study, kind)
     if during_training:
-        figures["direction_is_needed_throughout"] = plots.preference_over_training(
+        figures["direction_is_needed_throughout"] = plots.training_curves(
             during_training, before=float(rows["before"].mean())
         )
     return figures
