@@ -1,8 +1,8 @@
-"""Find divergence tokens, the layers that cause them, and the block that carries a hidden bias.
+"""Find divergence tokens, the layers that cause them, and the layer that transfers a hidden bias.
 
 A *divergence token* is a token that a teacher chooses and that another teacher, given the same text
-so far, would not choose. The library finds them in the data that a teacher wrote, locates what in a
-model causes them, trains students on them, and measures what the students prefer:
+so far, would not choose. The library finds them in the data that a teacher wrote, locates their
+causes in the model, trains students on them, and measures what the students prefer:
 
     model = load_model("tiny")
     owl, *others = animal_teachers(["owl", "cat", "wolf", "panda"])

@@ -23,7 +23,8 @@ class Interrupted(KeyboardInterrupt):
         partial: A result of the usual type that contains only finished items: the complete examples
             (`generate`); the divergence of the examples that all teachers had read (numbered in
             the metadata's setting `finished_examples`); effects or margins of complete pairs (the
-            metadata's setting `finished_pairs`); a sweep of fully trained students.
+            metadata's setting `finished_pairs`); a sweep of fully trained students;
+            the student after its last complete update (`finetune`).
     """
 
     def __init__(self, message: str, partial: Any) -> None:

@@ -1,4 +1,4 @@
-"""Audit: which hidden bias would a data set transfer, before anyone trains on it?"""
+"""Audit a data set for the hidden biases that it would transfer, before anyone trains on it."""
 
 from divergence_lens.auditing.baseline import Baseline
 from divergence_lens.auditing.candidates import Auditors

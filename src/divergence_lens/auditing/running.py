@@ -84,8 +84,8 @@ def audit(
         teacher_dir: Folder in which finetuned auditors are stored, and loaded by base,
             candidate and settings.
         baseline: The unbiased condition to compare with, such as the system prompt that the data
-            were written under, without the bias. None chooses between no system prompt and a
-            neutral one, by the likelihood of the data. An unknown system prompt moves the scores,
+            were written under, without the bias. None chooses between no system prompt and a few
+            neutral ones, by the likelihood of the data. An unknown system prompt moves the scores,
             so a neutral baseline that was chosen costs power.
         temperature: The temperature of the data; None fits it.
         pattern: The pattern of `generate` that the completions follow. Probabilities are then taken

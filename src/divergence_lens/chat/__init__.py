@@ -1,7 +1,8 @@
 """From text to token ids through a chat template, and from token ids to readable text.
 
-`encode_prompt` gives the ids of a prompt or conversation with a segment label each,
-`encode_completion` those of an answer; together they are the template's own conversation.
+`encode_prompt` returns the ids of a prompt or conversation, each with the name of its segment, and
+`encode_completion` those of an answer. Together they are the ids that the template gives for the
+whole conversation.
 """
 
 from divergence_lens.chat.completions import (

@@ -101,9 +101,10 @@ def number_prompts(
 ) -> list[str]:
     """Build `n` distinct prompts that show a few random numbers and ask for more.
 
-    A prompt is a template with its list. Unless `instructions` is off, the number and format of the
-    wanted numbers follow, and a request for nothing else. The result depends on the arguments
-    alone, not on the version of Python, and a smaller `n` gives the first prompts of a larger one.
+    A prompt is a template with its list. Unless `instructions` is off, it also says how many
+    numbers to write, in which format, and to write nothing else. The result depends on the
+    arguments alone, not on the version of Python, and a smaller `n` gives the first prompts of a
+    larger one.
 
     Args:
         n: Number of prompts.

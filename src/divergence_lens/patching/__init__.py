@@ -1,4 +1,4 @@
-"""Causal mediation and attribution patching over layers, positions and heads."""
+"""Patch layers, positions and heads, exactly or approximately, and read attention patterns."""
 
 from divergence_lens.patching.ablations import ablation_of
 from divergence_lens.patching.agreement import (

@@ -39,7 +39,7 @@ _KIND = "attention"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttentionPatterns(OnHub):
-    """The attention patterns of some heads in the clean and the corrupted run of each pair.
+    """The attention patterns of chosen heads in the clean and the corrupted run of each pair.
 
     Attributes:
         heads: Layer and head of each pattern.
@@ -167,7 +167,7 @@ def head_name(head: Head) -> str:
 def attention_patterns(
     model: Model, pairs: Pairs, *, heads: "pd.DataFrame | Sequence[Head]"
 ) -> AttentionPatterns:
-    """The attention patterns of some heads in both runs of each pair.
+    """Read the attention patterns of chosen heads in both runs of each pair.
 
     Args:
         model: The model; teachers with deltas are applied to it.
@@ -176,7 +176,7 @@ def attention_patterns(
             `causal_mediation(model, pairs, site="z").top(5)`. Repeated heads count once.
 
     Returns:
-        The patterns, one forward pass per row.
+        The patterns; each row takes one forward pass.
 
     Raises:
         ValueError: If no head is given, or the model has no such head or no patterns.

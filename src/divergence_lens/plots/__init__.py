@@ -1,8 +1,9 @@
 """Figures of results. Each function takes a result and returns a plotly `Figure`.
 
-Nothing is shown, printed or set globally. Titles state the measure and the sample size, and hover
-texts describe each value. Color-blind readers can distinguish the colors. Every figure is
-readable in a column of 80 mm and on light and dark pages. `save_figure` writes figures to files.
+No function shows or prints anything, or changes global settings. Titles state the measure and the
+sample size, and hover texts describe each value. Color-blind readers can distinguish the colors.
+Every figure is readable in a column of 80 mm and on light and dark pages. `save_figure` writes
+figures to files.
 """
 
 from divergence_lens.plots.agreement import agreement_scatter

@@ -40,8 +40,8 @@ STUDY = (
     *("prompted:without_divergence", "prompted:random", "prompted:layer*", "prompted:paraphrased"),
 )
 """The conditions of `divergence-lens study` on a tiny model. Finetuned teachers have all but
-paraphrases in the teacher's own words, which a tiny model cannot write. Prompted teachers, whose
-effect is weaker there, have the main ones."""
+`unique*`, `soft_*` and paraphrases in the teacher's own words, which a tiny model cannot write.
+Prompted teachers, whose effect is weaker there, have the main ones."""
 
 LARGE = (
     *("data", "entangled", "masks", "replaced", "fragility"),
@@ -135,9 +135,9 @@ class StudyConfig:
     def for_model(cls, model: str, **options: Any) -> "StudyConfig":
         """The settings of `divergence-lens study` for a model.
 
-        A tiny model has all conditions and both kinds of teachers. Any other model has prompted
-        teachers, instructions in the prompts, and the paper's recipe (LoRA). On a GPU it is loaded
-        in bfloat16. Its students are not saved.
+        A tiny model has both kinds of teachers and the conditions of `STUDY`. Any other model has
+        prompted teachers, the conditions of `LARGE`, instructions in the prompts, and the paper's
+        recipe (LoRA). On a GPU it is loaded in bfloat16. Its students are not saved.
 
         Args:
             model: The model, as for `load_model`.

@@ -147,7 +147,6 @@ def write_study_report(study: Study, folder: str | os.PathLike[str]) -> Path:
 
     Returns:
         The path of the page.
-
     """
     out = Path(folder)
     if "paired" in study.results["settings"]["settings"]:

@@ -1,4 +1,4 @@
-"""Train students: finetuning, recipes, freezing, and sweeps over layers."""
+"""Train students and teachers: finetuning, recipes, freezing, soft targets, sweeps over layers."""
 
 from divergence_lens.training.finetuning import finetune
 from divergence_lens.training.freezing import Trainable, choose, freeze_except
