@@ -55,9 +55,9 @@ class Faithfulness:
         empty: `[pairs]`, the metric with all edges ablated.
         edges: `[circuits]`, the number of edges of each circuit.
         shares: `[circuits]`, the share of edges (or of nodes) that each circuit keeps.
-        complement: `[circuits, pairs]`, the metric of the complements, if completeness was asked.
-        dropped: For each circuit the change of faithfulness when one of its edges is removed, if
-            minimality was asked; one row per edge.
+        complement: `[circuits, pairs]`, the metric of the complements, if requested (completeness).
+        dropped: For each circuit the change of faithfulness when one of its edges is removed,
+            if requested (minimality); one row per edge.
         metadata: Settings and versions; JSON-able.
     """
 
