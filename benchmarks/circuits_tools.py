@@ -30,10 +30,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -136,20 +137,47 @@ def _as_they_are(_model: Any, rows: torch.Tensor, _longest: int = 0) -> tuple[An
     return rows, torch.ones_like(rows), lengths, rows.shape[1]
 
 
-def eap_side(args: argparse.Namespace, model: Any, pairs: dl.Pairs) -> Callable[[], np.ndarray]:
-    """EAP-IG's side of a row, with its edges in our order."""
-    sys.path.insert(0, str(Path(args.eap) / "src"))
+Batch = tuple[torch.Tensor, torch.Tensor, Any]
+"""Clean rows, corrupted rows, and what the metric is given as its last argument."""
+
+
+def prepared_eap(checkout: str, model: Any) -> ModuleType:
+    """EAP-IG's package, with a GPU and texts no longer asked for, and a model ready for it."""
+    sys.path.insert(0, str(Path(checkout) / "src"))
+    import eap
     from eap import attribute, attribute_node, evaluate
-    from eap.graph import Graph
 
     for switch in ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"):
         getattr(model, f"set_{switch}")(True)
-    if args.family == "llama":
+    if model.cfg.n_key_value_heads is not None:
         model.set_ungroup_grouped_query_attention(True)
     zeros = torch.zeros
     torch.zeros = lambda *a, **k: zeros(*a, **(k | {"device": "cpu"} if "device" in k else k))
     for module in (attribute, attribute_node, evaluate):
         module.tokenize_plus = _as_they_are
+    return eap
+
+
+def eap_edges(
+    eap: ModuleType,
+    model: Any,
+    batches: Sequence[Batch],
+    metric: Callable[..., torch.Tensor],
+    *,
+    method: str,
+    steps: int,
+    groups: int,
+) -> np.ndarray:
+    """EAP-IG's scores of all edges, `[1, edges]`, in our order."""
+    graph = eap.graph.Graph.from_model(model)
+    eap.attribute.attribute(model, graph, batches, metric, method, ig_steps=steps, quiet=True)
+    return reordered(graph.scores, model.cfg.n_layers, model.cfg.n_heads, groups)
+
+
+def eap_side(args: argparse.Namespace, model: Any, pairs: dl.Pairs) -> Callable[[], np.ndarray]:
+    """EAP-IG's side of a row, with its edges in our order."""
+    groups = model.cfg.n_key_value_heads or model.cfg.n_heads
+    eap = prepared_eap(args.eap, model)
     batches = [(torch.stack(pairs.clean), torch.stack(pairs.corrupted), None)]
 
     def each(logits: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -158,26 +186,21 @@ def eap_side(args: argparse.Namespace, model: Any, pairs: dl.Pairs) -> Callable[
     def metric(logits: torch.Tensor, *_: Any) -> torch.Tensor:
         return each(logits).sum()
 
-    def scores() -> np.ndarray:
-        graph = Graph.from_model(model)
-        method = "EAP" if args.row == "gradient" else "EAP-IG-inputs"
-        attribute.attribute(model, graph, batches, metric, method, ig_steps=args.steps, quiet=True)
-        return reordered(graph.scores, args)
-
+    edges = partial(eap_edges, eap, model, batches, metric, steps=args.steps, groups=groups)
     if args.row in {"gradient", "integrated"}:
-        return scores
+        return partial(edges, method="EAP" if args.row == "gradient" else "EAP-IG-inputs")
     if args.row == "nodes":
 
         def nodes() -> np.ndarray:
-            graph = Graph.from_model(model, node_scores=True)
-            attribute_node.attribute_node(model, graph, batches, metric, "EAP", quiet=True)
+            graph = eap.graph.Graph.from_model(model, node_scores=True)
+            eap.attribute_node.attribute_node(model, graph, batches, metric, "EAP", quiet=True)
             return without_mlps(graph.nodes_scores.numpy(), args)
 
         return nodes
-    graph = Graph.from_model(model)
-    attribute.attribute(model, graph, batches, metric, "EAP", quiet=True)
+    graph = eap.graph.Graph.from_model(model)
+    eap.attribute.attribute(model, graph, batches, metric, "EAP", quiet=True)
     graph.apply_topn(args.circuit, absolute=True)
-    return lambda: evaluate.evaluate_graph(model, graph, batches, each, quiet=True).numpy()
+    return lambda: eap.evaluate.evaluate_graph(model, graph, batches, each, quiet=True).numpy()
 
 
 def without_mlps(scores: np.ndarray, args: argparse.Namespace) -> np.ndarray:
@@ -186,10 +209,8 @@ def without_mlps(scores: np.ndarray, args: argparse.Namespace) -> np.ndarray:
     return scores[[0, *(i for i in range(1, len(scores)) if i % (heads + 1))]]
 
 
-def reordered(scores: torch.Tensor, args: argparse.Namespace) -> np.ndarray:
+def reordered(scores: torch.Tensor, layers: int, heads: int, groups: int) -> np.ndarray:
     """EAP-IG's [sender, receiver] scores as our edges; a group's queries share keys and values."""
-    heads, layers = args.width // 64, args.layers
-    groups = heads if args.family == "gpt2" else heads // 3
     parts = []
     for layer in range(layers):
         own = scores[:, layer * (3 * heads + 1) : (layer + 1) * (3 * heads + 1)]

@@ -49,10 +49,9 @@ def test_edges_without_a_score_are_never_chosen(model, pairs):
         exact.circuit(top=3)
 
 
-def test_a_model_with_flat_mlp_outputs_is_refused(pairs):
-    """OPT's MLP writes [batch * pos, d_model]."""
+def test_a_model_whose_mlp_is_no_module_is_refused(pairs):
     opt = dl.load_model(build("OPT"), backend="bridge")
-    with pytest.raises(ValueError, match="its mlp_out has the shape"):
+    with pytest.raises(ValueError, match="its MLP is not called as one module"):
         dl.edge_scores(opt, pairs)
 
 

@@ -1,6 +1,7 @@
 """Faithfulness against whole forward passes of Hugging Face's model with rewired receivers."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -132,3 +133,38 @@ def test_no_gap_is_nan_and_not_zero():
     same = np.ones(3)
     result = Faithfulness(np.ones((1, 3)), same, same, edges=(1,), shares=(0.1,))
     assert np.isnan(result.values).all()
+
+
+def test_results_survive_a_file(model_of, graph, pairs, tmp_path):
+    path, model = tmp_path / "faithfulness.safetensors", model_of("llama", "bridge")
+    circuit = dl.edge_scores(model, pairs).circuit(greedy=3)
+    result = dl.faithfulness(model, pairs, circuit, completeness=True, minimality=True)
+    result.save(path)
+    loaded = Faithfulness.load(path)
+    np.testing.assert_array_equal(loaded.values, result.values)
+    np.testing.assert_array_equal(loaded.completeness, result.completeness)
+    pd.testing.assert_frame_equal(loaded.dropped[0], result.dropped[0])
+    assert (loaded.edges, loaded.metadata) == (result.edges, result.metadata)
+    curve = dl.faithfulness_curve(model, pairs, np.arange(len(graph)), shares=(0.5, 1.0))
+    curve.save(path)
+    loaded = Faithfulness.load(path)
+    assert repr(loaded) == repr(curve)
+    assert loaded.shares == (0.5, 1.0)
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_signed_curves_begin_with_edges_that_support_the_answer(model_of, pairs, direction):
+    model = model_of("llama", "bridge")
+    scores = dl.edge_scores(model, pairs, direction=direction)
+    mean = scores.values[:, 0].mean(0)
+    # A clean state raises the metric of the corrupted run, if the clean run has the larger metric.
+    sign = np.sign((scores.clean_metric - scores.corrupted_metric).mean())
+    support = sign * (mean if direction == "denoising" else -mean)
+    signed = dl.faithfulness_curve(model, pairs, scores, shares=(0.3,), absolute=False)
+    best = np.argsort(-support)[: int(0.3 * len(mean))]
+    names = [scores.graph.names(int(edge)) for edge in best]
+    expected = dl.faithfulness(model, pairs, dl.Circuit.from_edges(scores.graph, names))
+    np.testing.assert_allclose(signed.metric, expected.metric, atol=1e-4)
+    chosen = scores.circuit(top=len(best), absolute=False)
+    assert set(np.flatnonzero(chosen.chosen)) == set(best)
+    np.testing.assert_allclose(chosen.scores, mean, rtol=1e-4, atol=1e-7)

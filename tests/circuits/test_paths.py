@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import divergence_lens as dl
+from divergence_lens.circuits import runs
 from tests.support.circuit_oracles import Rewired, path_patched
 from tests.support.patching_oracles import logit_difference, random_pairs
 
@@ -85,3 +86,24 @@ def test_answers_of_several_tokens_sum_over_their_rows(model):
     last = [len(row) - 1 for row in pairs.clean]
     direct = exact.values[:, 0, exact.graph.edge("m1", "logits")]
     np.testing.assert_allclose(direct, node[range(4), last], atol=1e-4)
+
+
+def test_pairs_are_divided_where_their_changes_would_not_fit(model_of, pairs, monkeypatch):
+    model = model_of("llama", "bridge")
+    edges = [("m0", "a1.h2.q"), ("a0.h1", "a1.g0.v"), ("m1", "logits")]
+    together = dl.path_patch(model, pairs, edges=edges)
+    sizes, original = [], runs.sender_changes
+
+    def counted(run, blocks, **options):
+        changes = original(run, blocks, **options)
+        sizes.append((len(changes), changes.numel() * changes.element_size()))
+        return changes
+
+    monkeypatch.setattr("divergence_lens.circuits.path_passes.sender_changes", counted)
+    longest = max(map(len, [*pairs.clean, *pairs.corrupted]))
+    senders, d_model = len(together.graph.senders), model.cfg.d_model
+    monkeypatch.setattr(runs, "CHANGES_BYTES", 2 * 4 * senders * longest * d_model)
+    divided = dl.path_patch(model, pairs, edges=edges)
+    np.testing.assert_allclose(divided.values, together.values, atol=1e-5)
+    assert 1 <= max(size for size, _ in sizes) < len(pairs)
+    assert all(used <= runs.CHANGES_BYTES for _, used in sizes)

@@ -199,6 +199,7 @@ def results(tmp_path_factory, model):
     saved["edges"] = dl.edge_scores(model, pairs, method="gradient", span="position")
     saved["summed"] = dl.edge_scores(model, pairs, method="gradient")
     saved["circuit"] = saved["summed"].circuit(top=20)
+    saved["curve"] = dl.faithfulness_curve(model, pairs[:1], saved["summed"], shares=(0.1, 1))
     saved["patterns"] = dl.attention_patterns(model, pairs, heads=[(0, 1)])
     saved["audit"] = dl.audit(model, examples, candidates=["owl", "cat", "wolf"])
     for name, result in saved.items():
@@ -240,6 +241,7 @@ def arguments(call, out):
         (["audit"], "Audit: "),
         (["edges", "--item", 2], "edges of pair 2"),
         (["circuit"], "Circuit of 20 edges"),
+        (["curve"], "Faithfulness over circuit size"),
         (["patterns", "--item", 1], "clean"),
     ],
 )

@@ -395,3 +395,17 @@ def test_a_model_whose_blocks_read_what_its_rows_hold_is_refused(backend):
     model.blocks[1].register_forward_hook(again)
     with pytest.raises(ValueError, match="is not supported: its blocks cannot be run one by one"):
         get_engine(model)
+
+
+def test_blocks_return_the_requested_positions_alone(pair, tokens):
+    _, engine = pair
+    run = engine.begin(tokens)
+    whole = engine.block(0, run.resid, run)
+    _close(engine.block(0, run.resid, run, since=20), whole[:, 20:])
+
+
+def test_the_mlp_reads_a_residual_through_its_norm(tokens):
+    for backend in BACKENDS:
+        engine = get_engine(load_model(random_hf_model("llama", n_ctx=N_CTX), backend=backend))
+        states = engine.activations(tokens, sites=("resid_mid", "mlp_out"))
+        _close(engine.mlp_out(1, states["resid_mid"][1]), states["mlp_out"][1])

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 NAMES = [
     *("AttentionPatterns", "Audit", "Circuit", "CrossPatch", "Delta", "Divergence", "EdgeScores"),
-    *("Effects", "Preference", "StudentAudit", "Sweep"),
+    *("Effects", "Faithfulness", "Preference", "StudentAudit", "Sweep"),
 ]
 
 
@@ -56,6 +56,7 @@ def results():
         "Circuit": scores.circuit(top=20),
         "Delta": student,
         "EdgeScores": scores,
+        "Faithfulness": dl.faithfulness(model, pairs, scores.circuit(top=20)),
         "StudentAudit": dl.audit_student(model, student, examples),
         "Divergence": divergence,
         "Effects": dl.causal_mediation(model, pairs),
@@ -73,6 +74,7 @@ def arrays(result) -> list[np.ndarray]:
         "Audit": lambda: [result.by_row, result.neutral],
         "Circuit": lambda: [result.chosen, result.scores],
         "EdgeScores": lambda: [result.values],
+        "Faithfulness": lambda: [result.metric, result.full],
         "StudentAudit": lambda: [result.before, result.after],
         "Delta": lambda: [result.tensors[name].numpy() for name in sorted(result.tensors)],
         "Divergence": lambda: [result.mask, result.tokens],

@@ -28,17 +28,26 @@ class CircuitPass:
         self.first = first_position(run)
         self.ablated = sender_changes(run, blocks)  # A: [batch, sender, pos, d_model]
         self.live = torch.empty_like(self.ablated)  # U - A, filled sender by sender
+        self.sums: dict[int, Tensor] = {}  # by number of senders, the sum of A over the first ones
         self.rows = torch.arange(len(run.chunk.indices), device=run.chunk.base.device)
 
     def metric(self, chosen: Bool[np.ndarray, " edges"]) -> Float[Tensor, " batch"]:
-        """The metric of each row with all edges ablated but those chosen."""
+        """The metric of each row with all edges ablated but those chosen.
+
+        Blocks from which no chosen path leads to the logits are not run.
+        """
         run, engine, first, graph = self.run, self.engine, self.first, self.graph
+        used = graph.leading(chosen)
         matrix = torch.from_numpy(graph.matrix(chosen)).to(self.live)  # [sender, receiver]
         self.live[:, 0] = -self.ablated[:, 0]  # the embeddings stay as they are: U = 0
         past = run.base.past
         assert past is not None
         begun = engine.begin(self.chunk.base[:1, first:], past.upto(first) if first else None)
         for layer in range(graph.n_layers):
+            own = slice(graph.heads_from(layer), graph.heads_from(layer + 1))
+            if not used[own].any():
+                self.live[:, own] = 0.0  # nothing reads it
+                continue
             with self.blocks.reading(layer, self._changes_at(layer, matrix)):
                 engine.block(layer, self._base(layer), begun, rows=self.rows)
         last = self._read(graph.n_layers, len(graph.receivers) - 1, matrix)
@@ -57,7 +66,9 @@ class CircuitPass:
         senders = int(self.graph.reach[receivers.start])
         # sum of (U if chosen else A) = sum of A + sum over chosen of (U - A)
         chosen = matrix[:senders, receivers].T @ self.live[:, :senders].flatten(2)
-        ablated = self.ablated[:, :senders].sum(1, keepdim=True)  # [batch, 1, pos, d_model]
+        if senders not in self.sums:
+            self.sums[senders] = self.ablated[:, :senders].sum(1, keepdim=True)
+        ablated = self.sums[senders]  # [batch, 1, pos, d_model]
         result: Tensor = base[:, None].float() + ablated + chosen.unflatten(2, base.shape[1:])
         return result.to(base.dtype)
 

@@ -82,6 +82,12 @@ class Blocks:
         out = self.parts(layer).out.to(z.dtype)
         return torch.einsum("bphe,hed->bhpd", z, out)
 
+    def written_sum(
+        self, layer: int, z: Float[Tensor, "batch pos head d_head"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What all heads together add to the residual, without the bias."""
+        return z.flatten(2) @ self.parts(layer).out.to(z.dtype).flatten(0, 1)
+
     # -- what parts read --------------------------------------------------------------------
 
     def normed(self, layer: int, read: str, resid: Float[Tensor, "*batch d_model"]) -> Tensor:
@@ -173,7 +179,7 @@ class Blocks:
                     stack.callback(hook.remove)
                 stack.enter_context(self.reading(layer, watched))
                 after = engine.block(layer, resid, run)
-            self._check_shapes(layer, {site: states.get(site) for site in sites}, resid)
+            self._check_observed(layer, {*sites} - {*states}, mlp_called=bool(mlp_input))
             compared = {}
             for read, name in zip(READS, ("queries", "keys", "values"), strict=True):
                 own = resid[:, None].expand(-1, self.graph.heads(read), -1, -1)
@@ -199,15 +205,11 @@ class Blocks:
                     self._refuse(name, layer, f"relative difference {difference:.2g}")
             resid = after
 
-    def _check_shapes(
-        self, layer: int, states: Mapping[str, Tensor | None], resid: Float[Tensor, "batch pos d"]
-    ) -> None:
-        """Refuse a block with an activation that is absent or without an axis of positions."""
-        for site, state in states.items():
-            if state is None:
-                self._refuse("output", layer, f"its {site} is not observable")
-            elif state.shape[:2] != resid.shape[:2]:  # OPT's MLPs write [batch * pos, d_model]
-                self._refuse("output", layer, f"its {site} has the shape {list(state.shape)}")
+    def _check_observed(self, layer: int, absent: set[str], *, mlp_called: bool) -> None:
+        if absent:
+            self._refuse("output", layer, f"its {', '.join(sorted(absent))} is not observable")
+        if self.graph.mlps and not mlp_called:  # OPT's layers call the MLP's two maps themselves
+            self._refuse("MLP's input", layer, "its MLP is not called as one module")
 
     def _refuse(self, name: str, layer: int, why: str) -> None:
         raise ValueError(

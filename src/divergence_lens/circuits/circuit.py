@@ -211,13 +211,11 @@ class Circuit(OnHub):
         for sender in range(1, len(above)):  # senders are sorted by depth
             own = list(graph.readers[sender])
             above[sender] = bool((matrix[:, own] & above[:, None]).any())
-        below = np.zeros(len(graph.senders), dtype=bool)  # leads to the logits
+        below = graph.leading(self.chosen)
         leads = np.zeros(len(graph.receivers), dtype=bool)
         leads[-1] = True
-        for sender in reversed(range(len(below))):
-            below[sender] = bool((matrix[sender] & leads).any())
-            if below[sender]:
-                leads[list(graph.readers[sender])] = True
+        for sender in np.flatnonzero(below):
+            leads[list(graph.readers[sender])] = True
         kept = above[graph.edge_sender] & leads[graph.edge_receiver]
         return replace(self, chosen=self.chosen & kept)
 

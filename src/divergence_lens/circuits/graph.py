@@ -211,6 +211,18 @@ class Graph:
         result[self.edge_sender, self.edge_receiver] = chosen
         return result
 
+    def leading(self, chosen: Bool[np.ndarray, " edges"]) -> Bool[np.ndarray, " senders"]:
+        """Whether a path of chosen edges leads from each sender to the logits."""
+        matrix = self.matrix(chosen)  # [sender, receiver]
+        result = np.zeros(len(self.senders), dtype=bool)
+        receivers = np.zeros(len(self.receivers), dtype=bool)
+        receivers[-1] = True
+        for sender in reversed(range(len(result))):  # senders are sorted by depth
+            result[sender] = bool((matrix[sender] & receivers).any())
+            if result[sender]:
+                receivers[list(self.readers[sender])] = True
+        return result
+
     def to_json(self) -> dict[str, Any]:
         """The attributes, for files."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}

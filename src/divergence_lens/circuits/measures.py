@@ -6,24 +6,21 @@
    to it is in the circuit, the ablated output of all others (`circuits.ablated`).
 3. Faithfulness is (m(circuit) - m(empty)) / (m(model) - m(empty)), with m the mean metric over
    pairs, and "empty" the run with all edges ablated.
-
-`CPR` and `CMD` are the areas of MIB (Mueller et al. 2025, arXiv 2504.13151): below the curve of
-faithfulness over the share of edges, and between the curve and 1, by trapezoids from .1 to 100 %.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from divergence_lens._utils.plotting import draw
 from divergence_lens.circuits.ablated import CircuitPass
 from divergence_lens.circuits.blocks import Blocks
 from divergence_lens.circuits.circuit import Circuit
 from divergence_lens.circuits.graph import Graph
+from divergence_lens.circuits.result import Faithfulness
 from divergence_lens.circuits.runs import (
     circuit_request,
     each_run,
@@ -36,109 +33,12 @@ from divergence_lens.provenance import run_metadata
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
 Ablated = Literal["counterfactual", "mean", "zero"]
 Level = Literal["edges", "nodes"]
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The shares of edges at which MIB measures circuits."""
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Faithfulness:
-    """The metric of circuits, and of the whole and the fully ablated model.
-
-    Attributes:
-        metric: `[circuits, pairs]`, the metric with everything outside each circuit ablated.
-        full: `[pairs]`, the metric of the model.
-        empty: `[pairs]`, the metric with all edges ablated.
-        edges: `[circuits]`, the number of edges of each circuit.
-        shares: `[circuits]`, the share of edges (or of nodes) that each circuit keeps.
-        complement: `[circuits, pairs]`, the metric of the complements, if requested (completeness).
-        dropped: For each circuit the change of faithfulness when one of its edges is removed,
-            if requested (minimality); one row per edge.
-        metadata: Settings and versions; JSON-able.
-    """
-
-    metric: Float[np.ndarray, "circuits pairs"]
-    full: Float[np.ndarray, " pairs"]
-    empty: Float[np.ndarray, " pairs"]
-    edges: tuple[int, ...]
-    shares: tuple[float, ...]
-    complement: Float[np.ndarray, "circuits pairs"] | None = None
-    dropped: "tuple[pd.DataFrame, ...]" = ()
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    def _of(self, metric: Float[np.ndarray, "circuits pairs"]) -> Float[np.ndarray, " circuits"]:
-        gap = self.full.mean() - self.empty.mean()
-        if abs(gap) < 1e-6:
-            return np.full(len(metric), np.nan)
-        return np.asarray((metric.mean(1) - self.empty.mean()) / gap)
-
-    @property
-    def values(self) -> Float[np.ndarray, " circuits"]:
-        """The faithfulness of each circuit: 1 for the model, 0 for no edge; NaN without a gap."""
-        return self._of(self.metric)
-
-    @property
-    def completeness(self) -> Float[np.ndarray, " circuits"]:
-        """The faithfulness of each complement: near 0 if the circuit leaves nothing out.
-
-        Raises:
-            ValueError: Completeness was not requested.
-        """
-        if self.complement is None:
-            raise ValueError("completeness was not computed; call faithfulness(completeness=True)")
-        return self._of(self.complement)
-
-    @property
-    def cpr(self) -> float:
-        """MIB's circuit performance ratio: the area under the curve of faithfulness."""
-        return self._area(self.values)
-
-    @property
-    def cmd(self) -> float:
-        """MIB's circuit-model distance: the area between the curve and 1; 0 is best."""
-        return self._area(np.abs(1 - self.values))
-
-    def _area(self, heights: Float[np.ndarray, " circuits"]) -> float:
-        if len(self.shares) < 2:
-            raise ValueError("an area needs circuits of two sizes or more; see faithfulness_curve")
-        return float(np.trapezoid(heights, self.shares))
-
-    def table(self) -> "pd.DataFrame":
-        """One row per circuit: its edges, their share, its mean metric and its faithfulness."""
-        import pandas as pd
-
-        table = pd.DataFrame(
-            {
-                "edges": self.edges,
-                "share": self.shares,
-                "metric": self.metric.mean(1),
-                "faithfulness": self.values,
-            }
-        )
-        if self.complement is not None:
-            table["completeness"] = self.completeness
-        return table
-
-    def plot(self) -> "go.Figure":
-        """Faithfulness over the share of edges, on a logarithmic axis."""
-        return draw("faithfulness_curves", {self.metadata["settings"]["level"]: self})
-
-    def __repr__(self) -> str:
-        settings = self.metadata.get("settings", {})
-        areas = f"; CPR {self.cpr:.3f}, CMD {self.cmd:.3f}" if len(self.shares) > 1 else ""
-        values = ", ".join(f"{value:.1%}" for value in self.values[:5])
-        return (
-            f"Faithfulness({values}{', ...' if len(self.shares) > 5 else ''} of {len(self.full)} "
-            f"pairs, {settings.get('ablation')} ablation{areas})"
-        )
-
-    def _repr_html_(self) -> str:
-        html = self.table().to_html(index=False, float_format=lambda x: f"{x:.4f}")
-        return f"<p><b>{self!r}</b></p>{html}"
 
 
 @torch.no_grad()
@@ -270,7 +170,8 @@ def faithfulness_curve(
             with all edges between those kept; its score is the sum over its outgoing edges).
         shares: Shares of the edges or nodes, increasing.
         select: `top` scores, or `greedy` from the logits backward (edges only).
-        absolute: Whether scores are ranked by magnitude; signed ranking suits `cpr`.
+        absolute: Whether scores are ranked by magnitude. Otherwise edges that support the answer
+            come first (`EdgeScores.support`; of an array, the largest), which suits `cpr`.
         ablation: As in `faithfulness`.
         metric: As in `causal_mediation`.
         batch_rows: As in `faithfulness`.
@@ -288,7 +189,9 @@ def faithfulness_curve(
         )
     if isinstance(scores, EdgeScores):
         graph = scores.graph
-        values = scores.mean() if level == "edges" else scores.by_sender().to_numpy()
+        values = scores.support()
+        if level == "nodes":
+            values = np.bincount(graph.edge_sender, values, len(graph.senders))
     else:
         graph, values = _graph_of(model, pairs, metric), np.asarray(scores)
     expected = len(graph) if level == "edges" else len(graph.senders)
@@ -351,7 +254,7 @@ def _dropped(
     """The change of faithfulness by removed edge, for each circuit."""
     import pandas as pd
 
-    without = result._of(removed) if len(removed) else np.zeros(0)  # noqa: SLF001 - own module
+    without = result.normalized(removed) if len(removed) else np.zeros(0)
     tables = []
     for number, one in enumerate(circuits):
         rows = [i for i, (owner, _) in enumerate(single) if owner == number]

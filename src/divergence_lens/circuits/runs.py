@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from divergence_lens._utils.memory import halved
 from divergence_lens.circuits.blocks import Blocks
 from divergence_lens.circuits.scores import EdgeScores
-from divergence_lens.engine import get_engine
+from divergence_lens.engine import Engine, get_engine
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs, weights_key
 from divergence_lens.patching import (
@@ -31,6 +31,9 @@ from divergence_lens.patching import (
 from divergence_lens.provenance import run_metadata
 
 Changes: TypeAlias = Float[Tensor, "batch sender pos d_model"]
+
+CHANGES_BYTES = 2**30
+"""Pairs are run in groups whose `sender_changes` take at most this many bytes."""
 
 
 def circuit_request(
@@ -88,10 +91,23 @@ def each_run(
             compute(traced, Blocks(traced.engine, check=False))
         return len(chosen)
 
-    with tqdm(total=len(request.pairs), desc=title, unit="pair", disable=not progress) as bar:
-        for group in groups_of_pairs(request, engine, chunk_pairs):
+    with (
+        engine.packed(),
+        tqdm(total=len(request.pairs), desc=title, unit="pair", disable=not progress) as bar,
+    ):
+        for group in groups_of_pairs(request, engine, _fitting(request, engine, chunk_pairs)):
             for done in halved(group, run):
                 bar.update(done)
+
+
+def _fitting(request: PatchingRequest, engine: Engine, most: int) -> int:
+    """At most as many pairs as have changes of all senders that fit into `CHANGES_BYTES`."""
+    pairs = range(len(request.pairs))
+    longest = max(max(len(request.pairs.clean[i]), len(request.corrupted(i))) for i in pairs)
+    positions = longest - (min(request.start(i) for i in pairs) if engine.causal else 0)
+    senders = len(Blocks(engine, check=False).graph.senders)
+    each = 4 * senders * positions * engine.d_model  # float32
+    return max(1, min(most, CHANGES_BYTES // each))
 
 
 def first_position(run: PatchingRun) -> int:
@@ -102,8 +118,9 @@ def first_position(run: PatchingRun) -> int:
 def sender_changes(run: PatchingRun, blocks: Blocks, *, by_position: bool = False) -> Changes:
     """The source minus the base output of every sender, from the first difference on.
 
-    Zero at positions without a counterpart. The only tensor with an axis of senders: edges share
-    it, because an edge's score is a product of its sender's change and its receiver's gradient.
+    Zero at positions without a counterpart. The largest tensor of all methods, and none has an axis
+    of edges and one of d_model: an edge's score is a product of its sender's change, which all of
+    the sender's edges share, and its receiver's gradient.
 
     Args:
         run: Both runs of a chunk.

@@ -224,28 +224,45 @@ class EdgeScores(OnHub):
             table.insert(3, "segment", [one.segments[i][c] for i, c in both])
         return table
 
+    def support(self) -> Float[np.ndarray, " edges"]:
+        """The mean scores with the sign of the mean total effect.
+
+        Positive for edges that support the clean answer against the corrupted run, in both
+        directions; negative for edges that work against it.
+        """
+        return np.asarray(np.sign(self.total.mean()) * self.mean())
+
     def circuit(
-        self, *, top: int | None = None, threshold: float | None = None, greedy: int | None = None
+        self,
+        *,
+        top: int | None = None,
+        threshold: float | None = None,
+        greedy: int | None = None,
+        absolute: bool = True,
     ) -> Circuit:
-        """Choose a circuit from the mean magnitudes; give one of the three.
+        """Choose a circuit from the mean scores; give one of `top`, `threshold` and `greedy`.
 
         Args:
-            top: This many edges of the largest magnitude.
-            threshold: All edges of at least this magnitude, in units of the metric.
+            top: This many of the strongest edges.
+            threshold: All edges at least as strong as this, in units of the metric.
             greedy: This many edges, added from the logits backward: each time the strongest edge
                 into a node that the circuit already holds (Hanna et al. 2024).
+            absolute: Whether strength is the magnitude. Otherwise it is `support()`, so that edges
+                that work against the answer come last.
 
         Raises:
-            ValueError: None or several of them are given, or one is out of range.
+            ValueError: None or several of the three are given, or one is out of range.
         """
-        return Circuit.from_scores(
+        chosen = Circuit.from_scores(
             self.graph,
-            self.mean(),
+            self.support(),
             top=top,
             threshold=threshold,
             greedy=greedy,
+            absolute=absolute,
             metadata=self.metadata,
         )
+        return replace(chosen, scores=self.mean().astype(np.float32))
 
     def agreement(self, other: "EdgeScores", k: int = 20) -> Agreement:
         """Compare these scores (the approximation) with `other` (the exact ones), cell by cell.

@@ -34,6 +34,7 @@ Kind = Literal[
     "margins",
     "training",
     "edges",
+    "faithfulness",
     "attention",
 ]
 
@@ -50,6 +51,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "audit": ("candidates",),
     "edge scores": ("edges",),
     "circuit": ("edges",),
+    "faithfulness": ("faithfulness",),
     "attention": ("attention",),
 }
 
@@ -273,6 +275,12 @@ def _circuit(path: Path, choice: Choice) -> "go.Figure":  # noqa: ARG001
     return plots.circuit_graph(Circuit.load(path))
 
 
+def _faithfulness(path: Path, choice: Choice) -> "go.Figure":  # noqa: ARG001
+    from divergence_lens.circuits import Faithfulness
+
+    return Faithfulness.load(path).plot()
+
+
 def _attention(path: Path, choice: Choice) -> "go.Figure":
     from divergence_lens import plots
     from divergence_lens.patching import AttentionPatterns
@@ -289,5 +297,6 @@ _DRAW = {
     "audit": _audit,
     "edge scores": _edge_scores,
     "circuit": _circuit,
+    "faithfulness": _faithfulness,
     "attention": _attention,
 }

@@ -22,6 +22,7 @@ from divergence_lens.engine.decoding import Decoder, LockstepDecoder
 from divergence_lens.engine.equivalence import OwnPass, fused_tolerance
 from divergence_lens.engine.fused import FusedBlocks
 from divergence_lens.engine.fused_classes import fused_blocks
+from divergence_lens.engine.heads import block_parts
 from divergence_lens.engine.hooking import SiteFunction, SiteHooks
 from divergence_lens.engine.passes import KeyValues, Pass, Work
 from divergence_lens.engine.sites import SITES
@@ -187,7 +188,8 @@ class Engine(SiteHooks):
         run: Pass,
         *,
         rows: Int[Tensor, " rows"] | None = None,
-    ) -> Float[Tensor, "rows pos d_model"]:
+        since: int = 0,
+    ) -> Float[Tensor, "rows requested d_model"]:
         """Run one block.
 
         Args:
@@ -195,12 +197,18 @@ class Engine(SiteHooks):
             resid: Its `resid_pre`. The positions are those of `run`; the rows may differ.
             run: The pass, from `begin`.
             rows: For each row of `resid`, its row in the past of `run`.
+            since: Return only the positions from this one on; fused blocks skip the others.
 
         Returns:
             `resid_post` of the block.
         """
         run.rows = rows
-        return self._with_sites(layer, resid, run)
+        if since:
+            fused = self._fused(layer)
+            if fused is not None and not any((layer, site) in self._functions for site in SITES):
+                self.work.positions += resid.shape[:2].numel()
+                return fused.block(layer, resid, run, since)
+        return self._with_sites(layer, resid, run)[:, since:]
 
     def _with_sites(self, layer: int, resid: Tensor, run: Pass) -> Tensor:
         resid = self._apply(layer, "resid_pre", resid)
@@ -213,6 +221,21 @@ class Engine(SiteHooks):
         if (layer, "block_out") in self._functions:
             out = resid + self._apply(layer, "block_out", out - resid)
         return self._apply(layer, "resid_post", out)
+
+    def mlp_out(
+        self, layer: int, resid: Float[Tensor, "rows pos d_model"]
+    ) -> Float[Tensor, "rows pos d_model"]:
+        """Return what the MLP of a block adds, from the residual that it reads through its norm."""
+        fused = self._fused(layer)
+        if fused is not None:
+            return fused.mlp_out(layer, resid)
+        parts = block_parts(self, layer)
+        assert parts.mlp is not None
+        assert parts.mlp_norm is not None
+        out = parts.mlp(parts.mlp_norm(resid))
+        # In some classes, the router logits of a mixture of experts follow.
+        added: Tensor = out[0] if isinstance(out, tuple) else out
+        return added
 
     def last_block(
         self,
@@ -257,12 +280,8 @@ class Engine(SiteHooks):
         resid = run.resid
         for layer in range(last):
             resid = self.block(layer, resid, run)
-        fused = self._fused(last)
-        if fused is None or any((last, site) in self._functions for site in SITES):
-            return self.norm(self.block(last, resid, run)[:, since:])
-        self.work.positions += resid.shape[:2].numel()
         # No later block attends to this one's output, so only the requested positions are computed.
-        return self.norm(fused.block(last, resid, run, since))
+        return self.norm(self.block(last, resid, run, since=since))
 
     def _fused(self, layer: int) -> FusedBlocks | None:
         """Return the fused blocks, if nothing observes or trains the inside of this block."""

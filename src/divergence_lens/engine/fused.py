@@ -267,9 +267,22 @@ class FusedBlocks(ABC):
         weights: Weights,
     ) -> Float[Tensor, "*batch d_model"]:
         """Compute the rest of a block after its attention, and return `resid_post`."""
+        resid = resid + affine(mixed.flatten(-2), *weights.out)  # resid_mid, [*batch, d_model]
+        added = self._mlp_out(resid, weights)  # [*batch, d_model]
+        # `resid` is a new tensor, so without a graph it can be changed in place.
+        return resid + added if torch.is_grad_enabled() else resid.add_(added)
+
+    def mlp_out(
+        self, layer: int, resid: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return what the MLP of a block adds, from the residual before its norm."""
+        return self._mlp_out(resid, self.weights(layer, packing_gain(resid.shape[:-1].numel())))
+
+    def _mlp_out(
+        self, resid: Float[Tensor, "*batch d_model"], weights: Weights
+    ) -> Float[Tensor, "*batch d_model"]:
         graph = torch.is_grad_enabled()
         activation = (_IN_A_GRAPH if graph else _ACTIVATIONS)[self._activation]
-        resid = resid + affine(mixed.flatten(-2), *weights.out)  # resid_mid, [*batch, d_model]
         normed = self._norm(resid, weights.norm_2)
         inner = affine(normed, *weights.up)  # [*batch, d_mlp]
         if weights.gate is None:
@@ -277,9 +290,7 @@ class FusedBlocks(ABC):
         else:
             gate = activation(affine(normed, *weights.gate))  # [*batch, d_mlp]
             inner = inner * gate if graph else inner.mul_(gate)
-        added = affine(inner, *weights.down)  # [*batch, d_model]
-        # `resid` is a new tensor, so without a graph it can be changed in place.
-        return resid + added if graph else resid.add_(added)
+        return affine(inner, *weights.down)
 
     def _norm(self, x: Tensor, scaling: Scaling) -> Tensor:
         weight, bias = scaling

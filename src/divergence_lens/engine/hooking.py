@@ -148,6 +148,13 @@ class SiteHooks(ABC):
             changed = function(weights.transpose(1, 2))  # [batch, pos, head, key]
             return None if changed is None else changed.transpose(1, 2)
 
+        def mlp(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor | None:
+            resid = self._block_input
+            if resid is None or out.ndim == resid.ndim:
+                return function(out)
+            changed = function(out.view(resid.shape))  # OPT's MLP writes [batch * pos, d_model]
+            return None if changed is None else changed.reshape(out.shape)
+
         def plain(_module: nn.Module, _inputs: Any, activation: Tensor) -> Tensor | None:
             return function(activation)
 
@@ -155,7 +162,7 @@ class SiteHooks(ABC):
             return pattern
         if site in PER_HEAD:
             return heads
-        return mid if site == "resid_mid" else plain
+        return {"resid_mid": mid, "mlp_out": mlp}.get(site, plain)
 
     def norms(self) -> list[nn.Module]:
         """Return all norms of the model, including the final one."""

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from divergence_lens._utils.statistics import correlation, rank_correlation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Agreement:
     """Agreement of approximate effects with exact ones.
 
@@ -37,6 +37,9 @@ class Agreement:
     slope: float
     k: int
     cells: int
+
+    def __repr__(self) -> str:
+        return f"Agreement({', '.join(f'{k}={v:.4g}' for k, v in vars(self).items())})"
 
     def _repr_html_(self) -> str:
         return (

@@ -172,7 +172,12 @@ def faithfulness_curves(curves: Mapping[str, Faithfulness]) -> go.Figure:
         f"{first.metadata.get('settings', {}).get('ablation', '')} ablation",
         plot_height=240,
         legend_rows=len(traces),
-        xaxis=style.axis("share kept", type="log", tickformat=".1%", nticks=5),
+        xaxis=style.axis(
+            "share kept",
+            type="log",
+            tickvals=[0.001, 0.01, 0.1, 1.0],
+            ticktext=["0.1 %", "1 %", "10 %", "100 %"],
+        ),
         yaxis=style.axis("faithfulness"),
     )
 
