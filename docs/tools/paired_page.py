@@ -5,7 +5,8 @@
 The folder holds the tables that `divergence-lens study --tables docs/real-study` writes after every
 cell. The page is written beside it (`docs/real-study.md`), and a figure in `docs/images`. It judges
 the claims again from the rows, so it can be generated at any time; a result that is missing is
-called not yet measured.
+called not yet measured. For `docs/real-study`, the answer is also written into the package, where
+the reports of other studies show it.
 """
 
 import argparse
@@ -23,13 +24,20 @@ from paper import PAPER_CLAIMS, SOURCES
 from divergence_lens._utils.statistics import t_interval
 from divergence_lens._utils.storage import write_text
 from divergence_lens.plots import save_figure
+from divergence_lens.study.estimands import Tables
 from divergence_lens.study.findings import Finding, judge
 from divergence_lens.study.paired_claims import PAIRED_CLAIMS, dissociation, single_layers
-from divergence_lens.study.paired_report import paired_figure
+from divergence_lens.study.paired_report import (
+    REAL_STUDY,
+    core_dissociations,
+    paired_figure,
+    paired_sentences,
+)
 from divergence_lens.study.report import short_interval, short_number, table_head
 from divergence_lens.study.rows import DIVERGENCE, SETTINGS, STUDENTS, TEACHERS, load_tables
 
 NOT_YET = "not yet measured"
+_COMMITTED = Path(__file__).resolve().parents[1] / "real-study"
 _TINY = "study-results"  # tables of the tiny models' study, in the same folder as the page
 # Claim of a paired study -> the claim of the tiny models' study that asks the same.
 _COUNTERPARTS = {
@@ -85,12 +93,39 @@ def write_paired_page(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     page = folder.with_suffix(".md")
     write_text(page, paired_page(folder))
+    if folder.resolve() == _COMMITTED:
+        write_text(REAL_STUDY, paired_summary(folder))
     figure = paired_figure(load_tables(folder))
     if figure is not None:
         image = folder.parent / "images" / f"{folder.name}.png"
         image.parent.mkdir(exist_ok=True)
         save_figure(figure, image, width_mm=150, dpi=200, title=False, renderer="matplotlib")
     return page
+
+
+def paired_summary(folder: str | os.PathLike[str]) -> str:
+    """Generate the JSON of the study's answer, which the reports of other studies show."""
+    about, tables, findings = _judged(Path(folder))
+    summary = {
+        "model": about["settings"]["model"],
+        "students": len(tables["students"]),
+        "sentences": paired_sentences([finding.to_dict() for finding in findings]),
+        "dissociations": core_dissociations(tables),
+    }
+    return json.dumps(summary, indent=1) + "\n"
+
+
+def _judged(folder: Path) -> tuple[Mapping[str, Any], Tables, Sequence[Finding]]:
+    """Read the settings and tables of a folder, and judge the claims."""
+    about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    tables = load_tables(folder)
+    findings = judge(
+        tables,
+        last_layer=about["layers"] - 1,
+        claims=PAIRED_CLAIMS,
+        required=len(about["settings"]["targets"]),
+    )
+    return about, tables, findings
 
 
 def paired_page(folder: str | os.PathLike[str]) -> str:
@@ -100,15 +135,8 @@ def paired_page(folder: str | os.PathLike[str]) -> str:
         FileNotFoundError: The folder has no settings, so no study wrote it.
     """
     folder = Path(folder)
-    about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    about, tables, findings = _judged(folder)
     settings = about["settings"]
-    tables = load_tables(folder)
-    findings = judge(
-        tables,
-        last_layer=about["layers"] - 1,
-        claims=PAIRED_CLAIMS,
-        required=len(settings["targets"]),
-    )
     by_id = {finding.id.partition("/")[2]: finding for finding in findings}
     tiny = _tiny_verdicts(folder.parent / _TINY)
     students = tables["students"]

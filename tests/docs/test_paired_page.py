@@ -11,9 +11,9 @@ import pytest
 
 from divergence_lens.study import StudyConfig
 from divergence_lens.study.paired_claims import PAIRED_CLAIMS
-from divergence_lens.study.paired_report import paired_figure
+from divergence_lens.study.paired_report import REAL_STUDY, paired_figure
 from divergence_lens.study.rows import load_tables
-from tests.support.docs_tools import paired_page, write_paired_page
+from tests.support.docs_tools import paired_page, paired_summary, write_paired_page
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "docs" / "real-study"
@@ -77,6 +77,7 @@ def line_of(text, start):
 def test_the_committed_page_is_that_of_the_committed_tables():
     page = COMMITTED.with_suffix(".md").read_text(encoding="utf-8")
     assert page == paired_page(COMMITTED)
+    assert REAL_STUDY.read_text(encoding="utf-8") == paired_summary(COMMITTED)
 
 
 def test_dissociations_are_those_of_the_rows(tmp_path):

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "tools"))
 
 from audit_page import audit_page  # noqa: E402
-from paired_page import paired_page, write_paired_page  # noqa: E402
+from paired_page import paired_page, paired_summary, write_paired_page  # noqa: E402
 from paper import PAPER_CLAIMS, SOURCES  # noqa: E402
 from results_page import results_pages, write_results_page  # noqa: E402
 
@@ -17,6 +17,7 @@ __all__ = [
     "SOURCES",
     "audit_page",
     "paired_page",
+    "paired_summary",
     "results_page",
     "text_of",
     "write_paired_page",

@@ -1,5 +1,6 @@
 """The report of a paired study: margins of students against those of their twins."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ QUESTION = (
     "Which tokens and which layers of a student carry its teacher's preference? Every student has "
     "a twin that learned from another teacher's lists, and only their difference counts."
 )
+REAL_STUDY = Path(__file__).with_name("real_study.json")
+REAL_FIGURE = "a real model"
 _FIGURE = "students and twins"
 _CORE = {
     "top_advantage": "top tenth",
@@ -43,12 +46,24 @@ _SENTENCES = {
 }
 
 
+def core_dissociations(tables: Tables) -> dict[str, dict[str, list[float]]]:
+    """The dissociations of the core conditions and single layers that have any.
+
+    Returns:
+        Short name -> target -> one number per seed, in nats.
+    """
+    shown = {words: dissociation(tables, name) for name, words in _CORE.items()}
+    shown |= {f"layer {i}": dissociation(tables, "layer", i) for i in single_layers(tables)}
+    return {name: by_target for name, by_target in shown.items() if by_target}
+
+
 def paired_figure(tables: Tables, *, others: bool = False) -> go.Figure | None:
     """Draw the core conditions and the single layers, or with `others` the further conditions.
 
     Returns:
         The figure; None if no such student has its twin yet.
     """
+    shown = core_dissociations(tables)
     if others:
         students = tables["students"]
         names = dict.fromkeys(students["condition"]) if len(students) else {}
@@ -57,9 +72,6 @@ def paired_figure(tables: Tables, *, others: bool = False) -> go.Figure | None:
             for name in names
             if name not in _CORE and name != "layer"
         }
-    else:
-        shown = {words: dissociation(tables, name) for name, words in _CORE.items()}
-        shown |= {f"layer {i}": dissociation(tables, "layer", i) for i in single_layers(tables)}
     if not any(shown.values()):
         return None
     title = "Further conditions against their twins" if others else "Students against their twins"
@@ -81,6 +93,25 @@ def paired_sentences(findings: Sequence[Mapping[str, Any]]) -> list[str]:
             value = f"{row['measured']:+.2f}{known} nats"
         sentences.append(form.format(value))
     return sentences
+
+
+def real_model_answer() -> tuple[Answer, go.Figure]:
+    """The answer of the committed study of a real model, and its figure, for other reports.
+
+    `docs/tools/paired_page.py` writes the file beside this module from the study's tables.
+    """
+    stored = json.loads(REAL_STUDY.read_text(encoding="utf-8"))
+    lead = (
+        f"Not from this run: {stored['students']} students of {stored['model']}, each with a twin "
+        "that learned from another teacher's lists."
+    )
+    answer = Answer(
+        heading="On a real model",
+        sentences=[lead, *stored["sentences"]],
+        findings="none of this study's",
+        figures=[REAL_FIGURE],
+    )
+    return answer, plots.dissociation_bars(stored["dissociations"])
 
 
 def write_paired_report(study: Study, folder: str | os.PathLike[str]) -> Path:

@@ -16,7 +16,11 @@ from divergence_lens._utils.storage import write_text
 from divergence_lens.study.estimands import SMALLEST
 from divergence_lens.study.findings import Finding
 from divergence_lens.study.html import Answer, HasHtml, write_report
-from divergence_lens.study.paired_report import write_paired_report
+from divergence_lens.study.paired_report import (
+    REAL_FIGURE,
+    real_model_answer,
+    write_paired_report,
+)
 from divergence_lens.study.result import Study
 
 _EXAMPLES = 3
@@ -172,20 +176,24 @@ def write_study_report(study: Study, folder: str | os.PathLike[str]) -> Path:
     shown = {k: v for k, v in about.items() if k != "seconds"}
     shown |= {} if seconds is None else {"seconds": seconds}
     results = {**study.results, "findings": findings, "settings": shown}
+    real, real_figure = real_model_answer()
     return write_report(
         out / "report.html",
         results,
-        figures,
+        figures | {REAL_FIGURE: real_figure},
         _examples(study),
         setting=setting,
         answers=[
-            Answer(
-                heading=f"{kind.capitalize()} teachers",
-                sentences=answer_sentences(study.results["findings"], kind),
-                findings=f"{kind}/",
-                figures=[name for name in _key_figures(kind) if name in figures],
-            )
-            for kind in settings["kinds"]
+            real,
+            *(
+                Answer(
+                    heading=f"{kind.capitalize()} teachers",
+                    sentences=answer_sentences(study.results["findings"], kind),
+                    findings=f"{kind}/",
+                    figures=[name for name in _key_figures(kind) if name in figures],
+                )
+                for kind in settings["kinds"]
+            ),
         ],
     )
 
