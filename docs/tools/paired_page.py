@@ -37,6 +37,8 @@ from divergence_lens.study.report import short_interval, short_number, table_hea
 from divergence_lens.study.rows import DIVERGENCE, SETTINGS, STUDENTS, TEACHERS, load_tables
 
 NOT_YET = "not yet measured"
+_LISTS = "lists before masking"
+_NAMES = {"smollm2": "SmolLM2-135M-Instruct"}
 _COMMITTED = Path(__file__).resolve().parents[1] / "real-study"
 _TINY = "study-results"  # tables of the tiny models' study, in the same folder as the page
 # Claim of a paired study -> the claim of the tiny models' study that asks the same.
@@ -107,7 +109,7 @@ def paired_summary(folder: str | os.PathLike[str]) -> str:
     """Generate the JSON of the study's answer, which the reports of other studies show."""
     about, tables, findings = _judged(Path(folder))
     summary = {
-        "model": about["settings"]["model"],
+        "model": _NAMES.get(about["settings"]["model"], about["settings"]["model"]),
         "students": len(tables["students"]),
         "sentences": paired_sentences([finding.to_dict() for finding in findings]),
         "dissociations": core_dissociations(tables),
@@ -192,9 +194,10 @@ def _opening(about: Mapping[str, Any], students: pd.DataFrame, folder: Path) -> 
         for name in (STUDENTS, TEACHERS, DIVERGENCE)
         if (folder / name).exists()
     ]
+    name = _NAMES.get(settings["model"], settings["model"])
     source = (
-        f"A paired study of `{settings['model']}` ({about['layers']} layers), a chat model that "
-        f"was not made for it. Generated from these tables alone: {', '.join(files) or 'none yet'}."
+        f"A paired study of {name} ({about['layers']} layers), a chat model that was not made for "
+        f"it. Generated from these tables alone: {', '.join(files) or 'none yet'}."
     )
     number = f"{len(students)} student" + ("" if len(students) == 1 else "s")
     size = (
@@ -234,7 +237,7 @@ def _student_rows(tables: Mapping[str, pd.DataFrame], targets: Sequence[str]) ->
     students = tables["students"]
     names = list(dict.fromkeys(students["condition"])) if len(students) else []
     shown = [*_CORE, *(name for name in names if name not in (*_CORE, "layer"))]
-    rows = table_head("trained on", *targets, "mean (95 % interval)", "seeds", "digits", "lists")
+    rows = table_head("trained on", *targets, "mean (95 % interval)", "seeds", "digits", _LISTS)
     rows += [_row(tables, targets, _WORDS.get(name, f"`{name}`"), name) for name in shown]
     return rows
 
@@ -273,7 +276,7 @@ def _layer_rows(tables: Mapping[str, pd.DataFrame], settings: Mapping[str, Any])
     layers = single_layers(tables)
     if not layers:
         return [lead, "", f"{NOT_YET.capitalize()}."]
-    rows = table_head("layer", *targets, "mean (95 % interval)", "seeds", "digits", "lists")
+    rows = table_head("layer", *targets, "mean (95 % interval)", "seeds", "digits", _LISTS)
     rows += [_row(tables, targets, str(layer), "layer", layer) for layer in layers]
     return [lead, "", *rows]
 

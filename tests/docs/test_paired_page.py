@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -78,6 +79,22 @@ def test_the_committed_page_is_that_of_the_committed_tables():
     page = COMMITTED.with_suffix(".md").read_text(encoding="utf-8")
     assert page == paired_page(COMMITTED)
     assert REAL_STUDY.read_text(encoding="utf-8") == paired_summary(COMMITTED)
+
+
+def test_readme_and_home_quote_the_committed_study():
+    stored = json.loads(REAL_STUDY.read_text(encoding="utf-8"))
+    means = {
+        name: np.mean([np.mean(seeds) for seeds in by_target.values()])
+        for name, by_target in stored["dissociations"].items()
+    }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    caption = readme.split("real-study.png")[1].split("```")[0]
+    for name in ("top tenth", "bottom tenth", "random tenth", "layer 0", "layer 29"):
+        assert f"{means[name]:+.2f}" in caption, name
+    assert f"{stored['students']} students" in caption
+    home = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert f"{means['top tenth']:+.2f} nats over their twins" in home
+    assert f"{means['layer 0']:+.2f} if they train only the first layer" in " ".join(home.split())
 
 
 def test_dissociations_are_those_of_the_rows(tmp_path):
