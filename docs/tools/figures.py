@@ -1,19 +1,27 @@
-"""Draw the images of docs/figures.md by running the page's own code.
+"""Draw the images of the documentation.
 
-python docs/tools/figures.py
+python docs/tools/figures.py                    # docs/figures.md, by running the page's own code
+python docs/tools/figures.py --demo runs/demo   # the README's picture, from a finished `make demo`
+python docs/tools/figures.py --smollm2          # the home page's picture, on SmolLM2-135M-Instruct
 """
 
+import argparse
 import os
 import re
 from pathlib import Path
 
+import divergence_lens as dl
+from divergence_lens import plots
+
 DOCS = Path(__file__).resolve().parents[1]
+IMAGES = DOCS / "images"
+QUESTION = "Answer in one word: what is the capital of {}?"
 
 
-def main() -> None:
-    """Run the code in the folder of the page's images, and delete images that it does not show."""
+def draw_page() -> None:
+    """Run the code of figures.md in the folder of its images; delete images it does not show."""
     text = (DOCS / "figures.md").read_text(encoding="utf-8")
-    folder = DOCS / "images" / "figures"
+    folder = IMAGES / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     namespace: dict[str, object] = {}
@@ -23,6 +31,44 @@ def main() -> None:
     for path in folder.iterdir():
         if path.name not in shown:
             path.unlink()
+
+
+def draw_transfer(demo: Path) -> None:
+    """Draw what students of finetuned teachers prefer, by their training data."""
+    students = dl.Study.load(demo).table("students")
+    rows = students[students["condition"].isin(plots.CONDITIONS)]
+    figure = plots.transfer_bars(rows, kind="finetuned")
+    plots.save_figure(figure, IMAGES / "transfer.png", width_mm=110, dpi=180)
+
+
+def draw_capitals() -> None:
+    """Draw where a model keeps the country until it names the capital."""
+    pairs = dl.Pairs.from_prompts(
+        model := dl.load_model("smollm2"),
+        clean=[QUESTION.format("France")],
+        corrupted=[QUESTION.format("Italy")],
+        answers=["Paris"],
+        foils=["Rome"],
+    )
+    names = {"resid_post": "residual stream", "attn_out": "attention", "mlp_out": "MLP"}
+    effects = dl.causal_mediation(model, pairs, site=list(names))
+    figure = plots.effects_heatmap({names[site]: result for site, result in effects.items()})
+    path = IMAGES / "heatmap.png"
+    plots.save_figure(figure, path, width_mm=180, dpi=144, title=False, caption=False)
+
+
+def main() -> None:
+    """Draw the images that the arguments name."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--demo", type=Path, help="folder of a finished demo")
+    parser.add_argument("--smollm2", action="store_true", help="draw the home page's picture")
+    options = parser.parse_args()
+    if options.demo is not None:
+        draw_transfer(options.demo)
+    if options.smollm2:
+        draw_capitals()
+    if options.demo is None and not options.smollm2:
+        draw_page()
 
 
 if __name__ == "__main__":
