@@ -3,9 +3,12 @@
 python docs/tools/figures.py                    # docs/figures.md, by running the page's own code
 python docs/tools/figures.py --demo runs/demo   # the README's picture, from a finished `make demo`
 python docs/tools/figures.py --smollm2          # the home page's picture, on SmolLM2-135M-Instruct
+
+They are drawn without a browser, so that every machine draws the same.
 """
 
 import argparse
+import functools
 import os
 import re
 from pathlib import Path
@@ -63,6 +66,7 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, help="folder of a finished demo")
     parser.add_argument("--smollm2", action="store_true", help="draw the home page's picture")
     options = parser.parse_args()
+    plots.save_figure = functools.partial(plots.save_figure, renderer="matplotlib")
     if options.demo is not None:
         draw_transfer(options.demo)
     if options.smollm2:

@@ -7,10 +7,12 @@ import json
 import re
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
 
+from divergence_lens import plots
 from divergence_lens.plots import bars as bar_charts
 from divergence_lens.plots import export
 from divergence_lens.plots.fitting import fitted, rewrapped, without_title
@@ -96,6 +98,18 @@ def test_matplotlib_draws_every_figure(name, tmp_path, without_plotly_images):
     for trace in figure.data:
         if trace.name and trace.showlegend is not False and figure.layout.showlegend:
             assert html.unescape(trace.name) in text
+
+
+@pytest.mark.parametrize("highest", [0.019, 0.19, 0.3, 0.97])
+def test_ticks_in_percent_are_not_rounded(highest, tmp_path, without_plotly_images):
+    figure = plots.training_curves(
+        pd.DataFrame({"step": [1, 2], "preference": [0.01, highest]}), before=0.005
+    )
+    image = export.save_figure(figure, tmp_path / "figure.svg")
+    ticks = [float(tick) for tick in re.findall(r">([\d.]+)%<", image.read_text("utf-8"))]
+    assert len(ticks) > 2
+    np.testing.assert_allclose(np.diff(ticks), ticks[1] - ticks[0])
+    assert re.search(r">student<.*>before training<", image.read_text("utf-8"), re.DOTALL)
 
 
 def test_the_same_figure_gives_the_same_image(figure, tmp_path, without_plotly_images):

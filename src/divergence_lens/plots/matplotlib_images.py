@@ -67,6 +67,7 @@ def draw_image(figure: go.Figure, kind: str, *, width: int, height: int, dpi: fl
     _title(canvas, layout, height)
     if layout.showlegend:
         panels["x"].legend(
+            **_legend_entries(panels["x"], figure.data),
             loc="upper left",
             bbox_to_anchor=(0, layout.legend.y),
             frameon=False,
@@ -249,6 +250,15 @@ def _label(trace: Any) -> str:
     return _plain(trace.name) if shown else "_"
 
 
+def _legend_entries(axes: Any, traces: Sequence[Any]) -> dict[str, Sequence[Any]]:
+    """Return the entries of the legend in the order of the traces; matplotlib has lines first."""
+    place = {_label(trace): number for number, trace in reversed(list(enumerate(traces)))}
+    drawn = sorted(
+        zip(*axes.get_legend_handles_labels(), strict=True), key=lambda d: place.get(d[1], 0)
+    )
+    return {"handles": [handle for handle, _ in drawn], "labels": [label for _, label in drawn]}
+
+
 def _place(axes: Any, reference: str) -> Any:
     """The transform of a coordinate: data, or shares of the panel (or the plot)."""
     if reference.endswith("domain") or reference == "paper":
@@ -321,7 +331,7 @@ def _of_plot(canvas: Any, layout: Any, x: float, y: float) -> tuple[float, float
 
 def _axis(axes: Any, name: str, axis: Any, ink: str) -> None:
     """Set the title, scale, range and ticks of one axis."""
-    from matplotlib.ticker import NullFormatter, PercentFormatter
+    from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
     own = getattr(axes, f"{name}axis")
     log = axis.type == "log"
@@ -338,7 +348,10 @@ def _axis(axes: Any, name: str, axis: Any, ink: str) -> None:
         limits = getattr(axes, f"get_{name}lim")()
         getattr(axes, f"set_{name}lim")(min(limits[0], 0), max(limits[1], 0))
     if str(axis.tickformat or "").endswith("%"):
-        own.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        small = max(map(abs, getattr(axes, f"get_{name}lim")())) < 0.05
+        own.set_major_formatter(PercentFormatter(1.0, decimals=int(small)))
+        # Steps of 2.5 % would be labeled with rounded numbers.
+        own.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
     if axis.tickvals is not None:
         _ticks(own, axis, sorted(getattr(axes, f"get_{name}lim")()))
     if axis.tickangle:
