@@ -1,8 +1,7 @@
 """Draw the images of the documentation.
 
-python docs/tools/figures.py                    # docs/figures.md, by running the page's own code
-python docs/tools/figures.py --demo runs/demo   # the README's picture, from a finished `make demo`
-python docs/tools/figures.py --smollm2          # the home page's picture, on SmolLM2-135M-Instruct
+python docs/tools/figures.py             # docs/figures.md, by running the page's own code
+python docs/tools/figures.py --smollm2   # the home page's picture, on SmolLM2-135M-Instruct
 
 They are drawn without a browser, so that every machine draws the same.
 """
@@ -36,14 +35,6 @@ def draw_page() -> None:
             path.unlink()
 
 
-def draw_transfer(demo: Path) -> None:
-    """Draw what students of finetuned teachers prefer, by their training data."""
-    students = dl.Study.load(demo).table("students")
-    rows = students[students["condition"].isin(plots.CONDITIONS)]
-    figure = plots.transfer_bars(rows, kind="finetuned")
-    plots.save_figure(figure, IMAGES / "transfer.png", width_mm=110, dpi=180)
-
-
 def draw_capitals() -> None:
     """Draw where a model keeps the country until it names the capital."""
     pairs = dl.Pairs.from_prompts(
@@ -63,15 +54,12 @@ def draw_capitals() -> None:
 def main() -> None:
     """Draw the images that the arguments name."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--demo", type=Path, help="folder of a finished demo")
     parser.add_argument("--smollm2", action="store_true", help="draw the home page's picture")
     options = parser.parse_args()
     plots.save_figure = functools.partial(plots.save_figure, renderer="matplotlib")
-    if options.demo is not None:
-        draw_transfer(options.demo)
     if options.smollm2:
         draw_capitals()
-    if options.demo is None and not options.smollm2:
+    else:
         draw_page()
 
 
