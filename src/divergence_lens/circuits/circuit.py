@@ -214,7 +214,7 @@ class Circuit(OnHub):
         below = graph.leading(self.chosen)
         leads = np.zeros(len(graph.receivers), dtype=bool)
         leads[-1] = True
-        for sender in np.flatnonzero(below):
+        for sender in np.flatnonzero(below).tolist():
             leads[list(graph.readers[sender])] = True
         kept = above[graph.edge_sender] & leads[graph.edge_receiver]
         return replace(self, chosen=self.chosen & kept)

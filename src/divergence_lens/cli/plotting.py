@@ -162,9 +162,9 @@ def plot(
     check_outputs(figure=out, force=force)
     choice = Choice(kind=kind, item=item, other=other, measure=measure, orientation=orientation)
     try:
-        figure = (
-            _effects(results, choice) if stored == "effects" else _DRAW[stored](*results, choice)
-        )
+        # Only effects are drawn together; of every other kind there is one result.
+        draw = _DRAW.get(stored)
+        figure = _effects(results, choice) if draw is None else draw(results[0], choice)
     except IndexError as error:
         raise ValueError(f"--item is {item}, but {error}") from error
     width_mm = column_width(len(results)) if width is None else width
