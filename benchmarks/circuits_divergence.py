@@ -1,6 +1,7 @@
-"""The circuit of divergence tokens: which heads read the bias, and which write the digit.
+r"""The circuit of divergence tokens: which heads read the bias, and which write the digit.
 
-    python benchmarks/circuits_divergence.py MODEL --out benchmarks/results/circuits
+    python benchmarks/circuits_divergence.py MODEL --factual 3 --prompts 24 --tokens 4 \
+        --verify 12 --out benchmarks/results/circuits
 
 1. Prompted teachers (an owl, a dog, ...; system prompts of one length) continue lists of numbers
    under a pattern, greedily.
@@ -94,8 +95,8 @@ def described(model: Any, token: Token) -> tuple[dict[str, Any], dl.EdgeScores, 
         "factual": token.divergence.teacher.name,
         "counterfactual": token.counterfactual,
         "list": token.example,
-        "answer": pair.answer_labels[0],
-        "foil": pair.foil_labels[0],
+        "answer": "".join(pair.answer_labels[0]),
+        "foil": "".join(pair.foil_labels[0]),
         "margin": token.margin,
         "clean": float(scores.clean_metric[0]),
         "corrupted": float(scores.corrupted_metric[0]),

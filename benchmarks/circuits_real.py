@@ -2,7 +2,7 @@
 
     OUT=benchmarks/results/circuits
     python benchmarks/circuits_real.py MODEL --tasks ioi --pairs 32 --eap CHECKOUT --out $OUT
-    python benchmarks/circuits_real.py MODEL --formats --prompts 40 --out $OUT
+    python benchmarks/circuits_real.py MODEL --formats --prompts 20 --out $OUT
     python benchmarks/circuits_real.py MODEL --tasks colored --pairs 32 --format FORMAT --out $OUT
 
 MODEL is a folder or a name. Two tasks are generated here along the lines of the MIB benchmark
@@ -226,7 +226,7 @@ def eap_scores(checkout: str, name: str, pairs: dl.Pairs, scores: dl.EdgeScores)
     """EAP-IG's scores of the same pairs (on a HookedTransformer), in the form of ours."""
     from circuits_tools import eap_edges, prepared_eap
 
-    model = dl.load_model(name, backend="hooked")
+    model = dl.load_model(name, backend="hooked").requires_grad_(False)
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(pairs.clean):
         by_length.setdefault(len(row), []).append(i)
@@ -296,7 +296,11 @@ def curves(args: argparse.Namespace, model: Any, name: str, task: Task) -> None:
         stats |= {"format": args.format}
     print(name, json.dumps(stats), flush=True)
     tables = []
-    methods = scored(args, model, train)
+    methods = {
+        label: method
+        for label, method in scored(args, model, train).items()
+        if not args.methods or label in args.methods
+    }
     for absolute in (True, False):
         for label, (scores, level, select) in methods.items():
             if not absolute and ("random" in label or "greedy" in label):
@@ -312,8 +316,13 @@ def curves(args: argparse.Namespace, model: Any, name: str, task: Task) -> None:
             print(f"{label} ({ranked}): CPR {curve.cpr:.3f}, CMD {curve.cmd:.3f}", flush=True)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        pd.concat(tables).round(4).to_csv(args.out / f"{name}.csv", index=False)
-        (args.out / f"{name}.json").write_text(json.dumps(stats, indent=1) + "\n")
+        path = args.out / f"{name}.csv"
+        if args.methods:
+            old = pd.read_csv(path)
+            tables.insert(0, old[~old["method"].isin(args.methods)])
+        pd.concat(tables).round(4).to_csv(path, index=False)
+        if not args.methods:
+            (args.out / f"{name}.json").write_text(json.dumps(stats, indent=1) + "\n")
 
 
 def main() -> None:
@@ -328,6 +337,9 @@ def main() -> None:
     parser.add_argument("--format", choices=FORMATS, default="one sentence")
     parser.add_argument("--formats", action="store_true", help="only try the formats of questions")
     parser.add_argument("--eap", help="a checkout of EAP-IG, to measure its scores as well")
+    parser.add_argument(
+        "--methods", nargs="+", help="measure these alone; the other rows of the table remain"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")

