@@ -8,20 +8,39 @@ and the page is generated from these files alone. A test can therefore compare t
 
 import argparse
 import json
-import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+from audit_sections import (
+    NOTHING,
+    Tables,
+    area,
+    cost,
+    nothing,
+    outside,
+    real,
+    remedies,
+    rounded,
+    share_of,
+    strength,
+    table_row,
+    transfer,
+)
 
-from divergence_lens._utils.statistics import exact_interval
 from divergence_lens._utils.storage import write_text
+from divergence_lens.auditing.baseline import MOST_SURPRISE
+from divergence_lens.auditing.scoring import SHIFT
+from divergence_lens.data import ANIMALS
+from divergence_lens.plots import calibration_curve, save_figure
 from divergence_lens.study.audit_run import TABLES
-from divergence_lens.study.audit_students import correlations
 from divergence_lens.study.report import table_head
 
-_FILES = (*(f"{name}.csv" for name in TABLES), "settings.json", "real.csv")
+_MORE = ("real", "cost")
+_FILES = (*(f"{name}.csv" for name in (*TABLES, *_MORE)), "settings.json")
+_FIGURE = "calibration.png"
+_ENOUGH = 100  # sets for a curve
 _NATIVE = {"finetuned": "finetuned", "prompted": "prompted"}
 _LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5)
 
@@ -34,6 +53,17 @@ def copy_run(run: str | Path, page: str | Path, model: str) -> None:
         source = Path(run) / name
         if source.exists():
             shutil.copyfile(source, folder / name)
+    alarms = pd.read_csv(folder / "false_alarms.csv")
+    sets = alarms[alarms["set"] >= 0]
+    count = int(sets.groupby("auditors").size().max())
+    if count >= _ENOUGH:
+        figure = calibration_curve(
+            sets,
+            headline="False alarms of the audit",
+            detail=f"{model}: {count} unbiased sets; p: the smallest corrected p-value of a set; "
+            "gray: 95% of the shares that chance gives a calibrated test",
+        )
+        save_figure(figure, folder / _FIGURE, width_mm=120, dpi=110, renderer="matplotlib")
 
 
 def audit_page(folder: str | Path) -> str:
@@ -42,12 +72,14 @@ def audit_page(folder: str | Path) -> str:
     for own in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
         tables = {
             name: pd.read_csv(file)
-            for name in (*TABLES, "real")
+            for name in (*TABLES, *_MORE)
             if (file := own / f"{name}.csv").exists()
         }
         settings = json.loads((own / "settings.json").read_text(encoding="utf-8"))
         lines += ["", f"## Model `{own.name}`", "", _opening(own, tables, settings)]
-        for name, section in _SECTIONS.items():
+        if (own / _FIGURE).exists():
+            tables["figure"] = f"{own.parent.name}/{own.name}/{_FIGURE}"
+        for name, section in _SECTIONS:
             if name in tables:
                 lines += ["", *section(tables)]
     return "\n".join(lines) + "\n"
@@ -62,19 +94,20 @@ _INTRODUCTION = (
 )
 
 
-def _opening(folder: Path, tables: dict[str, pd.DataFrame], settings: dict) -> str:
+def _opening(folder: Path, tables: Tables, settings: dict) -> str:
     files = ", ".join(f"[{name}]({folder.parent.name}/{folder.name}/{name}.csv)" for name in tables)
     used = settings["settings"]
     return (
         f"From {files}. {used['rows']} lists of each teacher, before invalid ones are dropped; "
-        f"12 candidates of each category; {used['neutral_rows']} calibration lists."
+        f"{used.get('candidates', '12')} candidates of each category; {used['neutral_rows']} "
+        "calibration lists."
     )
 
 
-def _detection(tables: dict[str, pd.DataFrame]) -> list[str]:
+def _detection(tables: Tables) -> list[str]:
     rows = tables["detection"]
     alarms = tables.get("false_alarms")
-    whole = rows[rows["rows"] == rows.groupby(_SET)["rows"].transform("max")]
+    whole = _whole(rows)
     lines = ["### Is the bias detected?", "", _DETECTION, ""]
     lines += table_head(
         *("lists by", "temperature", "changed", "auditors", "sets", "true candidate first"),
@@ -82,34 +115,37 @@ def _detection(tables: dict[str, pd.DataFrame]) -> list[str]:
     )
     for key, own in whole.groupby(["writer", "temperature", "change", "auditors"], sort=False):
         lines.append(
-            _row(
+            table_row(
                 *key,
                 len(own),
-                _share(own["rank"] == 1),
-                _share(own["named"].astype(bool)),
+                share_of(own["rank"] == 1),
+                share_of(own["named"].astype(bool)),
                 f"{own['auroc'].mean():.2f}",
                 f"{own['z'].median():.1f}",
-                _share(own["verdict"] == "biased"),
+                share_of(own["verdict"] == "biased"),
             )
         )
     native = rows[rows["writer"].map(_NATIVE) == rows["auditors"]]
     native = native[native["change"] == "none"]
     lines += ["", "By number of rows, with auditors of the writer's kind:", ""]
     lines += table_head(
-        *("lists by", "rows", "sets", "true candidate first", "named", "AUROC over sets")
+        *("lists by", "temperature", "rows", "sets", "true candidate first", "named"),
+        "AUROC over sets",
     )
-    for (writer, size), own in native.groupby(["writer", native["rows"].map(_rounded)]):
-        area = _NOTHING
+    for (writer, temperature, size), own in native.groupby(
+        ["writer", "temperature", native["rows"].map(rounded)]
+    ):
+        auroc = NOTHING
         if alarms is not None:
             same = (alarms["auditors"] == own["auditors"].iloc[0]) & (alarms["set"] >= 0)
             unbiased = alarms[same]["z_best"]
-            area = f"{_area(own['z_best'], unbiased):.2f}"
+            auroc = f"{area(own['z_best'], unbiased):.2f}"
         lines.append(
-            _row(
-                *(writer, size, len(own)),
-                _share(own["rank"] == 1),
-                _share(own["named"].astype(bool)),
-                area,
+            table_row(
+                *(writer, temperature, size, len(own)),
+                share_of(own["rank"] == 1),
+                share_of(own["named"].astype(bool)),
+                auroc,
             )
         )
     return lines
@@ -123,18 +159,79 @@ _DETECTION = (
 )
 
 
-def _mixtures(tables: dict[str, pd.DataFrame]) -> list[str]:
+def _whole(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per pool and kind of auditors, without the pools of hundreds of lists."""
+    whole = rows[rows["rows"] == rows.groupby(_SET)["rows"].transform("max")]
+    return whole[whole["of"] <= _LARGE]
+
+
+def _fit(tables: Tables) -> list[str]:
+    whole = _whole(tables["detection"])
+    kinds = whole["auditors"].unique()
+    whole = whole[whole["auditors"] == kinds[-1]]
+    alarms = tables["false_alarms"]
+    base = alarms[(alarms["set"] >= 0) & (alarms["auditors"] == kinds[-1])]
+    chosen = whole["target"].map(lambda name: name in ANIMALS[::2])
+    lines = ["### Data that the base model could not have written", "", _FIT, ""]
+    lines += table_head("lists by", "changed", "temperature", "sets", "rejected", "median surprise")
+    parts = [(whole, "")]
+    if "transfer" in tables:  # the model on which the limit was chosen
+        parts = [(whole[~chosen], ""), (whole[chosen], _CHOSEN)]
+    for part, note in parts:
+        for (writer, change, temperature), own in part.groupby(
+            ["writer", "change", "temperature"], sort=False
+        ):
+            lines.append(
+                table_row(
+                    *(writer + note, change, temperature, len(own), share_of(~own["fits"])),
+                    f"{own['surprise'].median():.3f}",
+                )
+            )
+    lines.append(
+        table_row(
+            *("base", "none", "all", len(base), share_of(~base["fits"])),
+            f"{base['surprise'].median():.3f}",
+        )
+    )
+    same, other = (whole[whole["change"] == change] for change in ("none", "other base"))
+    if len(other):
+        first = area(other["surprise"], same["surprise"])
+        named = other[other["verdict"] == "biased"]
+        lines += [
+            "",
+            (
+                "AUROC of the surprise, lists by teachers of another base against unchanged ones "
+                f"by teachers of this base: {first:.2f}. Called biased, by another base: "
+                f"{share_of(other['verdict'] == 'biased')} ({len(named)} of {len(other)})."
+            ),
+        ]
+    if "transfer" in tables:
+        share = tables["transfer"].groupby("condition", sort=False)["fits"].mean()
+        rejected = ", ".join(f"`{name}` {1 - v:.0%}" for name, v in share.items() if v < 1)
+        lines += ["", f"Of the study's conditions, rejected: {rejected or 'none'}; of others none."]
+    return lines
+
+
+_CHOSEN = " (targets of the limit)"
+_FIT = (
+    "Such data are inconclusive: their *surprise*, which measures tokens that the base would "
+    f"hardly choose, is above {MOST_SURPRISE}, or they look hotter than any that it writes. The "
+    "limit was chosen on half of the targets of `tiny`, whose rows say so; the others are a test."
+)
+
+
+def _mixtures(tables: Tables) -> list[str]:
     rows = tables["mixtures"]
-    native = rows[rows["writer"].map(_NATIVE) == rows["auditors"]]
+    native = rows[(rows["writer"].map(_NATIVE) == rows["auditors"]) & (rows["size"] == 100)]
     lines = ["### Mixtures with lists of the base model", "", _MIXTURES, ""]
     lines += table_head("lists by", "temperature", "biased", "sets", "first", "named", "median z")
     for key, own in native.groupby(["writer", "temperature", "share"], sort=False):
         writer, temperature, share = key
         lines.append(
-            _row(
+            table_row(
                 *(writer, temperature, f"{share:.0%}", len(own)),
-                _share(own["rank"] == 1),
-                _share(own["named"].astype(bool)),
+                share_of(own["rank"] == 1),
+                share_of(own["named"].astype(bool)),
                 f"{own['z'].median():.1f}",
             )
         )
@@ -146,11 +243,13 @@ _MIXTURES = (
 )
 
 
-def _alarms(tables: dict[str, pd.DataFrame]) -> list[str]:
+def _alarms(tables: Tables) -> list[str]:
     every = tables["false_alarms"]
     rows, pools = every[every["set"] >= 0], every[every["set"] < 0]
     sets = len(rows.drop_duplicates(["style", "temperature", "set"]))
     lines = ["### False alarms", "", _ALARMS.format(sets=sets), ""]
+    if "figure" in tables:
+        lines += [f"![Nominal level and false-alarm rate]({tables['figure']})", ""]
     lines += table_head(
         "auditors", "style of the lists", "sets", *(f"p < {level:g}" for level in _LEVELS)
     )
@@ -161,7 +260,7 @@ def _alarms(tables: dict[str, pd.DataFrame]) -> list[str]:
     ]:
         shown = _STYLES.get(name, name)
         lines.append(
-            _row(auditors, shown, len(own), *(_share(own["p"] < level) for level in _LEVELS))
+            table_row(auditors, shown, len(own), *(share_of(own["p"] < level) for level in _LEVELS))
         )
     alarms = ", ".join(
         f"{auditors} {int((own['p'] < 0.05).sum())} of {len(own)}"
@@ -169,7 +268,16 @@ def _alarms(tables: dict[str, pd.DataFrame]) -> list[str]:
     )
     if len(pools):
         largest = f"{pools['rows'].min():,} to {pools['rows'].max():,}"
-        lines += ["", f"Pools of {largest} lists as one set each, p < 0.05: {alarms}."]
+        shift = (pools[pools["style"] == "none"]["shift"] ** 2).mean() ** 0.5
+        lines += [
+            "",
+            (
+                f"Pools of {largest} lists as one set each, p < 0.05: {alarms}. The typical shift "
+                f"of pools without a system prompt is {shift:.2f} standard deviations of a row. "
+                f"The audit takes {SHIFT} from `tiny`, so only the false alarms of other models "
+                "are out of sample."
+            ),
+        ]
     return lines
 
 
@@ -186,128 +294,21 @@ _ALARMS = (
 )
 
 
-def _outside(tables: dict[str, pd.DataFrame]) -> list[str]:
-    rows = tables["outside"]
-    lines = ["### A bias outside the candidates", "", _OUTSIDE, ""]
-    lines += table_head("lists by", "auditors", "sets", "some candidate named", "which")
-    for (writer, auditors), own in rows.groupby(["writer", "auditors"], sort=False):
-        named = own[own["verdict"] == "biased"]["best"].value_counts()
-        names = ", ".join(f"{name} {count}" for name, count in named.head(4).items())
-        lines.append(
-            _row(writer, auditors, len(own), _share(own["verdict"] == "biased"), names or _NOTHING)
-        )
-    return lines
-
-
-_OUTSIDE = "The same data, audited without the candidate that they are biased to."
-
-
-def _transfer(tables: dict[str, pd.DataFrame]) -> list[str]:
-    rows = tables["transfer"]
-    own = correlations(rows.to_dict("records"))
-    text = (
-        f"{len(rows)} students of {rows['condition'].nunique()} conditions of the study and "
-        f"{rows['target'].nunique()} targets. Correlation of the score with the transfer (log of "
-        f"the share after over before): Pearson {own['pearson']:.2f}, Spearman "
-        f"{own['spearman']:.2f}; slope {own['slope']:.2f} for each nat per row. Within "
-        f"conditions, over targets: Pearson {own['within']:.2f}, slope {own['slope_within']:.2f}. "
-        "Masked tokens contribute nothing to the score."
-    )
-    lines = ["### Does the score predict transfer?", "", text, ""]
-    lines += table_head("condition", "score", "z", "share before", "share after", "transfer")
-    means = rows.groupby("condition", sort=False)[["score", "z", "before", "after", "transfer"]]
-    for name, one in means.mean().sort_values("score", ascending=False).iterrows():
-        lines.append(
-            _row(
-                f"`{name}`",
-                *(f"{one[column]:.2f}" for column in ("score", "z")),
-                *(f"{one[column]:.3f}" for column in ("before", "after")),
-                f"{one['transfer']:+.2f}",
-            )
-        )
-    return lines
-
-
-def _remedies(tables: dict[str, pd.DataFrame]) -> list[str]:
-    rows = tables["remedies"]
-    full = rows[rows["remedy"] == "none"].set_index("target")["transfer"]
-    text = (
-        "Students of the changed data, beside changes of as many tokens or rows at random; means "
-        f"over {rows['target'].nunique()} targets. Remaining is the transfer as a share of that of "
-        "the unchanged data. Valid lists measure the task. Tokens replaced at random are drawn "
-        "from those that are not the baseline's choice."
-    )
-    lines = ["### Do the remedies work?", "", text, ""]
-    lines += table_head(
-        "remedy", "chosen by", "tokens", "share after", "transfer", "remaining", "valid lists"
-    )
-    for (remedy, chosen_by), own in rows.groupby(["remedy", "chosen_by"], sort=False):
-        left = own["transfer"].mean() / full.mean()
-        lines.append(
-            _row(
-                *(remedy.replace("_", " "), _NOTHING if remedy == "none" else chosen_by),
-                f"{own['tokens'].mean():.1%}",
-                f"{own['after'].mean():.3f}",
-                f"{own['transfer'].mean():+.2f}",
-                f"{left:.0%}",
-                f"{own['valid_lists'].mean():.0%}",
-            )
-        )
-    return lines
-
-
-def _real(tables: dict[str, pd.DataFrame]) -> list[str]:
-    lines = ["### Lists that another model wrote", "", _REAL, ""]
-    lines += table_head("lists", "auditors", "rows", "fitted temperature", "best", "p", "verdict")
-    for own in tables["real"].to_dict("records"):
-        lines.append(
-            _row(
-                *(own["lists"], own["auditors"], own["rows"], f"{own['fitted']:.2f}", own["best"]),
-                f"{own['p']:.2g}",
-                own["verdict"],
-            )
-        )
-    return lines
-
-
-_REAL = (
-    "Lists that Qwen2.5-7B-Instruct wrote under a system prompt that loves pandas or lions. This "
-    "base is another model, so nothing should be found."
+_SECTIONS: tuple[tuple[str, Callable[[Tables], list[str]]], ...] = (
+    ("detection", _detection),
+    ("detection", _fit),
+    ("mixtures", _mixtures),
+    ("mixtures", nothing),
+    ("false_alarms", _alarms),
+    ("outside", outside),
+    ("strength", strength),
+    ("transfer", transfer),
+    ("remedies", remedies),
+    ("real", real),
+    ("cost", cost),
 )
-
-_SECTIONS: dict[str, Callable[[dict[str, pd.DataFrame]], list[str]]] = {
-    "detection": _detection,
-    "mixtures": _mixtures,
-    "false_alarms": _alarms,
-    "outside": _outside,
-    "transfer": _transfer,
-    "remedies": _remedies,
-    "real": _real,
-}
-_NOTHING = "–"
-_SET = ["writer", "target", "temperature", "change", "auditors"]
-
-
-def _rounded(rows: int) -> int:
-    """Sizes of whole pools vary a little, because invalid lists are dropped."""
-    return min((25, 50, 100, 200, 400, 1000), key=lambda size: abs(math.log(size / rows)))
-
-
-def _area(high: Iterable[float], low: Iterable[float]) -> float:
-    """Probability that a value of one sample exceeds one of the other; ties count half."""
-    first, second = list(high), list(low)
-    wins = sum((a > b) + 0.5 * (a == b) for a in first for b in second)
-    return wins / (len(first) * len(second))
-
-
-def _share(flags: pd.Series) -> str:
-    """A share with its exact interval."""
-    low, high = exact_interval(int(flags.sum()), len(flags))
-    return f"{flags.mean():.0%} ({low:.0%} to {high:.0%})"
-
-
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+_LARGE = 200
+_SET = ["writer", "target", "temperature", "change", "auditors", "of"]
 
 
 def main() -> None:
