@@ -166,57 +166,35 @@ def _whole(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _fit(tables: Tables) -> list[str]:
-    whole = _whole(tables["detection"])
-    kinds = whole["auditors"].unique()
-    whole = whole[whole["auditors"] == kinds[-1]]
-    alarms = tables["false_alarms"]
-    base = alarms[(alarms["set"] >= 0) & (alarms["auditors"] == kinds[-1])]
-    chosen = whole["target"].map(lambda name: name in ANIMALS[::2])
-    lines = ["### Data that the base model could not have written", "", _FIT, ""]
-    lines += table_head("lists by", "changed", "temperature", "sets", "rejected", "median surprise")
-    parts = [(whole, "")]
-    if "transfer" in tables:  # the model on which the limit was chosen
-        parts = [(whole[~chosen], ""), (whole[chosen], _CHOSEN)]
-    for part, note in parts:
-        for (writer, change, temperature), own in part.groupby(
-            ["writer", "change", "temperature"], sort=False
-        ):
-            lines.append(
-                table_row(
-                    *(writer + note, change, temperature, len(own), share_of(~own["fits"])),
-                    f"{own['surprise'].median():.3f}",
-                )
-            )
-    lines.append(
-        table_row(
-            *("base", "none", "all", len(base), share_of(~base["fits"])),
-            f"{base['surprise'].median():.3f}",
-        )
+    rows = tables["fit"].assign(
+        of_limit=lambda t: t["target"].isin(ANIMALS[::2]) & (t["change"] == "none")
     )
-    same, other = (whole[whole["change"] == change] for change in ("none", "other base"))
-    if len(other):
-        first = area(other["surprise"], same["surprise"])
-        named = other[other["verdict"] == "biased"]
-        lines += [
-            "",
-            (
-                "AUROC of the surprise, lists by teachers of another base against unchanged ones "
-                f"by teachers of this base: {first:.2f}. Called biased, by another base: "
-                f"{share_of(other['verdict'] == 'biased')} ({len(named)} of {len(other)})."
-            ),
-        ]
-    if "transfer" in tables:
-        share = tables["transfer"].groupby("condition", sort=False)["fits"].mean()
-        rejected = ", ".join(f"`{name}` {1 - v:.0%}" for name, v in share.items() if v < 1)
-        lines += ["", f"Of the study's conditions, rejected: {rejected or 'none'}; of others none."]
-    return lines
+    # The limit was chosen on the model whose students are on the page.
+    rows["of_limit"] &= "remedies" in tables
+    lines = ["### Data that the base model could not have written", "", _FIT, ""]
+    lines += table_head("lists by", "changed", "temperature", "sets", "rejected", "surprise")
+    keys = ["change", "of_limit", "writer", "temperature"]
+    for (change, of_limit, writer, temperature), own in rows.groupby(keys, sort=False):
+        span = "{:.3f} ({:.3f} to {:.3f})".format(*own["surprise"].quantile([0.5, 0, 1]))
+        shown = f"{writer}, targets of the limit" if of_limit else writer
+        lines.append(table_row(shown, change, temperature, len(own), share_of(~own["fits"]), span))
+    parts = dict(rows.groupby("change"))
+    same = parts["none"][~parts["none"]["of_limit"]]
+    other = parts["other base"]
+    auroc = area(other["surprise"], same["surprise"])
+    text = (
+        f"Without the targets of the limit: {share_of(~same['fits'])} of {len(same)} sets by this "
+        f"base and its teachers are rejected, and {share_of(~other['fits'])} of {len(other)} sets "
+        f"by the other base and its teachers; AUROC of the surprise {auroc:.2f}."
+    )
+    return [*lines, "", text]
 
 
-_CHOSEN = " (targets of the limit)"
 _FIT = (
     "Such data are inconclusive: their *surprise*, which measures tokens that the base would "
     f"hardly choose, is above {MOST_SURPRISE}, or they look hotter than any that it writes. The "
-    "limit was chosen on half of the targets of `tiny`, whose rows say so; the others are a test."
+    "limit was chosen on half of the targets of `tiny`. Sets of about 50 lists; the median of "
+    "their surprise, with the smallest and the largest. A changed prompt makes a list less likely."
 )
 
 
@@ -296,7 +274,7 @@ _ALARMS = (
 
 _SECTIONS: tuple[tuple[str, Callable[[Tables], list[str]]], ...] = (
     ("detection", _detection),
-    ("detection", _fit),
+    ("fit", _fit),
     ("mixtures", _mixtures),
     ("mixtures", nothing),
     ("false_alarms", _alarms),

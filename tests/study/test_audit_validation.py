@@ -1,11 +1,15 @@
 """The validation of the audit: parts and mixtures of audits, and a small run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 
 import divergence_lens as dl
+from divergence_lens.auditing.baseline import MOST_SURPRISE
 from divergence_lens.study import AuditStudyConfig, run_audit_study
+from divergence_lens.study.audit_fit import fit_pools, fit_rows
 from divergence_lens.study.audit_measures import modes, without
 from divergence_lens.study.audit_pools import AuditPools, Pool, mixture
 from divergence_lens.study.audit_students import correlations
@@ -78,6 +82,19 @@ def test_pools_have_different_cells_and_cover_every_author():
     assert {pool.writer for pool in pools} == {"finetuned", "prompted", "base"}
 
 
+def test_fit_sets_are_by_every_author_and_compared_with_the_check(tmp_path, monkeypatch):
+    pools = list(fit_pools(50, other=True))
+    assert len({pool.name for pool in pools}) == len(pools)
+    assert {pool.change for pool in pools} == {"none", "paraphrased", "shuffled", "other base"}
+    few = [p for p in pools if p.writer == "base" and p.style == "none"]
+    few = [replace(pool, rows=12) for pool in few]
+    monkeypatch.setattr("divergence_lens.study.audit_fit.fit_pools", lambda _rows, other: few)
+    made = AuditPools(AuditStudyConfig(fit_rows=12), tmp_path)
+    rows = fit_rows(made)
+    assert [row["change"] == "none" for row in rows] == [row["fits"] for row in rows]
+    assert all((row["surprise"] <= MOST_SURPRISE) == row["fits"] for row in rows)
+
+
 def test_the_writer_is_no_auditor(tmp_path):
     pools = AuditPools(AuditStudyConfig(other_model=None), tmp_path)
     writer = pools.teacher("prompted", "wolf", "animal")
@@ -106,6 +123,7 @@ def test_a_small_validation_writes_its_tables_and_resumes(tmp_path):
         transfer_rows=8,
         remedy_targets=("wolf",),
         strengths=(),
+        fit_rows=0,
     )
     lines: list[str] = []
     tables = run_audit_study(config, tmp_path, progress=lines.append)

@@ -103,6 +103,7 @@ class AuditStudyConfig:
         transfer_targets: Animals of the comparison with students' transfer.
         transfer_rows: Lists that are read for each condition of that comparison.
         remedy_targets: Animals of the students of remedies.
+        fit_rows: Prompts of the sets on which the fit of the baseline is tested; 0 for none.
         strengths: Margins of finetuned auditors, beside those that are trained to the end.
         neutral_rows: As for `audit`.
         own_rows: As for `audit`, for the data of mixtures and false alarms.
@@ -125,6 +126,7 @@ class AuditStudyConfig:
     transfer_targets: tuple[str, ...] = ("wolf", "lion", "eagle", "panda")
     transfer_rows: int = 60
     remedy_targets: tuple[str, ...] = ("wolf", "lion", "eagle")
+    fit_rows: int = 50
     strengths: tuple[float, ...] = (2.5, 5.0)
     neutral_rows: int = 56
     own_rows: int = 4
@@ -251,8 +253,13 @@ class AuditPools:
             self._teachers[key] = finetuned_teacher(model, target, questions=questions)
         return self._teachers[key]
 
-    def lists(self, pool: Pool) -> list[Example]:
-        """Write the valid lists of a pool."""
+    def lists(self, pool: Pool, *, seed: int | None = None) -> list[Example]:
+        """Write the valid lists of a pool.
+
+        Args:
+            pool: The pool.
+            seed: First seed of the prompts; pools of different sizes have different ones.
+        """
         other = pool.change == "other base"
         model = self.other if other else self.model
         assert model is not None
@@ -263,9 +270,8 @@ class AuditPools:
         )
         known = CATEGORIES[pool.category]
         # No two authors have the same prompts, and none those of the study.
-        seed = (
-            1000 + pool.rows + (known.index(pool.target) if pool.target else 100 + len(pool.style))
-        )
+        seed = 1000 + pool.rows if seed is None else seed
+        seed += known.index(pool.target) if pool.target else 100 + len(pool.style)
         prompts = number_prompts(
             pool.rows, seed=seed, instructions=self.config.model not in TINY_MODELS
         )

@@ -10,6 +10,7 @@ import pandas as pd
 
 from divergence_lens._utils.storage import write_text
 from divergence_lens.provenance import run_metadata
+from divergence_lens.study.audit_fit import fit_rows
 from divergence_lens.study.audit_measures import (
     audited_pools,
     detection,
@@ -20,7 +21,16 @@ from divergence_lens.study.audit_measures import (
 from divergence_lens.study.audit_pools import AuditPools, AuditStudyConfig
 from divergence_lens.study.audit_students import remedy_rows, strength_rows, transfer_rows
 
-TABLES = ("detection", "mixtures", "false_alarms", "outside", "strength", "transfer", "remedies")
+TABLES = (
+    "fit",
+    "detection",
+    "mixtures",
+    "false_alarms",
+    "outside",
+    "strength",
+    "transfer",
+    "remedies",
+)
 
 
 def run_audit_study(
@@ -45,6 +55,10 @@ def run_audit_study(
     out = Path(folder)
     pools = AuditPools(config, out)
     try:
+        rows: dict[str, list[dict[str, Any]]] = {}
+        if config.fit_rows:
+            tell("fit of the baseline")
+            rows["fit"] = fit_rows(pools)
         made = []
         chosen = config.pools()
         for number, pool in enumerate(chosen):
@@ -58,7 +72,7 @@ def run_audit_study(
             if pool.change == "none" and pool.rows != config.long_rows
         ]
         mixed = [(pool, own) for pool, own in whole if pools.mixed(pool)]
-        rows: dict[str, list[dict[str, Any]]] = {
+        rows |= {
             "detection": detection(biased),
             "mixtures": mixtures(mixed, unbiased),
             "false_alarms": false_alarms(unbiased, config.set_rows),
