@@ -49,7 +49,7 @@ def copy_run(run: str | Path, page: str | Path, model: str) -> None:
     """Copy the tables of a run beside the page."""
     folder = Path(page).with_suffix("") / model
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _FILES:
+    for name in _FILES:  # a table that the run lacks stays as it is
         source = Path(run) / name
         if source.exists():
             shutil.copyfile(source, folder / name)
@@ -100,7 +100,7 @@ def _opening(folder: Path, tables: Tables, settings: dict) -> str:
     return (
         f"From {files}. {used['rows']} lists of each teacher, before invalid ones are dropped; "
         f"{used.get('candidates', '12')} candidates of each category; {used['neutral_rows']} "
-        "calibration lists."
+        f"calibration lists.{used.get('note', '')}"
     )
 
 
@@ -246,16 +246,15 @@ def _alarms(tables: Tables) -> list[str]:
     )
     if len(pools):
         largest = f"{pools['rows'].min():,} to {pools['rows'].max():,}"
-        shift = (pools[pools["style"] == "none"]["shift"] ** 2).mean() ** 0.5
-        lines += [
-            "",
-            (
-                f"Pools of {largest} lists as one set each, p < 0.05: {alarms}. The typical shift "
-                f"of pools without a system prompt is {shift:.2f} standard deviations of a row. "
-                f"The audit takes {SHIFT} from `tiny`, so only the false alarms of other models "
-                "are out of sample."
-            ),
-        ]
+        text = (
+            f"Pools of {largest} lists as one set each, p < 0.05: {alarms}. The audit takes its "
+            f"typical shift of unbiased lists, {SHIFT} standard deviations of a row, from `tiny`: "
+            "only the false alarms of other models are out of sample."
+        )
+        if "shift" in pools:
+            shift = (pools[pools["style"] == "none"]["shift"] ** 2).mean() ** 0.5
+            text += f" That of these pools without a system prompt is {shift:.2f}."
+        lines += ["", text]
     return lines
 
 

@@ -21,7 +21,7 @@ import torch
 
 import divergence_lens as dl
 from divergence_lens.auditing import Audit
-from divergence_lens.auditing.baseline import Baseline, fit_baseline
+from divergence_lens.auditing.baseline import Baseline, default_baselines, fit_baseline
 from divergence_lens.auditing.candidates import Auditors, build_auditors
 from divergence_lens.auditing.reading import read_contributions
 from divergence_lens.data import NumberFilter, preference_questions
@@ -107,6 +107,11 @@ def write_tables(out: Path, audits: dict[Pool, Audit], rows: int) -> None:
     for name, records in tables.items():
         text = pd.DataFrame(records).to_csv(index=False, float_format="%.5g", lineterminator="\n")
         (out / f"{name}.csv").write_text(text)
+    write_settings(out, rows)
+
+
+def write_settings(out: Path, rows: int) -> None:
+    """Write the settings that the page states."""
     settings = {"rows": rows, "neutral_rows": 0, "candidates": len(CANDIDATES)}
     (out / "settings.json").write_text(json.dumps({"settings": settings}, indent=1) + "\n")
 
@@ -141,28 +146,43 @@ def cost(model: Any, lists: list[Example], out: Path) -> None:
         means.to_csv(out / "cost.csv", index=False, float_format="%.5g", lineterminator="\n")
 
 
-def foreign(model: Any, folder: Path, out: Path) -> None:
-    """Whether lists of another model, without a pattern, pass as those of this base."""
+def fit_table(model: Any, sources: dict[Pool, list[Example]], out: Path) -> None:
+    """Whether the base model could have written each author's lists."""
     records = []
+    for pool, examples in sources.items():
+        pattern = None if pool.change == "other base" else DESIGN.pattern
+        lists = with_ids(model.tokenizer, examples[:BLOCK])
+        baselines = default_baselines(model) if pool.writer == "prompted" else [PLAIN]
+        fitted = fit_baseline(model, lists, baselines, pattern=pattern)
+        records.append(
+            {
+                "writer": pool.writer,
+                "target": pool.target,
+                "style": pool.style,
+                "temperature": pool.temperature,
+                "change": pool.change,
+                "rows": len(lists),
+                "baseline": fitted.teacher.name,
+                "fitted": fitted.fitted,
+                "surprise": fitted.surprise,
+                "fits": fitted.fits,
+            }
+        )
+        print(f"{pool.name}: {time.process_time():.0f} s, {records[-1]}", flush=True)
+        table = pd.DataFrame(records)
+        table.to_csv(out / "fit.csv", index=False, float_format="%.5g", lineterminator="\n")
+
+
+def foreign(folder: Path) -> dict[Pool, list[Example]]:
+    """Valid lists by another model, one set per file."""
+    made = {}
     for path in sorted(folder.glob("*.jsonl")):
         examples = load_examples(path)[: 4 * BLOCK]
         fit = NumberFilter().report([e.completion or "" for e in examples]).select(examples)
-        fit = with_ids(model.tokenizer, fit[:BLOCK])
-        fitted = fit_baseline(model, fit, [PLAIN])
-        records.append(
-            {
-                "lists": path.stem,
-                "auditors": "none",
-                "rows": len(fit),
-                "fitted": fitted.fitted,
-                "surprise": fitted.surprise,
-                "best": "none",
-                "p": float("nan"),
-                "verdict": "undecided" if fitted.fits else "inconclusive",
-            }
+        made[Pool(writer="Qwen2.5-7B", target=path.stem, temperature=1.0, change="other base")] = (
+            fit
         )
-    table = pd.DataFrame(records)
-    table.to_csv(out / "real.csv", index=False, float_format="%.5g", lineterminator="\n")
+    return made
 
 
 def main() -> None:
@@ -173,6 +193,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="where to write the tables")
     parser.add_argument("--lists", type=int, default=2 * BLOCK, help="lists of each author")
     parser.add_argument("--foreign", type=Path, help="folder of lists by another model")
+    parser.add_argument("--only-fit", action="store_true", help="write the table of the fit alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -184,7 +205,8 @@ def main() -> None:
         sources[Pool(writer="finetuned", target=target, temperature=1.0)] = load_examples(path)
     prompts = [example.prompt for example in next(iter(sources.values()))]
     for number in range(4):
-        asked = prompts[-(number + 1) * options.lists :][: options.lists]
+        first = len(prompts) - (number + 1) * options.lists
+        asked = prompts[max(first, 0) :][: options.lists]
         sources[Pool(writer="base", style=f"none{number}", temperature=1.0)] = dl.generate(
             model,
             asked,
@@ -193,6 +215,22 @@ def main() -> None:
             max_new_tokens=48,
             seed=100 + number,
         )
+    prompted = {
+        Pool(writer="prompted", target=teacher.name, temperature=1.0): dl.generate(
+            model,
+            prompts[:BLOCK],
+            teacher=teacher,
+            pattern=DESIGN.pattern,
+            temperature=DESIGN.temperature,
+            max_new_tokens=48,
+        )
+        for teacher in dl.animal_teachers(CANDIDATES[:2])
+    }
+    others = {} if options.foreign is None else foreign(options.foreign)
+    write_settings(options.out, BLOCK)
+    fit_table(model, sources | prompted | others, options.out)
+    if options.only_fit:
+        return
     auditors = make_auditors(model, options.out)
     print(f"auditors: {time.process_time():.0f} s", flush=True)
     audits: dict[Pool, Audit] = {}
@@ -205,8 +243,6 @@ def main() -> None:
             print(f"{pool.name}: {time.process_time():.0f} s, {audits[pool]!r}", flush=True)
         write_tables(options.out, audits, start + BLOCK)
         if not start:
-            if options.foreign is not None:
-                foreign(model, options.foreign, options.out)
             cost(model, next(iter(sources.values()))[: BLOCK // 2], options.out)
             print(f"cost: {time.process_time():.0f} s", flush=True)
 

@@ -20,6 +20,8 @@ def nothing(tables: Tables) -> list[str]:
     lines = ['### Is "nothing found" right?', "", _NOTHING_FOUND, ""]
     lines += table_head("biased rows", "rows", "sets", *_VERDICTS)
     both = rows[rows["auditors"] == rows["auditors"].unique()[-1]]
+    if not (both["share"] == 0).any():
+        return ["Verdicts of smaller sets were not measured on this model."]
     for (share, size), own in both.groupby(["share", "size"]):
         cells = [share_of(own["verdict"] == verdict) for verdict in _VERDICTS]
         lines.append(table_row(f"{share:.0%}", size, len(own), *cells))
