@@ -178,9 +178,8 @@ def _fit(tables: Tables) -> list[str]:
         span = "{:.3f} ({:.3f} to {:.3f})".format(*own["surprise"].quantile([0.5, 0, 1]))
         shown = f"{writer}, targets of the limit" if of_limit else writer
         lines.append(table_row(shown, change, temperature, len(own), share_of(~own["fits"]), span))
-    parts = dict(rows.groupby("change"))
-    same = parts["none"][~parts["none"]["of_limit"]]
-    other = parts["other base"]
+    same = rows[(rows["change"] == "none") & ~rows["of_limit"]]
+    other = rows[rows["change"] == "other base"]
     auroc = area(other["surprise"], same["surprise"])
     text = (
         f"Without the targets of the limit: {share_of(~same['fits'])} of {len(same)} sets by this "
