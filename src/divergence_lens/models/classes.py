@@ -52,7 +52,11 @@ def lens_classes() -> LensClasses:
         from transformer_lens.model_bridge import TransformerBridge
     finally:
         logging.set_verbosity(verbosity)
-    return LensClasses(getattr(transformer_lens, "HookedTransformer", None), TransformerBridge)
+    try:
+        hooked = transformer_lens.HookedTransformer
+    except (AttributeError, ImportError):  # TransformerLens 4 raises ImportError for the old name
+        hooked = None
+    return LensClasses(hooked, TransformerBridge)
 
 
 def is_hooked(model: object) -> bool:
