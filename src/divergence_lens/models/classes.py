@@ -1,6 +1,7 @@
 """The two model classes of TransformerLens: type checks, names and typed access."""
 
 import sys
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 
@@ -52,10 +53,9 @@ def lens_classes() -> LensClasses:
         from transformer_lens.model_bridge import TransformerBridge
     finally:
         logging.set_verbosity(verbosity)
-    try:
+    hooked: Any = None
+    with suppress(AttributeError, ImportError):  # TransformerLens 4 raises the second
         hooked = transformer_lens.HookedTransformer
-    except (AttributeError, ImportError):  # TransformerLens 4 raises ImportError for the old name
-        hooked = None
     return LensClasses(hooked, TransformerBridge)
 
 
