@@ -65,12 +65,11 @@ def fit_rows(pools: AuditPools) -> list[dict[str, Any]]:
         if pool.writer != "base" and pool.writer not in pools.config.kinds:
             continue
         cell = Cell(f"fit/{pool.name}", {"base": base_fingerprint(pools.model), **vars(pool)})
-        compute = partial(_fit, pools, pool)
-        rows.append(pools.store.get(cell, lambda _cell, compute=compute: compute()))
+        rows.append(pools.store.get(cell, partial(_fit, pools, pool)))
     return [row for row in rows if row["rows"]]
 
 
-def _fit(pools: AuditPools, pool: Pool) -> dict[str, Any]:
+def _fit(pools: AuditPools, pool: Pool, _cell: Cell) -> dict[str, Any]:
     row = {
         "writer": pool.writer,
         "target": pool.target,
