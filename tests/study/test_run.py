@@ -145,7 +145,7 @@ def test_page_and_figures_are_written(study, folder):
 
 def test_the_page_works_in_a_browser(study, folder, tmp_path):
     shown = check_in_a_browser(write_study_report(study, folder), tmp_path)
-    assert shown == len(study_figures(study))
+    assert shown == len(study_figures(study)) + 1  # and that of the real model
 
 
 def test_the_table_for_a_terminal_fits_and_names_every_verdict(study):
