@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import divergence_lens as dl
 from divergence_lens.auditing.baseline import MOST_SURPRISE, RARE, UNBIASED, fit_baseline, surprise
+from divergence_lens.engine import restricted
 
 PLAIN = [dl.Teacher("plain")]
 STYLES = [*PLAIN, dl.Teacher("neutral", system_prompt=UNBIASED[0])]
@@ -78,3 +79,10 @@ def test_the_audit_of_sampled_lists_under_a_pattern_is_centered(base):
     greedy = dl.generate(base, prompts[:10], pattern=PATTERN)
     audit = dl.audit(base, greedy, pattern=PATTERN, baseline=PLAIN[0], **options)
     np.testing.assert_array_equal(audit.by_row, 0)
+
+
+def test_masks_of_many_rows_may_list_fewer_ids_than_there_are_logits():
+    possible = torch.rand(9, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    p = restricted(torch.zeros(9, 6), possible).softmax(-1)
+    shares = possible / possible.sum(-1, keepdim=True)
+    torch.testing.assert_close(p, torch.cat([shares, torch.zeros(9, 2)], 1))

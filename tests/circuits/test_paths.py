@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 import divergence_lens as dl
 from divergence_lens.circuits import runs
+from tests.support.architectures import build
 from tests.support.circuit_oracles import Rewired, path_patched
 from tests.support.patching_oracles import logit_difference, random_pairs
 
@@ -107,3 +109,29 @@ def test_pairs_are_divided_where_their_changes_would_not_fit(model_of, pairs, mo
     np.testing.assert_allclose(divided.values, together.values, atol=1e-5)
     assert 1 <= max(size for size, _ in sizes) < len(pairs)
     assert all(used <= runs.CHANGES_BYTES for _, used in sizes)
+
+
+@torch.no_grad()
+def test_an_mlp_that_adds_the_residual_itself(pairs):
+    hf = build("Bloom")
+    decoder, block = hf.transformer, hf.transformer.h[1]
+    exact = dl.path_patch(
+        dl.load_model(build("Bloom"), backend="bridge"), pairs, edges=[("embed", "m1")]
+    )
+    for i, (clean, corrupted) in enumerate(zip(pairs.clean, pairs.corrupted, strict=True)):
+        states = [
+            decoder.word_embeddings_layernorm(decoder.word_embeddings(row[None]))
+            for row in (clean, corrupted)
+        ]
+        change = states[1] - states[0]  # [1, pos, d_model]
+
+        def read_more(_module, args, change=change):
+            return block.post_attention_layernorm(args[1] + change), args[1]
+
+        before = hf(clean[None]).logits[0, -1]
+        handle = block.mlp.register_forward_pre_hook(read_more)
+        after = hf(clean[None]).logits[0, -1]
+        handle.remove()
+        expected = logit_difference(after, pairs, i) - logit_difference(before, pairs, i)
+        value = exact.values[i, 0, exact.graph.edge("embed", "m1")]
+        assert value == pytest.approx(float(expected), abs=1e-4)

@@ -252,6 +252,17 @@ def test_any_saved_result_is_drawn_again(results, tmp_path, monkeypatch, call, w
     assert words in out.read_text(encoding="utf-8")
 
 
+def test_files_of_one_name_in_two_folders_are_both_drawn(results, tmp_path):
+    for name in ("gradient", "effects"):
+        (tmp_path / name).mkdir()
+        copy = tmp_path / name / "same.safetensors"
+        copy.write_bytes((results / f"{name}.safetensors").read_bytes())
+    out = tmp_path / "figure.html"
+    run("plot", *(tmp_path / name / "same.safetensors" for name in ("gradient", "effects")), out)
+    text = out.read_text(encoding="utf-8")
+    assert text.count('"type":"heatmap"') == 2
+
+
 def test_the_title_the_caption_and_the_width_are_chosen(results, tmp_path):
     sizes, texts = [], []
     for options in ((), ("--no-title", "--no-caption"), ("--width", 180)):

@@ -197,6 +197,11 @@ class Blocks:
                     mlp_input[0],
                     self.normed(layer, "mlp", states["mlp"]),
                 )
+                if self.graph.mlps:
+                    compared["MLP's output"] = (
+                        states["mlp_out"],
+                        engine.mlp_out(layer, states["mlp"]),
+                    )
             for name, (own, ours) in compared.items():
                 if own.shape != ours.shape:
                     self._refuse(name, layer, f"shapes {list(own.shape)} and {list(ours.shape)}")

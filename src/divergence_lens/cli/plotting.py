@@ -190,10 +190,13 @@ def _effects(paths: Sequence[Path], choice: Choice) -> "go.Figure":
     from divergence_lens import plots
     from divergence_lens.patching import Effects
 
-    named = {path.stem: Effects.load(path) for path in paths}
-    sites = [effects.site for effects in named.values()]
-    if len(set(sites)) == len(sites):  # different sites, which name the panels; else the files do
-        named = dict(zip(sites, named.values(), strict=True))
+    paths = list(dict.fromkeys(paths))
+    loaded = [Effects.load(path) for path in paths]
+    sites = [effects.site for effects in loaded]
+    # Panels are named by their sites if these differ, or else by their files.
+    choices = (sites, [path.stem for path in paths], [str(path) for path in paths])
+    names = next(names for names in choices if len(set(names)) == len(paths))
+    named = dict(zip(names, loaded, strict=True))
     effects = next(iter(named.values()))
     turned: Any = {"orientation": choice.orientation}
     pair: Any = "mean" if choice.item is None and len(effects) > 1 else choice.item or 0

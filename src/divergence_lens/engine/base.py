@@ -232,7 +232,10 @@ class Engine(SiteHooks):
         parts = block_parts(self, layer)
         assert parts.mlp is not None
         assert parts.mlp_norm is not None
-        out = parts.mlp(parts.mlp_norm(resid))
+        inputs: tuple[Tensor, ...] = (parts.mlp_norm(resid),)
+        if type(parts.mlp).__name__ == "BloomMLPBridge":  # it adds the residual to its output
+            inputs += (torch.zeros_like(resid),)
+        out = parts.mlp(*inputs)
         # In some classes, the router logits of a mixture of experts follow.
         added: Tensor = out[0] if isinstance(out, tuple) else out
         return added

@@ -105,7 +105,7 @@ def restricted(
     if possible is None:
         return logits
     width = logits.shape[1]
-    beyond = max(0, width - len(possible))
+    beyond = max(0, width - possible.shape[-1])
     mask = torch.nn.functional.pad(possible, (0, beyond))[..., :width].to(logits.device)
     return logits.masked_fill_(~mask, torch.finfo(logits.dtype).min)
 
