@@ -21,6 +21,10 @@ def test_the_profile_is_a_line_in_a_band():
     assert "band: 95 % interval" in plain_title(figure)
     with pytest.raises(ValueError, match="at least one"):
         plots.layer_profile({})
+    depth = effects().n_layers
+    shallow = dataclasses.replace(effects(), values=effects().values[:, 1:])
+    with pytest.raises(ValueError, match=rf"'deep' has {depth}, 'shallow' has {depth - 1}"):
+        plots.layer_profile({"deep": effects(), "shallow": shallow})
 
 
 def test_a_single_pair_has_no_band():

@@ -82,11 +82,15 @@ def layer_profile(
         name: Added to the title, such as the target of the pairs.
 
     Raises:
-        ValueError: There are no results.
+        ValueError: There are no results, or their models have different numbers of layers.
     """
     named = {notes.method(effects): effects} if isinstance(effects, Effects) else dict(effects)
     if not named:
         raise ValueError("layer_profile needs at least one Effects; the mapping is empty")
+    layers = {label: result.n_layers for label, result in named.items()}
+    if len(set(layers.values())) > 1:
+        counts = ", ".join(f"{label!r} has {count}" for label, count in layers.items())
+        raise ValueError(f"the numbers of layers differ ({counts}); draw models of one depth")
     series: dict[str, tuple[profiles.Line, profiles.Line | None, profiles.Line | None]] = {}
     # One unit for all lines.
     share = not any(bool(result.near_zero().all()) for result in named.values())

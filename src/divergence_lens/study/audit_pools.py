@@ -269,7 +269,7 @@ class AuditPools:
             else self.teacher(pool.writer, pool.target, pool.category, other=other)
         )
         known = CATEGORIES[pool.category]
-        # No two authors have the same prompts, and none those of the study.
+        # Targets of one category have different prompts, and none has those of the study.
         seed = 1000 + pool.rows if seed is None else seed
         seed += known.index(pool.target) if pool.target else 100 + len(pool.style)
         prompts = number_prompts(
