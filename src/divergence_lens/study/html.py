@@ -68,12 +68,14 @@ class Answer:
         sentences: The answer.
         findings: The findings whose ids begin with this are its verdicts.
         figures: Names of its figures, which are then not shown with their findings.
+        wide: Whether it spans all columns, its figures beside the sentences.
     """
 
     heading: str
     sentences: Sequence[str]
     findings: str = ""
     figures: Sequence[str] = ()
+    wide: bool = False
 
 
 def write_report(
@@ -145,6 +147,7 @@ def write_report(
         "answers": [
             {
                 "heading": answer.heading,
+                "wide": answer.wide,
                 "sentences": answer.sentences,
                 "findings": [row for row in findings if row["id"].startswith(answer.findings)],
                 "figures": [(ids[name], figures[name]) for name in answer.figures],

@@ -110,6 +110,7 @@ def real_model_answer() -> tuple[Answer, go.Figure]:
         sentences=[lead, *stored["sentences"]],
         findings="none of this study's",
         figures=[REAL_FIGURE],
+        wide=True,
     )
     return answer, plots.dissociation_bars(stored["dissociations"])
 
