@@ -149,7 +149,8 @@ def test_several_sites_have_their_files_their_heatmaps_and_one_figure(model, tmp
     for site in ("attn_out", "z"):
         expected = dl.causal_mediation(model, pairs, site=site)
         loaded = dl.Effects.load(tmp_path / f"e-{site}.safetensors")
-        np.testing.assert_array_equal(loaded.values, expected.values)
+        # Sites that are patched together share batches, which changes the rounding.
+        np.testing.assert_allclose(loaded.values, expected.values, atol=1e-5)
         assert f"{site}, exact, noising, in shares of the total effect" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "e-attn_out.safetensors",
