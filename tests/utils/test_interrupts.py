@@ -218,6 +218,7 @@ def test_a_sweep_stopped_in_its_first_student_gives_back_no_student(model, monke
 
 def test_a_stop_in_the_middle_of_an_update_waits_for_its_end():
     done = []
+    before = signal.getsignal(signal.SIGINT)
 
     def update():
         with defer_interrupts():
@@ -227,7 +228,7 @@ def test_a_stop_in_the_middle_of_an_update_waits_for_its_end():
     with pytest.raises(KeyboardInterrupt):
         update()
     assert done == ["the rest of the update"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     thread = threading.Thread(target=lambda: done.append(defer_interrupts().__enter__()))
     thread.start()
     thread.join()
