@@ -131,10 +131,10 @@ def patch(
     The pairs are two prompts, a file of prompts, or the first divergence tokens of a divergence
     file. Without --figure, a heatmap is shown in the terminal.
 
+    Example: divergence-lens patch divergence.safetensors --method integrated --figure owl.html
+
     Example: divergence-lens patch --clean "The capital of France is" --corrupted "The capital of
     Italy is" --answer " Paris" --foil " Rome" --model gpt2 --figure france.svg
-
-    Example: divergence-lens patch divergence.safetensors --method integrated --figure owl.html
     """
     texts = {"clean": clean, "corrupted": corrupted, "answer": answer, "foil": foil}
     prompts = _prompts(source, texts, metric)
