@@ -53,6 +53,8 @@ def copy_run(run: str | Path, page: str | Path, model: str) -> None:
         source = Path(run) / name
         if source.exists():
             shutil.copyfile(source, folder / name)
+    if not (folder / "false_alarms.csv").exists():
+        return
     alarms = pd.read_csv(folder / "false_alarms.csv")
     sets = alarms[alarms["set"] >= 0]
     count = int(sets.groupby("auditors").size().max())
@@ -180,11 +182,15 @@ def _fit(tables: Tables) -> list[str]:
         lines.append(table_row(shown, change, temperature, len(own), share_of(~own["fits"]), span))
     same = rows[(rows["change"] == "none") & ~rows["of_limit"]]
     other = rows[rows["change"] == "other base"]
-    auroc = area(other["surprise"], same["surprise"])
     text = (
-        f"Without the targets of the limit: {share_of(~same['fits'])} of {len(same)} sets by this "
-        f"base and its teachers are rejected, and {share_of(~other['fits'])} of {len(other)} sets "
-        f"by the other base and its teachers; AUROC of the surprise {auroc:.2f}."
+        f"{'Without the targets of the limit: ' if rows['of_limit'].any() else ''}"
+        f"{share_of(~same['fits'])} of {len(same)} sets by this base and its teachers are rejected"
+    )
+    if other.empty:
+        return [*lines, "", f"{text}. No list of another base was read."]
+    text += (
+        f", and {share_of(~other['fits'])} of {len(other)} sets by the other base and its "
+        f"teachers; AUROC of the surprise {area(other['surprise'], same['surprise']):.2f}."
     )
     return [*lines, "", text]
 
@@ -192,8 +198,9 @@ def _fit(tables: Tables) -> list[str]:
 _FIT = (
     "Such data are inconclusive: their *surprise*, which measures tokens that the base would "
     f"hardly choose, is above {MOST_SURPRISE}, or they look hotter than any that it writes. The "
-    "limit was chosen on half of the targets of `tiny`. Sets of about 50 lists; the median of "
-    "their surprise, with the smallest and the largest. A changed prompt makes a list less likely."
+    "limit was chosen on half of the targets of `tiny`. Sets of about 50 lists (24 on a real "
+    "model); the median of their surprise, with the smallest and the largest. A changed prompt "
+    "makes a list less likely."
 )
 
 
