@@ -27,7 +27,7 @@ from divergence_lens.auditing.reading import read_contributions
 from divergence_lens.data import NumberFilter, preference_questions
 from divergence_lens.examples import Example, load_examples, with_ids
 from divergence_lens.study.audit_measures import described, modes
-from divergence_lens.study.audit_pools import Pool
+from divergence_lens.study.audit_pools import Pool, joined
 from divergence_lens.study.paired import PairedDesign
 from divergence_lens.training import train_teacher
 
@@ -79,18 +79,6 @@ def read(
         neutral=np.zeros((*shape, 1, 0)),
         own=np.full((*shape, 0), np.nan),
         baseline=baseline,
-    )
-
-
-def joined(first: Audit, second: Audit) -> Audit:
-    """One audit of the rows of two."""
-    return replace(
-        first,
-        examples=first.examples + second.examples,
-        offsets=np.concatenate([first.offsets, first.offsets[-1] + second.offsets[1:]]),
-        token_ids=np.concatenate([first.token_ids, second.token_ids]),
-        choice=np.concatenate([first.choice, second.choice]),
-        by_row=np.concatenate([first.by_row, second.by_row], axis=-1),
     )
 
 

@@ -26,21 +26,11 @@ from divergence_lens.data import (
 from divergence_lens.data.prompts import TEMPLATES
 from divergence_lens.divergence import find_divergence
 from divergence_lens.examples import Example
-from divergence_lens.generation import generate
 from tests.support.models import chat_tokenizer
 
 
 def numbers_of(text):
     return re.findall(r"\d+", text)
-
-
-@pytest.fixture(scope="module")
-def divergence(tiny):
-    owl, *others = animal_teachers(["owl", "cat", "wolf"])
-    examples = generate(
-        tiny, number_prompts(24, instructions=False), teacher=owl, max_new_tokens=20
-    )
-    return find_divergence(tiny, examples, teacher=owl, counterfactuals=others)
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,12 @@ def find(
         typer.Option(help="Also write prompt, completion and decision_points as JSON lines."),
     ] = None,
     figure: Figure = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens per forward pass.", min=1)] = 8192,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per forward pass; by default few on a CPU, many on a GPU.", min=1
+        ),
+    ] = None,
     force: Force = False,
     *,
     loading: Loading,

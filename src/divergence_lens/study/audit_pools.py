@@ -335,6 +335,11 @@ def mixture(biased: Audit, other: Audit, share: float, rows: int, seed: int) -> 
     count = round(share * rows)
     first = biased.select(rng.permutation(len(biased))[:count].tolist())
     second = other.select(rng.permutation(len(other))[: rows - count].tolist())
+    return joined(first, second)
+
+
+def joined(first: Audit, second: Audit) -> Audit:
+    """One audit of the rows of two, without contributions of tokens; the rest is the first's."""
     return replace(
         first,
         examples=first.examples + second.examples,

@@ -66,14 +66,14 @@ class Answer:
     Attributes:
         heading: Such as the kind of teachers.
         sentences: The answer.
-        findings: The findings whose ids begin with this are its verdicts.
+        findings: The findings whose ids begin with this are its verdicts; None for no verdicts.
         figures: Names of its figures, which are then not shown with their findings.
         wide: Whether it spans all columns, its figures beside the sentences.
     """
 
     heading: str
     sentences: Sequence[str]
-    findings: str = ""
+    findings: str | None = ""
     figures: Sequence[str] = ()
     wide: bool = False
 
@@ -149,7 +149,11 @@ def write_report(
                 "heading": answer.heading,
                 "wide": answer.wide,
                 "sentences": answer.sentences,
-                "findings": [row for row in findings if row["id"].startswith(answer.findings)],
+                "findings": [
+                    row
+                    for row in findings
+                    if answer.findings is not None and row["id"].startswith(answer.findings)
+                ],
                 "figures": [(ids[name], figures[name]) for name in answer.figures],
             }
             for answer in columns

@@ -31,7 +31,7 @@ _CORE = {
     "without_divergence": "not divergence",
     "bottom_advantage": "bottom tenth",
 }
-# Words of a sentence before the finding's value; sentences of claims without a value are left out.
+# Claim -> a sentence with its value; sentences of claims without a value are left out.
 _SENTENCES = {
     "few_digits_diverge": "At {} of the digits the other teacher of the pair would have written "
     "something else.",
@@ -108,7 +108,7 @@ def real_model_answer() -> tuple[Answer, go.Figure]:
     answer = Answer(
         heading="On a real model",
         sentences=[lead, *stored["sentences"]],
-        findings="none of this study's",
+        findings=None,
         figures=[REAL_FIGURE],
         wide=True,
     )
