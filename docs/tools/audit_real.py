@@ -225,7 +225,7 @@ def main() -> None:
     for start in range(0, options.lists, BLOCK):
         for pool, lists in sources.items():
             before = audits.get(pool)
-            block = lists[start : start + BLOCK]
+            block = with_ids(model.tokenizer, lists[start : start + BLOCK])
             audit = read(model, block, before and before.baseline, auditors)
             audits[pool] = audit if before is None else joined(before, audit)
             print(f"{pool.name}: {time.process_time():.0f} s, {audits[pool]!r}", flush=True)
