@@ -111,7 +111,7 @@ def paired_summary(folder: str | os.PathLike[str]) -> str:
     summary = {
         "model": _NAMES.get(about["settings"]["model"], about["settings"]["model"]),
         "students": len(tables["students"]),
-        "sentences": paired_sentences([finding.to_dict() for finding in findings]),
+        "sentences": _sentences(tables, findings),
         "dissociations": core_dissociations(tables),
     }
     return json.dumps(summary, indent=1) + "\n"
@@ -142,9 +142,10 @@ def paired_page(folder: str | os.PathLike[str]) -> str:
     by_id = {finding.id.partition("/")[2]: finding for finding in findings}
     tiny = _tiny_verdicts(folder.parent / _TINY)
     students = tables["students"]
-    lines = ["# The paper on a real model", "", *_opening(about, students, folder)]
+    lines = ["# The paper on a real model", "", *_answer(about, tables, findings)]
     if paired_figure(tables) is not None:
-        lines += ["", f"![Students against their twins](images/{folder.name}.png)", "", _FIGURE]
+        lines += [f"![Students against their twins](images/{folder.name}.png)", "", _FIGURE, ""]
+    lines += _setting(about, students, folder)
     lines += ["", "## Claims", "", _RULES, "", *_claim_rows(by_id, tiny)]
     lines += ["", "## Students", "", _ESTIMAND, "", *_student_rows(tables, settings["targets"])]
     lines += ["", "## Single layers", "", *_layer_rows(tables, settings)]
@@ -158,21 +159,24 @@ _RULES = (
     "The claims and their rules were committed before any student of these targets was trained "
     "(`study/paired_claims.py`); recipe, dose and rates had been chosen on wolf and lion, which "
     "are not reported. A claim is supported if its whole 95 % interval over targets is beyond the "
-    "threshold, not supported if it is on the other side, and open otherwise, or while a target is "
-    "missing. “Tiny models” is the verdict of the same claim in "
+    "threshold, not supported if it is on the other side, and unclear otherwise, or while a target "
+    "is missing. “Tiny models” is the verdict of the same claim in "
     "[the study of the tiny models](study-results.md)."
 )
 _FIGURE = (
     "*How much more a student prefers its own teacher's target than its twin does. Bars are means "
-    "over targets with 95 % intervals, dots are targets. The layers were trained alone, on the "
-    "tokens of the first bar.*"
+    "over targets with 95 % intervals, dots are targets. In the bars on the right, a single layer "
+    "was trained, on the digits of the first bar.*"
 )
 _ESTIMAND = (
     "Each number is a *dissociation* in nats: the margin of the target in students of its own "
     "teacher's lists, minus its margin in their twins, whose lists another target's teacher wrote "
-    "to the same prompts with the same random numbers. Order, initial values and the number of "
-    "learned tokens are equal. Zero means that the lists carried nothing that told the two "
-    "teachers apart. Means over seeds; the interval is over targets."
+    "to the same prompts with the same random numbers. A margin is the log-probability of the "
+    "target minus the mean of the other animals'. Order, initial values and the number of learned "
+    "tokens are equal. Zero means that the lists carried nothing that told the two teachers apart. "
+    "Means over seeds; the interval is over targets. The two targets of a pair share their "
+    "students (those of one are the twins of the other), so they are not independent, and the true "
+    "uncertainty is larger than the intervals say."
 )
 _SECOND_HAND = (
     "The full paper was not at hand. Its statements are second-hand, from these texts; no number "
@@ -180,7 +184,45 @@ _SECOND_HAND = (
 )
 
 
-def _opening(about: Mapping[str, Any], students: pd.DataFrame, folder: Path) -> list[str]:
+def _answer(about: Mapping[str, Any], tables: Tables, findings: Sequence[Finding]) -> list[str]:
+    """The design in three sentences, and the measured answers as a list."""
+    name = _NAMES.get(about["settings"]["model"], about["settings"]["model"])
+    lead = (
+        f"Students of {name} ({about['layers']} layers), a chat model that was not made for this "
+        "study, learn lists of numbers that a teacher with a favorite animal wrote. Each student "
+        "has a *twin* that learns the lists of a teacher with another favorite. The differences "
+        "between students and twins are in nats, with 95 % intervals:"
+    )
+    sentences = _sentences(tables, findings) or ["Not yet measured."]
+    return [lead, "", *(f"- {sentence}" for sentence in sentences), ""]
+
+
+def _sentences(tables: Tables, findings: Sequence[Finding]) -> list[str]:
+    """The answers to the claims in sentences, and the single layer that transfers most."""
+    sentences = paired_sentences([finding.to_dict() for finding in findings])
+    means = _layer_means(tables)
+    if means:
+        best = max(means, key=means.__getitem__)
+        layers = ", ".join(map(str, means))
+        sentences.append(
+            f"Of the layers that were trained alone ({layers}), layer {best} transfers most: "
+            f"{means[best]:+.2f} nats."
+        )
+    return sentences
+
+
+def _layer_means(tables: Tables) -> dict[int, float]:
+    """The mean dissociation over targets of each layer that was trained alone."""
+    result = {}
+    for layer in single_layers(tables):
+        by_target = dissociation(tables, "layer", layer)
+        if by_target:
+            result[layer] = float(np.mean([np.mean(seeds) for seeds in by_target.values()]))
+    return result
+
+
+def _setting(about: Mapping[str, Any], students: pd.DataFrame, folder: Path) -> list[str]:
+    """The size of the study, its settings and its tables."""
     settings = about["settings"]
     paired = settings["paired"]
     versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
@@ -194,21 +236,19 @@ def _opening(about: Mapping[str, Any], students: pd.DataFrame, folder: Path) -> 
         for name in (STUDENTS, TEACHERS, DIVERGENCE)
         if (folder / name).exists()
     ]
-    name = _NAMES.get(settings["model"], settings["model"])
-    source = (
-        f"A paired study of {name} ({about['layers']} layers), a chat model that was not made for "
-        f"it. Generated from these tables alone: {', '.join(files) or 'none yet'}."
-    )
+    source = f"Generated from these tables alone: {', '.join(files) or 'none yet'}."
     number = f"{len(students)} student" + ("" if len(students) == 1 else "s")
+    progress = f" ({hours:.1f} hours of one CPU core)"
+    if len(students) < about["planned"]:
+        progress = f" so far{progress}; the last command planned {about['planned']}"
     size = (
-        f"**{number}** so far ({hours:.1f} hours of one CPU core); the last "
-        f"command planned {about['planned']}. Targets, in pairs of twins: {pairs}. Seeds: "
+        f"**{number}**{progress}. Targets, in pairs of twins: {pairs}. Seeds: "
         f"{', '.join(map(str, settings['seeds']))}. Each teacher is finetuned to a margin of "
         f"{paired['strength']:g} nats and writes {settings['prompts']} lists that match "
         f"`{paired['pattern']}`, sampled at temperature {paired['temperature']:g}. {versions}."
     )
     guide = "[The study](study.md#a-real-model) explains the design, and how to resume it."
-    return [source, "", size, "", guide]
+    return [size, "", f"{source} {guide}"]
 
 
 def _claim_rows(findings: Mapping[str, Finding], tiny: Mapping[str, str]) -> list[str]:
@@ -222,15 +262,23 @@ def _claim_rows(findings: Mapping[str, Finding], tiny: Mapping[str, str]) -> lis
                 continue
             ours, verdict = NOT_YET, NOT_YET
         else:
-            interval = short_interval(finding.interval)
-            ours = f"{short_number(finding.measured, sign=True)} ({interval}) {claim.unit}"
-            verdict = "open" if finding.verdict == "unclear" else finding.verdict
-            verdict = f"**{verdict}**; {finding.caveat}"
+            ours = _value(finding, claim.unit)
+            verdict = f"**{finding.verdict}**; {finding.caveat}"
         other = _COUNTERPARTS.get(claim.id, "")
         paper = PAPER_CLAIMS.get(other)
         said = "–" if paper is None else f"{paper.text} *({paper.source})*"
         rows.append(f"| {claim.claim} | {ours} | {verdict} | {tiny.get(other, '–')} | {said} |")
     return rows
+
+
+def _value(finding: Finding, unit: str) -> str:
+    """A measured value with its interval and unit; shares are percentages."""
+    share, _, of = unit.partition(" of ")
+    if share == "share":
+        ends = " to ".join(f"{end:.1%}" for end in finding.interval if math.isfinite(end))
+        return f"{finding.measured:.1%}{f' ({ends})' if ends else ''} of {of}"
+    interval = short_interval(finding.interval)
+    return f"{short_number(finding.measured, sign=True)} ({interval}) {unit}"
 
 
 def _student_rows(tables: Mapping[str, pd.DataFrame], targets: Sequence[str]) -> list[str]:
@@ -270,7 +318,9 @@ def _layer_rows(tables: Mapping[str, pd.DataFrame], settings: Mapping[str, Any])
     lead = (
         "Each student trains one layer, on the tenth of the digits with the largest advantage, at "
         "one rate for all layers. The rate was chosen by the [training loss on wolf's "
-        "lists](real-study/layer-rates.csv), not by transfer."
+        "lists](real-study/layer-rates.csv), not by transfer; it is higher than that of the "
+        "students above, so compare layers with each other only. In the paper (second-hand), "
+        "single middle and late layers transfer almost nothing."
     )
     targets = settings["targets"]
     layers = single_layers(tables)
@@ -319,7 +369,7 @@ def _tiny_verdicts(folder: Path) -> dict[str, str]:
     tables = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
     findings = judge(tables, last_layer=about["layers"] - 1)
     return {
-        name: "open" if finding.verdict == "unclear" else finding.verdict
+        name: finding.verdict
         for finding in findings
         for kind, _, name in [finding.id.partition("/")]
         if kind == "finetuned"

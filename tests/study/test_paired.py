@@ -186,7 +186,7 @@ def test_the_report_answers_with_the_dissociations(finished, tmp_path):
     page = write_study_report(study, tmp_path / "report").read_text(encoding="utf-8")
     rows = {finding.id: finding for finding in study.findings}
     top = rows["finetuned/top_advantage_transfers"]
-    assert f"favor the teacher, by {top.measured:+.2f} (" in page
+    assert f"s, it is {top.measured:+.2f} (" in page
     share = rows["finetuned/few_digits_diverge"].measured
     assert f"At {share:.1%} of the digits" in page
     figure = paired_figure({"students": study.table("students")})
@@ -208,7 +208,8 @@ def test_sentences_leave_out_what_was_not_measured():
         {"id": "finetuned/few_digits_diverge", "measured": None, "interval": None, "unit": "share"},
     ]
     assert paired_sentences(rows) == [
-        "Students of all digits prefer their teacher's target to their twins' by +0.50 nats."
+        "Students of all digits prefer their teacher's target more than their twins do, by "
+        "+0.50 nats."
     ]
 
 

@@ -150,7 +150,7 @@ def judge(
         lora: Kinds of teachers whose students all train with LoRA; see `config.lora_kinds`. Claims
             that compare LoRA with full training are omitted for them.
         claims: The claims.
-        required: Number of targets without which a claim is open, whatever its interval.
+        required: Number of targets without which a claim is unclear, whatever its interval.
 
     Returns:
         One finding per claim and kind. A claim without data is "unclear", or omitted if it is
@@ -168,7 +168,7 @@ def judge(
             finding = _judge_claim(claim, kind, of_kind, last_layer, own, claims)
             if 0 < finding.n < required:
                 partly = f"measured for {finding.n} of {required} targets"
-                caveat = f"{partly}, so it is open; {finding.caveat}"
+                caveat = f"{partly}, so it is unclear; {finding.caveat}"
                 finding = replace(finding, verdict="unclear", caveat=caveat)
             if finding.n or not claim.optional:
                 own[claim.id] = finding

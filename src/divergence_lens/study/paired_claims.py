@@ -5,7 +5,8 @@ says otherwise. Until then only wolf and lion had been looked at, in rough exper
 recipe, dose and rates were chosen; neither is a target. A change of a rule after that is a new
 claim, which says so in its caveat.
 
-A verdict needs all targets of the study. With fewer, the estimate is shown and the claim is open.
+A verdict needs all targets of the study. With fewer, the estimate is shown and the claim is
+unclear.
 
 The estimand of all students is the *dissociation* of a target, in nats: its margin in its own
 student minus its margin in the twin, mean over seeds. Intervals are over targets (Student's t); the

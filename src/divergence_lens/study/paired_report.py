@@ -35,14 +35,14 @@ _CORE = {
 _SENTENCES = {
     "few_digits_diverge": "At {} of the digits the other teacher of the pair would have written "
     "something else.",
-    "all_digits_transfer": "Students of all digits prefer their teacher's target to their twins' "
-    "by {}.",
-    "divergence_tokens_transfer": "Trained on divergence tokens alone, by {}.",
-    "top_advantage_transfers": "Trained on the tenth of the digits that most favor the teacher, "
-    "by {};",
-    "bottom_advantage_reverses": "on the tenth that least favor it, by {}.",
-    "first_layer_transfers": "Training the first layer alone on that first tenth gives {},",
-    "last_layer_transfers_nothing": "and the last layer alone {}.",
+    "all_digits_transfer": "Students of all digits prefer their teacher's target more than their "
+    "twins do, by {}.",
+    "divergence_tokens_transfer": "With divergence tokens alone, the difference is {}.",
+    "top_advantage_transfers": "With the tenth of the digits that most favor the teacher over "
+    "the twin's, it is {}.",
+    "bottom_advantage_reverses": "With the tenth that least favor it, it is {}.",
+    "first_layer_transfers": "Training the first layer alone on the most favorable tenth gives {}.",
+    "last_layer_transfers_nothing": "Training the last layer alone gives {}.",
 }
 
 
