@@ -207,10 +207,9 @@ def test_sentences_leave_out_what_was_not_measured():
         {"id": "finetuned/all_digits_transfer", "measured": 0.5, "interval": None, "unit": "nats"},
         {"id": "finetuned/few_digits_diverge", "measured": None, "interval": None, "unit": "share"},
     ]
-    assert paired_sentences(rows) == [
-        "Students of all digits prefer their teacher's target more than their twins do, by "
-        "+0.50 nats."
-    ]
+    (sentence,) = paired_sentences(rows)
+    assert sentence.startswith("Students of all digits prefer their teacher's target more than")
+    assert sentence.endswith("by +0.50 nats.")
 
 
 def test_a_claim_on_layers_waits_for_its_own_layers(finished):
