@@ -5,7 +5,7 @@
 
 The study's finetuned teachers wrote the lists; the auditors were trained on other questions, with
 another seed. The base model writes unbiased lists to prompts of the study. Lists are read in
-blocks, and the tables are written after each, so the run can be stopped early.
+blocks, and the tables are written after each, so the run can be stopped early, and resumes.
 """
 
 import argparse
@@ -136,8 +136,9 @@ def cost(model: Any, lists: list[Example], out: Path) -> None:
 
 def fit_table(model: Any, sources: dict[Pool, list[Example]], out: Path) -> None:
     """Whether the base model could have written each author's lists."""
-    records = []
-    for pool, examples in sources.items():
+    path = out / "fit.csv"
+    records = pd.read_csv(path).to_dict("records") if path.exists() else []
+    for pool, examples in list(sources.items())[len(records) :]:
         pattern = None if pool.change == "other base" else DESIGN.pattern
         lists = with_ids(model.tokenizer, examples[:BLOCK])
         baselines = default_baselines(model) if pool.writer == "prompted" else [PLAIN]
@@ -158,7 +159,7 @@ def fit_table(model: Any, sources: dict[Pool, list[Example]], out: Path) -> None
         )
         print(f"{pool.name}: {time.process_time():.0f} s, {records[-1]}", flush=True)
         table = pd.DataFrame(records)
-        table.to_csv(out / "fit.csv", index=False, float_format="%.5g", lineterminator="\n")
+        table.to_csv(path, index=False, float_format="%.5g", lineterminator="\n")
 
 
 def foreign(folder: Path) -> dict[Pool, list[Example]]:
@@ -186,9 +187,8 @@ def main() -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     model = dl.load_model(options.model, backend="bridge")
-    files = sorted((options.study / "cells/lists/finetuned").glob("*-sampled.*.jsonl"))
     sources: dict[Pool, list[Example]] = {}
-    for path in files:
+    for path in sorted((options.study / "cells/lists/finetuned").glob("*-sampled.*.jsonl")):
         target = path.name.split("-")[0]
         sources[Pool(writer="finetuned", target=target, temperature=1.0)] = load_examples(path)
     prompts = [example.prompt for example in next(iter(sources.values()))]
@@ -221,16 +221,20 @@ def main() -> None:
         return
     auditors = make_auditors(model, options.out)
     print(f"auditors: {time.process_time():.0f} s", flush=True)
-    audits: dict[Pool, Audit] = {}
+    files_of = {pool: options.out / f"{pool.name}.safetensors" for pool in sources}
+    audits = {pool: Audit.load(path) for pool, path in files_of.items() if path.exists()}
     for start in range(0, options.lists, BLOCK):
         for pool, lists in sources.items():
             before = audits.get(pool)
+            if before is not None and len(before) > start:
+                continue
             block = with_ids(model.tokenizer, lists[start : start + BLOCK])
             audit = read(model, block, before and before.baseline, auditors)
             audits[pool] = audit if before is None else joined(before, audit)
+            audits[pool].save(files_of[pool])
             print(f"{pool.name}: {time.process_time():.0f} s, {audits[pool]!r}", flush=True)
         write_tables(options.out, audits, start + BLOCK)
-        if not start:
+        if not (options.out / "cost.csv").exists():
             cost(model, next(iter(sources.values()))[: BLOCK // 2], options.out)
             print(f"cost: {time.process_time():.0f} s", flush=True)
 

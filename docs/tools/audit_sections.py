@@ -25,15 +25,34 @@ def nothing(tables: Tables) -> list[str]:
     for (share, size), own in both.groupby(["share", "size"]):
         cells = [share_of(own["verdict"] == verdict) for verdict in _VERDICTS]
         lines.append(table_row(f"{share:.0%}", size, len(own), *cells))
+    return [*lines, *_promise(rows)]
+
+
+def _promise(rows: pd.DataFrame) -> list[str]:
+    """Whether sets with as many rows as their audit needs are detected at a quarter biased."""
+    if "rows_needed" not in rows:
+        return []
+    quarter = rows[(rows["share"] == 0.25) & (rows["rows"] >= rows["rows_needed"])]
+    lines = ["", _PROMISE, ""]
+    lines += table_head("lists by", "auditors", "sets", "biased", "true candidate named")
+    for (writer, auditors), own in quarter.groupby(["writer", "auditors"], sort=False):
+        biased, named = own["verdict"] == "biased", own["named"].astype(bool)
+        lines.append(table_row(writer, auditors, len(own), share_of(biased), share_of(named)))
     return lines
 
 
+_PROMISE = (
+    "Of the sets with a quarter of biased rows that have as many rows as their audit says it "
+    "needs: how many are detected? The audit promises 80 % for a teacher of the auditors' kind, "
+    "and of their wording and training."
+)
 _VERDICTS = ("nothing found", "inconclusive", "biased")
 _NOTHING_FOUND = (
-    'Verdicts on sets of 25 to 100 rows, with all kinds of auditors at once. "nothing found" '
+    'Verdicts on sets of each size, with all kinds of auditors at once. "nothing found" '
     "promises that a quarter of the rows by a teacher like the auditors would be detected with a "
     "power of 80 %; the writers have another wording or other questions than the auditors. Where "
-    'a quarter of the rows or more are biased, "nothing found" is wrong.'
+    'a quarter of the rows or more are biased, "nothing found" is wrong. Unbiased sets of one '
+    "author and size have no list in common; mixtures of one author may."
 )
 
 
@@ -119,7 +138,13 @@ def real(tables: Tables) -> list[str]:
     for own in tables["real"].to_dict("records"):
         lines.append(
             table_row(
-                *(own["lists"], own["auditors"], own["rows"], f"{own['fitted']:.2f}", own["best"]),
+                *(
+                    own["lists"],
+                    own["auditors"],
+                    own["rows"],
+                    f"{own['baseline_temperature']:.2f}",
+                    own["best"],
+                ),
                 f"{own['p']:.2g}",
                 own["verdict"],
             )

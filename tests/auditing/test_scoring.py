@@ -93,6 +93,16 @@ def test_the_spread_of_style_is_recovered_and_zero_without_one():
     assert fit_null(lists, ones).error(ones)[0] < 0.1
 
 
+def test_lists_in_the_style_of_the_data_have_no_spread_of_style():
+    ones = np.ones((1, 12))
+    lists = draws(1, 12, 1, 50, seed=4) * [1.6, *(49 * [1.0])]
+    # The prior, and 50 lists that say something about it, bound the error.
+    assert fit_null(lists, ones, same_style=True).error(ones)[0] < SHIFT
+    far = lists + 1.0
+    assert fit_null(far, ones).error(ones)[0] > 0.9
+    assert fit_null(far, ones, same_style=True).error(ones)[0] < SHIFT
+
+
 def test_the_shift_is_the_posterior_mean_of_a_normal_prior():
     ones = np.ones((1, 4))
     lists = draws(1, 4, 1, 50) + 0.2

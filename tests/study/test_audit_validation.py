@@ -10,8 +10,8 @@ import divergence_lens as dl
 from divergence_lens.auditing.baseline import MOST_SURPRISE
 from divergence_lens.study import AuditStudyConfig, run_audit_study
 from divergence_lens.study.audit_fit import fit_pools, fit_rows
-from divergence_lens.study.audit_measures import modes, without
-from divergence_lens.study.audit_pools import AuditPools, Pool, mixture
+from divergence_lens.study.audit_measures import described, mixed_sets, modes, without
+from divergence_lens.study.audit_pools import LIMITS, AuditPools, Pool, mixture
 from divergence_lens.study.audit_students import correlations
 
 FEW = ("owl", "cat", "wolf", "panda")
@@ -78,8 +78,69 @@ def test_pools_have_different_cells_and_cover_every_author():
     assert len({pool.name for pool in pools}) == len(pools)
     unbiased = [pool for pool in pools if pool.target is None]
     config = AuditStudyConfig()
-    assert sum(pool.rows // config.set_rows for pool in unbiased) == 250
+    assert len(unbiased) == 10
+    assert sum(pool.rows // config.set_rows for pool in unbiased) == 6 * 25 + 4 * 60
     assert {pool.writer for pool in pools} == {"finetuned", "prompted", "base"}
+
+
+def test_pools_share_no_prompts(monkeypatch):
+    pools = [*AuditStudyConfig().pools()]
+    assert len({pool.seed("audit") for pool in pools} | {pool.seed("fit") for pool in pools}) == (
+        2 * len(pools)
+    )
+    # Styles whose names are of equal length, at any temperature.
+    made = AuditPools.__new__(AuditPools)
+    made.config, made.other = AuditStudyConfig(), None
+    made.model = dl.load_model("tiny")
+    base = [
+        Pool(writer="base", style=style, temperature=at, rows=8)
+        for style, at in (("unseen1", 0.0), ("unseen2", 0.0), ("unseen1", 1.0))
+    ]
+    prompts = [{str(example.prompt) for example in made.lists(pool)} for pool in base]
+    assert not prompts[0] & prompts[1]
+    assert not prompts[0] & prompts[2]
+
+
+def test_no_mixture_is_drawn_twice(audits, monkeypatch):
+    _, (biased, other) = audits
+    monkeypatch.setattr("divergence_lens.study.audit_measures.MIXED_ROWS", (8, 16, 32))
+    sets = list(mixed_sets(Pool(writer="prompted", target="wolf"), biased, other))
+    assert {share for share, *_ in sets} == {0.05, 0.1, 0.25, 0.5, 1.0}
+    rows = [sorted(str(example.prompt) for example in mixed.examples) for *_, mixed in sets]
+    assert len({tuple(own) for own in rows}) == len(rows)
+    whole = [(size, len(mixed)) for share, size, _, mixed in sets if share == 1]
+    assert whole == [(8, 8)] * 3 + [(16, 16)]
+    # Mixtures of another target have other unbiased rows.
+    again = mixed_sets(Pool(writer="prompted", target="owl"), biased, other)
+    for (share, _, _, mine), (*_, theirs) in zip(sets, again, strict=True):
+        if share == 0.5:
+            assert mine.examples != theirs.examples
+
+
+def test_the_temperature_of_the_baseline_is_not_called_the_fitted_one(audits):
+    _, (biased, _) = audits
+    stated = replace(biased, baseline=replace(biased.baseline, temperature=0.5, fitted=0.1))
+    row = described(Pool(writer="prompted", target="wolf"), "prompted", stated)
+    assert row["baseline_temperature"] == 0.5
+    assert "fitted" not in row
+    needed = stated.power.rows_needed(stated.share)
+    assert row["rows_needed"] == (None if np.isinf(needed) else needed)
+
+
+def test_cells_depend_on_the_other_base_and_on_the_limits(tmp_path, monkeypatch):
+    made = AuditPools(AuditStudyConfig(), tmp_path)
+    own = Pool(writer="finetuned", target="wolf")
+    foreign = replace(own, change="other base")
+    before = made.settings(own), made.settings(foreign)
+    made.other = dl.load_model("tiny")
+    assert made.settings(own) == before[0]
+    assert made.settings(foreign) != before[1]
+    few = [Pool(writer="base", temperature=0.5, rows=6)]
+    monkeypatch.setattr("divergence_lens.study.audit_fit.fit_pools", lambda _rows, other: few)
+    fit_rows(made)
+    monkeypatch.setitem(LIMITS, "surprise", 0.01)
+    fit_rows(made)
+    assert len(list((tmp_path / "cells/fit").glob("*.json"))) == 2
 
 
 def test_fit_sets_are_by_every_author_and_compared_with_the_check(tmp_path, monkeypatch):
@@ -87,9 +148,9 @@ def test_fit_sets_are_by_every_author_and_compared_with_the_check(tmp_path, monk
     assert len({pool.name for pool in pools}) == len(pools)
     assert {pool.change for pool in pools} == {"none", "paraphrased", "shuffled", "other base"}
     few = [p for p in pools if p.writer == "base" and p.style == "none"]
-    few = [replace(pool, rows=12) for pool in few]
+    few = [replace(pool, rows=24) for pool in few]
     monkeypatch.setattr("divergence_lens.study.audit_fit.fit_pools", lambda _rows, other: few)
-    made = AuditPools(AuditStudyConfig(fit_rows=12), tmp_path)
+    made = AuditPools(AuditStudyConfig(fit_rows=24), tmp_path)
     rows = fit_rows(made)
     assert [row["change"] == "none" for row in rows] == [row["fits"] for row in rows]
     assert all((row["surprise"] <= MOST_SURPRISE) == row["fits"] for row in rows)

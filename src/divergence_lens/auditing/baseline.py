@@ -94,6 +94,11 @@ class Baseline:
     surprise: float | None = None
 
     @property
+    def is_condition_of_data(self) -> bool:
+        """Whether the data are taken to be written under this very condition, not one like it."""
+        return self.known or self.teacher.system_prompt is None
+
+    @property
     def fits(self) -> bool:
         """Whether the base model, or one with a small bias, could have written the data."""
         return not self.misfit

@@ -128,7 +128,7 @@ def calibrate(
 
 def _styles(baseline: Baseline) -> list[Teacher]:
     """Return unbiased conditions like the baseline: other prompts if it was a guess, or itself."""
-    if baseline.known or baseline.teacher.system_prompt is None:
+    if baseline.is_condition_of_data:
         return [baseline.teacher]
     others = [text for text in UNBIASED if text != baseline.teacher.system_prompt]
     return [Teacher(f"neutral {i}", system_prompt=text) for i, text in enumerate(others)]

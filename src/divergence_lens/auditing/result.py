@@ -170,7 +170,11 @@ class Audit(OnHub):
     @cached_property
     def null(self) -> Null:
         """What unbiased data score, from the lists of the base model."""
-        return fit_null(self.neutral, row_spread(self.by_row))
+        return fit_null(
+            self.neutral,
+            row_spread(self.by_row),
+            same_style=self.baseline.is_condition_of_data,
+        )
 
     @property
     def explanation(self) -> str:
@@ -345,7 +349,11 @@ class Audit(OnHub):
         return cls(**load_audit(path), auditors=tuple(auditors), tokenizer=tokenizer)
 
     def select(self, rows: Sequence[int] | np.ndarray) -> "Audit":
-        """Return the audit of some rows, by numbers or a mask; no pass is needed."""
+        """Return the audit of some rows, by numbers or a mask; no pass is needed.
+
+        The baseline and the calibration lists remain those of all rows. Audit the rows themselves
+        if their author, system prompt or temperature may differ from that of the others.
+        """
         numbers = row_numbers(np.asarray(rows), len(self), "row")
         places = np.concatenate(
             [np.zeros(0, np.int64), *(np.arange(*self.offsets[[r, r + 1]]) for r in numbers)]

@@ -9,8 +9,8 @@ where s is the standard deviation over the n rows. Lists by the base model give 
 1. Unbiased lists that were filtered (say, to lists of numbers) differ a little from what the base
    writes. This difference is taken to be normal with a standard deviation of `SHIFT` s. Its mean
    given m lists of the base, w times their mean D, is the shift; its variance remains in e^2.
-2. Lists under other unbiased prompts than the baseline's scatter beyond sampling error: style alone
-   moves the scores. The variance of that is in e^2 as well.
+2. If the prompt of the data is unknown, the base writes under other unbiased prompts. These lists
+   scatter beyond sampling error: style alone moves the scores. The variance of that is in e^2.
 3. p-values are one-sided (Student's t, n - 1 degrees of freedom).
 4. Several kinds of auditors: the smallest p-value times their number (Bonferroni).
 5. Several candidates: Holm's correction, and Benjamini and Hochberg's false discovery rate.
@@ -30,7 +30,7 @@ from jaxtyping import Float64, Int64
 
 Verdict = Literal["biased", "nothing found", "inconclusive"]
 
-SHIFT = 0.07
+SHIFT = 0.03
 """Typical difference of filtered unbiased lists from the baseline, in units of the spread of rows.
 Measured on the bundled tiny model."""
 
@@ -140,12 +140,16 @@ def row_spread(
 def fit_null(
     neutral: Float64[np.ndarray, "kinds candidates styles lists"],
     spread: Float64[np.ndarray, "kinds candidates"],
+    *,
+    same_style: bool = False,
 ) -> Null:
     """Estimate what unbiased data score, from lists of the base model.
 
     Args:
         neutral: Contributions of these lists, under each of one or more unbiased prompts.
         spread: Standard deviation of the data's rows.
+        same_style: Whether these lists were written under the condition of the data. They then
+            scatter by sampling error alone, and any excess is noise.
     """
     lists = neutral.shape[-1]
     prior = (SHIFT * spread) ** 2  # [kinds, candidates]
@@ -157,7 +161,7 @@ def fit_null(
     weight = np.divide(prior, prior + noise, out=np.ones_like(prior), where=prior + noise > 0)
     scale = np.maximum(spread[..., None], own)
     excess = _ratio(neutral.mean(-1), scale) ** 2 - _ratio(own, scale) ** 2 / lists
-    style = np.maximum(excess.mean((1, 2)), 0.0)  # [kinds]
+    style = np.maximum(0.0 if same_style else excess.mean((1, 2)), np.zeros(len(own)))  # [kinds]
     return Null(
         weight * neutral.mean((2, 3)),
         weight * noise + style[:, None] * scale.max(-1) ** 2,

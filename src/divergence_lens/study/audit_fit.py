@@ -9,11 +9,9 @@ from typing import Any
 
 from divergence_lens.auditing.baseline import default_baselines, fit_baseline
 from divergence_lens.data import ANIMALS, neutral_prompt
-from divergence_lens.deltas import base_fingerprint
-from divergence_lens.study.audit_pools import UNSEEN, AuditPools, Pool
+from divergence_lens.study.audit_pools import LIMITS, UNSEEN, AuditPools, Pool
 from divergence_lens.study.cells import Cell, CellError
 
-_SEED = 1000  # no prompts of the audited pools
 _STYLES = {"none": None, "neutral": neutral_prompt(1)} | {
     f"unseen{number}": text for number, text in enumerate(UNSEEN)
 }
@@ -64,7 +62,8 @@ def fit_rows(pools: AuditPools) -> list[dict[str, Any]]:
     for pool in fit_pools(pools.config.fit_rows, other=pools.other is not None):
         if pool.writer != "base" and pool.writer not in pools.config.kinds:
             continue
-        cell = Cell(f"fit/{pool.name}", {"base": base_fingerprint(pools.model), **vars(pool)})
+        settings = pools.settings(pool, use="fit") | {"limits": LIMITS}
+        cell = Cell(f"fit/{pool.name}", settings)
         rows.append(pools.store.get(cell, partial(_fit, pools, pool)))
     return [row for row in rows if row["rows"]]
 
@@ -79,7 +78,7 @@ def _fit(pools: AuditPools, pool: Pool, _cell: Cell) -> dict[str, Any]:
         "rows": 0,
     }
     try:
-        lists = pools.lists(pool, seed=_SEED)
+        lists = pools.lists(pool, use="fit")
     except CellError:
         return row
     fitted = fit_baseline(pools.model, lists, default_baselines(pools.model))

@@ -4,6 +4,8 @@ Every table has one row per data set, with the data's author, the kinds of audit
 audit says; summaries are made from these rows.
 """
 
+import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -18,7 +20,7 @@ from divergence_lens.study.audit_pools import AuditPools, Pool, mixture
 
 SIZES = (25, 50, 100, 200, 400, 1000)
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
-MIXED_ROWS = (25, 50, 100)
+MIXED_ROWS = (25, 50, 100, 200, 500, 1000)
 _DRAWS = 3
 
 
@@ -32,6 +34,7 @@ def modes(audit: Audit) -> Iterator[tuple[str, Audit]]:
 
 def described(pool: Pool, mode: str, audit: Audit) -> dict[str, Any]:
     """One row about a data set."""
+    needed = audit.power.rows_needed(audit.share)
     row: dict[str, Any] = {
         "writer": pool.writer,
         "target": pool.target,
@@ -45,7 +48,8 @@ def described(pool: Pool, mode: str, audit: Audit) -> dict[str, Any]:
         "z_best": float(audit.scores.z.max()),
         "p": float(audit.scores.holm.min()),
         "of": pool.rows,
-        "fitted": audit.baseline.temperature,
+        "rows_needed": int(needed) if math.isfinite(needed) else None,
+        "baseline_temperature": audit.baseline.temperature,
         "surprise": audit.baseline.surprise,
         "fits": audit.baseline.fits,
         "baseline": audit.baseline.teacher.name,
@@ -85,26 +89,42 @@ def mixtures(
     """
     made = []
     for pool, audit in unbiased:
-        for mode, own in modes(audit):
-            for size in MIXED_ROWS:
-                for draw in range(_DRAWS):
-                    row = described(pool, mode, _part(own, size, draw))
-                    made.append(row | {"share": 0.0, "draw": draw, "size": size})
+        for size, draw, part in _unbiased_sets(audit):
+            for mode, own in modes(part):
+                row = described(pool, mode, own)
+                made.append(row | {"share": 0.0, "draw": draw, "size": size})
     for pool, audit in biased:
         style = "none" if pool.writer == "finetuned" else "neutral"
-        others = [
-            other
-            for unbiased_pool, other in unbiased
-            if (unbiased_pool.style, unbiased_pool.temperature) == (style, pool.temperature)
-        ]
-        if not others:
-            continue
-        for share, size, draw in product(SHARES, MIXED_ROWS, range(_DRAWS)):
-            mixed = mixture(audit, others[0], share, min(size, len(audit)), draw)
-            for mode, own in modes(mixed):
-                row = described(pool, mode, own)
-                made.append(row | {"share": share, "draw": draw, "size": size})
+        for other_pool, other in unbiased:
+            if (other_pool.style, other_pool.temperature) == (style, pool.temperature):
+                for share, size, draw, mixed in mixed_sets(pool, audit, other):
+                    for mode, own in modes(mixed):
+                        row = described(pool, mode, own)
+                        made.append(row | {"share": share, "draw": draw, "size": size})
     return made
+
+
+def _unbiased_sets(audit: Audit) -> Iterator[tuple[int, int, Audit]]:
+    """Yield size, number and audit of sets; those of one size have no list in common."""
+    for size in MIXED_ROWS:
+        for draw in range(min(_DRAWS, len(audit) // size)):
+            yield size, draw, audit.select(list(range(draw * size, (draw + 1) * size)))
+
+
+def mixed_sets(pool: Pool, audit: Audit, other: Audit) -> Iterator[tuple[float, int, int, Audit]]:
+    """Yield share, size, number and audit of mixtures, no two of which are equal.
+
+    Where a pool has too few biased lists for a set, the set is smaller, but over half as large.
+    """
+    for share, size in product(SHARES, MIXED_ROWS):
+        count = min(round(share * size), len(audit))
+        rows = min(size, round(count / share))
+        if 2 * rows <= size or rows - count > len(other):
+            continue
+        everything = count == len(audit) and rows - count in (0, len(other))
+        for draw in range(1 if everything else _DRAWS):
+            seed = (zlib.crc32(pool.name.encode()), draw)
+            yield share, size, draw, mixture(audit, other, share, rows, seed)
 
 
 def false_alarms(unbiased: Sequence[tuple[Pool, Audit]], set_rows: int) -> list[dict[str, Any]]:

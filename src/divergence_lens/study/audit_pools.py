@@ -4,6 +4,8 @@ A *pool* is a few hundred lists of one author. Contributions of rows do not depe
 smaller sets and mixtures are parts of pools, and each pool is read once.
 """
 
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from divergence_lens.auditing import Audit, audit
+from divergence_lens.auditing.baseline import HOTTEST, MOST_SURPRISE, RARE
 from divergence_lens.auditing.candidates import KINDS
+from divergence_lens.auditing.scoring import SHIFT
 from divergence_lens.data import (
     ANIMALS,
     TREES,
@@ -47,6 +51,11 @@ UNSEEN = (
 """Unbiased system prompts that neither the baselines nor the calibration use."""
 
 CATEGORIES = {"animal": ANIMALS, "tree": TREES}
+LIMITS = {"hottest": HOTTEST, "surprise": MOST_SURPRISE, "shift": SHIFT}
+"""Constants of verdicts: part of the keys of cells that store verdicts or z."""
+
+# Unbiased pools of `long_rows`, to tell from how many rows on a verdict is "nothing found".
+_LONG_STYLES = (("none", 0.5), ("none", 1.0), ("neutral", 1.0), ("unseen1", 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +89,10 @@ class Pool:
         parts = (self.writer, self.target or self.style, self.change, of)
         return "-".join(parts).replace(" ", "_").replace(".", "_")
 
+    def seed(self, use: str) -> int:
+        """Seed of the prompts and of the sampling, of which no other pool or use has the same."""
+        return zlib.crc32(f"{use}/{self.name}".encode())
+
 
 @dataclass(frozen=True, kw_only=True)
 class AuditStudyConfig:
@@ -94,11 +107,11 @@ class AuditStudyConfig:
         trees: Trees whose teachers write lists.
         changed: Animals whose lists are also changed.
         other: How many animals' teachers of the other base write lists, greedy and sampled.
-        long: Animals whose prompted teachers also write `long_rows` lists, greedy and sampled.
+        long: Animals whose teachers also write `long_rows` sampled lists, which are also mixed.
         rows: Lists of each teacher.
-        long_rows: See `long`.
+        long_rows: See `long`; if there are any, four of the ten unbiased authors write as many.
         set_rows: Lists of one unbiased set.
-        sets: Unbiased sets per author, of which there are ten, before invalid lists are dropped.
+        sets: Unbiased sets of the other authors, before invalid lists are dropped.
         kinds: Kinds of auditors.
         transfer_targets: Animals of the comparison with students' transfer.
         transfer_rows: Lists that are read for each condition of that comparison.
@@ -119,7 +132,7 @@ class AuditStudyConfig:
     other: int = 6
     long: tuple[str, ...] = ("owl", "wolf")
     rows: int = 100
-    long_rows: int = 1400
+    long_rows: int = 1200
     set_rows: int = 20
     sets: int = 25
     kinds: tuple[str, ...] = KINDS
@@ -127,8 +140,8 @@ class AuditStudyConfig:
     transfer_rows: int = 60
     remedy_targets: tuple[str, ...] = ("wolf", "lion", "eagle")
     fit_rows: int = 50
-    strengths: tuple[float, ...] = (2.5, 5.0)
-    neutral_rows: int = 56
+    strengths: tuple[float, ...] = (2.5,)
+    neutral_rows: int = 200
     own_rows: int = 4
 
     @classmethod
@@ -189,9 +202,9 @@ class AuditStudyConfig:
             if writer in self.kinds
         ]
         made += [
-            Pool(writer="prompted", target=target, temperature=t, rows=self.long_rows)
+            Pool(writer=writer, target=target, temperature=1.0, rows=self.long_rows)
+            for writer in self.kinds
             for target in self.long
-            for t in (0.0, 1.0)
         ]
         return made + self.unbiased()
 
@@ -207,7 +220,11 @@ class AuditStudyConfig:
             Pool(
                 writer="base",
                 temperature=temperature,
-                rows=self.sets * self.set_rows,
+                rows=(
+                    self.long_rows
+                    if self.long and (style, temperature) in _LONG_STYLES
+                    else self.sets * self.set_rows
+                ),
                 system_prompt=text,
                 style=style,
             )
@@ -253,12 +270,12 @@ class AuditPools:
             self._teachers[key] = finetuned_teacher(model, target, questions=questions)
         return self._teachers[key]
 
-    def lists(self, pool: Pool, *, seed: int | None = None) -> list[Example]:
+    def lists(self, pool: Pool, *, use: str = "audit") -> list[Example]:
         """Write the valid lists of a pool.
 
         Args:
             pool: The pool.
-            seed: First seed of the prompts; pools of different sizes have different ones.
+            use: What the lists are for; other uses have other prompts.
         """
         other = pool.change == "other base"
         model = self.other if other else self.model
@@ -268,10 +285,7 @@ class AuditPools:
             if pool.target is None
             else self.teacher(pool.writer, pool.target, pool.category, other=other)
         )
-        known = CATEGORIES[pool.category]
-        # Targets of one category have different prompts, and none has those of the study.
-        seed = 1000 + pool.rows if seed is None else seed
-        seed += known.index(pool.target) if pool.target else 100 + len(pool.style)
+        seed = pool.seed(use)
         prompts = number_prompts(
             pool.rows, seed=seed, instructions=self.config.model not in TINY_MODELS
         )
@@ -293,12 +307,22 @@ class AuditPools:
             data = shuffle_numbers(data, self.model.tokenizer, seed=seed)
         return list(data.examples)
 
-    def audit(self, pool: Pool) -> Audit:
-        """Audit a pool, or load its audit."""
-        config = self.config
+    def settings(self, pool: Pool, *, use: str = "audit") -> dict[str, Any]:
+        """What the lists of a pool and the fit of the baseline depend on, for the keys of cells."""
         settings = {
             "base": base_fingerprint(self.model),
             "pool": vars(pool),
+            "seed": pool.seed(use),
+            "rare": RARE,
+        }
+        if pool.change == "other base" and self.other is not None:
+            settings["other"] = base_fingerprint(self.other)
+        return settings
+
+    def audit(self, pool: Pool) -> Audit:
+        """Audit a pool, or load its audit."""
+        config = self.config
+        settings = self.settings(pool) | {
             "kinds": list(config.kinds),
             "calibration": [config.neutral_rows, self.own_rows(pool)],
         }
@@ -312,8 +336,12 @@ class AuditPools:
 
     def mixed(self, pool: Pool) -> bool:
         """Whether parts of the pool are mixed with lists of the base model."""
-        plain = pool.change == "none" and pool.rows == self.config.rows
-        return plain and pool.target in self.config.targets[: self.config.sampled or 4]
+        if pool.change != "none":
+            return False
+        if pool.rows == self.config.long_rows:
+            return pool.target in self.config.long
+        targets = self.config.targets[: self.config.sampled or 4]
+        return pool.rows == self.config.rows and pool.target in targets
 
     def _audit(self, pool: Pool, cell: Cell) -> dict[str, Any]:
         config = self.config
@@ -326,10 +354,12 @@ class AuditPools:
             own_rows=self.own_rows(pool),
         )
         result.save(self.store.path(cell, ".safetensors"))
-        return {"verdict": result.verdict, "best": result.best, "rows": len(result)}
+        return {"rows": len(result)}  # verdicts are computed from the file
 
 
-def mixture(biased: Audit, other: Audit, share: float, rows: int, seed: int) -> Audit:
+def mixture(
+    biased: Audit, other: Audit, share: float, rows: int, seed: int | Sequence[int]
+) -> Audit:
     """An audit of which a share of the rows is biased and the others are not."""
     rng = np.random.default_rng(seed)
     count = round(share * rows)

@@ -71,7 +71,7 @@ def run_audit_study(
             for pool, own in biased
             if pool.change == "none" and pool.rows != config.long_rows
         ]
-        mixed = [(pool, own) for pool, own in whole if pools.mixed(pool)]
+        mixed = [(pool, own) for pool, own in biased if pools.mixed(pool)]
         rows |= {
             "detection": detection(biased),
             "mixtures": mixtures(mixed, unbiased),

@@ -15,7 +15,7 @@ from divergence_lens.evaluation import preference
 from divergence_lens.generation import generate
 from divergence_lens.models import Model
 from divergence_lens.study.audit_measures import described
-from divergence_lens.study.audit_pools import AuditPools, AuditStudyConfig, Pool
+from divergence_lens.study.audit_pools import LIMITS, AuditPools, AuditStudyConfig, Pool
 from divergence_lens.study.cells import Cell
 from divergence_lens.study.config import StudyConfig
 from divergence_lens.study.data_cells import DataCells
@@ -61,12 +61,18 @@ def transfer_rows(pools: AuditPools) -> list[dict[str, Any]]:
     )
     cells = DataCells(study, pools.folder)
     known = conditions(4)
+    common = {
+        "config": study.describe(cells.model),
+        "bases": [base_fingerprint(m) for m in (pools.model, pools.other) if m is not None],
+        "rows": config.transfer_rows,
+        "limits": LIMITS,
+    }
     rows = []
     for target in config.transfer_targets:
         inputs = Inputs(cells, "finetuned", target)
         for name in CONDITIONS:
             if name in known:
-                settings = {"config": study.describe(cells.model), "name": name, "target": target}
+                settings = common | {"name": name, "target": target}
                 cell = Cell(f"transfer/{target}-{name}", settings)
                 compute = partial(_transfer, cells, inputs, known[name], config)
                 rows.append(pools.store.get(cell, _ignoring_cell(compute)))
@@ -120,8 +126,8 @@ def strength_rows(pools: AuditPools) -> list[dict[str, Any]]:
     rows = []
     for pool in config.pools():
         if config.strengths and pools.mixed(pool) and pool.temperature == 0:
-            settings = {"base": base_fingerprint(pools.model), "pool": vars(pool)}
-            cell = Cell(f"strength/{pool.name}", settings | {"strengths": config.strengths})
+            settings = pools.settings(pool) | {"strengths": config.strengths, "limits": LIMITS}
+            cell = Cell(f"strength/{pool.name}", settings)
             compute = partial(_strengths, pools, pool)
             rows += pools.store.get(cell, _ignoring_cell(compute))["rows"]
     return rows
