@@ -223,8 +223,8 @@ def _mixtures(tables: Tables) -> list[str]:
 
 
 _MIXTURES = (
-    "A power curve: 100 rows (51 or more where an author has too few valid lists), of which a share "
-    "is biased; auditors of the writer's kind. No two sets are equal."
+    "A power curve: 100 rows (51 or more where an author has too few valid lists), of which a "
+    "share is biased; auditors of the writer's kind. No two sets are equal."
 )
 
 
