@@ -1,6 +1,7 @@
 """Circuits: which edges are chosen, tables and graphs of them, files, and the graph of a model."""
 
 import heapq
+from dataclasses import replace
 
 import networkx as nx
 import numpy as np
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import divergence_lens as dl
+from divergence_lens import plots
 from divergence_lens.circuits import Graph
+from divergence_lens.plots.fitting import fitted
 
 GRAPH = Graph(n_layers=2, n_heads=4, n_kv_heads=2)
 
@@ -160,3 +163,52 @@ def test_the_figure_of_200_edges_is_small_and_states_every_edge(model_of, pairs)
     assert len(stated) == min(200, int(np.count_nonzero(np.nan_to_num(scores.values[1]))))
     assert figure.layout.yaxis.ticktext[0] == "embed"
     assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]  # layers down
+
+
+@pytest.mark.parametrize("width", [302, 453, 720])
+def test_names_of_nodes_do_not_overlap_and_the_strongest_has_one(width):
+    graph = Graph(30, 9, 3)
+    circuit = dl.Circuit.from_scores(graph, random_scores(graph=graph), greedy=200)
+    figure = fitted(plots.circuit_graph(circuit), width)
+    named = [note for note in figure.layout.annotations if note.visible is not False]
+    margin, (left, right), (bottom, top) = (
+        figure.layout.margin, figure.layout.xaxis.range, figure.layout.yaxis.range
+    )  # fmt: skip
+    across = (width - margin.l - margin.r) / (right - left)
+    down = (figure.layout.height - margin.t - margin.b) / (bottom - top)
+    for i, one in enumerate(named):
+        for other in named[:i]:
+            # A letter of 9 pixels of type is about 5 wide.
+            beside = abs(one.x - other.x) * across >= 2.5 * len(one.text + other.text)
+            assert beside or abs(one.y - other.y) * down >= 10, (one.text, other.text)
+    strongest = circuit.table().iloc[0]["sender"]
+    assert strongest in {note.text for note in named}
+    # Every node but the embeddings and the logits has a name, or states it under the pointer.
+    hovers = {text for trace in figure.data if trace.text is not None for text in trace.text}
+    nodes = set(circuit.nodes) - {"embed", "logits"}
+    assert nodes <= hovers
+    assert {note.text for note in figure.layout.annotations} == nodes
+    assert len(named) >= len(nodes) * (0.4 if width == 302 else 0.9)
+
+
+def test_scores_without_a_total_effect_support_nothing(model_of, pairs):
+    scores = dl.edge_scores(model_of("llama", "bridge"), pairs, method="gradient")
+    none = replace(scores, corrupted_metric=scores.clean_metric)
+    assert np.isnan(none.support()).all()
+    np.testing.assert_array_equal(none.circuit(top=5).chosen, scores.circuit(top=5).chosen)
+    message = "the mean total effect is 0, so that no edge supports the answer"
+    with pytest.raises(ValueError, match=message):
+        none.circuit(top=5, absolute=False)
+    with pytest.raises(ValueError, match=message):
+        dl.faithfulness_curve(model_of("llama", "bridge"), pairs, none, absolute=False)
+
+
+def test_edges_that_were_not_patched_are_nan_in_sums(model_of, pairs):
+    model = model_of("llama", "bridge")
+    exact = dl.path_patch(model, pairs, edges=[("m0", "logits"), ("m1", "logits")], span="segment")
+    assert exact.by_segment().isna().all(axis=None)  # no receiver has all of its edges
+    senders = exact.by_sender()
+    assert senders["m1"] == pytest.approx(exact.mean()[-1])  # its only edge
+    assert senders.drop("m1").isna().all()
+    with pytest.raises(ValueError, match="only 1 have a score for each of their edges"):
+        dl.faithfulness_curve(model, pairs, exact, level="nodes", shares=(0.5,))

@@ -129,10 +129,19 @@ def test_node_curves_keep_all_edges_between_the_kept_nodes(model, graph, pairs):
     assert curve.values[-1] == pytest.approx(1, abs=1e-4)
 
 
-def test_no_gap_is_nan_and_not_zero():
+def test_no_effect_is_nan_with_its_reason_and_not_zero():
     same = np.ones(3)
-    result = Faithfulness(np.ones((1, 3)), same, same, edges=(1,), shares=(0.1,))
-    assert np.isnan(result.values).all()
+    result = Faithfulness(
+        np.ones((2, 3)), same, same, edges=(1, 2), shares=(0.1, 1.0), complement=np.ones((2, 3)),
+        metadata={"settings": {"level": "edges"}},
+    )  # fmt: skip
+    numbers = [*result.values, *result.completeness, result.cpr, result.cmd]
+    assert np.isnan(numbers).all()
+    reason = "undefined: the mean metric of the model, 1, is that of the run with all edges ablated"
+    assert result.undefined == reason
+    assert reason in repr(result)
+    assert "nan" not in repr(result)
+    assert result.plot().data[0].name == "edges (undefined: no effect)"
 
 
 def test_results_survive_a_file(model_of, graph, pairs, tmp_path):

@@ -147,11 +147,14 @@ class Circuit(OnHub):
         # Keys and values of a group belong to the heads of the group that are in the circuit.
         names |= {_node(name) for name in received if ".g" not in name}
         for name in received:
-            names.update(self._targets(name, names))
+            names.update(self.targets(name, names))
         return tuple(sorted(names, key=_depth))
 
-    def _targets(self, receiver: str, names: Collection[str]) -> tuple[str, ...]:
-        """The nodes that an edge into a receiver leads to."""
+    def targets(self, receiver: str, names: Collection[str]) -> tuple[str, ...]:
+        """The nodes among `names` that an edge into a receiver leads to.
+
+        Keys and values of a group lead to those of its heads, or to the group if there is none.
+        """
         node = _node(receiver)
         if ".g" not in node:
             return (node,)
@@ -188,7 +191,7 @@ class Circuit(OnHub):
         for name in self.nodes:
             result.add_node(name, layer=_depth(name)[0])
         for row in self.table().itertuples():
-            for node in self._targets(row.receiver, result):
+            for node in self.targets(row.receiver, result):
                 result.add_edge(row.sender, node, receiver=row.receiver, score=float(row.score))
         return result
 

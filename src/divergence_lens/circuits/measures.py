@@ -178,7 +178,9 @@ def faithfulness_curve(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: As in `faithfulness`; and if shares are not increasing numbers up to 1.
+        ValueError: As in `faithfulness`; if shares are not increasing numbers up to 1; if more
+            edges or nodes are asked for than have a score; and if `absolute` is false and the mean
+            total effect is zero.
     """
     if not all(a < b for a, b in zip((0, *shares), (*shares, 1.001), strict=False)):
         raise ValueError(f"shares is {list(shares)}; give increasing shares, above 0 and up to 1")
@@ -189,7 +191,7 @@ def faithfulness_curve(
         )
     if isinstance(scores, EdgeScores):
         graph = scores.graph
-        values = scores.support()
+        values = scores.ranked(absolute=absolute)
         if level == "nodes":
             values = np.bincount(graph.edge_sender, values, len(graph.senders))
     else:
@@ -213,7 +215,13 @@ def faithfulness_curve(
             for count in counts
         ]
     else:
-        strength = np.abs(values) if absolute else values
+        known = np.isfinite(values)
+        if counts and counts[-1] > known.sum():
+            raise ValueError(
+                f"{counts[-1]} nodes are asked for, but only {known.sum()} have a score for each "
+                "of their edges; score all edges, or give smaller shares"
+            )
+        strength = np.where(known, np.abs(values) if absolute else values, -np.inf)
         order = np.argsort(-strength, kind="stable")
         circuits = []
         for count in counts:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _KIND = "faithfulness"
 
+NO_EFFECT = 1e-6
+"""Total effects below this, in units of the metric, are rounding: nothing is divided by them."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Faithfulness(OnHub):
@@ -50,15 +53,29 @@ class Faithfulness(OnHub):
     def normalized(
         self, metric: Float[np.ndarray, "circuits pairs"]
     ) -> Float[np.ndarray, " circuits"]:
-        """The faithfulness that follows from metrics; NaN without a gap."""
-        gap = self.full.mean() - self.empty.mean()
-        if abs(gap) < 1e-6:
+        """The faithfulness that follows from metrics; NaN if it is `undefined`."""
+        if self.undefined:
             return np.full(len(metric), np.nan)
-        return np.asarray((metric.mean(1) - self.empty.mean()) / gap)
+        return np.asarray((metric.mean(1) - self.empty.mean()) / self.gap)
+
+    @property
+    def gap(self) -> float:
+        """The mean metric of the model minus that with all edges ablated: faithfulness's unit."""
+        return float(self.full.mean() - self.empty.mean())
+
+    @property
+    def undefined(self) -> str:
+        """The reason why there is no faithfulness, or an empty text."""
+        if abs(self.gap) >= NO_EFFECT:
+            return ""
+        return (
+            f"undefined: the mean metric of the model, {self.full.mean():.4g}, is that of the run "
+            "with all edges ablated"
+        )
 
     @property
     def values(self) -> Float[np.ndarray, " circuits"]:
-        """The faithfulness of each circuit: 1 for the model, 0 for no edge; NaN without a gap."""
+        """The faithfulness of each circuit: 1 for the model, 0 for no edge; NaN if `undefined`."""
         return self.normalized(self.metric)
 
     @property
@@ -158,9 +175,10 @@ class Faithfulness(OnHub):
         settings = self.metadata.get("settings", {})
         areas = f"; CPR {self.cpr:.3f}, CMD {self.cmd:.3f}" if len(self.shares) > 1 else ""
         values = ", ".join(f"{value:.1%}" for value in self.values[:5])
+        values += ", ..." if len(self.shares) > 5 else ""
         return (
-            f"Faithfulness({values}{', ...' if len(self.shares) > 5 else ''} of {len(self.full)} "
-            f"pairs, {settings.get('ablation')} ablation{areas})"
+            f"Faithfulness({self.undefined or values} of {len(self.full)} pairs, "
+            f"{settings.get('ablation')} ablation{'' if self.undefined else areas})"
         )
 
     def _repr_html_(self) -> str:

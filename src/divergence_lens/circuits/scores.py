@@ -20,6 +20,7 @@ from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens.circuits.circuit import Circuit
 from divergence_lens.circuits.graph import Graph
+from divergence_lens.circuits.result import NO_EFFECT
 from divergence_lens.pairs import PAIR_SEGMENTS
 from divergence_lens.patching import (
     Agreement,
@@ -148,7 +149,8 @@ class EdgeScores(OnHub):
         """A table of receivers (or senders) by segments: what from a segment reaches which head.
 
         Each entry is the sum over the edges into the receiver at the positions of the segment,
-        averaged over the pairs that have the segment. Needs `span="position"` or `"segment"`.
+        averaged over the pairs with a value there, and NaN without one, as for edges that path
+        patching was not asked for. Needs `span="position"` or `"segment"`.
 
         Raises:
             ValueError: The scores are summed over all positions, or `ends` is unknown.
@@ -165,22 +167,17 @@ class EdgeScores(OnHub):
         index = self.graph.edge_receiver if ends == "receiver" else self.graph.edge_sender
         present = {name for row in self.segments for name in row}
         order = {name: i for i, name in enumerate(PAIR_SEGMENTS)}
-        columns = {}
+        columns, edges = {}, np.bincount(index, minlength=len(names))
         for segment in sorted(present, key=lambda name: (order.get(name, len(order)), name)):
-            parts = [
-                np.nansum(
-                    self.values[
-                        i,
-                        [name == segment for name in row]
-                        + [False] * (self.values.shape[1] - len(row)),
-                    ],
-                    axis=0,
-                    dtype=np.float64,
-                )
-                for i, row in enumerate(self.segments)
-                if segment in row
-            ]
-            columns[segment] = np.bincount(index, np.mean(parts, axis=0), len(names))
+            sums, counts = np.zeros(len(names)), np.zeros(len(names))
+            for i, row in enumerate(self.segments):
+                own = self.values[i, [c for c, name in enumerate(row) if name == segment]]
+                summed = np.nansum(own, axis=0, dtype=np.float64)  # [edges]
+                measured = np.bincount(index, np.isfinite(own).any(0), len(names)) == edges
+                sums[measured] += np.bincount(index, summed, len(names))[measured]
+                counts += measured
+            with np.errstate(invalid="ignore"):
+                columns[segment] = sums / counts  # 0 / 0, NaN, without a value
         return pd.DataFrame(columns, index=pd.Index(names, name=ends))
 
     def top(
@@ -228,9 +225,27 @@ class EdgeScores(OnHub):
         """The mean scores with the sign of the mean total effect.
 
         Positive for edges that support the clean answer against the corrupted run, in both
-        directions; negative for edges that work against it.
+        directions; negative for edges that work against it. All NaN if the mean total effect is
+        zero: there is no answer to support then.
         """
-        return np.asarray(np.sign(self.total.mean()) * self.mean())
+        total = float(self.total.mean())
+        sign = np.sign(total) if abs(total) >= NO_EFFECT else np.nan
+        return np.asarray(sign * self.mean())
+
+    def ranked(self, *, absolute: bool = True) -> Float[np.ndarray, " edges"]:
+        """The scores by which circuits are chosen: the means, or `support()` with a sign.
+
+        Raises:
+            ValueError: `absolute` is false, and the mean total effect is zero.
+        """
+        if absolute:
+            return self.mean()
+        if abs(float(self.total.mean())) < NO_EFFECT:
+            raise ValueError(
+                f"the mean total effect is {self.total.mean():.2g}, so that no edge supports the "
+                "answer; rank by magnitude with absolute=True, or choose pairs of one sign"
+            )
+        return self.support()
 
     def circuit(
         self,
@@ -251,11 +266,12 @@ class EdgeScores(OnHub):
                 that work against the answer come last.
 
         Raises:
-            ValueError: None or several of the three are given, or one is out of range.
+            ValueError: None or several of the three are given, or one is out of range; or
+                `absolute` is false, and the mean total effect is zero.
         """
         chosen = Circuit.from_scores(
             self.graph,
-            self.support(),
+            self.ranked(absolute=absolute),
             top=top,
             threshold=threshold,
             greedy=greedy,

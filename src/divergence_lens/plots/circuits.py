@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from divergence_lens.circuits import Circuit, EdgeScores, Faithfulness
 from divergence_lens.plots import style
+from divergence_lens.plots.fitting import fitted
 
 # Heads of one layer and token lie side by side within this width of one token's column.
 _SPREAD = 0.62
@@ -18,10 +19,11 @@ _WIDTHS = (0.7, 1.3, 2.2, 3.4)
 
 @dataclass(frozen=True)
 class _Arc:
-    """One edge: its ends, its strength relative to the strongest, and its hover text."""
+    """One edge: its ends with their names, its strength (1 for the strongest), its hover text."""
 
     start: tuple[float, float]
     end: tuple[float, float]
+    names: tuple[str, str]
     score: float
     text: str
     attention: bool = False
@@ -32,7 +34,8 @@ def edge_graph(scores: EdgeScores, *, pair: int = 0, k: int = 200) -> go.Figure:
 
     A solid arc is an edge at one position, from a sender to a receiver below it in the figure. A
     dotted arc is attention: it leads from the position of a head's keys or values to the positions
-    at which the head writes. Only columns with an edge are drawn.
+    at which the head writes. Only columns with an edge are drawn, and the strongest nodes are
+    named, as many as have room.
 
     Args:
         scores: Edge scores with `span="position"` or `"segment"`.
@@ -62,13 +65,15 @@ def edge_graph(scores: EdgeScores, *, pair: int = 0, k: int = 200) -> go.Figure:
         shift = float(place[column])
         start, end = _spot(graph, sender, shift), _spot(graph, receiver, shift)
         text = f"{sender} to {receiver} at {row.label!r}: {row.score:+.3f}"
-        arcs.append(_Arc(start, end, float(row.score) / limit, style.escape(text)))
+        names = (sender, _node_of(receiver))
+        arcs.append(_Arc(start, end, names, float(row.score) / limit, style.escape(text)))
         if receiver.endswith((".k", ".v")):
             for head in _heads_of(graph, receiver):
                 arcs += [
                     _Arc(
                         end,
                         _spot(graph, head, float(place[to])),
+                        (names[1], head),
                         float(row.score) / limit,
                         style.escape(f"{head} attends to {row.label!r}"),
                         attention=True,
@@ -91,6 +96,8 @@ def edge_graph(scores: EdgeScores, *, pair: int = 0, k: int = 200) -> go.Figure:
 def circuit_graph(circuit: Circuit, *, k: int = 400) -> go.Figure:
     """Draw a circuit: layers down, heads across, the MLP right of them, its edges as arcs.
 
+    The nodes with the strongest edges are named, as many as have room.
+
     Args:
         circuit: The circuit.
         k: The number of edges drawn, strongest first.
@@ -103,29 +110,32 @@ def circuit_graph(circuit: Circuit, *, k: int = 400) -> go.Figure:
         layer, kind, head = _parts(name, graph.n_layers)
         if kind in ("embed", "logits"):
             return (graph.n_heads / 2, layer)
+        if ".g" in name:  # in the middle of its heads
+            size = graph.n_heads // graph.n_kv_heads
+            return (head * size + (size - 1) / 2, layer)
         return (float(graph.n_heads), layer + 0.5) if kind == "m" else (head, layer)
 
-    arcs = []
+    nodes, arcs = circuit.nodes, []
     for row in table.itertuples():
         sender, receiver = str(row.sender), str(row.receiver)
         known = np.isfinite(row.score)
         score = f": {row.score:+.3f}" if known else ""
-        targets = [receiver] if ".g" not in receiver else _heads_of(graph, receiver)
         arcs += [
             _Arc(
                 spot(sender),
                 spot(target),
+                (sender, target),
                 float(row.score) / limit if known else 0.3,
                 style.escape(f"{sender} to {receiver}{score}"),
             )
-            for target in targets
+            for target in circuit.targets(receiver, nodes)
         ]
     left_out = len(circuit) - len(table)
     return _figure(
         arcs,
         graph.n_layers,
         headline=f"Circuit of {style.plural(len(circuit), 'edge')}",
-        detail=f"{style.plural(len(circuit.nodes), 'node')} of {len(graph.senders) + 1:,}"
+        detail=f"{style.plural(len(nodes), 'node')} of {len(graph.senders) + 1:,}"
         + ("; orange raises the metric, blue lowers it" if table["score"].notna().any() else "")
         + (f"; {style.plural(left_out, 'weaker edge')} not drawn" if left_out else ""),
         ticks=[*(str(head) for head in range(graph.n_heads)), "MLP"],
@@ -152,7 +162,12 @@ def faithfulness_curves(curves: Mapping[str, Faithfulness]) -> go.Figure:
                 x=list(curve.shares),
                 y=curve.values.tolist(),
                 mode="lines+markers",
-                name=f"{style.escape(name)} (CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f})",
+                name=style.escape(name)
+                + (
+                    " (undefined: no effect)"
+                    if curve.undefined
+                    else f" (CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f})"
+                ),
                 line={"color": color, "width": 1.8},
                 marker={"symbol": style.SYMBOLS[number % len(style.SYMBOLS)], "size": 6},
                 text=[
@@ -188,6 +203,11 @@ def _parts(name: str, n_layers: int) -> tuple[float, str, int]:
         return (-1.0 if name == "embed" else float(n_layers), name, 0)
     layer, _, rest = name[1:].partition(".")
     return float(layer), name[0], int(rest.split(".")[0][1:]) if rest else 0
+
+
+def _node_of(receiver: str) -> str:
+    """The node of a receiver: `a0.h1` of `a0.h1.q`."""
+    return ".".join(receiver.split(".")[:2])
 
 
 def _heads_of(graph: Any, receiver: str) -> list[str]:
@@ -273,22 +293,23 @@ def _figure(
                 hoverinfo="text",
             )
         )
-    nodes = sorted({end for arc in arcs for end in (arc.start, arc.end)})
+    nodes = _nodes(arcs)
     traces.append(
         go.Scatter(
-            x=[x for x, _ in nodes],
-            y=[y for _, y in nodes],
+            x=[x for (x, _), _ in nodes],
+            y=[y for (_, y), _ in nodes],
             mode="markers",
             marker={"size": 4, "color": style.INK},
-            hoverinfo="skip",
+            text=[name for _, name in nodes],
+            hoverinfo="text",
         )
     )
     layers = style.thinned(range(n_layers), 10)
-    return style.figure(
+    drawn = style.figure(
         traces,
         headline=headline,
         detail=detail,
-        plot_height=max(220, min(22 * (n_layers + 2), 620)),
+        plot_height=max(260, min(50 * (n_layers + 2), 620)),
         bottom=76,
         widest=max(720, 34 * len(ticks)),
         xaxis=style.axis(
@@ -305,4 +326,30 @@ def _figure(
             tickvals=[-1, *layers, n_layers],
             ticktext=["embed", *map(str, layers), "logits"],
         ),
+        annotations=[_name(*node) for node in nodes if node[1] not in ("embed", "logits")],
     )
+    return fitted(drawn, min(drawn.layout.meta["widest"], 720))
+
+
+def _nodes(arcs: Sequence[_Arc]) -> list[tuple[tuple[float, float], str]]:
+    """The places and names of the arcs' ends, those with the strongest arcs first."""
+    strength: dict[tuple[tuple[float, float], str], float] = {}
+    for arc in arcs:
+        for end in zip((arc.start, arc.end), arc.names, strict=True):
+            strength[end] = max(strength.get(end, 0.0), abs(arc.score))
+    return sorted(strength, key=lambda end: (-strength[end], end))
+
+
+def _name(place: tuple[float, float], name: str) -> dict[str, Any]:
+    """The name of a node, above it; `fitted` leaves out names that overlap."""
+    return {
+        "name": "node",
+        "text": name,
+        "x": place[0],
+        "y": place[1],
+        "xanchor": "center",
+        "yanchor": "middle",
+        "yshift": 8,
+        "showarrow": False,
+        "font": {"size": 9},
+    }

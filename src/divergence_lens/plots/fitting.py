@@ -10,6 +10,9 @@ import plotly.graph_objects as go
 
 from divergence_lens.plots import style
 
+NODE_LETTER, NODE_LINE = 5.6, 11
+"""Pixels per letter and line of the names of points, which have a font of 9 pixels."""
+
 
 def rewrapped(figure: go.Figure, width: float) -> go.Figure:
     """Return a copy whose title has lines for a width in pixels."""
@@ -31,15 +34,21 @@ def rewrapped(figure: go.Figure, width: float) -> go.Figure:
 def fitted(figure: go.Figure, width: float) -> go.Figure:
     """Return a copy with the labels that fit beside each other at a width in pixels.
 
-    Figures without such labels are returned as they are. The labels and their order of importance
-    are stored in `layout.meta`.
+    Figures without such labels are returned as they are. The labels of an axis and their order of
+    importance are stored in `layout.meta`; those of points are annotations named "node", the most
+    important first.
     """
     meta = figure.layout.meta or {}
     items = meta.get("items")
-    if items is None:
+    nodes = any(note.name == "node" for note in figure.layout.annotations)
+    if items is None and not nodes:
         return figure
     copy = go.Figure(figure)
     margin = copy.layout.margin
+    if nodes:
+        _name_nodes(copy, width)
+    if items is None:
+        return copy
     pixels = (width - margin.l - margin.r) * items["share"] / len(items["texts"])  # per item
     chosen: list[int] = []
     for i in items["order"]:
@@ -54,6 +63,28 @@ def fitted(figure: go.Figure, width: float) -> go.Figure:
         if place:
             note.visible = (int(place[2]) - int(place[1])) * pixels >= 6 * len(note.text)
     return copy
+
+
+def _name_nodes(figure: go.Figure, width: float) -> None:
+    """Show the names of points that overlap no name of a more important point."""
+    layout = figure.layout
+    margin = layout.margin
+    room = (width - margin.l - margin.r, layout.height - margin.t - margin.b)
+    ranges = (layout.xaxis.range, layout.yaxis.range)
+    boxes: list[tuple[float, float, float]] = []  # center and half the width, in pixels
+    for note in layout.annotations:
+        if note.name != "node":
+            continue
+        x, y = (
+            (at - start) / (end - start) * pixels
+            for at, (start, end), pixels in zip((note.x, note.y), ranges, room, strict=True)
+        )
+        half = NODE_LETTER * len(note.text) / 2
+        note.visible = all(
+            abs(x - x0) >= half + half0 or abs(y - y0) >= NODE_LINE for x0, y0, half0 in boxes
+        )
+        if note.visible:
+            boxes.append((x, y, half))
 
 
 def without_title(figure: go.Figure, *, title: bool = False, caption: bool = False) -> go.Figure:

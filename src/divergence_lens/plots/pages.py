@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from divergence_lens._utils.storage import write_text
+from divergence_lens.plots.fitting import NODE_LETTER, NODE_LINE
 
 Theme = Literal["light", "dark"]
 THEMES: dict[Theme, tuple[str, str]] = {
@@ -46,7 +47,25 @@ FIGURE_CSS = """
 
 _LOADER = """
 // Labels that fit beside each other, as `fitted` in fitting.py chooses them.
+const fitNodes = (plot, layout) => {
+  const notes = (layout.annotations || []).filter((note) => note.name === "node");
+  if (!notes.length) return;
+  const {l, r, t, b} = layout.margin;
+  const room = [plot.clientWidth - l - r, layout.height - t - b];
+  const boxes = [];
+  for (const note of notes) {
+    const [x, y] = ["x", "y"].map((axis, i) => {
+      const [start, end] = layout[`${axis}axis`].range;
+      return ((note[axis] - start) / (end - start)) * room[i];
+    });
+    const half = (NODE_LETTER * note.text.length) / 2;
+    note.visible = boxes.every(([x0, y0, half0]) =>
+      Math.abs(x - x0) >= half + half0 || Math.abs(y - y0) >= NODE_LINE);
+    if (note.visible) boxes.push([x, y, half]);
+  }
+};
 const fitLabels = (plot, layout) => {
+  fitNodes(plot, layout);
   const items = layout.meta && layout.meta.items;
   if (!items) return;
   const room = plot.clientWidth - layout.margin.l - layout.margin.r;
@@ -176,7 +195,8 @@ def scripts(nonce: str = "", *, file: str | None = None) -> str:
     library = f'<script type="text/plain" id="dl-plotly">{_packed_plotly()}</script>'
     if file is not None:
         library = f'<script{mark} src="{escape(file)}"></script>'
-    return f"{library}\n<script{mark}>{_LOADER}</script>"
+    sizes = f"const NODE_LETTER = {NODE_LETTER}, NODE_LINE = {NODE_LINE};"
+    return f"{library}\n<script{mark}>{sizes}{_LOADER}</script>"
 
 
 def page(
