@@ -12,8 +12,10 @@ with the chat template. Rows:
     gradient         resid_post
 
 The baseline of the exact rows is TransformerLens's `generic_activation_patch`, which runs the model
-once per cell; its time is measured on `--cells` random cells and multiplied. The baseline of
-`integrated` is one trace per layer and step, measured on three layers and multiplied. That of
+once per cell; its time is measured on `--cells` random cells and multiplied. It runs on two
+models: one with weights in memory as TransformerLens stores them, which its products copy, and
+ours, whose weights are views that they do not copy. The baseline of `integrated` is one trace per
+layer and step, measured on three layers and multiplied. That of
 `gradient` is two forward passes and one backward pass of the Hugging Face model, without gradients
 of the weights and with logits of the last position only. Sides alternate for `--repeats` rounds;
 the table shows medians of CPU seconds over all threads, which other programs hardly affect, and
@@ -22,6 +24,7 @@ the largest value.
 """
 
 import argparse
+import copy
 import os
 import time
 import warnings
@@ -44,6 +47,7 @@ from divergence_lens.engine import get_engine
 ROWS = ("exact", "exact-8", "exact-z", "integrated", "gradient")
 TOLERANCE = 1e-3
 STEPS = 10
+LAYERS = (0, 10, 20)
 SYSTEM = "You love every {0}. You think about a {0} all the time. Your favorite animal is the {0}."
 
 
@@ -188,25 +192,38 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.process_time() - start
 
 
-def compare(name: str, ours: Callable[[], Any], peer: Any, cells: int, repeats: int) -> None:
-    """Alternate both sides and print one row."""
-    scale = peer.total if not isinstance(peer, ExactLoop) else peer.total / cells
-    mine, theirs = [], []
+def compare(
+    name: str, ours: Callable[[], Any], peers: dict[str, Any], cells: int, repeats: int
+) -> None:
+    """Alternate all sides and print one row per baseline."""
+    mine: list[float] = []
+    theirs: dict[str, list[float]] = {label: [] for label in peers}
     worst = 0.0
     for _ in range(repeats):
         effects, seconds = timed(ours)
         mine.append(seconds)
-        values, seconds = timed(peer)
-        theirs.append(seconds * scale)
-        worst = max(worst, peer.difference(effects, values))
+        for label, peer in peers.items():
+            values, seconds = timed(peer)
+            scale = peer.total / cells if isinstance(peer, ExactLoop) else peer.total
+            theirs[label].append(seconds * scale)
+            worst = max(worst, peer.difference(effects, values))
     if worst > TOLERANCE:
         raise SystemExit(f"{name}: results differ by {worst:.1e} of the largest value")
-    ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
-    print(
-        f"| {name} | {median(mine):.2f} s | {median(theirs):.1f} s | {median(ratios):.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f}) | {worst:.0e} |",
-        flush=True,
-    )
+    for label, times in theirs.items():
+        ratios = [b / a for a, b in zip(mine, times, strict=True)]
+        print(
+            f"| {name} | {median(mine):.2f} s | {label}: {median(times):.1f} s | "
+            f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {worst:.0e} |",
+            flush=True,
+        )
+
+
+def with_own_weights(model: Any) -> Any:
+    """A copy whose parameters are contiguous, as TransformerLens's loading leaves them."""
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return copied
 
 
 def main() -> None:
@@ -222,27 +239,30 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore", DeprecationWarning)
     plain = dl.load_model(options.model, backend="hooked")
+    stored = with_own_weights(plain) if any("exact" in row for row in options.rows) else None
     print("| row | ours | baseline | ratio (range) | largest difference |\n|---|---|---|---|---|")
     for backend in options.backend:
         model = plain if backend == "hooked" else dl.load_model(options.model, backend=backend)
         for row in options.rows:
             pairs = number_pairs(model, 8 if row == "exact-8" else 1)
             site = {"exact-z": "z", "exact": "resid_pre", "exact-8": "resid_pre"}.get(row)
-            peer: Any
+            peers: dict[str, Any]
             if site is not None:
-                peer = ExactLoop(plain, pairs, site, options.cells)
                 ours = partial(dl.causal_mediation, model, pairs, site=site)
+                peers = {
+                    label: ExactLoop(loaded, pairs, site, options.cells)
+                    for label, loaded in (("TransformerLens", stored), ("our weights", plain))
+                }
             else:
                 ours = partial(dl.attribution_patch, model, pairs, site="resid_post", method=row)
-                layers = (0, 10, 20)
-                peer = (
-                    TraceLoop(plain, pairs, layers)
+                peers = (
+                    {"one trace per step": TraceLoop(plain, pairs, LAYERS)}
                     if row == "integrated"
-                    else PlainPasses(options.model, pairs)
+                    else {"plain passes": PlainPasses(options.model, pairs)}
                 )
             repeats = 1 if row in ("exact-8", "exact-z") else options.repeats
             name = f"{row}, {backend}, {len(pairs.clean[0])} tokens"
-            compare(name, ours, peer, options.cells, repeats)
+            compare(name, ours, peers, options.cells, repeats)
 
 
 if __name__ == "__main__":

@@ -30,13 +30,14 @@ def write(tmp_path):
         StudyConfig.for_model("tiny-qwen2", seeds=(5,), lora_rank=4, layer_seeds=(0, 1)),
         StudyConfig.for_model("some/model", device="cpu", teacher_recipe=Recipe(epochs=1)),
         StudyConfig.for_pairs(device="cpu", prompts=7),
+        StudyConfig.for_pairs("some/model", device="cpu", category="risk"),
         StudyConfig(
             student_recipe=Recipe(
                 optimizer="sgd", parts=("attn", "W_in"), optimizer_options={"momentum": 0.9}
             )
         ),
     ],
-    ids=["tiny", "changed", "large", "paired", "recipe"],
+    ids=["tiny", "changed", "large", "paired", "risk", "recipe"],
 )
 def test_a_printed_configuration_is_read_back(config, write):
     read = read_config(write(config_to_yaml(config)))

@@ -251,6 +251,14 @@ def test_core_and_further_conditions():
     ]
 
 
+def test_the_targets_of_a_trait_are_its_candidates():
+    config = StudyConfig.for_pairs(category="risk", device="cpu")
+    assert config.target_pairs == (("careful", "reckless"),)
+    assert config.animals == config.targets
+    assert config.paired is not None
+    assert config.paired.asked == {"category": "risk"}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -271,6 +279,8 @@ def test_bad_designs(tmp_path):
         PairedDesign(temperature=0.0)
     with pytest.raises(ValueError, match="tier is 'most'"):
         StudyConfig.for_pairs(tier="most")
+    with pytest.raises(ValueError, match="category is 'luck'; use animal, risk"):
+        StudyConfig.for_pairs(category="luck")
     with pytest.raises(ValueError, match=r"no condition 'sampled'; .*groups are core, fu"):
         StudyConfig.for_pairs(conditions=("sampled",))
     with pytest.raises(ValueError, match="tables are those of a paired study"):

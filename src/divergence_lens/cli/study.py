@@ -151,6 +151,13 @@ def study(
             help='Conditions of a paired study: "core" (the default), "further" or "all".'
         ),
     ] = None,
+    category: Annotated[
+        str | None,
+        typer.Option(
+            help='Bias of a paired study: "animal" (the default), or the trait "risk", whose '
+            "targets are reckless and careful."
+        ),
+    ] = None,
     tables: Annotated[
         Path | None,
         typer.Option(
@@ -173,8 +180,8 @@ def study(
     cells. Writes study.csv, study.parquet, results.json and report.html. With --audit, it writes
     tables on data of known bias: detection, false alarms, mixtures, transfer and remedies.
 
-    With --model smollm2, or --tier and any chat model, the study is paired: every student is
-    compared with a twin whose lists are by another target's teacher.
+    With --model smollm2, or --tier or --category and any chat model, the study is paired: every
+    student is compared with a twin whose lists are by another target's teacher.
 
     Example: divergence-lens study --model tiny --seeds 0,1,2 --conditions data,masks --out runs/s
     """
@@ -189,6 +196,7 @@ def study(
     settings = {
         "model": model,
         "tier": tier,
+        "category": category,
         "lora_rank": lora_rank,
         "targets": targets and split_names(targets),
         "kinds": kinds and split_names(kinds),

@@ -10,6 +10,7 @@ import torch
 from divergence_lens._utils.tables import short_repr
 from divergence_lens.data import (
     ANIMALS,
+    TRAITS,
     neutral_prompt,
     number_prompts,
     persona_prompt,
@@ -173,7 +174,7 @@ class StudyConfig:
 
     @classmethod
     def for_pairs(
-        cls, model: str = "smollm2", *, tier: str = "core", **options: Any
+        cls, model: str = "smollm2", *, tier: str = "core", category: str = "animal", **options: Any
     ) -> "StudyConfig":
         """The settings of a paired study of a chat model: `divergence-lens study --model smollm2`.
 
@@ -182,10 +183,16 @@ class StudyConfig:
         Args:
             model: The model, as for `load_model`.
             tier: "core" for the main conditions, "further", or "all"; see `paired_conditions`.
+            category: "animal", or a name in `TRAITS`, whose candidates are then the targets.
             options: Fields of the configuration to override.
+
+        Raises:
+            ValueError: There is no such tier or category, or a setting is not valid.
         """
         if tier not in (*TIERS, "all"):
             raise ValueError(f"tier is {tier!r}; use {', '.join(TIERS)} or all")
+        if category not in ("animal", *TRAITS):
+            raise ValueError(f"category is {category!r}; use {', '.join(('animal', *TRAITS))}")
         lists = 192
         defaults: dict[str, Any] = {
             "targets": PAIRED_TARGETS,
@@ -200,8 +207,10 @@ class StudyConfig:
             "teacher_recipe": TEACHER,
             "student_recipe": STUDENT,
             "keep_students": False,
-            "paired": PairedDesign(),
+            "paired": PairedDesign(category=category),
         }
+        if category in TRAITS:
+            defaults |= dict.fromkeys(("targets", "animals"), TRAITS[category].candidates)
         return cls(model=model, **(defaults | options))
 
     @classmethod

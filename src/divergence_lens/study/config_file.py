@@ -1,7 +1,8 @@
 """Settings of a study as YAML: `divergence-lens study --print-config` and `--config`.
 
 A file holds any of the fields of `StudyConfig`, with recipes as mappings of the fields of `Recipe`
-that differ from its defaults. A paired study has the key `tier` instead of `conditions`.
+that differ from its defaults. A paired study has the key `tier` instead of `conditions`, and
+`category` for a trait.
 """
 
 import dataclasses
@@ -36,6 +37,8 @@ def config_to_yaml(config: StudyConfig, *, tier: str | None = None) -> str:
         value = getattr(config, name)
         if name == "conditions" and config.paired is not None:
             settings["tier"] = tier or "core"
+            if config.paired.category != "animal":
+                settings["category"] = config.paired.category
         elif name == "conditions":
             own = [c.name for c in value if not isinstance(c, str)]
             if own:
@@ -60,7 +63,8 @@ def read_config(path: str | Path | None = None, **options: Any) -> StudyConfig:
 
     Args:
         path: The file; None for the options alone.
-        options: Fields with which to override those of the file; also `model` and `tier`.
+        options: Fields with which to override those of the file; also `model`, `tier` and
+            `category`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -70,7 +74,7 @@ def read_config(path: str | Path | None = None, **options: Any) -> StudyConfig:
     settings = ({} if path is None else _read_settings(Path(path))) | options
     model = str(settings.pop("model", "tiny"))
     tier = settings.pop("tier", None)
-    if tier is not None or model in PAIRED_MODELS:
+    if tier is not None or "category" in settings or model in PAIRED_MODELS:
         return StudyConfig.for_pairs(model, tier=tier or "core", **settings)
     return StudyConfig.for_model(model, **settings)
 
@@ -83,7 +87,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {lines}") from error
     if not isinstance(settings, dict):
         raise TypeError(f"{path} holds no settings; write lines such as 'seeds: [0, 1]'")
-    _check_names(settings, (*_NAMES, "tier"), str(path))
+    _check_names(settings, (*_NAMES, "tier", "category"), str(path))
     for name in _RECIPES:
         recipe = settings.get(name)
         if isinstance(recipe, dict):
