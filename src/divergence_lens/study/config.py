@@ -22,6 +22,7 @@ from divergence_lens.study.paired import (
     PAIRED_TARGETS,
     STUDENT,
     TIERS,
+    TRAIT_STRENGTH,
     PairedDesign,
     paired_conditions,
     twin_of,
@@ -207,10 +208,11 @@ class StudyConfig:
             "teacher_recipe": TEACHER,
             "student_recipe": STUDENT,
             "keep_students": False,
-            "paired": PairedDesign(category=category),
+            "paired": PairedDesign(),
         }
         if category in TRAITS:
             defaults |= dict.fromkeys(("targets", "animals"), TRAITS[category].candidates)
+            defaults["paired"] = PairedDesign(category=category, strength=TRAIT_STRENGTH)
         return cls(model=model, **(defaults | options))
 
     @classmethod
