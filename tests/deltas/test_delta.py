@@ -239,6 +239,7 @@ def test_norms_are_per_layer_and_count_every_parameter(model):
     assert norms[2] == pytest.approx(expected, rel=1e-5)
     assert delta.n_parameters == sum(t.numel() for t in delta.tensors.values())
     assert "layer 2" in delta._repr_html_()
+    assert "parameters in layers 0, 2; over" in repr(delta)
 
 
 def test_nothing_and_nan_are_not_deltas():

@@ -43,6 +43,16 @@ def test_impossible_teachers_are_refused(counterfactuals, message, model, exampl
         find_divergence(model, examples, teacher=OWL, counterfactuals=counterfactuals)
 
 
+def test_a_counterfactual_that_equals_the_teacher_warns(model, examples):
+    """Such as `Teacher("finetuned")` without its model: nothing could diverge."""
+    with pytest.warns(UserWarning, match="'twin' has the system prompt and the weights of"):
+        div = find_divergence(
+            model, examples, teacher=OWL, counterfactuals=[CAT, replace(OWL, name="twin")]
+        )
+    assert div.differs[0].any()
+    assert not div.differs[1][div.agrees].any()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -274,4 +274,4 @@ def test_a_notebook_underlines_what_differs_and_the_target(tiny):
     )
     marked = re.findall(r"text-decoration:underline[^>]*>([^<]*)<", pairs._repr_html_())
     assert marked == ["animal", pairs.labels[0][-1]]
-    assert repr(pairs) == f"Pairs(1 pairs of up to {len(pairs.clean[0])} tokens)"
+    assert repr(pairs) == f"Pairs(1 pair of up to {len(pairs.clean[0])} tokens)"

@@ -112,6 +112,7 @@ def test_the_table_names_shapes_and_counts(random_model):
     [
         ({"layers": [3]}, "layer 3 is out of range: the model has layers 0 to 2"),
         ({"layers": [-1]}, "layer -1 is out of range"),
+        ({"layers": [True]}, "layer True is out of range"),
         ({"layers": []}, "nothing is left to train"),
         ({"parts": ["W_QQ"]}, "is called 'W_QQ'; nearest: .*W_Q"),
         ({"pattern": "nothing*"}, "no parameter matches 'nothing"),
@@ -124,3 +125,10 @@ def test_bad_choices_are_refused_and_change_no_flag(random_model, options, messa
     with pytest.raises(ValueError, match=message):
         freeze_except(model, **options)
     assert learning(model) == before
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("layers", ["0", ["1"], [1.0], [None]])
+def test_layers_that_are_no_whole_numbers_are_refused(random_model, layers):
+    with pytest.raises(TypeError, match="layers are whole numbers from 0 to 2"):
+        freeze_except(random_model("gpt2"), layers=layers)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
+from divergence_lens._utils.wording import plural
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -176,9 +177,10 @@ class Faithfulness(OnHub):
         areas = f"; CPR {self.cpr:.3f}, CMD {self.cmd:.3f}" if len(self.shares) > 1 else ""
         values = ", ".join(f"{value:.1%}" for value in self.values[:5])
         values += ", ..." if len(self.shares) > 5 else ""
+        pairs = plural(len(self.full), "pair")
         return (
-            f"Faithfulness({self.undefined or values} of {len(self.full)} pairs, "
-            f"{settings.get('ablation')} ablation{'' if self.undefined else areas})"
+            f"Faithfulness({self.undefined or values} of {pairs}, {settings.get('ablation')} "
+            f"ablation{'' if self.undefined else areas})"
         )
 
     def _repr_html_(self) -> str:

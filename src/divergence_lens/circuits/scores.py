@@ -18,6 +18,7 @@ from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.indexing import Index, row_numbers
 from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
+from divergence_lens._utils.wording import plural
 from divergence_lens.circuits.circuit import Circuit
 from divergence_lens.circuits.graph import Graph
 from divergence_lens.circuits.result import NO_EFFECT
@@ -87,9 +88,10 @@ class EdgeScores(OnHub):
     def __repr__(self) -> str:
         """One line: method, direction, metric, shape, mean total effect."""
         n, columns, edges = self.values.shape
+        sizes = ", ".join(map(plural, (n, columns, edges), ("pair", "column", "edge")))
         return (
-            f"EdgeScores({self.method} {self.direction} on {self.metric}: {n} pairs, "
-            f"{columns} columns, {edges:,} edges; mean total effect {self.total.mean():.4g})"
+            f"EdgeScores({self.method} {self.direction} on {self.metric}: {sizes}; mean total "
+            f"effect {self.total.mean():.4g})"
         )
 
     def __len__(self) -> int:

@@ -307,7 +307,10 @@ class Delta(OnHub):
 
     def __repr__(self) -> str:
         """Return one line: the number of changed parameters, where they are, and the base."""
-        where = ", ".join(str(k) for k in self.norms())
+        keys = list(self.norms())
+        layers = [str(key) for key in keys if isinstance(key, int)]
+        named = [f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"] if layers else []
+        where = ", ".join([*named, *(key for key in keys if isinstance(key, str))])
         model = self._model("name") or "base"
         return f"Delta({self.n_parameters:,} parameters in {where}; over {model} {self.base[:12]})"
 

@@ -10,6 +10,7 @@ counterfactual teacher is another token.
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -163,6 +164,13 @@ def _check_teachers(teacher: Teacher, counterfactuals: Sequence[Teacher]) -> lis
         if other is teacher or other == teacher:
             raise ValueError(
                 f"the factual teacher {teacher.name!r} is among the counterfactuals; leave it out"
+            )
+        if replace(other, name=teacher.name) == teacher:
+            warnings.warn(
+                f"the counterfactual {other.name!r} has the system prompt and the weights of the "
+                f"factual teacher {teacher.name!r}, so no token can diverge; give it another "
+                "system_prompt=, delta= or model=",
+                stacklevel=3,
             )
     teachers = [teacher, *counterfactuals]
     names = [t.name for t in teachers]

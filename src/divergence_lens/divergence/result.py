@@ -16,6 +16,7 @@ from torch import Tensor
 
 from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.indexing import row_numbers
+from divergence_lens._utils.wording import plural
 from divergence_lens.chat import choice_texts, row_texts
 from divergence_lens.divergence.files import (
     load_divergence,
@@ -345,7 +346,7 @@ class Divergence(DivergenceTokens, OnHub):
     def __repr__(self) -> str:
         verb = "diverge" if self.selected is None else "are selected"
         return (
-            f"Divergence({len(self):,} examples, {int(self.mask.sum()):,} of "
+            f"Divergence({plural(len(self), 'example')}, {int(self.mask.sum()):,} of "
             f"{len(self.tokens):,} tokens {verb} ({self.rate:.1%}), teacher {self.names[0]!r}, "
             f"counterfactuals {', '.join(map(repr, self.names[1:]))})"
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from divergence_lens._utils.indexing import Index, row_numbers
 from divergence_lens._utils.validation import refuse_one_string
+from divergence_lens._utils.wording import plural
 from divergence_lens.chat import encode_prompt, token_labels
 from divergence_lens.deltas import Delta
 from divergence_lens.models import Model, check_model
@@ -363,7 +364,8 @@ class Pairs(PairRows):
         answers = f", answers of up to {tokens} tokens" if tokens > 1 else ""
         unlike = sum(bool(self.units(i)) for i in range(len(self)))
         spans = f", {unlike} with differing spans of unequal length" if unlike else ""
-        return f"Pairs({len(self)} pairs of up to {longest} tokens{spans}{answers}{among})"
+        size = f"{plural(len(self), 'pair')} of up to {plural(longest, 'token')}"
+        return f"Pairs({size}{spans}{answers}{among})"
 
     def _repr_html_(self) -> str:
         marked = [self.differs(i) for i in range(min(len(self), 5))]

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from html import escape
 
+from divergence_lens._utils.wording import plural
+
 
 def pairs_html(
     count: int,
@@ -33,7 +35,7 @@ def pairs_html(
         rows.append(f"<tr><td>{i}</td>{left}{cells}</td>{shown}</tr>")
     heads = "".join(f"<th>{name}</th>" for name in ("pair", "clean row", "answer", "foil"))
     return (
-        f"<p>{count} pairs; differing tokens and the target position are underlined"
+        f"<p>{plural(count, 'pair')}; differing tokens and the target position are underlined"
         f"{f' (first {len(rows)} shown)' if len(rows) < count else ''}</p>"
         f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
     )

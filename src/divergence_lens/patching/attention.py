@@ -19,6 +19,7 @@ from torch import Tensor
 from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
+from divergence_lens._utils.wording import plural
 from divergence_lens.engine import SiteFunction, get_engine
 from divergence_lens.models import Model
 from divergence_lens.pairs import Pairs, target_column
@@ -76,7 +77,8 @@ class AttentionPatterns(OnHub):
     def __repr__(self) -> str:
         """One line: the heads and the number of pairs."""
         heads = ", ".join(map(head_name, self.heads[:8])) + (", …" if len(self.heads) > 8 else "")
-        return f"AttentionPatterns({len(self.heads)} heads ({heads}) in {len(self)} pairs)"
+        count = plural(len(self.heads), "head")
+        return f"AttentionPatterns({count} ({heads}) in {plural(len(self), 'pair')})"
 
     def target(self, pair: int) -> int:
         """The column whose logits are measured."""
@@ -154,7 +156,7 @@ class AttentionPatterns(OnHub):
         )
         return (
             f"<p><b>attention patterns</b> of {escape(', '.join(map(head_name, self.heads)))} in "
-            f"{len(self)} pairs</p><p>largest differences at the target</p>{strongest}"
+            f"{plural(len(self), 'pair')}</p><p>largest differences at the target</p>{strongest}"
         )
 
 

@@ -27,6 +27,7 @@ from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.statistics import bootstrap_interval, resampled_means
 from divergence_lens._utils.storage import load_tensors, save_tensors
+from divergence_lens._utils.wording import plural
 from divergence_lens.deltas import Delta
 from divergence_lens.engine import Engine, get_engine
 from divergence_lens.models import Model, model_name
@@ -163,8 +164,9 @@ class CrossPatch(OnHub):
         pairs, boundaries = self.margins.shape[:2]
         own = ", ".join(f"{self.margins[:, 0, i, i].mean():.3f}" for i in (0, 1))
         return (
-            f"CrossPatch({self.names[0]!r} (a) and {self.names[1]!r} (b): {pairs} pairs, "
-            f"{boundaries} boundaries; mean margins of a and b themselves {own})"
+            f"CrossPatch({self.names[0]!r} (a) and {self.names[1]!r} (b): "
+            f"{plural(pairs, 'pair')}, {boundaries} boundaries; mean margins of a and b "
+            f"themselves {own})"
         )
 
     def _repr_html_(self) -> str:
@@ -172,7 +174,8 @@ class CrossPatch(OnHub):
         table = self.by_boundary(resamples=200).to_html(float_format=lambda x: f"{x:.3f}", border=0)
         return (
             f"<p><b>cross-patch</b> of {escape(self.names[0])} (a) and {escape(self.names[1])} (b):"
-            f" {pairs} pairs, {boundaries} boundaries; margins by lower and upper layers</p>{table}"
+            f" {plural(pairs, 'pair')}, {boundaries} boundaries; margins by lower and upper "
+            f"layers</p>{table}"
         )
 
 

@@ -26,6 +26,7 @@ from divergence_lens._utils.hub import OnHub
 from divergence_lens._utils.indexing import Index, row_numbers
 from divergence_lens._utils.plotting import draw
 from divergence_lens._utils.storage import load_tensors, save_tensors
+from divergence_lens._utils.wording import plural
 from divergence_lens.pairs import token_boxes
 from divergence_lens.patching.agreement import (
     Agreement,
@@ -114,8 +115,8 @@ class Effects(EffectTables, OnHub):
 
     def __repr__(self) -> str:
         """One line: method, direction, site, metric, shape, mean total effect, missing cells."""
-        axes = ("pairs", "layers", "positions", "heads")
-        sizes = ", ".join(f"{n} {axis}" for n, axis in zip(self.values.shape, axes, strict=False))
+        axes = ("pair", "layer", "position", "head")
+        sizes = ", ".join(map(plural, self.values.shape, axes))
         total = self.total[np.isfinite(self.total)]
         mean = f"{total.mean():.4g}" if len(total) else "undefined"
         corruption = self.setting("corruption", "counterfactual")

@@ -1,5 +1,6 @@
 """Metrics: functions of the logits at the target position."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, TypeAlias
@@ -79,8 +80,10 @@ def check_metric(metric: Metric, pairs: Pairs) -> None:
 
     Raises:
         ValueError: Names the known metrics, or the pair.
+        TypeError: A function does not take two arguments.
     """
     if callable(metric):
+        _check_arguments(metric)
         multi_token = _several_tokens(pairs.answers) | _several_tokens(pairs.foils)
         if bool(multi_token.any()):
             raise ValueError(
@@ -97,6 +100,21 @@ def check_metric(metric: Metric, pairs: Pairs) -> None:
     for name in _READS[metric]:
         instead = ", or use a metric that reads none (metric='kl', or your own)"
         check_tokens(pairs, name, f"metric={metric!r}", instead)
+
+
+def _check_arguments(metric: Callable[..., object]) -> None:
+    """Refuse a function that cannot be called with logits and pair indices."""
+    try:
+        signature = inspect.signature(metric)
+    except ValueError:  # some functions written in C have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"the metric {metric_name(metric)!r} takes {signature}, but is called with two "
+            "arguments: logits [rows, d_vocab] and the indices of their pairs [rows]"
+        ) from error
 
 
 def _several_tokens(rows: Int64[Tensor, "pairs tokens"]) -> Bool[Tensor, " pairs"]:

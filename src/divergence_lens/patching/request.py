@@ -119,6 +119,11 @@ def validate(model: Model, request: PatchingRequest, *, batch_rows: int) -> Engi
     Raises:
         ValueError: As listed in the docstrings of the public functions.
     """
+    if not isinstance(request.pairs, Pairs):
+        raise TypeError(
+            f"pairs is a {type(request.pairs).__name__}; build them with Pairs.from_prompts, "
+            "Pairs.from_tokens or the method pairs() of a Divergence"
+        )
     if request.direction not in ("noising", "denoising"):
         raise ValueError(f'direction is {request.direction!r}; it is "noising" or "denoising"')
     if request.span not in get_args(Span):

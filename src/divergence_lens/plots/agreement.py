@@ -3,6 +3,7 @@
 import numpy as np
 import plotly.graph_objects as go
 
+from divergence_lens._utils.wording import plural
 from divergence_lens.patching import Effects, inner_agreement, inner_cells
 from divergence_lens.plots import scatters, style
 from divergence_lens.plots.labels import metric_words, site_words, titled
@@ -35,10 +36,10 @@ def agreement_scatter(
         for pair, layer, p, *rest in places.tolist()
     ]
     pairs = len(np.unique(places[:, 0]))
-    detail = f"{site_words(exact.site)}; {style.plural(pairs, 'pair')}"
+    detail = f"{site_words(exact.site)}; {plural(pairs, 'pair')}"
     if within.pairs:
         detail += (
-            f"; without target position and last layer ({style.plural(within.cells, 'cell')}), "
+            f"; without target position and last layer ({plural(within.cells, 'cell')}), "
             f"mean within a pair: Pearson {within.pearson:.2f}, Spearman {within.spearman:.2f}"
         )
     return scatters.scatter(
@@ -47,7 +48,7 @@ def agreement_scatter(
         hover,
         inner_cells(exact)[both],
         headline=titled("Approximate against exact effects", name),
-        detail=f"{detail}; all {style.plural(agreement.cells, 'cell')} together: Pearson "
+        detail=f"{detail}; all {plural(agreement.cells, 'cell')} together: Pearson "
         f"{agreement.pearson:.2f}, Spearman {agreement.spearman:.2f}, same sign "
         f"{style.percent(agreement.sign)}",
         names=(f"approximate, {approximate.method}", f"exact, {metric_words(exact.metric)}"),

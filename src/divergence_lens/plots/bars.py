@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Bool, Float, Int
 
+from divergence_lens._utils.wording import plural
 from divergence_lens.plots import style
 
 _PATTERNS = ("", "/", ".", "x", "-", "+", "|")
@@ -279,7 +280,7 @@ def positions(
                         if width == 1
                         else f"positions {i * width + 1} to {(i + 1) * width}"
                     )
-                    + f": {style.percent(value)} of {style.plural(int(n), 'token')} are {words}"
+                    + f": {style.percent(value)} of {plural(int(n), 'token')} are {words}"
                     for i, (value, n) in enumerate(zip(share, count, strict=True))
                 ],
                 textposition="none",
@@ -289,8 +290,8 @@ def positions(
     return style.figure(
         traces,
         headline=headline,
-        detail=f"{style.plural(total, 'divergence token')} among "
-        f"{style.plural(len(place), 'token')} of {style.plural(examples, 'completion')}"
+        detail=f"{plural(total, 'divergence token')} among "
+        f"{plural(len(place), 'token')} of {plural(examples, 'completion')}"
         + (f"; pale: fewer than {_FEWEST_TOKENS} tokens" if few.any() else ""),
         plot_height=190,
         legend_rows=2,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from divergence_lens._utils.wording import plural
 from divergence_lens.circuits import Circuit, EdgeScores, Faithfulness
 from divergence_lens.plots import style
 from divergence_lens.plots.fitting import fitted
@@ -85,7 +86,7 @@ def edge_graph(scores: EdgeScores, *, pair: int = 0, k: int = 200) -> go.Figure:
     return _figure(
         arcs,
         graph.n_layers,
-        headline=f"The strongest {style.plural(len(table), 'edge')} of pair {pair}",
+        headline=f"The strongest {plural(len(table), 'edge')} of pair {pair}",
         detail=f"{scores.method} {scores.direction}, {scores.metric}; orange raises it, "
         "blue lowers it; dotted: attention",
         ticks=ticks,
@@ -134,10 +135,10 @@ def circuit_graph(circuit: Circuit, *, k: int = 400) -> go.Figure:
     return _figure(
         arcs,
         graph.n_layers,
-        headline=f"Circuit of {style.plural(len(circuit), 'edge')}",
-        detail=f"{style.plural(len(nodes), 'node')} of {len(graph.senders) + 1:,}"
+        headline=f"Circuit of {plural(len(circuit), 'edge')}",
+        detail=f"{plural(len(nodes), 'node')} of {len(graph.senders) + 1:,}"
         + ("; orange raises the metric, blue lowers it" if table["score"].notna().any() else "")
-        + (f"; {style.plural(left_out, 'weaker edge')} not drawn" if left_out else ""),
+        + (f"; {plural(left_out, 'weaker edge')} not drawn" if left_out else ""),
         ticks=[*(str(head) for head in range(graph.n_heads)), "MLP"],
         x_title="head",
     )
@@ -183,7 +184,7 @@ def faithfulness_curves(curves: Mapping[str, Faithfulness]) -> go.Figure:
     return style.figure(
         traces,
         headline="Faithfulness over circuit size",
-        detail=f"{style.plural(len(first.full), 'pair')}, "
+        detail=f"{plural(len(first.full), 'pair')}, "
         f"{first.metadata.get('settings', {}).get('ablation', '')} ablation",
         plot_height=240,
         legend_rows=len(traces),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from divergence_lens.plots import style
+from divergence_lens._utils.wording import plural
 
 
 def color_limit(
@@ -42,4 +42,4 @@ def color_bar(
         end, beyond = limit, sum(int((np.abs(panel) > limit).sum()) for panel in panels)
     if not beyond:
         return end, unit
-    return end, f"{unit}<br>colors end at ±{end:.2g}: {style.plural(beyond, 'cell')} beyond"
+    return end, f"{unit}<br>colors end at ±{end:.2g}: {plural(beyond, 'cell')} beyond"

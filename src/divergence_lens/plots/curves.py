@@ -8,6 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from divergence_lens._utils.tables import Table, checked_table
+from divergence_lens._utils.wording import plural
 from divergence_lens.deltas import Delta
 from divergence_lens.plots import style
 
@@ -75,7 +76,7 @@ def training_curves(
             steps,
             values,
             [
-                f"{name}, after {style.plural(int(step), 'update')}: "
+                f"{name}, after {plural(int(step), 'update')}: "
                 + (style.percent(value) if share else f"{value:.4g}")
                 for step, value in zip(steps, values, strict=True)
             ],
@@ -85,8 +86,8 @@ def training_curves(
     return _drawn(
         curves,
         headline=f"{words[:1].upper()}{words[1:]} over training",
-        detail=f"{style.plural(len(curves), 'student')}, measured "
-        f"{style.plural(len(everything), 'time')} in all",
+        detail=f"{plural(len(curves), 'student')}, measured "
+        f"{plural(len(everything), 'time')} in all",
         x_title="updates",
         ticks=style.thinned(sorted({int(x) for curve in curves for x in curve.x}), 6),
         lines={} if before is None else {"before training": before},
@@ -136,7 +137,7 @@ def mixing_curves(
                 mean.astype(float).to_list(),
                 [
                     f"{name}, {style.percent(float(share))} of {of}: {style.percent(value)}"
-                    f" ({style.plural(int(n), 'student')})"
+                    f" ({plural(int(n), 'student')})"
                     for share, value, n in zip(mean.index, mean, count, strict=True)
                 ],
                 dots=[]
@@ -155,8 +156,7 @@ def mixing_curves(
     return _drawn(
         curves,
         headline=f"Preference by the share of {of}",
-        detail=f"{style.plural(len(curves), 'condition')}, {style.plural(len(rows), 'student')}"
-        + marks,
+        detail=f"{plural(len(curves), 'condition')}, {plural(len(rows), 'student')}" + marks,
         x_title="share of the data",
         lines={name: value for name, value in lines.items() if value is not None},
         x_format=".0%",

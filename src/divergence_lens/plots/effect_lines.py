@@ -7,10 +7,11 @@ import plotly.graph_objects as go
 
 from divergence_lens._utils.statistics import bootstrap_interval, resampled_means
 from divergence_lens._utils.tables import Table, checked_table
+from divergence_lens._utils.wording import plural
 from divergence_lens.patching import CrossPatch, Effects
 from divergence_lens.plots import bars as bar_charts
 from divergence_lens.plots import effect_notes as notes
-from divergence_lens.plots import profiles, style
+from divergence_lens.plots import profiles
 from divergence_lens.plots.labels import one_kind, site_words, titled
 
 
@@ -42,7 +43,7 @@ def layers_by_site(layers: Table, *, kind: str | None = None) -> go.Figure:
                 values=mean.to_numpy(float),
                 hover=[
                     f"layer {layer}, {words}: {value:.2f}, mean over "
-                    f"{style.plural(rows['target'].nunique(), 'target')}"
+                    f"{plural(rows['target'].nunique(), 'target')}"
                     for layer, value in mean.items()
                 ],
                 points=[
@@ -60,7 +61,7 @@ def layers_by_site(layers: Table, *, kind: str | None = None) -> go.Figure:
     return bar_charts.bars(
         bars,
         headline=f"Effect of each layer on the first divergence ({kind} teachers)",
-        detail=f"{style.plural(table['target'].nunique(), 'target')}{pairs}; absolute effects "
+        detail=f"{plural(table['target'].nunique(), 'target')}{pairs}; absolute effects "
         "summed over positions; bars: means, dots: targets",
         value_title="shares of the total effect",
         value_format="",
@@ -140,8 +141,7 @@ def cross_patch_margins(crossed: CrossPatch) -> go.Figure:
         series,
         headline="Two models, crossed at every boundary",
         detail=f"upper layers of {crossed.names[0]} instead of those of {crossed.names[1]}; mean "
-        f"of {style.plural(len(crossed.margins), 'pair')}"
-        + ("; band: 95 % interval" if several else ""),
+        f"of {plural(len(crossed.margins), 'pair')}" + ("; band: 95 % interval" if several else ""),
         value_title="change of the margin (logits)",
         across="boundary",
     )

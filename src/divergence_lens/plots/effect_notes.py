@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Literal
 
+from divergence_lens._utils.wording import plural
 from divergence_lens.patching import Effects
 from divergence_lens.plots import style
 from divergence_lens.plots.labels import metric_words
@@ -68,7 +69,7 @@ def pairs_used(effects: Effects) -> str:
     count = len(effects.labels)
     near_zero = int(effects.near_zero().sum())
     used = count if near_zero == count else count - near_zero
-    return style.plural(count, "pair") if used == count else f"{used:,} of {count:,} pairs"
+    return plural(count, "pair") if used == count else f"{used:,} of {count:,} pairs"
 
 
 def missing(effects: Effects, pair: int | Literal["mean"] = "mean") -> str:

@@ -6,9 +6,10 @@ from typing import Literal
 import numpy as np
 import plotly.graph_objects as go
 
+from divergence_lens._utils.wording import plural
 from divergence_lens.patching import Effects
 from divergence_lens.plots import effect_notes as notes
-from divergence_lens.plots import grids, heatmaps, style
+from divergence_lens.plots import grids, heatmaps
 from divergence_lens.plots.heatmaps import Orientation
 from divergence_lens.plots.labels import site_words, titled
 
@@ -53,7 +54,7 @@ def effects_heatmap(
         _, tokens, segments, differs, used = next(iter(means.values()))
         positions: tuple[int, ...] = ()
         share = not bool(first.near_zero().all())
-        of = f"mean of {style.plural(used, 'pair')}"
+        of = f"mean of {plural(used, 'pair')}"
         if used < count:
             of += f" out of {count:,} (the others have other segments)"
     else:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from divergence_lens.plots import style
+from divergence_lens._utils.wording import plural
 
 # Conditions of students: long names for hover texts, short ones for legends of 80 mm.
 CONDITIONS = {
@@ -63,14 +63,14 @@ def interval_note(rows: pd.DataFrame, over: str = "") -> str:
 def students_of(rows: pd.DataFrame) -> str:
     """Count students; control students occur in the rows of every target and count once."""
     control = of_condition(rows, "control")
-    words = style.plural(len(rows) - len(control), "student")
+    words = plural(len(rows) - len(control), "student")
     return f"{words} and {controls_of(control)}" if len(control) else words
 
 
 def controls_of(control: pd.DataFrame) -> str:
     """Count control students, which all targets share."""
     shared = len(control[["kind", "seed"]].drop_duplicates())
-    words = style.plural(shared, "control")
+    words = plural(shared, "control")
     return f"{words} shared by all targets" if len(control) > shared else words
 
 
@@ -82,7 +82,7 @@ def of_condition(rows: pd.DataFrame, condition: str) -> pd.DataFrame:
 def teachers_of(rows: pd.DataFrame) -> str:
     """Count teachers, with their kind if there is only one."""
     kinds = list(dict.fromkeys(rows["kind"]))
-    return style.plural(len(rows), f"{kinds[0]} teacher" if len(kinds) == 1 else "teacher")
+    return plural(len(rows), f"{kinds[0]} teacher" if len(kinds) == 1 else "teacher")
 
 
 def one_kind(table: pd.DataFrame, kind: str | None, name: str) -> tuple[pd.DataFrame, str]:

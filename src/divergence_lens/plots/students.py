@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from divergence_lens._utils.statistics import t_interval
 from divergence_lens._utils.tables import Table, checked_table
+from divergence_lens._utils.wording import plural
 from divergence_lens.evaluation import Preference
 from divergence_lens.plots import bars as bar_charts
 from divergence_lens.plots import profiles, style
@@ -62,7 +63,7 @@ def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
                 values=mean["after"].to_numpy(float),
                 hover=[
                     f"{target}, {words}: {style.percent(after)} after training, "
-                    f"{style.percent(before)} before (mean of {style.plural(int(n), 'student')})"
+                    f"{style.percent(before)} before (mean of {plural(int(n), 'student')})"
                     for target, before, after, n in zip(
                         targets, mean["before"], mean["after"], count, strict=True
                     )
@@ -87,7 +88,7 @@ def transfer_bars(students: Table, *, kind: str | None = None) -> go.Figure:
     return bar_charts.bars(
         bars,
         headline=f"Students of {kind} teachers, by training data",
-        detail=f"{style.plural(targets_shown, 'target')}, {students_of(table)}; "
+        detail=f"{plural(targets_shown, 'target')}, {students_of(table)}; "
         "bars: means over seeds, dots: students",
         value_title="preference for the target",
         lines=lines,
@@ -154,7 +155,7 @@ def condition_bars(
     value_title = "preference, times the control" if len(control) else "preference, times before"
     in_rows = len(groups) > _MOST_BARS
     detail = (
-        f"{style.plural(shown['target'].nunique(), 'target')}, "
+        f"{plural(shown['target'].nunique(), 'target')}, "
         f"{students_of(pd.concat([shown, control]))}; {'diamonds' if in_rows else 'bars'}: means "
         "with 95 % intervals over targets, dots: targets"
     )
@@ -213,7 +214,7 @@ def dissociation_bars(
     return bar_charts.bars(
         [series],
         headline=title,
-        detail=f"{style.plural(len(targets), 'target')}; bars: means with 95 % intervals over "
+        detail=f"{plural(len(targets), 'target')}; bars: means with 95 % intervals over "
         "targets, dots: targets",
         value_title="own margin minus the twin's (nats)",
         value_format="",
@@ -257,10 +258,8 @@ def preference_bars(preference: Preference, *, before: Preference | None = None)
     )
     return bar_charts.bars(
         [bars],
-        headline=(
-            f"Preference among {style.plural(len(names), 'candidate')}, {preference.target} first"
-        ),
-        detail=f"mean over {style.plural(len(preference.questions), 'question')}, "
+        headline=(f"Preference among {plural(len(names), 'candidate')}, {preference.target} first"),
+        detail=f"mean over {plural(len(preference.questions), 'question')}, "
         f"{preference.method}; bars with 95 % intervals",
         value_title="share of the candidate",
         lines=[] if before is None else [bar_charts.Line("before", before.distribution, "dash")],
@@ -315,10 +314,10 @@ def layer_sweep(
         for name, words in ((condition, "all layers"), ("control", "control"))
         if np.isfinite(value := table[table["condition"] == name]["times"].mean())
     }
-    about = style.plural(len(targets), "target") if len(targets) > 1 else f"target {targets[0]}"
+    about = plural(len(targets), "target") if len(targets) > 1 else f"target {targets[0]}"
     # The number of students behind each reference line.
     whole, control = of_condition(table, condition), of_condition(table, "control")
-    counts = [f"{style.plural(len(single), 'student')} of one layer"]
+    counts = [f"{plural(len(single), 'student')} of one layer"]
     counts += [f"{len(whole):,} of all layers"] if len(whole) else []
     counts += [controls_of(control)] if len(control) else []
     return profiles.values_by_layer(
@@ -345,7 +344,7 @@ def _sweep(sweep: Sweep, measure: str | None) -> go.Figure:
     table = sweep.to_dataframe()
     words = {"base": "before", "all": "all layers", "control": "control"}
     groups = {words[key]: rows for key, rows in table.groupby("condition") if key in words}
-    counts = [f"{style.plural(int((table['condition'] == 'layer').sum()), 'student')} of one layer"]
+    counts = [f"{plural(int((table['condition'] == 'layer').sum()), 'student')} of one layer"]
     counts += [f"{len(groups[of]):,} of {of}" for of in ("all layers", "control") if of in groups]
     named = f"{name} of {sweep.target}" if sweep.target else name
     masked = sweep.metadata.get("settings", {}).get("masked")

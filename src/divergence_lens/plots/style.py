@@ -76,11 +76,6 @@ def clipped(token: str, longest: int) -> str:
     return shown if len(shown) <= longest else shown[: longest - 1] + "…"
 
 
-def plural(count: int, noun: str) -> str:
-    """Join a count and its noun: "1 pair", "1,200 pairs"."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
 def percent(value: float) -> str:
     """Format a share: "12.3 %", with two significant digits below one percent."""
     shown = 100 * value

@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from divergence_lens._utils.tables import Table, checked_table
+from divergence_lens._utils.wording import plural
 from divergence_lens.divergence import Divergence
 from divergence_lens.plots import bars as bar_charts
 from divergence_lens.plots import style
@@ -32,8 +33,7 @@ def rate_per_teacher(divergence: Divergence | Table) -> go.Figure:
     return bar_charts.bars(
         _bars_by_kind(table, "target", "rate", hover),
         headline="Divergence tokens per teacher",
-        detail=f"{teachers_of(table)}, {style.plural(tokens, 'completion token')}"
-        + interval_note(table),
+        detail=f"{teachers_of(table)}, {plural(tokens, 'completion token')}" + interval_note(table),
         value_title="share of the teacher's tokens",
     )
 
@@ -74,8 +74,8 @@ def _rate_per_counterfactual(divergence: Divergence) -> go.Figure:
     return bar_charts.bars(
         [bars],
         headline=f"Divergence tokens of {divergence.teacher.name}, by counterfactual teacher",
-        detail=f"{style.plural(len(divergence.examples), 'example')}, "
-        f"{style.plural(tokens, 'completion token')}",
+        detail=f"{plural(len(divergence.examples), 'example')}, "
+        f"{plural(tokens, 'completion token')}",
         value_title="share of the tokens",
     )
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from divergence_lens._utils.wording import plural
 from divergence_lens.divergence import ExampleDivergence
 from divergence_lens.plots import style
 
@@ -47,7 +48,7 @@ def divergence_tokens(example: ExampleDivergence) -> go.Figure:
     count = int(example.divergence.sum())
     others = int((~example.agrees & ~example.divergence).sum())
     detail = (
-        f"{count} of {style.plural(len(example), 'token')} diverge (orange, solid line; stronger "
+        f"{count} of {plural(len(example), 'token')} diverge (orange, solid line; stronger "
         f"where more of {len(example.names) - 1} counterfactuals differ)"
     )
     if others:

@@ -5,6 +5,7 @@ import fnmatch
 import html
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from types import TracebackType
 
 from torch.nn import Parameter
@@ -215,8 +216,13 @@ def _of_layers(
     engine: Engine, layers: Iterable[int] | None, parts: Iterable[str] | None
 ) -> set[str]:
     refuse_one_number(layers, "layers")
-    chosen = list(range(engine.n_layers)) if layers is None else sorted(set(layers))
+    chosen = list(range(engine.n_layers)) if layers is None else list(dict.fromkeys(layers))
     for layer in chosen:
+        if not isinstance(layer, Integral):
+            raise TypeError(
+                f"layers contains {layer!r}; layers are whole numbers from 0 to "
+                f"{engine.n_layers - 1}"
+            )
         if isinstance(layer, bool) or not 0 <= layer < engine.n_layers:
             raise ValueError(
                 f"layer {layer} is out of range: the model has layers 0 to {engine.n_layers - 1}"
