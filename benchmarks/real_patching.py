@@ -15,12 +15,12 @@ The baseline of the exact rows is TransformerLens's `generic_activation_patch`, 
 once per cell; its time is measured on `--cells` random cells and multiplied. It runs on two
 models: one with weights in memory as TransformerLens stores them, which its products copy, and
 ours, whose weights are views that they do not copy. The baseline of `integrated` is one trace per
-layer and step, measured on three layers and multiplied. That of
-`gradient` is two forward passes and one backward pass of the Hugging Face model, without gradients
-of the weights and with logits of the last position only. Sides alternate for `--repeats` rounds;
-the table shows medians of CPU seconds over all threads, which other programs hardly affect, and
-the range of the ratio. Results are compared, and the command stops at a difference above 1e-3 of
-the largest value.
+layer and step, measured on three layers and multiplied. That of `gradient` is two forward passes
+and one backward pass of the Hugging Face model, without gradients of the weights and with logits of
+the last position only. Sides alternate for `--repeats` rounds; the table shows medians of CPU
+seconds over all threads, which other programs hardly affect, and the range of the ratio. TFLOP
+counts the operations of the matrix products in the first round, which takes hardly longer for it.
+Results are compared, and the command stops at a difference above 1e-3 of the largest value.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from statistics import median
 from typing import Any
@@ -38,6 +39,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import numpy as np
 import pandas as pd
 import torch
+from products import Products
 from transformer_lens import patching
 from transformers import AutoModelForCausalLM
 
@@ -198,22 +200,31 @@ def compare(
     """Alternate all sides and print one row per baseline."""
     mine: list[float] = []
     theirs: dict[str, list[float]] = {label: [] for label in peers}
+    scales = {
+        label: peer.total / cells if isinstance(peer, ExactLoop) else peer.total
+        for label, peer in peers.items()
+    }
     worst = 0.0
-    for _ in range(repeats):
-        effects, seconds = timed(ours)
+    counted, others = Products(), {label: Products() for label in peers}
+    for repeat in range(repeats):
+        with counted if repeat == 0 else nullcontext():
+            effects, seconds = timed(ours)
         mine.append(seconds)
         for label, peer in peers.items():
-            values, seconds = timed(peer)
-            scale = peer.total / cells if isinstance(peer, ExactLoop) else peer.total
+            with others[label] if repeat == 0 else nullcontext():
+                values, seconds = timed(peer)
+            scale = scales[label]
             theirs[label].append(seconds * scale)
             worst = max(worst, peer.difference(effects, values))
     if worst > TOLERANCE:
         raise SystemExit(f"{name}: results differ by {worst:.1e} of the largest value")
     for label, times in theirs.items():
         ratios = [b / a for a, b in zip(mine, times, strict=True)]
+        arithmetic = counted.flops / 1e12, others[label].flops * scales[label] / 1e12
         print(
             f"| {name} | {median(mine):.2f} s | {label}: {median(times):.1f} s | "
-            f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {worst:.0e} |",
+            f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
+            f"{arithmetic[0]:.3g} | {arithmetic[1]:.3g} | {worst:.0e} |",
             flush=True,
         )
 
@@ -240,7 +251,10 @@ def main() -> None:
     warnings.simplefilter("ignore", DeprecationWarning)
     plain = dl.load_model(options.model, backend="hooked")
     stored = with_own_weights(plain) if any("exact" in row for row in options.rows) else None
-    print("| row | ours | baseline | ratio (range) | largest difference |\n|---|---|---|---|---|")
+    print(
+        "| row | ours | baseline | ratio (range) | TFLOP, ours | TFLOP, baseline | largest "
+        "difference |\n|---|---|---|---|---|---|---|"
+    )
     for backend in options.backend:
         model = plain if backend == "hooked" else dl.load_model(options.model, backend=backend)
         for row in options.rows:
