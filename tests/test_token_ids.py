@@ -23,7 +23,10 @@ ENTRIES = {
     "a row": lambda model, bad: dl.load_examples([{"prompt": "a", "completion_ids": [1, bad]}]),
     "a row of ids": lambda model, bad: dl.load_examples([[1, 2, bad]]),
     "data for find_divergence": lambda model, bad: dl.find_divergence(
-        model, [[1, 2, bad]], teacher=dl.Teacher("a"), counterfactuals=[dl.Teacher("b")]
+        model,
+        [[1, 2, bad]],
+        teacher=dl.Teacher("a"),
+        counterfactuals=[dl.Teacher("b", model=model)],
     ),
     "a prompt of ids": lambda model, bad: dl.Example((1, bad), completion_ids=(1,)),
     "a clean row": lambda model, bad: dl.Pairs.from_tokens([[1, bad]], [[1, 2]]),

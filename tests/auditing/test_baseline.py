@@ -51,12 +51,11 @@ def test_lists_under_a_pattern_are_compared_among_its_tokens(base):
     prompts = dl.number_prompts(12, seed=1)
     data = dl.generate(base, prompts, pattern=PATTERN, temperature=1.0, seed=1)
     fitted = fit_baseline(base, data, PLAIN, pattern=PATTERN)
-    by_hand = [
-        dl.find_divergence(
-            base, data, teacher=PLAIN[0], counterfactuals=[dl.Teacher("other")], pattern=PATTERN
-        ).logprob[0]
-    ]
-    assert fitted.logprob["plain"] == pytest.approx(float(np.mean(by_hand)), abs=1e-5)
+    owl = dl.animal_teachers(["owl"])
+    by_hand = dl.find_divergence(
+        base, data, teacher=PLAIN[0], counterfactuals=owl, pattern=PATTERN
+    ).logprob[0]
+    assert fitted.logprob["plain"] == pytest.approx(float(by_hand.mean()), abs=1e-5)
     assert fitted.temperature == pytest.approx(1, abs=0.25)
     with pytest.raises(ValueError, match="example 0: token"):
         fit_baseline(

@@ -83,6 +83,7 @@ def test_kl_is_that_of_hugging_faces_distributions(div, hf, model, examples):
     assert div.kl.max() > 0.1
 
 
+@pytest.mark.filterwarnings("ignore:the counterfactual")
 def test_equal_conditions_diverge_nowhere(model, examples):
     same = Teacher("also owl", system_prompt=OWL.system_prompt)
     found = find_divergence(model, examples, teacher=OWL, counterfactuals=[same], kl=True)
