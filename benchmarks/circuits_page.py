@@ -6,7 +6,7 @@ The tables are those that `circuits_real.py` and `circuits_divergence.py` wrote.
 """
 
 import json
-from typing import Any
+import textwrap
 
 import pandas as pd
 from tables import ROOT, table, write_section
@@ -48,54 +48,76 @@ def formats() -> str:
     return table(["format", "right color preferred", "mean margin, logits"], rows)
 
 
-def tokens() -> str:
+def tokens(bias: str) -> str:
     """The divergence tokens with the largest margins."""
-    every = pd.read_csv(RESULTS / "divergence-tokens.csv", dtype={"answer": str, "foil": str})
+    every = pd.read_csv(RESULTS / f"{bias}-tokens.csv", dtype={"answer": str, "foil": str})
+    columns = {
+        "at 1.0%": "at 1 %",
+        "at 10.0%": "10 %",
+        "at 20.0%": "20 %",
+        "cmd": "CMD",
+        "of the others": "10 % of the others",
+        "random": "10 % at random",
+    }
+    columns = {name: title for name, title in columns.items() if name in every}
     rows = [
         [
             f"{row['factual']} against {row['counterfactual']}",
             f"`{row['answer']}`, not `{row['foil']}`",
             f"{row['clean']:+.2f} and {row['corrupted']:+.2f}",
-            *(f"{row[f'at {share}']:.2f}" for share in ("1.0%", "10.0%", "20.0%")),
-            f"{row['cmd']:.2f}",
+            *(f"{row[name]:.2f}" for name in columns),
         ]
         for _, row in every.iterrows()
     ]
-    head = [
-        "teachers",
-        "token",
-        "metric of both runs",
-        "faithfulness at 1 %",
-        "10 %",
-        "20 %",
-        "CMD",
-    ]
-    return table(head, rows)
+    return table(["teachers", "token", "metric of both runs", *columns.values()], rows)
 
 
-def best() -> str:
-    """Who reads the bias span, and who writes the digit, for the best token."""
-    reads = pd.read_csv(RESULTS / "divergence-reads-bias.csv")
-    writes = pd.read_csv(RESULTS / "divergence-writes-logits.csv")
-    rows: list[list[Any]] = [
-        [f"`{a.receiver}`", f"{a.score:+.3f}", f"`{b.sender}`", f"{b.score:+.3f}"]
-        for a, b in zip(reads.itertuples(), writes.itertuples(), strict=False)
+def best(bias: str) -> str:
+    """The receivers that read the bias span, and the writers of the digit, for the best token."""
+    reads = pd.read_csv(RESULTS / f"{bias}-reads-bias.csv").add_prefix("read ")
+    writes = pd.read_csv(RESULTS / f"{bias}-writes-logits.csv").add_prefix("write ")
+    both = pd.concat([reads, writes], axis=1)
+    columns = {
+        "read receiver": ("reads the bias span", "`{}`"),
+        "read score": ("score", "{:+.3f}"),
+        "read tokens": ("tokens", "{}"),
+        "write sender": ("writes to the logits", "`{}`"),
+        "write score": ("score", "{:+.3f}"),
+        "write tokens": ("tokens", "{}"),
+    }
+    columns = {name: column for name, column in columns.items() if name in both}
+    rows = [
+        [shape.format(row[name]) for name, (_, shape) in columns.items()]
+        for _, row in both.iterrows()
     ]
-    return table(["reads the bias span", "score", "writes to the logits", "score"], rows)
+    return table([title for title, _ in columns.values()], rows)
+
+
+def checks(bias: str) -> str:
+    """How path patching agrees, and how many heads two tokens share."""
+    stats = json.loads((RESULTS / f"{bias}.json").read_text(encoding="utf-8"))
+    checked, shared = stats["verified"], stats.get("overlap")
+    text = (
+        f"Path patching of {checked['cells']} cells agrees: Pearson {checked['pearson']:.3f}, "
+        f"slope {checked['slope']:.2f}."
+    )
+    if shared:
+        text += (
+            f" Of the {shared['heads']} heads that read the bias span most, two tokens share "
+            f"{shared['shared']:.1f} on average, and {shared['by chance']:.1f} (at most "
+            f"{shared['largest by chance']:.1f}) if the heads of each layer are exchanged at "
+            "random."
+        )
+    return textwrap.fill(text, 120)
 
 
 def main() -> None:
     """Write every section."""
     write_section(PAGE, "ioi", curves("ioi"))
     write_section(PAGE, "formats", formats())
-    stats = json.loads((RESULTS / "divergence.json").read_text(encoding="utf-8"))
-    checked = stats["verified"]
-    text = (
-        f"Path patching of {checked['cells']} cells agrees: Pearson {checked['pearson']:.3f}, "
-        f"slope {checked['slope']:.2f}."
-    )
-    write_section(PAGE, "tokens", tokens())
-    write_section(PAGE, "best", f"{best()}\n\n{text}")
+    for bias in ("animals", "numbers"):
+        write_section(PAGE, f"{bias} tokens", tokens(bias))
+        write_section(PAGE, f"{bias} parts", f"{best(bias)}\n\n{checks(bias)}")
 
 
 if __name__ == "__main__":
