@@ -5,7 +5,13 @@ import pytest
 import divergence_lens as dl
 from tests.support.patching_oracles import random_pairs
 
-CALLS = (dl.causal_mediation, dl.attribution_patch, dl.edge_scores, dl.path_patch)
+CALLS = {
+    dl.causal_mediation: {},
+    dl.attribution_patch: {},
+    dl.attention_patterns: {"heads": [(0, 0)]},
+    dl.edge_scores: {},
+    dl.path_patch: {"edges": [("m0", "logits")]},
+}
 
 
 @pytest.fixture
@@ -17,9 +23,14 @@ def model(model_of):
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("pairs", [["one prompt", "another"], {"clean": ["one prompt"]}, None])
 def test_pairs_of_another_type_are_refused(model, call, pairs):
-    options = {"edges": [("m0", "logits")]} if call is dl.path_patch else {}
     with pytest.raises(TypeError, match=rf"pairs is a {type(pairs).__name__}; build them with"):
-        call(model, pairs, **options)
+        call(model, pairs, **CALLS[call])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_cross_patching_prompts_is_refused(model):
+    with pytest.raises(TypeError, match="pairs is a list; build them with"):
+        dl.cross_patch(model, model, ["one prompt"])
 
 
 @pytest.mark.parametrize("call", [dl.causal_mediation, dl.attribution_patch])

@@ -13,7 +13,7 @@ from divergence_lens.pairs.answers import NO_TOKEN, without_padding
 from divergence_lens.pairs.bias_words import answers_naming_bias
 from divergence_lens.pairs.disagreements import check_tokenizers
 from divergence_lens.pairs.inputs import Rows, weights_key
-from divergence_lens.pairs.pairs import Pairs
+from divergence_lens.pairs.pairs import Pairs, check_pairs
 from divergence_lens.pairs.view import token_boxes
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Rows",
     "align",
     "answers_naming_bias",
+    "check_pairs",
     "check_tokenizers",
     "target_column",
     "token_boxes",

@@ -373,3 +373,16 @@ class Pairs(PairRows):
             row[target] = True
         answers = (self.answer_labels[:5], self.foil_labels[:5])
         return pairs_html(len(self), self.labels[:5], self.segments[:5], marked, answers)
+
+
+def check_pairs(pairs: object) -> None:
+    """Refuse anything but pairs, such as a list of prompts.
+
+    Raises:
+        TypeError: Names its type and the ways to build pairs.
+    """
+    if not isinstance(pairs, Pairs):
+        raise TypeError(
+            f"pairs is a {type(pairs).__name__}; build them with Pairs.from_prompts, "
+            "Pairs.from_tokens or the method pairs() of a Divergence"
+        )

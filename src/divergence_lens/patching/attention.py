@@ -22,7 +22,7 @@ from divergence_lens._utils.storage import load_tensors, save_tensors
 from divergence_lens._utils.wording import plural
 from divergence_lens.engine import SiteFunction, get_engine
 from divergence_lens.models import Model
-from divergence_lens.pairs import Pairs, target_column
+from divergence_lens.pairs import Pairs, check_pairs, target_column
 from divergence_lens.patching.cells import cells_of
 from divergence_lens.patching.trace import weights
 from divergence_lens.provenance import run_metadata
@@ -183,6 +183,7 @@ def attention_patterns(
     Raises:
         ValueError: If no head is given, or the model has no such head or no patterns.
     """
+    check_pairs(pairs)
     chosen = _heads(heads)
     for_model = get_engine(model, causal=False)
     if "pattern" not in for_model.sites:

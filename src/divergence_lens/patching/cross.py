@@ -31,7 +31,7 @@ from divergence_lens._utils.wording import plural
 from divergence_lens.deltas import Delta
 from divergence_lens.engine import Engine, get_engine
 from divergence_lens.models import Model, model_name
-from divergence_lens.pairs import Pairs, check_tokenizers
+from divergence_lens.pairs import Pairs, check_pairs, check_tokenizers
 from divergence_lens.patching.metrics import bind, check_tokens, finite, row_readings
 from divergence_lens.patching.readings import Readings
 from divergence_lens.patching.trace import logits_at, states_at
@@ -327,6 +327,7 @@ def _last_by_boundary(
 
 
 def _check(a: Engine, b: Engine, pairs: Pairs, batch_rows: int) -> None:
+    check_pairs(pairs)
     if batch_rows < 1:
         raise ValueError(f"batch_rows is {batch_rows}; at least 1 row is needed")
     shapes = [(e.n_layers, e.d_model, e.d_vocab_out) for e in (a, b)]

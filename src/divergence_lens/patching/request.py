@@ -12,7 +12,7 @@ from torch import Tensor
 
 from divergence_lens.engine import Engine, get_engine
 from divergence_lens.models import Model
-from divergence_lens.pairs import Pairs
+from divergence_lens.pairs import Pairs, check_pairs
 from divergence_lens.patching.cells import PairCells, Span, cells_of
 from divergence_lens.patching.corruption import Corruption, EmbeddingNoise
 from divergence_lens.patching.effects import Direction
@@ -119,11 +119,7 @@ def validate(model: Model, request: PatchingRequest, *, batch_rows: int) -> Engi
     Raises:
         ValueError: As listed in the docstrings of the public functions.
     """
-    if not isinstance(request.pairs, Pairs):
-        raise TypeError(
-            f"pairs is a {type(request.pairs).__name__}; build them with Pairs.from_prompts, "
-            "Pairs.from_tokens or the method pairs() of a Divergence"
-        )
+    check_pairs(request.pairs)
     if request.direction not in ("noising", "denoising"):
         raise ValueError(f'direction is {request.direction!r}; it is "noising" or "denoising"')
     if request.span not in get_args(Span):
