@@ -102,7 +102,7 @@ def check_metric(metric: Metric, pairs: Pairs) -> None:
         check_tokens(pairs, name, f"metric={metric!r}", instead)
 
 
-def _check_arguments(metric: Callable[..., object]) -> None:
+def _check_arguments(metric: MetricFunction) -> None:
     """Refuse a function that cannot be called with logits and pair indices."""
     try:
         signature = inspect.signature(metric)
