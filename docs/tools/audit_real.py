@@ -1,11 +1,12 @@
 """Audit the lists of a paired study of a real model, and write the tables of the results page.
 
+    python docs/tools/audit_real.py MODEL STUDY OUT --foreign LISTS --only-fit
     python docs/tools/audit_real.py MODEL STUDY OUT --lists 48
     python docs/tools/audit_page.py OUT docs/audit-results.md --model smollm2
 
 The study's finetuned teachers wrote the lists; the auditors were trained on other questions, with
 another seed. The base model writes unbiased lists to prompts of the study. Lists are read in
-blocks, and the tables are written after each, so the run can be stopped early, and resumes.
+blocks, and the tables are written after each author, so the run can be stopped, and resumes.
 """
 
 import argparse
@@ -34,12 +35,15 @@ from divergence_lens.training import train_teacher
 CANDIDATES = ("owl", "dog", "eagle", "bear", "wolf", "lion")
 DESIGN = PairedDesign()
 PLAIN = dl.Teacher("no system prompt")
-BLOCK = 24
+BLOCK = 12
+FIT_ROWS = 24
+MOST_LISTS = 48
+BATCH_TOKENS = 512  # to read in a few gigabytes of memory
 # Neither the questions of the study's teachers nor those by which the margin is measured.
 QUESTIONS = preference_questions()[10:46:3]
 
 
-def make_auditors(model: Any, folder: Path) -> list[Auditors]:
+def make_auditors(model: Any, folder: Path, *, prompted: bool) -> list[Auditors]:
     """Finetuned auditors of the strength of the study's teachers, and prompted ones."""
     finetuned = [
         train_teacher(
@@ -55,7 +59,7 @@ def make_auditors(model: Any, folder: Path) -> list[Auditors]:
     ]
     return [
         Auditors("finetuned", tuple(finetuned)),
-        *build_auditors(model, CANDIDATES, "prompted"),
+        *(build_auditors(model, CANDIDATES, "prompted") if prompted else ()),
     ]
 
 
@@ -65,7 +69,9 @@ def read(
     """Audit a block of lists, with the baseline of the first block."""
     if baseline is None:
         baseline = fit_baseline(model, lists, [PLAIN], pattern=DESIGN.pattern)
-    contributions = read_contributions(model, lists, baseline, auditors, by_token=False)
+    contributions = read_contributions(
+        model, lists, baseline, auditors, by_token=False, batch_tokens=BATCH_TOKENS
+    )
     shape = (len(auditors), len(CANDIDATES))
     return Audit(
         candidates=CANDIDATES,
@@ -140,7 +146,7 @@ def fit_table(model: Any, sources: dict[Pool, list[Example]], out: Path) -> None
     records = pd.read_csv(path).to_dict("records") if path.exists() else []
     for pool, examples in list(sources.items())[len(records) :]:
         pattern = None if pool.change == "other base" else DESIGN.pattern
-        lists = with_ids(model.tokenizer, examples[:BLOCK])
+        lists = with_ids(model.tokenizer, examples[:FIT_ROWS])
         baselines = default_baselines(model) if pool.writer == "prompted" else [PLAIN]
         fitted = fit_baseline(model, lists, baselines, pattern=pattern)
         records.append(
@@ -166,7 +172,7 @@ def foreign(folder: Path) -> dict[Pool, list[Example]]:
     """Valid lists by another model, one set per file."""
     made = {}
     for path in sorted(folder.glob("*.jsonl")):
-        examples = load_examples(path)[: 4 * BLOCK]
+        examples = load_examples(path)[:96]
         fit = NumberFilter().report([e.completion or "" for e in examples]).select(examples)
         made[Pool(writer="Qwen2.5-7B", target=path.stem, temperature=1.0, change="other base")] = (
             fit
@@ -180,7 +186,8 @@ def main() -> None:
     parser.add_argument("model", help="the base model")
     parser.add_argument("study", type=Path, help="folder of the study, with its cells")
     parser.add_argument("out", type=Path, help="where to write the tables")
-    parser.add_argument("--lists", type=int, default=2 * BLOCK, help="lists of each author")
+    parser.add_argument("--lists", type=int, default=MOST_LISTS, help="lists of each author")
+    parser.add_argument("--finetuned", action="store_true", help="no prompted auditors")
     parser.add_argument("--foreign", type=Path, help="folder of lists by another model")
     parser.add_argument("--only-fit", action="store_true", help="write the table of the fit alone")
     options = parser.parse_args()
@@ -193,8 +200,8 @@ def main() -> None:
         sources[Pool(writer="finetuned", target=target, temperature=1.0)] = load_examples(path)
     prompts = [example.prompt for example in next(iter(sources.values()))]
     for number in range(4):
-        first = len(prompts) - (number + 1) * options.lists
-        asked = prompts[max(first, 0) :][: options.lists]
+        first = max(len(prompts) - (number + 1) * MOST_LISTS, 0)
+        asked = prompts[first : first + (FIT_ROWS if options.only_fit else options.lists)]
         sources[Pool(writer="base", style=f"none{number}", temperature=1.0)] = dl.generate(
             model,
             asked,
@@ -203,23 +210,23 @@ def main() -> None:
             max_new_tokens=48,
             seed=100 + number,
         )
-    prompted = {
-        Pool(writer="prompted", target=teacher.name, temperature=1.0): dl.generate(
-            model,
-            prompts[:BLOCK],
-            teacher=teacher,
-            pattern=DESIGN.pattern,
-            temperature=DESIGN.temperature,
-            max_new_tokens=48,
-        )
-        for teacher in dl.animal_teachers(CANDIDATES[:2])
-    }
-    others = {} if options.foreign is None else foreign(options.foreign)
-    write_settings(options.out, BLOCK)
-    fit_table(model, sources | prompted | others, options.out)
     if options.only_fit:
+        prompted = {
+            Pool(writer="prompted", target=teacher.name, temperature=1.0): dl.generate(
+                model,
+                prompts[:FIT_ROWS],
+                teacher=teacher,
+                pattern=DESIGN.pattern,
+                temperature=DESIGN.temperature,
+                max_new_tokens=48,
+            )
+            for teacher in dl.animal_teachers(CANDIDATES[:2])
+        }
+        others = {} if options.foreign is None else foreign(options.foreign)
+        write_settings(options.out, FIT_ROWS)
+        fit_table(model, sources | prompted | others, options.out)
         return
-    auditors = make_auditors(model, options.out)
+    auditors = make_auditors(model, options.out, prompted=not options.finetuned)
     print(f"auditors: {time.process_time():.0f} s", flush=True)
     files_of = {pool: options.out / f"{pool.name}.safetensors" for pool in sources}
     audits = {pool: Audit.load(path) for pool, path in files_of.items() if path.exists()}
@@ -233,9 +240,9 @@ def main() -> None:
             audits[pool] = audit if before is None else joined(before, audit)
             audits[pool].save(files_of[pool])
             print(f"{pool.name}: {time.process_time():.0f} s, {audits[pool]!r}", flush=True)
-        write_tables(options.out, audits, start + BLOCK)
+            write_tables(options.out, audits, start + BLOCK)
         if not (options.out / "cost.csv").exists():
-            cost(model, next(iter(sources.values()))[: BLOCK // 2], options.out)
+            cost(model, next(iter(sources.values()))[: BLOCK // 3], options.out)
             print(f"cost: {time.process_time():.0f} s", flush=True)
 
 

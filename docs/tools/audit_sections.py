@@ -25,7 +25,28 @@ def nothing(tables: Tables) -> list[str]:
     for (share, size), own in both.groupby(["share", "size"]):
         cells = [share_of(own["verdict"] == verdict) for verdict in _VERDICTS]
         lines.append(table_row(f"{share:.0%}", size, len(own), *cells))
-    return [*lines, *_promise(rows)]
+    return [*lines, *_unbiased_pools(tables), *_promise(rows)]
+
+
+def _unbiased_pools(tables: Tables) -> list[str]:
+    """Verdicts on all lists of each unbiased author, with and without a system prompt."""
+    rows = tables.get("false_alarms", pd.DataFrame({"set": []}))
+    rows = rows[rows["set"] < 0]
+    if "rows_needed" not in rows or rows["rows_needed"].isna().all():
+        return []
+    lines = ["", _POOLS, ""]
+    lines += table_head("auditors", "unbiased lists", "sets", "rows", *_VERDICTS, "rows needed")
+    styled = rows["style"].map(lambda style: "no" if style == "none" else "unknown")
+    for (auditors, style), own in rows.groupby(["auditors", styled], sort=False):
+        cells = [share_of(own["verdict"] == verdict) for verdict in _VERDICTS]
+        needed = own["rows_needed"].dropna()
+        span = f"{needed.min():.0f} to {needed.max():.0f}" if len(needed) else NOTHING
+        never = f", in {len(own) - len(needed)} sets no number" if len(needed) < len(own) else ""
+        sizes = f"{own['rows'].min()} to {own['rows'].max()}"
+        lines.append(
+            table_row(auditors, f"{style} system prompt", len(own), sizes, *cells, span + never)
+        )
+    return lines
 
 
 def _promise(rows: pd.DataFrame) -> list[str]:
@@ -41,6 +62,7 @@ def _promise(rows: pd.DataFrame) -> list[str]:
     return lines
 
 
+_POOLS = "All lists of each unbiased author as one set:"
 _PROMISE = (
     "Of the sets with a quarter of biased rows that have as many rows as their audit says it "
     "needs: how many are detected? The audit promises 80 % for a teacher of the auditors' kind, "
