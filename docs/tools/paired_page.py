@@ -74,6 +74,7 @@ _WORDS = {
     "top_quarter": "the quarter of the digits with the largest advantage",
     "dose25": "a quarter of the lists, their tenth with the largest advantage",
     "dose50": "half of the lists, their tenth with the largest advantage",
+    "unbiased_top": "the tenth of the digits of the base model's lists with the largest advantage",
     "few_rows": "a quarter of the lists four times, their tenth with the largest advantage",
     "soft": "the teacher's distributions at all digits (soft distillation)",
     "greedy": "all digits of greedy lists",

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import divergence_lens as dl
 from divergence_lens.data import TrainingData
 from divergence_lens.study import (
     PairedDesign,
@@ -118,6 +119,45 @@ def test_masks_of_digits(config, finished):
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).any()
     assert not (drawn[0] & ~digits).any()
+
+
+def test_the_same_selection_among_lists_of_the_base_model(config, finished):
+    folder, _ = finished
+    runner = CellRunner(config, folder / "run")
+    top = paired_conditions(4)["unbiased_top"]
+    masks, lists = [], []
+    for target, twin in (("owl", "cat"), ("cat", "owl")):
+        inputs = Inputs(runner, "finetuned", target)
+        data = top.data(inputs, 0)
+        masks.append(top.mask(inputs, data, 0))
+        lists.append([(e.prompt, e.completion) for e in data.examples])
+        # The advantage from plain passes of each teacher, with the digits as the only choices.
+        read = dl.find_divergence(
+            runner.model,
+            data.examples,
+            teacher=runner.teacher("finetuned", target),
+            counterfactuals=[runner.teacher("finetuned", twin)],
+            pattern=config.paired.pattern,
+        )
+        digits = digit_tokens(inputs, data, 0)
+        wanted = round(0.1 * digits.sum())
+        assert masks[-1].sum() == wanted
+        assert not (masks[-1] & ~digits).any()
+        advantage = read.advantage
+        assert advantage[masks[-1]].min() >= advantage[digits & ~masks[-1]].max() - 1e-6
+    own = [(e.prompt, e.completion) for e in runner.divergence("finetuned", "owl").examples]
+    runner.store.close()
+    assert lists[0] == lists[1] != own
+    assert not (masks[0] & masks[1]).any()
+
+
+def test_a_contrast_has_the_seeds_that_both_sides_have(finished):
+    _, study = finished
+    rows = study.table("students")
+    few = rows[(rows["condition"] != "random") | (rows["seed"] == 1)]
+    contrast = Dissociation((("all", None),), (("random", None),))({"students": few}, 3)
+    every, random = (dissociation({"students": rows}, name) for name in ("all", "random"))
+    assert contrast == {t: pytest.approx(every[t][1] - random[t][1]) for t in ("cat", "owl")}
 
 
 def test_the_dissociation_is_the_margin_minus_the_twins(finished):

@@ -38,6 +38,11 @@ _QUESTIONS = (slice(None), slice(0, None, 2), slice(1, None, 2))
 _CACHED_DIVERGENCES = 4
 
 
+def _author(name: str, source: str) -> str | None:
+    """The teacher that wrote a target's lists of a source; None for the base model."""
+    return None if source.endswith("unbiased") else name
+
+
 class DataCells:
     """The models of a study, and the cells of its teachers and data."""
 
@@ -277,7 +282,8 @@ class DataCells:
     def divergence_cell(self, kind: str, name: str, source: str | None = None) -> Cell:
         """The divergence tokens of a target's lists; of the study's own source by default."""
         source = source or self.config.source
-        settings = dict(self.lists_cell(kind, name, source).settings)
+        settings = dict(self.lists_cell(kind, _author(name, source), source).settings)
+        settings |= {"name": name}
         if self.config.paired is not None:
             settings |= {"twin": self.config.other_target(name)}
         return Cell(f"divergence/{kind}/{name}-{source}", settings)
@@ -323,7 +329,7 @@ class DataCells:
         return [self.teacher(kind, animal, other=other) for animal in [name, *rest]]
 
     def _find_divergence(self, kind: str, name: str, source: str, cell: Cell) -> dict[str, Any]:
-        examples = self.lists(kind, name, source)
+        examples = self.lists(kind, _author(name, source), source)
         divergence = self.read(kind, name, examples, other=source.startswith("other_base"))
         divergence.save(self.store.path(cell, ".safetensors"))
         return {

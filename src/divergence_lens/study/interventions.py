@@ -62,6 +62,14 @@ class Inputs:
         """The divergence of the teacher's own lists: greedy ones, or sampled in a paired study."""
         return self._cells.divergence(self.kind, self.target)
 
+    def divergence_of(self, source: str | None) -> Divergence:
+        """The divergence of other lists: "sampled", "greedy", "other_base", or "unbiased" ones.
+
+        Args:
+            source: The source of the lists; None for the teacher's own lists.
+        """
+        return self._cells.divergence(self.kind, self.target, source)
+
     @property
     def kl(self) -> Float32[np.ndarray, "counterfactuals tokens"]:
         """KL(factual || counterfactual) in nats, at every token of `divergence`."""
@@ -286,12 +294,18 @@ def other_digits(inputs: Inputs, data: TrainingData, seed: int) -> Mask:
 
 
 def extreme_digits(
-    inputs: Inputs, data: TrainingData, seed: int, *, share: float, top: bool
+    inputs: Inputs,
+    data: TrainingData,
+    seed: int,
+    *,
+    share: float,
+    top: bool,
+    source: str | None = None,
 ) -> Mask:
     """A share of the digits: those with the highest advantage, or with the lowest."""
     digits = digit_tokens(inputs, data, seed)
-    # The data are the teacher's own lists, or the first of them.
-    advantage = inputs.divergence.advantage[: len(digits)]
+    # The data are the lists of the source, or the first of them.
+    advantage = inputs.divergence_of(source).advantage[: len(digits)]
     ordered = advantage if top else -advantage
     scores = np.where(digits, ordered, -np.inf)
     return highest(scores, round(share * int(digits.sum())))

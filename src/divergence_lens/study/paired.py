@@ -215,6 +215,14 @@ def _further() -> list[Condition]:
             "the share of the digits: a quarter instead of a tenth",
             {"mask": partial(extreme_digits, share=0.25, top=True)},
         ),
+        (
+            "unbiased_top",
+            "the author: the base model wrote the lists, and `top_advantage` selects among them",
+            {
+                "data": partial(lists_from, name="unbiased"),
+                "mask": partial(extreme_digits, share=SHARE, top=True, source="unbiased"),
+            },
+        ),
         *(
             (
                 f"dose{percent}",

@@ -43,6 +43,10 @@ def dissociation(
     Returns:
         Target -> one number per seed, in nats.
     """
+    return {t: list(own.values()) for t, own in _by_seed(tables, condition, layer).items()}
+
+
+def _by_seed(tables: Tables, condition: str, layer: int | None) -> dict[str, dict[int, float]]:
     rows = table(tables, "students", "condition", "layer", "seed", "twin", "distribution")
     rows = rows[rows["condition"] == condition]
     if layer is not None:
@@ -51,11 +55,11 @@ def dissociation(
         (row["target"], row["seed"]): (row["twin"], row["distribution"])
         for row in rows.to_dict("records")
     }
-    result: dict[str, list[float]] = {}
+    result: dict[str, dict[int, float]] = {}
     for (target, seed), (twin, own) in margins.items():
         if (twin, seed) in margins:
             other = margins[twin, seed][1]
-            result.setdefault(str(target), []).append(float(own[target] - other[target]))
+            result.setdefault(str(target), {})[int(seed)] = float(own[target] - other[target])
     return result
 
 
@@ -70,7 +74,8 @@ def single_layers(tables: Tables) -> list[int]:
 class Dissociation:
     """The dissociation under conditions, minus that under other conditions.
 
-    Several conditions on one side are averaged; a target that lacks one of them is left out.
+    Several conditions on one side are averaged. Only seeds that all conditions have are used, and
+    a target without one is left out.
 
     Attributes:
         over: The conditions.
@@ -83,19 +88,24 @@ class Dissociation:
     def __call__(self, tables: Tables, last_layer: int) -> dict[str, float]:
         """One number per target, in nats."""
         layers = trained_alone(last_layer + 1)
-        sides = []
-        for side in (self.over, self.under):
-            parts = []
-            for condition, place in side:
-                layer = None if place is None else layers[place]
-                own = dissociation(tables, condition, layer)
-                parts.append({target: float(np.mean(seeds)) for target, seeds in own.items()})
-            common = set.intersection(*map(set, parts)) if parts else set()
-            sides.append({t: float(np.mean([part[t] for part in parts])) for t in common})
-        over, under = sides
-        if not self.under:
-            return dict(sorted(over.items()))
-        return {t: over[t] - under[t] for t in sorted(over) if t in under}
+        measured = [
+            [
+                _by_seed(tables, condition, None if place is None else layers[place])
+                for condition, place in side
+            ]
+            for side in (self.over, self.under)
+        ]
+        result = {}
+        for target in sorted({name for part in measured[0] for name in part}):
+            own = [[part.get(target, {}) for part in side] for side in measured]
+            seeds = set.intersection(*(set(part) for side in own for part in side))
+            if seeds:
+                over, under = (
+                    [float(np.mean([part[seed] for seed in sorted(seeds)])) for part in side]
+                    for side in own
+                )
+                result[target] = float(np.mean(over)) - (float(np.mean(under)) if under else 0.0)
+        return result
 
 
 def digit_rate(tables: Tables, _last_layer: int) -> dict[str, float]:
@@ -126,6 +136,7 @@ def _margins(
 
 _ONE_RATE = "one learning rate for all single layers, chosen by training loss on another target"
 _SELECTED = "the selection uses probabilities of both teachers, which argmax does not"
+_LAST = "added when all students of the core had been seen, before any of this condition"
 _LATER = "added when the first students of the core had been seen, before any of this condition"
 _TRANSFERS = ("all_digits_transfer",)
 
@@ -262,6 +273,22 @@ PAIRED_CLAIMS: tuple[Claim, ...] = (
         above=False,
         optional=True,
         needs=_TRANSFERS,
+    ),
+    _margins(
+        "selection_suffices",
+        "The tenth with the largest advantage of lists that the base model wrote transfers the "
+        "preference",
+        "unbiased_top",
+        caveat=_LAST,
+        optional=True,
+    ),
+    _margins(
+        "authors_matter",
+        "With the same selection, the teacher's own lists transfer more than the base model's",
+        "top_advantage",
+        "unbiased_top",
+        _LAST,
+        optional=True,
     ),
     _margins(
         "dose_matters",
