@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import divergence_lens as dl
+from divergence_lens.auditing import baseline
 from divergence_lens.auditing.baseline import MOST_SURPRISE, RARE, UNBIASED, fit_baseline, surprise
 from divergence_lens.engine import restricted
 
@@ -85,3 +86,19 @@ def test_masks_of_many_rows_may_list_fewer_ids_than_there_are_logits():
     p = restricted(torch.zeros(9, 6), possible).softmax(-1)
     shares = possible / possible.sum(-1, keepdim=True)
     torch.testing.assert_close(p, torch.cat([shares, torch.zeros(9, 2)], 1))
+
+
+@pytest.mark.parametrize(("conditions", "passes"), [(PLAIN, 1), (STYLES, 3)])
+def test_a_condition_that_is_given_is_read_once(base, lists, monkeypatch, conditions, passes):
+    read = []
+
+    def counted(*args, **options):
+        read.append(args[2].name)
+        return moments(*args, **options)
+
+    moments = baseline._moments
+    monkeypatch.setattr(baseline, "_moments", counted)
+    fitted = fit_baseline(base, lists(None, 10), conditions)
+    assert len(read) == passes
+    assert set(fitted.logprob) == {teacher.name for teacher in conditions}
+    assert max(fitted.logprob.values()) <= 0

@@ -184,11 +184,13 @@ def fit_baseline(
     allowed = None if possible is None else torch.from_numpy(possible)
     order = np.random.default_rng(seed).permutation(len(examples)).tolist()
     few, more = ([examples[row] for row in order[:most]] for most in (_CHOICE_ROWS, _FIT_ROWS))
-    logprob = {
-        t.name: float(_moments(model, few, t, possible=allowed, pattern=pattern)[0])
-        for t in teachers
-    }
-    best = max(teachers, key=lambda teacher: logprob[teacher.name])
+    logprob = {}
+    if len(teachers) > 1:
+        logprob = {
+            t.name: float(_moments(model, few, t, possible=allowed, pattern=pattern)[0])
+            for t in teachers
+        }
+    best = max(teachers, key=lambda teacher: logprob.get(teacher.name, 0.0))
     given, *rest = _moments(model, more, best, TEMPERATURES, possible=allowed, pattern=pattern)
     expected, surprise = rest[: len(TEMPERATURES)], rest[len(TEMPERATURES) :]
     # The expectation falls as the temperature rises; np.interp wants it rising.
@@ -196,7 +198,7 @@ def fit_baseline(
     return Baseline(
         best,
         fitted if temperature is None else temperature,
-        logprob,
+        logprob or {best.name: float(given)},
         tuple(kinds),
         len(teachers) == 1,
         fitted,
