@@ -40,6 +40,7 @@ NOT_YET = "not yet measured"
 _LISTS = "lists before masking"
 _NAMES = {"smollm2": "SmolLM2-135M-Instruct"}
 _COMMITTED = Path(__file__).resolve().parents[1] / "real-study"
+_RISK = "risk"  # the folder of the tables of that trait
 _TINY = "study-results"  # tables of the tiny models' study, in the same folder as the page
 # Claim of a paired study -> the claim of the tiny models' study that asks the same.
 _COUNTERPARTS = {
@@ -151,6 +152,8 @@ def paired_page(folder: str | os.PathLike[str]) -> str:
     lines += ["", "## Students", "", _ESTIMAND, "", *_student_rows(tables, settings["targets"])]
     lines += ["", "## Single layers", "", *_layer_rows(tables, settings)]
     lines += ["", "## Teachers and lists", "", *_teacher_rows(tables, settings)]
+    if (folder / _RISK / SETTINGS).exists():
+        lines += ["", "## Another trait: risk", "", *_risk_rows(folder / _RISK)]
     lines += ["", "## Sources of the paper's statements", "", _SECOND_HAND, ""]
     lines += [f"- *{name}*: {words}." for name, words in SOURCES.items()]
     return "\n".join(lines) + "\n"
@@ -280,6 +283,39 @@ def _value(finding: Finding, unit: str) -> str:
         return f"{finding.measured:.1%}{f' ({ends})' if ends else ''} of {of}"
     interval = short_interval(finding.interval)
     return f"{short_number(finding.measured, sign=True)} ({interval}) {unit}"
+
+
+def _risk_rows(folder: Path) -> list[str]:
+    """The dissociations of reckless and careful students, which are one number per seed."""
+    about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    tables = load_tables(folder)
+    paired, students = about["settings"]["paired"], tables["students"]
+    reckless = tables["teachers"].set_index("name").loc["reckless"]
+    lead = (
+        f"`--category risk`: one teacher learned reckless answers about money, the other careful "
+        f"ones, each to a margin of {paired['strength']:g} nats between whole answers to held-out "
+        "questions (the recipe does not reach the margin of the animals). They write lists of "
+        "numbers as above. With two candidates, the margin of one is the negative of the other's, "
+        "so each condition and seed has one number: the margin of the reckless answer in the "
+        "students of the reckless teacher minus that in the students of the careful one. The "
+        f"distance of the teachers themselves is {2 * reckless['margin']:.1f} nats. "
+        f"[Table of students]({folder.parent.name}/{folder.name}/{STUDENTS})."
+    )
+    rows = table_head("trained on", "nats", "seeds", "interval over seeds (95 %)", "digits")
+    sides = [(name, None) for name in dict.fromkeys(students["condition"]) if name != "layer"]
+    for condition, layer in [*sides, *(("layer", layer) for layer in single_layers(tables))]:
+        own = dissociation(tables, condition, layer).get("reckless", [])
+        if not own:
+            continue
+        mean, low, high = t_interval(own)
+        same = students[students["condition"] == condition]
+        same = same if layer is None else same[same["layer"] == layer]
+        words = _WORDS.get(condition, condition) if layer is None else f"layer {layer} alone, largest advantage"
+        rows.append(
+            f"| {words} | {short_number(mean, sign=True)} | {len(own)} | "
+            f"{short_interval((low, high))} | {same['tokens'].mean():,.0f} |"
+        )
+    return [lead, "", *rows]
 
 
 def _student_rows(tables: Mapping[str, pd.DataFrame], targets: Sequence[str]) -> list[str]:
