@@ -232,7 +232,9 @@ def _alarms(tables: Tables) -> list[str]:
     every = tables["false_alarms"]
     rows, pools = every[every["set"] >= 0], every[every["set"] < 0]
     sets = len(rows.drop_duplicates(["style", "temperature", "set"]))
-    lines = ["### False alarms", "", _ALARMS.format(sets=sets), ""]
+    *first, last = (f"{at:g}" for at in sorted(rows["temperature"].unique()))
+    at = f"temperatures {', '.join(first)} and {last}" if first else f"temperature {last}"
+    lines = ["### False alarms", "", _ALARMS.format(sets=sets, at=at), ""]
     if "figure" in tables:
         lines += [f"![Nominal level and false-alarm rate]({tables['figure']})", ""]
     lines += table_head(
@@ -271,7 +273,7 @@ _STYLES = {
     "unseen": "prompts unlike any that the audit knows",
 }
 _ALARMS = (
-    "{sets} sets without common lists, by the base model, at temperatures 0, 0.5 and 1. p is the "
+    "{sets} sets without common lists, by the base model, at {at}. p is the "
     "smallest corrected p-value of a set. At the stated level, at most 5 % of the sets have one "
     "below 0.05; the other columns are the calibration curve. Intervals are exact (Clopper and "
     "Pearson)."
