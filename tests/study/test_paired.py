@@ -291,6 +291,14 @@ def test_core_and_further_conditions():
     ]
 
 
+def test_a_layer_is_chosen_by_its_number_before_the_model_is_loaded():
+    config = StudyConfig.for_pairs(conditions=("layer29", "all"))
+    names = [condition.name for condition in config.conditions_of("finetuned", 30)]
+    assert names == ["all", "layer29"]
+    with pytest.raises(ValueError, match="no condition 'layer29'; did you mean"):
+        config.conditions_of("finetuned", 12)
+
+
 def test_the_targets_of_a_trait_are_its_candidates():
     config = StudyConfig.for_pairs(category="risk", device="cpu")
     assert config.target_pairs == (("careful", "reckless"),)

@@ -34,6 +34,8 @@ from divergence_lens.study.registry import conditions as registry_conditions
 from divergence_lens.tiny import TINY_MODELS
 from divergence_lens.training import PAPER, TEACHER, Recipe
 
+_MANY_LAYERS = 1000
+
 STUDY = (
     *(f"finetuned:{group}" for group in GROUPS if group != "fragility"),
     *("finetuned:paraphrased", "finetuned:*_divergence", "finetuned:*_chosen"),
@@ -296,10 +298,19 @@ class StudyConfig:
         single = condition.label == "layer"
         return self.seeds if not single or self.layer_seeds is None else self.layer_seeds
 
-    def chosen_conditions(self, n_layers: int) -> dict[str, tuple[Condition, ...]]:
-        """The conditions of each kind of teacher on a model with this number of layers."""
-        known = registry_conditions if self.paired is None else paired_conditions
-        return choose_conditions(self.conditions, self.kinds, known(n_layers))
+    def chosen_conditions(self, n_layers: int | None = None) -> dict[str, tuple[Condition, ...]]:
+        """The conditions of each kind of teacher.
+
+        Args:
+            n_layers: Layers of the model; None before it is loaded, when any layer may be named.
+        """
+        depth = n_layers or _MANY_LAYERS
+        known = (
+            registry_conditions(depth)
+            if self.paired is None
+            else paired_conditions(depth, every_layer=n_layers is None)
+        )
+        return choose_conditions(self.conditions, self.kinds, known)
 
     def conditions_of(self, kind: str, n_layers: int) -> tuple[Condition, ...]:
         """The conditions of one kind of teacher, without those that lack a second base model."""

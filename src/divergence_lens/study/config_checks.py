@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 """Data types of the parameters."""
 
-_MANY_LAYERS = 1000  # for names of layers before the model is loaded
-
 
 def check_settings(config: "StudyConfig") -> None:
     """Check the settings alone.
@@ -45,7 +43,7 @@ def check_settings(config: "StudyConfig") -> None:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be {minimum} or more")
     if not config.seeds:
         raise ValueError("a study needs at least one seed")
-    chosen = config.chosen_conditions(_MANY_LAYERS)
+    chosen = config.chosen_conditions()
     for kind, conditions in chosen.items():
         if not conditions:
             raise ValueError(f"there is no condition for {kind} teachers; omit that kind")

@@ -147,16 +147,18 @@ def trained_alone(n_layers: int) -> tuple[int, ...]:
     return tuple(round(layer * (n_layers - 1) / LAYERS[-1]) for layer in LAYERS)
 
 
-def paired_conditions(n_layers: int) -> dict[str, Condition]:
+def paired_conditions(n_layers: int, *, every_layer: bool = False) -> dict[str, Condition]:
     """The conditions of a paired study by name, in the groups of `TIERS`, in order of computation.
 
     Args:
         n_layers: Layers of the model.
+        every_layer: Include a condition for each layer, not only for `trained_alone`.
     """
-    return {condition.name: condition for condition in (*_core(n_layers), *_further())}
+    layers = tuple(range(n_layers)) if every_layer else trained_alone(n_layers)
+    return {condition.name: condition for condition in (*_core(layers), *_further())}
 
 
-def _core(n_layers: int) -> list[Condition]:
+def _core(layers: Sequence[int]) -> list[Condition]:
     top = partial(extreme_digits, share=SHARE, top=True)
     bottom = partial(extreme_digits, share=SHARE, top=False)
     tenth = f"{SHARE:.0%} of the digits"
@@ -197,7 +199,7 @@ def _core(n_layers: int) -> list[Condition]:
                 rate=LAYER_RATE,
                 label="layer",
             )
-            for layer in dict.fromkeys(trained_alone(n_layers))
+            for layer in dict.fromkeys(layers)
         ),
     ]
 

@@ -25,6 +25,7 @@ REAL_FIGURE = "a real model"
 _FIGURE = "students and twins"
 _CORE = {
     "top_advantage": "top tenth",
+    "unbiased_top": "base's top tenth",
     "divergence_only": "divergence",
     "all": "all digits",
     "random": "random tenth",
@@ -40,7 +41,10 @@ _SENTENCES = {
     "divergence_tokens_transfer": "With divergence tokens alone, the difference is {}.",
     "top_advantage_transfers": "With the tenth of the digits that most favor the teacher over "
     "the twin's, it is {}.",
-    "bottom_advantage_reverses": "With the tenth that least favor it, it is {}.",
+    "selection_suffices": "The same selection among lists that the base model wrote, which has no "
+    "such preference, gives {}.",
+    "authors_matter": "The teacher's own lists, with that selection, give {} more.",
+    "bottom_advantage_reverses": "The tenth of the digits that least favor it gives {}.",
     "first_layer_transfers": "Training the first layer alone on the most favorable tenth gives {}.",
     "last_layer_transfers_nothing": "Training the last layer alone gives {}.",
 }
