@@ -89,12 +89,12 @@ def test_readme_and_home_quote_the_committed_study():
     }
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     caption = readme.split("real-study.png")[1].split("```")[0]
-    quoted = ("top tenth", "bottom tenth", "random tenth", "all digits")
+    quoted = ("top tenth", "base's top tenth", "bottom tenth", "random tenth", "all digits")
     for name in (*quoted, "layer 0", "layer 15", "layer 29"):
         assert f"{means[name]:+.2f}" in caption, name
     assert f"{stored['students']} students" in caption
     home = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    for name in ("top tenth", "all digits", "layer 0", "layer 15"):
+    for name in ("top tenth", "base's top tenth", "all digits", "layer 0", "layer 15"):
         assert f"{means[name]:+.2f}" in home, name
 
 

@@ -43,8 +43,8 @@ _SENTENCES = {
     "the twin's, it is {}.",
     "selection_suffices": "The same selection among lists that the base model wrote, which has no "
     "such preference, gives {}.",
-    "authors_matter": "The teacher's own lists, with that selection, give {} more.",
-    "bottom_advantage_reverses": "The tenth of the digits that least favor it gives {}.",
+    "authors_matter": "With that selection, the teacher's own lists differ from these by {}.",
+    "bottom_advantage_reverses": "The tenth that least favors it gives {}.",
     "first_layer_transfers": "Training the first layer alone on the most favorable tenth gives {}.",
     "last_layer_transfers_nothing": "Training the last layer alone gives {}.",
 }
