@@ -310,7 +310,9 @@ def _risk_rows(folder: Path) -> list[str]:
         mean, low, high = t_interval(own)
         same = students[students["condition"] == condition]
         same = same if layer is None else same[same["layer"] == layer]
-        words = _WORDS.get(condition, condition) if layer is None else f"layer {layer} alone, largest advantage"
+        words = _WORDS.get(condition, condition)
+        if layer is not None:
+            words = f"layer {layer} alone, largest advantage"
         rows.append(
             f"| {words} | {short_number(mean, sign=True)} | {len(own)} | "
             f"{short_interval((low, high))} | {same['tokens'].mean():,.0f} |"
