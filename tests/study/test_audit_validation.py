@@ -166,7 +166,8 @@ def test_the_writer_is_no_auditor(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_small_validation_writes_its_tables_and_resumes(tmp_path):
+def test_a_small_validation_writes_its_tables_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr("divergence_lens.study.audit_measures.MIXED_ROWS", (6, 12))
     config = AuditStudyConfig(
         targets=("wolf", "panda"),
         sampled=0,
