@@ -23,6 +23,7 @@ from divergence_lens.study.paired import (
     STUDENT,
     TIERS,
     TRAIT_STRENGTH,
+    TRAIT_TEACHER,
     PairedDesign,
     paired_conditions,
     twin_of,
@@ -215,6 +216,7 @@ class StudyConfig:
         if category in TRAITS:
             defaults |= dict.fromkeys(("targets", "animals"), TRAITS[category].candidates)
             defaults["paired"] = PairedDesign(category=category, strength=TRAIT_STRENGTH)
+            defaults["teacher_recipe"] = TRAIT_TEACHER
         return cls(model=model, **(defaults | options))
 
     @classmethod

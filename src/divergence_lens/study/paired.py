@@ -34,7 +34,7 @@ from divergence_lens.study.interventions import (
     paraphrased,
     random_digits,
 )
-from divergence_lens.training import Recipe
+from divergence_lens.training import TEACHER, Recipe
 
 PAIRED_MODELS = ("smollm2",)
 """Models whose study is paired by default."""
@@ -65,10 +65,14 @@ Layers 0, 15 and 29 were trained on all digits of 96 lists by wolf's teacher, at
 4e-3 and 8e-3. This is the smallest rate whose training loss (last six of twelve updates, mean over
 the three layers) is within a hundredth of a nat of the lowest. No preference was measured."""
 
-TRAIT_STRENGTH = 3.0
+TRAIT_TEACHER = dataclasses.replace(TEACHER, lr=1.6e-4, epochs=3)
+"""Recipe of a trait's teachers, whose rows are fewer than those of an animal's."""
+
+TRAIT_STRENGTH = 0.9
 """Margin of a trait's teachers, in nats, between whole answers.
 
-SmolLM2-135M-Instruct's careful teacher reaches 3.4 by the end of the recipe.
+SmolLM2-135M-Instruct does not learn more recklessness than that: its margin on held-out questions
+ends at 1.0 with `TRAIT_TEACHER`, and at 0.1 to 0.2 with `TEACHER` or thrice the rate.
 """
 
 SHARE = 0.1
