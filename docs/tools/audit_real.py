@@ -233,7 +233,8 @@ def main() -> None:
     for start in range(0, options.lists, BLOCK):
         for pool, lists in sources.items():
             before = audits.get(pool)
-            if before is not None and len(before) > start:
+            read_already = before is not None and len(before) > start
+            if read_already or start >= len(lists):
                 continue
             block = with_ids(model.tokenizer, lists[start : start + BLOCK])
             audit = read(model, block, before and before.baseline, auditors)
