@@ -294,12 +294,13 @@ def _risk_rows(folder: Path) -> list[str]:
     lead = (
         f"`--category risk`: one teacher learned reckless answers about money, the other careful "
         f"ones, each to a margin of {paired['strength']:g} nats between whole answers to held-out "
-        "questions (the recipe does not reach the margin of the animals). They write lists of "
-        "numbers as above. With two candidates, the margin of one is the negative of the other's, "
-        "so each condition and seed has one number: the margin of the reckless answer in the "
-        "students of the reckless teacher minus that in the students of the careful one. The "
-        f"distance of the teachers themselves is {2 * reckless['margin']:.1f} nats. "
-        f"[Table of students]({folder.parent.name}/{folder.name}/{STUDENTS})."
+        "questions. (A reckless teacher of this model hardly gets further: it learns its rows by "
+        "heart.) They write lists of numbers as above. With two candidates, the margin of one is "
+        "the negative of the other's, so each condition and seed has one number: the margin of the "
+        "reckless answer in the students of the reckless teacher minus that in the students of the "
+        f"careful one. The distance of the teachers themselves is {2 * reckless['margin']:.1f} "
+        "nats. Selection alone may explain it, as it does for animals. [Table of "
+        f"students]({folder.parent.name}/{folder.name}/{STUDENTS})."
     )
     rows = table_head("trained on", "nats", "seeds", "interval over seeds (95 %)", "digits")
     sides = [(name, None) for name in dict.fromkeys(students["condition"]) if name != "layer"]

@@ -145,6 +145,18 @@ def test_two_of_four_targets_decide_nothing(tmp_path):
     assert "supported**" not in paired_page(folder)
 
 
+def test_risk_has_one_number_for_both_candidates(tmp_path):
+    folder = write_tables(tmp_path / "real-study")
+    assert "Another trait" not in paired_page(folder)
+    shutil.copytree(COMMITTED / "risk", folder / "risk")
+    rows = pd.read_csv(folder / "risk" / "students.csv").set_index("target")
+    expected = rows.loc["reckless", "after_reckless"] - rows.loc["careful", "after_reckless"]
+    other = rows.loc["careful", "after_careful"] - rows.loc["reckless", "after_careful"]
+    assert other == pytest.approx(expected)
+    section = paired_page(folder).split("## Another trait: risk")[1]
+    assert f"| {expected:+.3f} | 1 | – | 461 |" in section
+
+
 def test_a_folder_without_students_has_a_page(tmp_path):
     folder = write_tables(tmp_path / "real-study")
     (folder / "students.csv").unlink()
