@@ -26,7 +26,12 @@ from divergence_lens._utils.storage import write_text
 from divergence_lens.plots import save_figure
 from divergence_lens.study.estimands import Tables
 from divergence_lens.study.findings import Finding, judge
-from divergence_lens.study.paired_claims import PAIRED_CLAIMS, dissociation, single_layers
+from divergence_lens.study.paired_claims import (
+    PAIRED_CLAIMS,
+    UNBIASED,
+    dissociation,
+    single_layers,
+)
 from divergence_lens.study.paired_report import (
     REAL_STUDY,
     core_dissociations,
@@ -324,7 +329,7 @@ def _risk_rows(folder: Path) -> list[str]:
 def _student_rows(tables: Mapping[str, pd.DataFrame], targets: Sequence[str]) -> list[str]:
     students = tables["students"]
     names = list(dict.fromkeys(students["condition"])) if len(students) else []
-    shown = [*_CORE, *(name for name in names if name not in (*_CORE, "layer"))]
+    shown = [*_CORE, *(name for name in names if name not in (*_CORE, "layer", UNBIASED))]
     rows = table_head("trained on", *targets, "mean (95 % interval)", "seeds", "digits", _LISTS)
     rows += [_row(tables, targets, _WORDS.get(name, f"`{name}`"), name) for name in shown]
     return rows
@@ -368,6 +373,10 @@ def _layer_rows(tables: Mapping[str, pd.DataFrame], settings: Mapping[str, Any])
         return [lead, "", f"{NOT_YET.capitalize()}."]
     rows = table_head("layer", *targets, "mean (95 % interval)", "seeds", "digits", _LISTS)
     rows += [_row(tables, targets, str(layer), "layer", layer) for layer in layers]
+    rows += [
+        _row(tables, targets, f"{layer}, the base model's lists", UNBIASED, layer)
+        for layer in single_layers(tables, UNBIASED)
+    ]
     return [lead, "", *rows]
 
 

@@ -23,7 +23,13 @@ from divergence_lens.study.interventions import (
     random_digits,
 )
 from divergence_lens.study.paired import PAIRED_TARGETS, TUNING_TARGETS, twin_of
-from divergence_lens.study.paired_claims import PAIRED_CLAIMS, Dissociation, dissociation
+from divergence_lens.study.paired_claims import (
+    PAIRED_CLAIMS,
+    UNBIASED,
+    Dissociation,
+    dissociation,
+    single_layers,
+)
 from divergence_lens.study.paired_report import paired_figure, paired_sentences
 from divergence_lens.study.rows import load_tables
 from divergence_lens.study.runner import CellRunner
@@ -149,6 +155,34 @@ def test_the_same_selection_among_lists_of_the_base_model(config, finished):
     runner.store.close()
     assert lists[0] == lists[1] != own
     assert not (masks[0] & masks[1]).any()
+
+
+def test_single_layers_on_the_lists_of_the_base_model():
+    conditions = paired_conditions(30)
+    alone = {name: c for name, c in conditions.items() if c.label == UNBIASED}
+    assert [c.layers for c in alone.values()] == [(0,), (15,), (29,)]
+    top, layer = conditions["unbiased_top"], conditions["layer0"]
+    for condition in alone.values():
+        assert (condition.data, condition.mask) == (top.data, top.mask)
+        assert condition.rate == layer.rate
+    values = {("layer", 0): 5.0, (UNBIASED, 0): 3.0, (UNBIASED, 3): 2.0}
+    rows = pd.DataFrame(
+        {
+            "condition": condition,
+            "layer": place,
+            "seed": 0,
+            "target": own,
+            "twin": twin,
+            "distribution": {own: value / 2, twin: -value / 2},
+        }
+        for (condition, place), value in values.items()
+        for own, twin in (("owl", "cat"), ("cat", "owl"))
+    )
+    tables = {"students": rows}
+    assert single_layers(tables) == [0]
+    assert single_layers(tables, UNBIASED) == [0, 3]
+    contrast = next(c for c in PAIRED_CLAIMS if c.id == "unbiased_first_layer_beats_last").estimand
+    assert contrast(tables, 3) == {"owl": 1.0, "cat": 1.0}
 
 
 def test_a_contrast_has_the_seeds_that_both_sides_have(finished):
@@ -283,7 +317,7 @@ def test_core_and_further_conditions():
         if isinstance(claim.estimand, Dissociation)
         for side in (*claim.estimand.over, *claim.estimand.under)
     }
-    assert named - {"layer"} <= set(known)
+    assert named <= {c.label or c.name for c in known.values()}
     assert not set(PAIRED_TARGETS) & set(TUNING_TARGETS)
     assert [twin_of(name, PAIRED_TARGETS) for name in PAIRED_TARGETS] == [
         *("dog", "owl"),
@@ -349,7 +383,7 @@ def test_every_further_condition_runs(config, finished):
     assert all("leaves no token with a loss" in error for error in failed.values())
     rows = study.table("students")
     # A second base model is not given, so its condition is left out.
-    names = {c.name for c in paired_conditions(4).values() if c.group == "further"}
+    names = {c.label or c.name for c in paired_conditions(4).values() if c.group == "further"}
     assert set(rows["condition"]) == names - {"other_base"}
     sizes = rows.groupby("condition")["examples"].first()
     assert sizes["dose25"] == 3

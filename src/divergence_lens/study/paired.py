@@ -159,7 +159,7 @@ def paired_conditions(n_layers: int, *, every_layer: bool = False) -> dict[str, 
         every_layer: Include a condition for each layer, not only for `trained_alone`.
     """
     layers = tuple(range(n_layers)) if every_layer else trained_alone(n_layers)
-    return {condition.name: condition for condition in (*_core(layers), *_further())}
+    return {condition.name: condition for condition in (*_core(layers), *_further(n_layers))}
 
 
 def _core(layers: Sequence[int]) -> list[Condition]:
@@ -208,8 +208,13 @@ def _core(layers: Sequence[int]) -> list[Condition]:
     ]
 
 
-def _further() -> list[Condition]:
+def _further(n_layers: int) -> list[Condition]:
     top = partial(extreme_digits, share=SHARE, top=True)
+    unbiased_top: dict[str, Any] = {
+        "data": partial(lists_from, name="unbiased"),
+        "mask": partial(extreme_digits, share=SHARE, top=True, source="unbiased"),
+    }
+    alone = trained_alone(n_layers)
     data: list[tuple[str, str, dict[str, Any]]] = [
         (
             "first_only",
@@ -224,10 +229,7 @@ def _further() -> list[Condition]:
         (
             "unbiased_top",
             "the author: the base model wrote the lists, and `top_advantage` selects among them",
-            {
-                "data": partial(lists_from, name="unbiased"),
-                "mask": partial(extreme_digits, share=SHARE, top=True, source="unbiased"),
-            },
+            unbiased_top,
         ),
         *(
             (
@@ -308,5 +310,18 @@ def _further() -> list[Condition]:
                 **fields,
             )
             for name, isolates, fields in trained
+        ),
+        *(
+            Condition(
+                name=f"unbiased_layer{layer}",
+                isolates=f"author and depth: only layer {layer} is trained, on the tokens of "
+                "`unbiased_top`",
+                group="further",
+                layers=(layer,),
+                rate=LAYER_RATE,
+                label="unbiased_layer",
+                **unbiased_top,
+            )
+            for layer in dict.fromkeys(alone[place] for place in (0, 2, -1))
         ),
     ]

@@ -24,6 +24,9 @@ from divergence_lens.study.paired import trained_alone
 Side = tuple[str, int | None]
 """A condition, and for students of single layers the place of the layer in `trained_alone`."""
 
+UNBIASED = "unbiased_layer"
+"""Label of the students of single layers that learn from the base model's lists."""
+
 EARLY, LATE = (0, 1), (-2, -1)
 """Places of the layers in `trained_alone` that count as early and as late."""
 
@@ -63,10 +66,10 @@ def _by_seed(tables: Tables, condition: str, layer: int | None) -> dict[str, dic
     return result
 
 
-def single_layers(tables: Tables) -> list[int]:
-    """The layers that were trained alone."""
+def single_layers(tables: Tables, condition: str = "layer") -> list[int]:
+    """The layers that were trained alone, on the teacher's lists or under another condition."""
     rows = table(tables, "students", "condition", "layer")
-    rows = rows[rows["condition"] == "layer"]
+    rows = rows[rows["condition"] == condition]
     return sorted({int(layer) for layer in rows["layer"].dropna()})
 
 
@@ -287,6 +290,31 @@ PAIRED_CLAIMS: tuple[Claim, ...] = (
         "With the same selection, the teacher's own lists transfer more than the base model's",
         "top_advantage",
         "unbiased_top",
+        _LAST,
+        optional=True,
+    ),
+    _margins(
+        "unbiased_first_layer_transfers",
+        "Training only the first layer, on that selection of the base model's lists, transfers the "
+        "preference",
+        ((UNBIASED, 0),),
+        caveat=_LAST,
+        optional=True,
+    ),
+    _margins(
+        "unbiased_first_layer_beats_last",
+        "On the base model's lists, the first layer alone transfers more than the last alone",
+        ((UNBIASED, 0),),
+        ((UNBIASED, -1),),
+        _LAST,
+        optional=True,
+    ),
+    _margins(
+        "authors_matter_for_layers",
+        "With the same selection, the teacher's own lists transfer more than the base model's when "
+        "a single layer is trained (mean of the first, the middle and the last)",
+        tuple(("layer", place) for place in (0, 2, -1)),
+        tuple((UNBIASED, place) for place in (0, 2, -1)),
         _LAST,
         optional=True,
     ),

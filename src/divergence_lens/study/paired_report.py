@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from divergence_lens import plots
 from divergence_lens.study.estimands import Tables
 from divergence_lens.study.html import Answer, write_report
-from divergence_lens.study.paired_claims import dissociation, single_layers
+from divergence_lens.study.paired_claims import UNBIASED, dissociation, single_layers
 from divergence_lens.study.result import Study
 
 QUESTION = (
@@ -74,8 +74,10 @@ def paired_figure(tables: Tables, *, others: bool = False) -> go.Figure | None:
         shown = {
             name.replace("_", " "): dissociation(tables, name)
             for name in names
-            if name not in _CORE and name != "layer"
+            if name not in (*_CORE, "layer", UNBIASED)
         }
+        for i in single_layers(tables, UNBIASED):
+            shown[f"base's, layer {i}"] = dissociation(tables, UNBIASED, i)
     if not any(shown.values()):
         return None
     title = "Further conditions against their twins" if others else "Students against their twins"
