@@ -17,6 +17,7 @@ from audit_sections import (
     NOTHING,
     Tables,
     area,
+    by_category,
     cost,
     nothing,
     outside,
@@ -27,6 +28,7 @@ from audit_sections import (
     strength,
     table_row,
     transfer,
+    writers,
 )
 
 from divergence_lens._utils.storage import write_text
@@ -41,7 +43,6 @@ _MORE = ("real", "cost")
 _FILES = (*(f"{name}.csv" for name in (*TABLES, *_MORE)), "settings.json")
 _FIGURE = "calibration.png"
 _ENOUGH = 100  # sets for a curve
-_NATIVE = {"finetuned": "finetuned", "prompted": "prompted"}
 _LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5)
 
 
@@ -107,7 +108,7 @@ def _opening(folder: Path, tables: Tables, settings: dict) -> str:
 
 
 def _detection(tables: Tables) -> list[str]:
-    rows = tables["detection"]
+    rows = by_category(tables["detection"])
     alarms = tables.get("false_alarms")
     whole = _whole(rows)
     lines = ["### Is the bias detected?", "", _DETECTION, ""]
@@ -127,8 +128,7 @@ def _detection(tables: Tables) -> list[str]:
                 share_of(own["verdict"] == "biased"),
             )
         )
-    native = rows[rows["writer"].map(_NATIVE) == rows["auditors"]]
-    native = native[native["change"] == "none"]
+    native = rows[(tables["detection"]["writer"] == rows["auditors"]) & (rows["change"] == "none")]
     lines += ["", "By number of rows, with auditors of the writer's kind:", ""]
     lines += table_head(
         *("lists by", "temperature", "rows", "sets", "true candidate first", "named"),
@@ -206,7 +206,7 @@ _FIT = (
 
 def _mixtures(tables: Tables) -> list[str]:
     rows = tables["mixtures"]
-    native = rows[(rows["writer"].map(_NATIVE) == rows["auditors"]) & (rows["size"] == 100)]
+    native = rows[(rows["writer"] == rows["auditors"]) & (rows["size"] == 100)]
     lines = ["### Mixtures with lists of the base model", "", _MIXTURES, ""]
     lines += table_head("lists by", "temperature", "biased", "sets", "first", "named", "median z")
     for key, own in native.groupby(["writer", "temperature", "share"], sort=False):
@@ -282,6 +282,7 @@ _ALARMS = (
 
 _SECTIONS: tuple[tuple[str, Callable[[Tables], list[str]]], ...] = (
     ("detection", _detection),
+    ("writers", writers),
     ("fit", _fit),
     ("mixtures", _mixtures),
     ("mixtures", nothing),

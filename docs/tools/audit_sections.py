@@ -80,7 +80,7 @@ _NOTHING_FOUND = (
 
 def outside(tables: Tables) -> list[str]:
     """Data whose bias is not among the candidates."""
-    rows = tables["outside"]
+    rows = by_category(tables["outside"])
     lines = ["### A bias outside the candidates", "", _OUTSIDE, ""]
     lines += table_head("lists by", "auditors", "sets", "some candidate named", "which")
     for (writer, auditors), own in rows.groupby(["writer", "auditors"], sort=False):
@@ -153,30 +153,64 @@ def remedies(tables: Tables) -> list[str]:
     return lines
 
 
+def writers(tables: Tables) -> list[str]:
+    """The authors' own preferences: a teacher without one writes unbiased lists."""
+    lines = ["### How biased are the authors?", "", _WRITERS, ""]
+    lines += table_head(
+        *("author", "authors", "share before", "share", "smallest", "largest", "margin gained")
+    )
+    for (writer, category), own in tables["writers"].groupby(["writer", "category"], sort=False):
+        gained = (own["margin_after"] - own["margin_before"]).median()
+        after = own["share_after"]
+        shares = (own["share_before"].median(), after.median(), after.min(), after.max())
+        lines.append(
+            table_row(
+                *(author(writer, category), len(own)),
+                *(f"{share:.2f}" for share in shares),
+                f"{gained:+.1f}",
+            )
+        )
+    return lines
+
+
+_WRITERS = (
+    "The share of the target among the candidates in the base model and in the author, and the "
+    "margin that the author gained, in nats (medians over authors). Lists by an author without a "
+    "preference are unbiased, so nothing should be named."
+)
+
+
+def author(writer: str, category: str) -> str:
+    """Name of the authors of one kind, for tables."""
+    return writer if category == "animal" else f"{writer}, {category}s"
+
+
+def by_category(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, with authors of other categories than animals named so."""
+    if "category" not in rows:
+        return rows
+    names = [author(*pair) for pair in zip(rows["writer"], rows["category"], strict=True)]
+    return rows.assign(writer=names)
+
+
 def real(tables: Tables) -> list[str]:
     """Lists by another model."""
     lines = ["### Lists that another model wrote", "", _REAL, ""]
-    lines += table_head("lists", "auditors", "rows", "fitted temperature", "best", "p", "verdict")
+    lines += table_head("lists", "auditors", "rows", "surprise", "best", "p", "verdict")
     for own in tables["real"].to_dict("records"):
         lines.append(
             table_row(
-                *(
-                    own["lists"],
-                    own["auditors"],
-                    own["rows"],
-                    f"{own['baseline_temperature']:.2f}",
-                    own["best"],
-                ),
-                f"{own['p']:.2g}",
-                own["verdict"],
+                *(own["lists"], own["auditors"], own["rows"], f"{own['surprise']:.2f}"),
+                *(own["best"], f"{own['p']:.2g}", own["verdict"]),
             )
         )
     return lines
 
 
 _REAL = (
-    "Lists that Qwen2.5-7B-Instruct wrote under a system prompt that loves pandas or lions. This "
-    "base is another model, so nothing should be found."
+    "Lists that Qwen2.5-7B-Instruct wrote under a system prompt that loves pandas or lions "
+    "(`docs/tools/audit_foreign.py`). This base is another model, so nothing should be found. p "
+    "shows why the surprise is checked first: alone, it would name a candidate."
 )
 
 
@@ -199,10 +233,8 @@ def strength(tables: Tables) -> list[str]:
 
 
 _STRENGTH = (
-    "Does it help across kinds to give finetuned auditors the strength of the prompted ones? "
-    "Strength is the margin that `train_teacher(strength=...)` reaches. Behind the same beginnings "
-    "of answers, the median margin of the prompted auditors is 2.7 nats, and that of finetuned "
-    "auditors after all updates 8.1."
+    "Does it help across kinds to make finetuned auditors weaker, as prompted ones are? Strength "
+    "is the margin that `train_teacher(strength=...)` reaches."
 )
 
 

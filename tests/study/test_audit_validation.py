@@ -191,6 +191,7 @@ def test_a_small_validation_writes_its_tables_and_resumes(tmp_path, monkeypatch)
     tables = run_audit_study(config, tmp_path, progress=lines.append)
     assert set(tables) == {
         "detection",
+        "writers",
         "mixtures",
         "false_alarms",
         "outside",
@@ -202,6 +203,11 @@ def test_a_small_validation_writes_its_tables_and_resumes(tmp_path, monkeypatch)
         written = pd.read_csv(tmp_path / f"{name}.csv")
         assert len(written) == len(table)
         pd.testing.assert_frame_equal(again[name], table)
+    authors = tables["writers"].set_index("target")
+    assert set(authors.index) == {"wolf", "panda"}
+    base = dl.preference(dl.load_model("tiny"), target="wolf", candidates=dl.ANIMALS)
+    assert authors.loc["wolf", "share_before"] == pytest.approx(base.share, abs=1e-5)
+    assert (authors["share_after"] > 0.5).all()
     alone = tables["mixtures"].query("share == 0")
     assert set(alone["writer"]) == {"base"}
     assert tables["detection"]["of"].max() == 20

@@ -9,6 +9,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -17,12 +18,53 @@ import numpy as np
 from divergence_lens.auditing import Audit
 from divergence_lens.auditing.reading import contrast
 from divergence_lens.auditing.scoring import row_spread
-from divergence_lens.study.audit_pools import AuditPools, Pool, mixture
+from divergence_lens.deltas import base_fingerprint
+from divergence_lens.evaluation import preference
+from divergence_lens.study.audit_pools import CATEGORIES, AuditPools, Pool, mixture
+from divergence_lens.study.cells import Cell
 
 SIZES = (25, 50, 100, 200, 400, 1000)
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
 MIXED_ROWS = (25, 50, 100, 200, 500, 1000)
 _DRAWS = 3
+
+
+def writer_rows(pools: AuditPools) -> list[dict[str, Any]]:
+    """The preference of each author of biased lists that starts from the audited base."""
+    rows = []
+    authors = [
+        (pool.writer, pool.target, pool.category)
+        for pool in pools.config.pools()
+        if pool.target is not None and pool.change == "none"
+    ]
+    for writer, target, category in dict.fromkeys(authors):
+        settings = {"base": base_fingerprint(pools.model), "names": CATEGORIES[category]}
+        cell = Cell(f"writers/{writer}-{target}", settings)
+        rows.append(pools.store.get(cell, partial(_writer, pools, writer, target, category)))
+    return rows
+
+
+def _writer(
+    pools: AuditPools, writer: str, target: str, category: str, _cell: Cell
+) -> dict[str, Any]:
+    measured = partial(
+        preference,
+        pools.model,
+        target=target,
+        candidates=CATEGORIES[category],
+        category=category,
+    )
+    before, after = measured(), measured(teacher=pools.teacher(writer, target, category))
+    return {
+        "writer": writer,
+        "target": target,
+        "category": category,
+        "share_before": before.share,
+        "share_after": after.share,
+        "mass_after": after.mass,
+        "margin_before": before.margin,
+        "margin_after": after.margin,
+    }
 
 
 def modes(audit: Audit) -> Iterator[tuple[str, Audit]]:
@@ -39,6 +81,7 @@ def described(pool: Pool, mode: str, audit: Audit) -> dict[str, Any]:
     row: dict[str, Any] = {
         "writer": pool.writer,
         "target": pool.target,
+        "category": pool.category,
         "style": pool.style,
         "temperature": pool.temperature,
         "change": pool.change,

@@ -17,6 +17,7 @@ from divergence_lens.study.audit_measures import (
     false_alarms,
     mixtures,
     outside,
+    writer_rows,
 )
 from divergence_lens.study.audit_pools import AuditPools, AuditStudyConfig
 from divergence_lens.study.audit_students import remedy_rows, strength_rows, transfer_rows
@@ -24,6 +25,7 @@ from divergence_lens.study.audit_students import remedy_rows, strength_rows, tra
 TABLES = (
     "fit",
     "detection",
+    "writers",
     "mixtures",
     "false_alarms",
     "outside",
@@ -72,8 +74,10 @@ def run_audit_study(
             if pool.change == "none" and pool.rows != config.long_rows
         ]
         mixed = [(pool, own) for pool, own in biased if pools.mixed(pool)]
+        tell("preferences of the authors")
         rows |= {
             "detection": detection(biased),
+            "writers": writer_rows(pools),
             "mixtures": mixtures(mixed, unbiased),
             "false_alarms": false_alarms(unbiased, config.set_rows),
             "outside": outside(whole),
