@@ -62,7 +62,7 @@ def contributions(
 
 def data_of(inputs: Inputs, condition: Condition, seed: int) -> tuple[TrainingData, np.ndarray]:
     """The data of a condition and the tokens that have a loss."""
-    assert condition.data is not None and condition.mask is not None
+    assert condition.mask is not None
     data = condition.data(inputs, seed)
     return data, condition.mask(inputs, data, seed)
 

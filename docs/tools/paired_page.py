@@ -24,7 +24,7 @@ from paper import PAPER_CLAIMS, SOURCES
 from divergence_lens._utils.statistics import t_interval
 from divergence_lens._utils.storage import write_text
 from divergence_lens.plots import save_figure
-from divergence_lens.study.estimands import Tables
+from divergence_lens.study.estimands import Tables, early_share
 from divergence_lens.study.findings import Finding, judge
 from divergence_lens.study.paired_claims import (
     PAIRED_CLAIMS,
@@ -39,7 +39,14 @@ from divergence_lens.study.paired_report import (
     paired_sentences,
 )
 from divergence_lens.study.report import short_interval, short_number, table_head
-from divergence_lens.study.rows import DIVERGENCE, SETTINGS, STUDENTS, TEACHERS, load_tables
+from divergence_lens.study.rows import (
+    DIVERGENCE,
+    EFFECTS,
+    SETTINGS,
+    STUDENTS,
+    TEACHERS,
+    load_tables,
+)
 
 NOT_YET = "not yet measured"
 _LISTS = "lists before masking"
@@ -156,6 +163,8 @@ def paired_page(folder: str | os.PathLike[str]) -> str:
     lines += ["", "## Claims", "", _RULES, "", *_claim_rows(by_id, tiny)]
     lines += ["", "## Students", "", _ESTIMAND, "", *_student_rows(tables, settings["targets"])]
     lines += ["", "## Single layers", "", *_layer_rows(tables, settings)]
+    if len(tables["agreement"]):
+        lines += ["", "## Patched activations", "", *_effect_rows(tables, settings["targets"])]
     lines += ["", "## Teachers and lists", "", *_teacher_rows(tables, settings)]
     if (folder / _RISK / SETTINGS).exists():
         lines += ["", "## Another trait: risk", "", *_risk_rows(folder / _RISK)]
@@ -242,7 +251,7 @@ def _setting(about: Mapping[str, Any], students: pd.DataFrame, folder: Path) -> 
     )
     files = [
         f"[{name.removesuffix('.csv')}]({folder.name}/{name})"
-        for name in (STUDENTS, TEACHERS, DIVERGENCE)
+        for name in (STUDENTS, TEACHERS, DIVERGENCE, *EFFECTS.values())
         if (folder / name).exists()
     ]
     source = f"Generated from these tables alone: {', '.join(files) or 'none yet'}."
@@ -378,6 +387,39 @@ def _layer_rows(tables: Mapping[str, pd.DataFrame], settings: Mapping[str, Any])
         for layer in single_layers(tables, UNBIASED)
     ]
     return [lead, "", *rows]
+
+
+def _effect_rows(tables: Mapping[str, pd.DataFrame], targets: Sequence[str]) -> list[str]:
+    """Agreement of attribution with exact patching, and the share of the early layers."""
+    agreement, layers = tables["agreement"], tables["layers"]
+    rows = table_head(
+        *("target", "pairs", "gradient x difference", "integrated", "slope, integrated"),
+        "early half of the layers",
+    )
+    early = early_share({"layers": layers}, int(layers["layer"].max()))
+    for target in targets:
+        own = agreement[agreement["target"] == target].set_index("method")
+        if not len(own):
+            rows.append(f"| {target} | {' | '.join([NOT_YET] * 5)} |")
+            continue
+        share = early.get(target, math.nan)
+        cells = [
+            f"{own['pairs'].iloc[0]}",
+            *(f"{own.loc[method, 'pearson']:.3f}" for method in ("gradient", "integrated")),
+            f"{own.loc['integrated', 'slope']:.2f}",
+            f"{share:.0%}" if math.isfinite(share) else "no total effect",
+        ]
+        rows.append(f"| {target} | {' | '.join(cells)} |")
+    return [_EFFECTS, "", *rows]
+
+
+_EFFECTS = (
+    "At the first divergence tokens of a target's lists, the activations of its twin's teacher are "
+    "patched into its own teacher, at every layer and position: exactly, and by two attributions. "
+    "The columns show the Pearson correlation of attribution with exact effects of `resid_post` "
+    "over all cells, the slope of the exact on the integrated ones, and which share of the "
+    "absolute effects of attention and MLP outputs is in the first half of the layers."
+)
 
 
 def _teacher_rows(tables: Mapping[str, pd.DataFrame], settings: Mapping[str, Any]) -> list[str]:

@@ -157,6 +157,24 @@ def test_the_same_selection_among_lists_of_the_base_model(config, finished):
     assert not (masks[0] & masks[1]).any()
 
 
+def test_the_tables_have_the_effects_of_patching(config, finished, tmp_path):
+    folder, _ = finished
+    patched = replace(config, conditions=("all",), seeds=(0,), pairs=1)
+    study = run_study(patched, folder / "run", tables=tmp_path)
+    tables = load_tables(tmp_path)
+    for name in ("layers", "agreement"):
+        own, wanted = tables[name].drop(columns="key"), study.table(name)
+        assert len(own)
+        columns = list(own)
+        pd.testing.assert_frame_equal(
+            own.sort_values(columns, ignore_index=True),
+            wanted[columns].sort_values(columns, ignore_index=True),
+            check_dtype=False,
+        )
+    run_study(patched, folder / "run", tables=tmp_path)
+    assert len(load_tables(tmp_path)["agreement"]) == len(tables["agreement"])
+
+
 def test_single_layers_on_the_lists_of_the_base_model():
     conditions = paired_conditions(30)
     alone = {name: c for name, c in conditions.items() if c.label == UNBIASED}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from divergence_lens.study.runner import CellRunner, Task
 
 STUDENTS, TEACHERS, DIVERGENCE = "students.csv", "teachers.csv", "divergence.csv"
+EFFECTS = {"layers": "layers.csv", "agreement": "agreement.csv"}
+"""Tables of patched activations; unlike the others, a study does not resume from them."""
 SETTINGS = "settings.json"
 _BEFORE, _AFTER = "before_", "after_"
 _COUNTS = ("examples", "tokens", "seconds")
@@ -63,6 +65,7 @@ class StudyTables:
         runner = self._runner
         students, teachers = _read(self.folder / STUDENTS), _read(self.folder / TEACHERS)
         divergence = _read(self.folder / DIVERGENCE)
+        effects = {name: _read(self.folder / file) for name, file in EFFECTS.items()}
         for task in self._tasks:
             result = runner.store.read(task.cell)
             if result is None:
@@ -73,9 +76,17 @@ class StudyTables:
                 found = runner.store.read(cell)
                 if found is not None:
                     divergence[cell.key] = {"key": cell.key, **found}
-            elif task.target is None:
+            elif task.target is not None:
+                for name, rows in effects.items():
+                    for i, row in enumerate(result.get(name, ())):
+                        key = f"{task.cell.key}-{i}"
+                        rows[key] = {"key": key, **row}
+            else:
                 teachers[task.cell.key] = {"key": task.cell.key, **result}
-        for name, rows in ((STUDENTS, students), (TEACHERS, teachers), (DIVERGENCE, divergence)):
+        tables = {STUDENTS: students, TEACHERS: teachers, DIVERGENCE: divergence}
+        for name, rows in (
+            tables | {EFFECTS[name]: rows for name, rows in effects.items()}
+        ).items():
             if rows:
                 _write(self.folder / name, list(rows.values()))
         config, model = runner.config, runner.model
@@ -109,7 +120,7 @@ def load_tables(folder: Path) -> dict[str, pd.DataFrame]:
     The column `distribution` of the students holds the margin of every candidate after training.
     """
     tables = {}
-    for name in (STUDENTS, TEACHERS, DIVERGENCE):
+    for name in (STUDENTS, TEACHERS, DIVERGENCE, *EFFECTS.values()):
         path = folder / name
         rows = pd.read_csv(path) if path.exists() else pd.DataFrame()
         if name == STUDENTS and len(rows):
