@@ -1,5 +1,10 @@
 """Memory that runs out in the middle: the work goes on in smaller parts, or ends as it began."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -198,3 +203,37 @@ def test_means_of_teachers_with_weights(model):
         other = dl.Pairs.from_tokens(rows, [[4, 2, 3], [1, 5, 6]], answers=[1, 2], foils=[3, 4])
         expected = dl.causal_mediation(model, other, corruption="mean")
     np.testing.assert_allclose(found.values, expected.values, atol=1e-5)
+
+
+FREED = """
+from pathlib import Path
+from divergence_lens._utils.memory import return_freed_memory
+
+def resident():
+    (line,) = [s for s in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in s]
+    return int(line.split()[1]) // 1024
+
+before = resident()
+parts = [b"1" * 2**20 for _ in range(300)]
+end = b"1" * 2**20  # at the end of the heap, so that what lies below stays with the process
+del parts
+freed = resident()
+return_freed_memory()
+print(before, freed, resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries return it at once")
+def test_freed_memory_is_returned():
+    # Large parts would be returned at once, as parts that lie in no heap.
+    settings = {"MALLOC_MMAP_THRESHOLD_": str(2**26), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+    run = subprocess.run(
+        [sys.executable, "-c", FREED],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, freed, returned = map(int, run.stdout.split())
+    assert freed > before + 250
+    assert returned < before + 50

@@ -1,5 +1,6 @@
-"""Out of memory: run the same work in smaller parts."""
+"""Memory: the same work in smaller parts where it runs out, and freed memory returned."""
 
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -25,6 +26,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the operating system.
+
+    glibc keeps it for later allocations, in pieces that seldom fit: a process that trains students
+    of 135 M parameters one after another grew from 3 to 12 GB. Does nothing with other C libraries.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return
 
 
 def run_halved(items: S, run: Callable[[S], object]) -> None:

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from divergence_lens._utils.memory import return_freed_memory
 from divergence_lens._utils.storage import write_text
 
 try:
@@ -152,6 +153,8 @@ class CellStore:
             failure = {"cell": cell.name, "error": reason, "traceback": traceback.format_exc()}
             write_text(self._failed(cell), json.dumps(failure, indent=1))
             raise CellError(f"{cell.name}: {reason}") from error
+        finally:
+            return_freed_memory()
         write_text(self.path(cell), text)
         self._failed(cell).unlink(missing_ok=True)
         # The result has passed through JSON, in this process as in any other.
