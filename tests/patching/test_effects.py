@@ -122,6 +122,8 @@ def test_top_is_sorted_by_magnitude_and_skips_missing_cells(effects):
     assert top["segment"].tolist() == ["bias", "bias", "divergence"]
     assert len(effects.top(1000)) == len(effects.to_dataframe()) == 12
     assert len(effects.top(0)) == 0
+    with pytest.raises(ValueError, match="k is -1"):
+        effects.top(-1)
 
 
 def test_heads_are_added_in_tables_and_listed_in_top(effects):

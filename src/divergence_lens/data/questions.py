@@ -130,8 +130,11 @@ def check_candidate(
         candidates: Names of your own, instead of the built-in list.
 
     Raises:
+        TypeError: It is not a string.
         ValueError: It is not a candidate; the message suggests the nearest names.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a {category} is one name such as 'owl', not {name!r:.60}")
     known = known_candidates(category) if candidates is None else tuple(candidates)
     spelling = {candidate.casefold(): candidate for candidate in known}
     folded = name.strip().casefold()

@@ -125,12 +125,17 @@ class EffectTables(ABC):
         Returns:
             Columns `pair`, `layer`, `position`, (`head`,) `effect`, `label`, `segment`. Pass it to
             `causal_mediation(..., cells=...)` to compute these cells exactly.
+
+        Raises:
+            ValueError: `k` is negative.
         """
         import pandas as pd
 
+        if k < 0:
+            raise ValueError(f"k is {k}; it is a number of cells")
         magnitude = np.abs(np.nan_to_num(self.values, nan=-1.0)).ravel()
         magnitude[~np.isfinite(self.values).ravel()] = -1.0
-        order = np.argsort(-magnitude, kind="stable")[: max(k, 0)]
+        order = np.argsort(-magnitude, kind="stable")[:k]
         order = order[magnitude[order] >= 0]
         table = pd.DataFrame(self._columns(order))
         table.attrs["span"] = self.setting("span", "position")

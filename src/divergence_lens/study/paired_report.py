@@ -46,6 +46,8 @@ _SENTENCES = {
     "authors_matter": "With that selection, the teacher's own lists differ from these by {}.",
     "bottom_advantage_reverses": "The tenth that least favors it gives {}.",
     "first_layer_transfers": "Training the first layer alone on the most favorable tenth gives {}.",
+    "unbiased_first_layer_transfers": "Training the first layer alone on the same selection of the "
+    "base model's lists gives {}.",
     "last_layer_transfers_nothing": "Training the last layer alone gives {}.",
 }
 
