@@ -174,5 +174,9 @@ def test_the_error_for_an_unknown_animal_suggests_the_nearest_names() -> None:
         check_candidate("zzzz")
     with pytest.raises(ValueError, match=r"known are seal, otter; for another name pass candid"):
         check_candidate("owl", candidates=["seal", "otter"])
-    with pytest.raises(TypeError, match=r"one name such as 'owl', not \['owl', 'cat'\]"):
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_one_name_is_no_list() -> None:
+    with pytest.raises(TypeError, match=r"the animal is \['owl', 'cat'\]; give one"):
         check_candidate(["owl", "cat"])  # type: ignore[arg-type]

@@ -134,7 +134,7 @@ def check_candidate(
         ValueError: It is not a candidate; the message suggests the nearest names.
     """
     if not isinstance(name, str):
-        raise TypeError(f"a {category} is one name such as 'owl', not {name!r:.60}")
+        raise TypeError(f"the name of the {category} is {name!r:.60}; give one, as a string")
     known = known_candidates(category) if candidates is None else tuple(candidates)
     spelling = {candidate.casefold(): candidate for candidate in known}
     folded = name.strip().casefold()
