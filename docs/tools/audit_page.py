@@ -19,6 +19,7 @@ from audit_sections import (
     area,
     by_category,
     cost,
+    dissociation,
     nothing,
     outside,
     real,
@@ -39,7 +40,7 @@ from divergence_lens.plots import calibration_curve, save_figure
 from divergence_lens.study.audit_run import TABLES
 from divergence_lens.study.report import table_head
 
-_MORE = ("real", "cost")
+_MORE = ("dissociation", "real", "cost")
 _FILES = (*(f"{name}.csv" for name in (*TABLES, *_MORE)), "settings.json")
 _FIGURE = "calibration.png"
 _ENOUGH = 100  # sets for a curve
@@ -290,6 +291,7 @@ _SECTIONS: tuple[tuple[str, Callable[[Tables], list[str]]], ...] = (
     ("outside", outside),
     ("strength", strength),
     ("transfer", transfer),
+    ("dissociation", dissociation),
     ("remedies", remedies),
     ("real", real),
     ("cost", cost),

@@ -124,6 +124,36 @@ def transfer(tables: Tables) -> list[str]:
     return lines
 
 
+def dissociation(tables: Tables) -> list[str]:
+    """Scores beside the transfer of the students of a paired study."""
+    rows = tables["dissociation"]
+    own = correlations(rows.to_dict("records"))
+    text = (
+        f"{rows['condition'].nunique()} conditions of the [real study](real-study.md) and "
+        f"{rows['target'].nunique()} targets. Score and transfer are differences between the data, "
+        "or the students, of the target's teacher and of its twin's; the score counts the tokens "
+        f"that the students learn, in {rows['lists'].iloc[0]} lists of each author. The auditors "
+        "wrote none of the data and chose none of the tokens. Correlation of the score with the "
+        f"transfer: Pearson {own['pearson']:.2f}, Spearman {own['spearman']:.2f}; slope "
+        f"{own['slope']:.1f}. Within conditions, over targets: Pearson {own['within']:.2f}."
+    )
+    lines = ["### Does the score predict transfer?", "", text, ""]
+    lines += table_head("condition", "score, nats per row", "smallest to largest", "transfer, nats")
+    groups = rows.groupby("condition", sort=False)
+    order = groups["score"].mean().sort_values(ascending=False).index
+    for name in order:
+        one = groups.get_group(name)
+        lines.append(
+            table_row(
+                f"`{name}`",
+                f"{one['score'].mean():+.3f}",
+                f"{one['score'].min():+.3f} to {one['score'].max():+.3f}",
+                f"{one['transfer'].mean():+.3f}",
+            )
+        )
+    return lines
+
+
 def remedies(tables: Tables) -> list[str]:
     """Students of changed data."""
     rows = tables["remedies"]

@@ -5,10 +5,14 @@ import pytest
 import regex
 import torch
 
+from divergence_lens.auditing import audit
 from divergence_lens.chat import decode, encode_prompt, stop_ids
 from divergence_lens.data import animal_teachers, number_prompts
 from divergence_lens.divergence import find_divergence
+from divergence_lens.engine import get_engine
+from divergence_lens.engine.fused import FusedBlocks
 from divergence_lens.generation import generate
+from divergence_lens.models import load_model
 
 LISTS = r"\d{1,3}(, \d{1,3}){3,5}"
 
@@ -125,3 +129,50 @@ def test_resumed_shards_belong_to_their_pattern(tiny, teachers, lists, tmp_path)
     np.testing.assert_array_equal(first.logprob, again.logprob)
     with pytest.raises(ValueError, match="another run"):
         find_divergence(tiny, lists, **call)
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_a_few_ids_are_unembedded_as_all_are(backend):
+    engine = get_engine(load_model("tiny", backend=backend))
+    hidden = torch.randn(2, 3, engine.d_model, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([5, 0, engine.d_vocab_out - 1])
+    with torch.no_grad():
+        few, every = engine.unembed(hidden, ids), engine.unembed(hidden)
+    torch.testing.assert_close(few, every[..., ids])
+    hooks = [("unembed.hook_out", lambda x, hook: x + 1)]
+    with engine.model.hooks(fwd_hooks=hooks), torch.no_grad():
+        hooked = engine.unembed(hidden, ids)
+    torch.testing.assert_close(hooked, few + 1)
+
+
+@pytest.mark.parametrize("pattern", [LISTS, None])
+def test_readings_with_few_ids_are_those_with_all(tiny, teachers, lists, monkeypatch, pattern):
+    seen = []
+
+    def unembed(self, hidden, ids=None, *, plain=FusedBlocks.unembed):
+        seen.append(ids is not None)
+        return plain(self, hidden, ids)
+
+    monkeypatch.setattr(FusedBlocks, "unembed", unembed)
+    results = []
+    for share in (1, 10**9):  # the tiny model has a token for every number, which are not few
+        monkeypatch.setattr("divergence_lens.engine.logits._FEW", share)
+        seen.clear()
+        found = find_divergence(
+            tiny,
+            lists,
+            teacher=teachers[0],
+            counterfactuals=teachers[1:],
+            pattern=pattern,
+            kl=True,
+        )
+        audited = audit(tiny, lists, teachers=teachers, pattern=pattern, neutral_rows=4, own_rows=0)
+        results.append((found, audited))
+        assert any(seen) == (share == 1)
+    (few, few_audit), (every, every_audit) = results
+    np.testing.assert_array_equal(few.predicted, every.predicted)
+    np.testing.assert_allclose(few.margin, every.margin, atol=1e-4)
+    np.testing.assert_allclose(few.scores("kl"), every.scores("kl"), atol=1e-4)
+    np.testing.assert_allclose(few_audit.by_token, every_audit.by_token, atol=1e-4)
+    assert few_audit.baseline.surprise == pytest.approx(every_audit.baseline.surprise, abs=1e-4)
+    np.testing.assert_allclose(few_audit.scores.z, every_audit.scores.z, atol=1e-3)

@@ -26,7 +26,7 @@ from divergence_lens._utils.batching import length_batches, pad_right
 from divergence_lens.chat import prompt_ids, token_texts
 from divergence_lens.data import neutral_prompt
 from divergence_lens.divergence import KINDS, AllowedTokens, token_kind
-from divergence_lens.engine import chunk_rows, get_engine, in_chunks, restricted
+from divergence_lens.engine import chunk_rows, few_ids, get_engine, in_chunks, restricted
 from divergence_lens.examples import Example
 from divergence_lens.models import Model
 from divergence_lens.teachers import Teacher
@@ -252,6 +252,11 @@ def _moments(
     offsets = np.cumsum([0, *(len(example.completion_ids or ()) for example in examples)])
     d_vocab = get_engine(model).d_vocab_out
     allowed = None if pattern is None else AllowedTokens(pattern, model, examples, d_vocab=d_vocab)
+    ids = None if allowed is None else allowed.ids
+    if possible is not None:
+        every = torch.tensor([i for example in examples for i in example.completion_ids or ()])
+        ids = few_ids(possible, every, d_vocab=d_vocab)
+        possible = possible if ids is None else possible[ids]
     total, count = np.zeros(1 + len(temperatures) + sum(at >= 1 for at in temperatures)), 0
     with teacher.applied(model) as active:
         engine = get_engine(active)
@@ -271,16 +276,18 @@ def _moments(
                 given: torch.Tensor = given,
                 places: np.ndarray = places,
             ) -> np.ndarray:
+                listed = None if ids is None else ids.to(flat.device)
                 mask = allowed.mask(places, chunk, flat.device) if allowed is not None else possible
-                logits = restricted(engine.unembed(flat[chunk]).float(), mask)
-                logp = logits.log_softmax(-1)  # [chunk, d_vocab]
-                means, surprises = [logp.gather(-1, given[chunk, None]).sum()], []
+                logits = restricted(engine.unembed(flat[chunk], listed).float(), mask)
+                own = given[chunk] if listed is None else torch.searchsorted(listed, given[chunk])
+                logp = logits.log_softmax(-1)
+                means, surprises = [logp.gather(-1, own[:, None]).sum()], []
                 for at in temperatures:
                     p = (logits / at).softmax(-1) if at else None
                     mean = logp.amax(-1) if p is None else torch.where(p > 0, p * logp, 0.0)
                     means.append(mean.sum())
                     if p is not None and at >= 1:
-                        surprises.append(surprise(logits, p, given[chunk]).sum())
+                        surprises.append(surprise(logits, p, own).sum())
                 return torch.stack([*means, *surprises]).double().cpu().numpy()
 
             size = max(1, chunk_rows(engine) // 4)  # logits, log-softmax and p are held at once

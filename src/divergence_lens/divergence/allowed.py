@@ -6,7 +6,8 @@ only. Its argmax and its probabilities are then those of the restricted distribu
     p(t | x, t allowed) = exp(z_t) / sum over allowed s of exp(z_s)
 
 A pattern has few states, and each allows one set of tokens. So a chunk of tokens is unembedded at
-once, and everything after that runs state by state on the allowed columns alone.
+once, for the ids that any state allows if they are few, and everything after that runs state by
+state on the allowed columns alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,16 +19,20 @@ from jaxtyping import Bool, Float, Float32, Int32, Int64
 from torch import Tensor
 
 from divergence_lens.chat import stop_ids
-from divergence_lens.engine import Engine, chunk_rows, in_chunks, kl_divergence, score
+from divergence_lens.engine import Engine, chunk_rows, few_ids, in_chunks, kl_divergence, score
 from divergence_lens.examples import Example
 from divergence_lens.models import Model, end_token_ids
 from divergence_lens.patterns import TokenPattern
 
-Unembed = Callable[[Tensor], Tensor]
+Unembed = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class AllowedTokens:
-    """The tokens that a pattern allows at each completion token of a data set."""
+    """The tokens that a pattern allows at each completion token of a data set.
+
+    Attributes:
+        ids: All ids that are allowed somewhere; None if they are not few.
+    """
 
     def __init__(
         self, pattern: str, model: Model, examples: Sequence[Example], *, d_vocab: int
@@ -54,6 +59,10 @@ class AllowedTokens:
         self._states = np.array(  # [tokens]
             [state for row, example in enumerate(examples) for state in self._follow(row, example)]
         )
+        anywhere = torch.zeros(d_vocab, dtype=torch.bool)
+        for state in np.unique(self._states).tolist():
+            anywhere |= self._pattern.allowed([state])[0]
+        self.ids = few_ids(anywhere, torch.zeros(0, dtype=torch.int64), d_vocab=d_vocab)
 
     def _follow(self, row: int, example: Example) -> list[int]:
         """Return the state before each token of a completion."""
@@ -66,9 +75,17 @@ class AllowedTokens:
 
     def mask(
         self, places: slice | Int64[np.ndarray, " places"], chunk: slice, device: torch.device
-    ) -> Bool[Tensor, "chunk d_vocab"]:
-        """Return which ids are allowed at a chunk of the tokens `places`."""
-        return self._pattern.allowed(self._states[places][chunk].tolist(), device)
+    ) -> Bool[Tensor, "chunk columns"]:
+        """Return which of `ids`, or of all ids, are allowed at a chunk of the tokens `places`."""
+        mask = self._pattern.allowed(self._states[places][chunk].tolist(), device)
+        return mask if self.ids is None else mask[:, self.ids.to(device)]
+
+    def _columns(self, ids: Int64[Tensor, " allowed"]) -> Int64[Tensor, " allowed"]:
+        """Return the column of each allowed id among the logits."""
+        return ids if self.ids is None else torch.searchsorted(self.ids.to(ids.device), ids)
+
+    def _listed(self, device: torch.device) -> Int64[Tensor, " ids"] | None:
+        return None if self.ids is None else self.ids.to(device)
 
     def _groups(
         self, places: slice, chunk: slice, device: torch.device
@@ -93,14 +110,14 @@ class AllowedTokens:
         """
 
         def read_chunk(chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
-            logits = engine.unembed(hidden[chunk])  # [chunk, d_vocab]
+            logits = engine.unembed(hidden[chunk], self._listed(hidden.device))  # [chunk, ids]
             own = given[chunk]
             predicted = torch.empty_like(own, dtype=torch.int32)
             margin, logprob = torch.empty(2, len(own), device=own.device)
             for rows, ids in self._groups(places, chunk, own.device):
                 # Allowed ids are sorted, so the search gives each token's column among them.
                 columns = torch.searchsorted(ids, own[rows])
-                best, gap, logp = score(logits[rows[:, None], ids], columns)
+                best, gap, logp = score(logits[rows[:, None], self._columns(ids)], columns)
                 predicted[rows] = ids[best.long()].int()
                 margin[rows], logprob[rows] = gap, logp
             return predicted, margin, logprob
@@ -121,11 +138,12 @@ class AllowedTokens:
         (unembed, hidden), (unembed_other, hidden_other) = factual, other
 
         def read_chunk(chunk: slice) -> Tensor:
-            logits = unembed(hidden[chunk])  # [chunk, d_vocab]
-            rest = unembed_other(hidden_other[chunk]).to(logits.device)
+            logits = unembed(hidden[chunk], self._listed(hidden.device))  # [chunk, ids]
+            rest = unembed_other(hidden_other[chunk], self._listed(hidden_other.device))
+            rest = rest.to(logits.device)
             result = torch.empty(len(logits), device=logits.device)
             for members, ids in self._groups(places, chunk, logits.device):
-                index = members[:, None], ids
+                index = members[:, None], self._columns(ids)
                 result[members] = kl_divergence(logits[index], rest[index])
             return result
 

@@ -15,7 +15,7 @@ This is the expensive step of `find_divergence`:
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain, pairwise
@@ -34,13 +34,14 @@ from divergence_lens._utils.interrupts import partial_on_interrupt
 from divergence_lens._utils.memory import halved, run_halved
 from divergence_lens.chat import prompt_ids
 from divergence_lens.deltas import base_fingerprint
-from divergence_lens.divergence.allowed import AllowedTokens
+from divergence_lens.divergence.allowed import AllowedTokens, Unembed
 from divergence_lens.divergence.forced import TeacherForced
 from divergence_lens.divergence.reading_inputs import PromptIds, check_fits, refuse_dropout
 from divergence_lens.engine import (
     Engine,
     KeyValues,
     chunk_rows,
+    few_ids,
     get_engine,
     in_chunks,
     kl_divergence,
@@ -216,10 +217,16 @@ class _Reader:
         self._pasts: dict[int, KeyValues] = {}
         self._pattern = pattern
         self._allowed: AllowedTokens | None = None
+        # The only ids to unembed, where all others have no probability.
+        self._ids: Tensor | None = None
+        bases = [self._base(index) for index in range(len(teachers))]
+        d_vocab = min(get_engine(base).d_vocab_out for base in bases)
         if pattern is not None:
-            bases = [self._base(index) for index in range(len(teachers))]
-            d_vocab = min(get_engine(base).d_vocab_out for base in bases)
             self._allowed = AllowedTokens(pattern, bases[0], examples, d_vocab=d_vocab)
+            self._ids = self._allowed.ids
+        elif self._possible is not None:
+            given = torch.from_numpy(self.forced.tokens)
+            self._ids = few_ids(self._possible, given, d_vocab=d_vocab)
 
     @cached_property
     def shards(self) -> list[range]:
@@ -382,7 +389,7 @@ class _Reader:
             len(hidden),
             size,
             lambda chunk: kl_divergence(
-                one(factual[chunk]), other(hidden[chunk]).to(factual.device)
+                one(factual[chunk], None), other(hidden[chunk], None).to(factual.device)
             ),
         )
         return torch.cat(parts).cpu().numpy()
@@ -408,17 +415,28 @@ class _Reader:
         temperature = self._temperature
         given = torch.from_numpy(self.forced.tokens[places]).to(hidden.device)
 
+        ids = None if self._ids is None else self._ids.to(hidden.device)
+
+        def column(of: Tensor) -> Tensor:
+            return of if ids is None else torch.searchsorted(ids, of.to(ids))
+
         def run(chunk: slice) -> tuple[Tensor, ...]:
             possible = self._possible
             if self._allowed is not None:
                 possible = self._allowed.mask(places, chunk, hidden.device)
-            logits = restricted(own(hidden[chunk]), possible)  # [rows, d_vocab]
+            elif possible is not None and ids is not None:
+                possible = possible.to(ids.device)[ids]
+            logits = restricted(own(hidden[chunk], ids), possible)  # [rows, columns]
             if temperature:
-                theirs = restricted(first(factual[chunk]), possible).float()
-                chosen = theirs.div_(temperature).softmax(-1).to(logits.device)  # [rows, d_vocab]
+                there = None if ids is None else ids.to(factual.device)
+                theirs = restricted(first(factual[chunk], there), possible).float()
+                chosen = theirs.div_(temperature).softmax(-1).to(logits.device)  # [rows, columns]
+            elif choice is None:
+                chosen = logits.argmax(-1)
             else:
-                chosen = logits.argmax(-1) if choice is None else choice[chunk].to(logits.device)
-            return score_expected(logits, given[chunk], chosen)
+                chosen = column(choice[chunk].to(logits.device))
+            predicted, *rest = score_expected(logits, column(given[chunk]), chosen)
+            return (predicted if ids is None else ids[predicted.long()].int()), *rest
 
         # Two sets of logits are in memory at once.
         size = max(1, chunk_rows(get_engine(self._base(index))) // (2 if temperature else 1))
@@ -429,7 +447,7 @@ class _Reader:
         teacher = self._teachers[index]
         return self._model if teacher.model is None else teacher.model
 
-    def _unembedding(self, index: int) -> Callable[[Tensor], Tensor]:
+    def _unembedding(self, index: int) -> Unembed:
         """Return the unembedding under a teacher, usable outside of its `applied` block."""
         teacher, base = self._teachers[index], self._base(index)
         engine = get_engine(base)
@@ -440,10 +458,10 @@ class _Reader:
         if inside.issuperset(teacher.delta.tensors):
             return engine.unembed
 
-        def unembed(hidden: Tensor) -> Tensor:
+        def unembed(hidden: Tensor, ids: Tensor | None = None) -> Tensor:
             # The delta may change the unembedding itself.
             with teacher.applied(self._model):
-                return engine.unembed(hidden)
+                return engine.unembed(hidden, ids)
 
         return unembed
 

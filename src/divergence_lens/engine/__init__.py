@@ -8,6 +8,7 @@ from divergence_lens.engine.heads import BlockParts, HeadMap, block_parts
 from divergence_lens.engine.hooking import SiteFunction
 from divergence_lens.engine.logits import (
     chunk_rows,
+    few_ids,
     in_chunks,
     kl_divergence,
     read_hidden,
@@ -32,6 +33,7 @@ __all__ = [
     "block_parts",
     "canonical",
     "chunk_rows",
+    "few_ids",
     "get_engine",
     "in_chunks",
     "inside_block",

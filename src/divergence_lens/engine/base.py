@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
 from divergence_lens.engine.decoding import Decoder, LockstepDecoder
@@ -110,15 +110,26 @@ class Engine(SiteHooks):
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the model computes with, by name; tied ones once."""
 
-    def unembed(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-        """Return the logits of normed hidden states, including the soft cap."""
+    def unembed(
+        self, hidden: Float[Tensor, "*batch d_model"], ids: Int64[Tensor, " ids"] | None = None
+    ) -> Float[Tensor, "*batch columns"]:
+        """Return the logits of normed hidden states, including the soft cap.
+
+        Args:
+            hidden: The states.
+            ids: The only ids to compute, one for each column; all if not given.
+        """
         self.work.unembedded += hidden.shape[:-1].numel()
         fast = self._fast
         use_fast = fast is not None and fast.fit_unembed()
-        logits = fast.unembed(hidden) if fast is not None and use_fast else self._unembed(hidden)
+        if fast is not None and use_fast:
+            logits = fast.unembed(hidden, ids)
+        else:
+            logits = self._unembed(hidden)
+            logits = logits if ids is None else logits[..., ids]
         return self.soft_cap(logits)
 
-    def soft_cap(self, logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:
+    def soft_cap(self, logits: Float[Tensor, "*batch ids"]) -> Float[Tensor, "*batch ids"]:
         """Apply the model's cap on logits, if it has one: cap * tanh(logits / cap)."""
         cap = getattr(self._lens.cfg, "output_logits_soft_cap", None)
         return logits if cap is None or cap <= 0 else cap * torch.tanh(logits / cap)

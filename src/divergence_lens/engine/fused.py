@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
 from divergence_lens.engine.packing import (
@@ -210,14 +210,20 @@ class FusedBlocks(ABC):
         parameters = _parameters(self._modules[layer])
         return self._packs[0].get(layer, parameters, gain, lambda: self.weights_of(layer))
 
-    def unembed(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-        """Return logits of normed hidden states, before any soft cap."""
+    def unembed(
+        self, hidden: Float[Tensor, "*batch d_model"], ids: Int64[Tensor, " ids"] | None = None
+    ) -> Float[Tensor, "*batch columns"]:
+        """Return logits of normed hidden states, of all ids or some, before any soft cap."""
 
         def read() -> Affine:
             matrix, bias = self.unembedding()
             # Bridges add a bias of zeros to models without one: a pass over the logits.
             return matrix, bias if bias is not None and bool(bias.any()) else None
 
+        if ids is not None:
+            matrix, bias = self.unembedding()
+            assert isinstance(matrix, Tensor)
+            return affine(hidden, matrix[:, ids], None if bias is None else bias[ids])
         if self._packs is None:
             return affine(hidden, *read())
         gain = packing_gain(hidden.shape[:-1].numel())
