@@ -243,7 +243,7 @@ def main() -> None:
             print(f"{pool.name}: {time.process_time():.0f} s, {audits[pool]!r}", flush=True)
             write_tables(options.out, audits, start + BLOCK)
         if not (options.out / "cost.csv").exists():
-            cost(model, next(iter(sources.values()))[: BLOCK // 3], options.out)
+            cost(model, next(iter(sources.values()))[: BLOCK // 2], options.out)
             print(f"cost: {time.process_time():.0f} s", flush=True)
 
 
