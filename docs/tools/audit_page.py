@@ -93,8 +93,9 @@ _INTRODUCTION = (
     "How far the verdicts of [`audit`](audit.md) can be trusted: on data whose bias is known, on "
     "data without one, and against the students that train on them. Auditors never wrote the data: "
     "prompted writers have another wording of the persona, finetuned writers were trained on other "
-    "questions. `divergence-lens study --audit` computes the tables; this page is generated from "
-    "them."
+    "questions. `divergence-lens study --audit` computes the tables of the tiny models, except "
+    "those of lists by another model (`docs/tools/audit_foreign.py`); `docs/tools/audit_real.py` "
+    "and `audit_real_transfer.py` compute those of SmolLM2. This page is generated from them."
 )
 
 
@@ -139,7 +140,8 @@ def _detection(tables: Tables) -> list[str]:
         ["writer", "temperature", native["rows"].map(rounded)]
     ):
         auroc = NOTHING
-        if alarms is not None:
+        # Unbiased sets are audited for animals, and other candidates have another highest z.
+        if alarms is not None and set(own.get("category", ["animal"])) == {"animal"}:
             same = (alarms["auditors"] == own["auditors"].iloc[0]) & (alarms["set"] >= 0)
             unbiased = alarms[same]["z_best"]
             auroc = f"{area(own['z_best'], unbiased):.2f}"

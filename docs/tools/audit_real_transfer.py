@@ -10,6 +10,7 @@ in blocks that are stored, so the run can be stopped, and resumes.
 """
 
 import argparse
+import hashlib
 import time
 from pathlib import Path
 
@@ -46,9 +47,9 @@ def contributions(
     parts = []
     baseline = None
     for start in range(0, len(lists), BLOCK):
-        path = folder / f"{name}-{start}.npy"
+        block = with_ids(model.tokenizer, lists[start : start + BLOCK])
+        path = folder / f"{name}-{digest(block)}.npy"
         if not path.exists():
-            block = with_ids(model.tokenizer, lists[start : start + BLOCK])
             baseline = baseline or fit_baseline(
                 model, with_ids(model.tokenizer, lists[:BLOCK]), [PLAIN], pattern=DESIGN.pattern
             )
@@ -58,6 +59,12 @@ def contributions(
             print(f"{path.name}: {time.process_time():.0f} s", flush=True)
         parts.append(np.load(path))
     return np.concatenate(parts, axis=1)
+
+
+def digest(lists: list[Example]) -> str:
+    """Identify lists by their prompts and token ids."""
+    known = repr([(example.prompt, example.completion_ids) for example in lists])
+    return hashlib.sha256(known.encode()).hexdigest()[:12]
 
 
 def data_of(inputs: Inputs, condition: Condition, seed: int) -> tuple[TrainingData, np.ndarray]:
@@ -95,13 +102,14 @@ def main() -> None:
             for seed in sorted(students["seed"].unique()):
                 data, mask = data_of(inputs, known[name], int(seed))
                 lists = list(data.examples[: options.lists])
-                author = "base" if name == "unbiased_top" else writer
-                if author not in read:
-                    read[author] = contributions(cells.model, lists, auditors, folder, author)
-                learned = mask[: read[author].shape[1]]
+                known_as = digest(lists)
+                if known_as not in read:
+                    read[known_as] = contributions(cells.model, lists, auditors, folder, writer)
+                of_token = read[known_as]  # [candidate, token]
+                learned = mask[: of_token.shape[1]]
                 tokens[writer] = int(learned.sum())
                 for target in (writer, config.other_target(writer)):
-                    own = read[author][CANDIDATES.index(target), learned]
+                    own = of_token[CANDIDATES.index(target), learned]
                     scores.setdefault((writer, target), []).append(own.sum() / len(lists))
         for target, seeds in transfer.items():
             own, other = (

@@ -124,18 +124,29 @@ def transfer(tables: Tables) -> list[str]:
     return lines
 
 
+# Conditions whose tokens were chosen by an advantage.
+_CHOSEN = ("top_advantage", "bottom_advantage", "top_quarter", "unbiased_top")
+
+
 def dissociation(tables: Tables) -> list[str]:
     """Scores beside the transfer of the students of a paired study."""
     rows = tables["dissociation"]
     own = correlations(rows.to_dict("records"))
+    rest = rows[~rows["condition"].isin(_CHOSEN)]
+    others = correlations(rest.to_dict("records"))
     text = (
         f"{rows['condition'].nunique()} conditions of the [real study](real-study.md) and "
         f"{rows['target'].nunique()} targets. Score and transfer are differences between the data, "
         "or the students, of the target's teacher and of its twin's; the score counts the tokens "
         f"that the students learn, in {rows['lists'].iloc[0]} lists of each author. The auditors "
-        "wrote none of the data and chose none of the tokens. Correlation of the score with the "
-        f"transfer: Pearson {own['pearson']:.2f}, Spearman {own['spearman']:.2f}; slope "
-        f"{own['slope']:.1f}. Within conditions, over targets: Pearson {own['within']:.2f}."
+        "are not the study's teachers. Correlation of the score with the transfer: Pearson "
+        f"{own['pearson']:.2f}, Spearman {own['spearman']:.2f}. It comes from the conditions whose "
+        "tokens the study's teachers had chosen by their advantage, which is what the score "
+        f"measures: over the others, it is {others['pearson']:.2f}, and over targets within "
+        f"conditions {own['within']:.2f}. So the score tells such a selection from others, and its "
+        "direction, but does not order unselected data. The points are not independent, because "
+        f"twins share their students, which have {rows['seeds'].min()} to {rows['seeds'].max()} "
+        "seeds."
     )
     lines = ["### Does the score predict transfer?", "", text, ""]
     lines += table_head("condition", "score, nats per row", "smallest to largest", "transfer, nats")
@@ -206,7 +217,7 @@ def writers(tables: Tables) -> list[str]:
 _WRITERS = (
     "The share of the target among the candidates in the base model and in the author, and the "
     "margin that the author gained, in nats (medians over authors). Lists by an author without a "
-    "preference are unbiased, so nothing should be named."
+    "preference are unbiased: naming a candidate is a false alarm."
 )
 
 
@@ -238,9 +249,9 @@ def real(tables: Tables) -> list[str]:
 
 
 _REAL = (
-    "Lists that Qwen2.5-7B-Instruct wrote under a system prompt that loves pandas or lions "
-    "(`docs/tools/audit_foreign.py`). This base is another model, so nothing should be found. p "
-    "shows why the surprise is checked first: alone, it would name a candidate."
+    "Lists that Qwen2.5-7B-Instruct wrote under a system prompt that loves pandas or lions. This "
+    "base is another model, so nothing should be found. By p alone, a candidate would be named; "
+    "that is why the surprise is checked first."
 )
 
 

@@ -112,7 +112,7 @@ def effect_rows(tables: Mapping[str, pd.DataFrame], targets: Sequence[str]) -> l
         *("target", "pairs", "gradient x difference", "integrated", "slope, integrated"),
         "early half of the layers",
     )
-    early = early_share({"layers": layers}, int(layers["layer"].max()))
+    early = early_share({"layers": layers}, int(layers["layer"].max())) if len(layers) else {}
     for target in targets:
         own = agreement[agreement["target"] == target].set_index("method")
         if not len(own):
@@ -130,11 +130,11 @@ def effect_rows(tables: Mapping[str, pd.DataFrame], targets: Sequence[str]) -> l
 
 
 _EFFECTS = (
-    "At the first divergence tokens of a target's lists, the activations of its twin's teacher are "
-    "patched into its own teacher, at every layer and position: exactly, and by two attributions. "
-    "The columns show the Pearson correlation of attribution with exact effects of `resid_post` "
-    "over all cells, the slope of the exact on the integrated ones, and which share of the "
-    "absolute effects of attention and MLP outputs is in the first half of the layers."
+    "At a first divergence token of each target's lists, the activations of the twin's teacher are "
+    "patched into the target's teacher, at every layer and position. Two attributions are compared "
+    "with these exact effects of `resid_post`: their Pearson correlation over all cells, and the "
+    "slope of the exact effects on the integrated ones. The last column is the share of the first "
+    "half of the layers in the absolute effects of attention and MLP outputs."
 )
 
 

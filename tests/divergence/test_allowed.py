@@ -1,5 +1,7 @@
 """Readings among the tokens that a pattern allows, against masked logits of the plain model."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import regex
@@ -8,11 +10,13 @@ import torch
 from divergence_lens.auditing import audit
 from divergence_lens.chat import decode, encode_prompt, stop_ids
 from divergence_lens.data import animal_teachers, number_prompts
+from divergence_lens.deltas import Delta, base_fingerprint
 from divergence_lens.divergence import find_divergence
-from divergence_lens.engine import get_engine
+from divergence_lens.engine import few_ids, get_engine
 from divergence_lens.engine.fused import FusedBlocks
 from divergence_lens.generation import generate
 from divergence_lens.models import load_model
+from divergence_lens.teachers import Teacher
 
 LISTS = r"\d{1,3}(, \d{1,3}){3,5}"
 
@@ -145,8 +149,27 @@ def test_a_few_ids_are_unembedded_as_all_are(backend):
     torch.testing.assert_close(hooked, few + 1)
 
 
-@pytest.mark.parametrize("pattern", [LISTS, None])
-def test_readings_with_few_ids_are_those_with_all(tiny, teachers, lists, monkeypatch, pattern):
+def test_few_ids_are_listed_in_order_with_those_that_are_possible():
+    possible = torch.zeros(10, dtype=torch.bool)
+    possible[[7, 2]] = True
+    # Ids beyond the tokenizer may be given, and ids beyond the logits are left out.
+    ids, mask = few_ids(possible, torch.tensor([12, 3, 12, 99]), d_vocab=64)
+    assert ids.tolist() == [2, 3, 7, 12]
+    assert mask.tolist() == [True, False, True, False]
+    assert few_ids(possible, torch.tensor([3]), d_vocab=8) is None  # not few of 8
+    one = torch.zeros(10, dtype=torch.bool)
+    assert few_ids(one, torch.tensor([4, 4]), d_vocab=64) is None  # no second choice
+
+
+@pytest.mark.parametrize("settings", list(product([LISTS, None], [0.0, 1.0])))
+def test_readings_with_few_ids_are_those_with_all(tiny, teachers, lists, monkeypatch, settings):
+    pattern, temperature = settings
+    engine = get_engine(tiny)
+    own = next(engine.unembedding_parameters())
+    name = next(name for name, p in engine.named_parameters().items() if p is own)
+    noise = 0.02 * torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
+    moved = Teacher("moved", delta=Delta({name: noise}, base_fingerprint(tiny)))
+    auditors = [*teachers[1:], moved]
     seen = []
 
     def unembed(self, hidden, ids=None, *, plain=FusedBlocks.unembed):
@@ -162,11 +185,21 @@ def test_readings_with_few_ids_are_those_with_all(tiny, teachers, lists, monkeyp
             tiny,
             lists,
             teacher=teachers[0],
-            counterfactuals=teachers[1:],
+            counterfactuals=auditors,
             pattern=pattern,
             kl=True,
         )
-        audited = audit(tiny, lists, teachers=teachers, pattern=pattern, neutral_rows=4, own_rows=0)
+        assert any(seen) == (share == 1 and pattern is not None)
+        seen.clear()
+        audited = audit(
+            tiny,
+            lists,
+            teachers=auditors,
+            pattern=pattern,
+            temperature=temperature,
+            neutral_rows=4,
+            own_rows=0,
+        )
         results.append((found, audited))
         assert any(seen) == (share == 1)
     (few, few_audit), (every, every_audit) = results

@@ -118,3 +118,15 @@ def test_a_busy_cell_is_left_alone_and_one_whose_owner_died_is_free(store):
     owner.join()
     assert store.attempt(cell, _counting([]), wait=True)
     assert store.read(cell) == {"value": 1}
+
+
+def test_freed_memory_is_returned_after_each_computation(store, monkeypatch):
+    calls = []
+    monkeypatch.setattr("divergence_lens.study.cells.return_freed_memory", lambda: calls.append(1))
+    cell = Cell("students/memory", {"seed": 0})
+    store.get(cell, lambda _cell: {"value": 1})
+    store.get(cell, lambda _cell: {"value": 1})  # read, not computed
+    assert len(calls) == 1
+    with pytest.raises(CellError):
+        store.get(Cell("students/memory", {"seed": 1}), lambda _cell: {}["missing"])
+    assert len(calls) == 2

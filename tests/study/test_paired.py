@@ -171,8 +171,11 @@ def test_the_tables_have_the_effects_of_patching(config, finished, tmp_path):
             wanted[columns].sort_values(columns, ignore_index=True),
             check_dtype=False,
         )
-    run_study(patched, folder / "run", tables=tmp_path)
-    assert len(load_tables(tmp_path)["agreement"]) == len(tables["agreement"])
+    # Other pairs replace these, so that each target has one row for each method.
+    run_study(replace(patched, pairs=2), folder / "run", tables=tmp_path)
+    again = load_tables(tmp_path)["agreement"]
+    assert len(again) == len(tables["agreement"])
+    assert not set(again["key"]) & set(tables["agreement"]["key"])
 
 
 def test_single_layers_on_the_lists_of_the_base_model():

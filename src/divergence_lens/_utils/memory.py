@@ -1,4 +1,4 @@
-"""Memory: the same work in smaller parts where it runs out, and freed memory returned."""
+"""Split work when memory runs out, and return freed memory to the system."""
 
 import ctypes
 from collections.abc import Callable, Iterator

@@ -254,9 +254,9 @@ def _moments(
     allowed = None if pattern is None else AllowedTokens(pattern, model, examples, d_vocab=d_vocab)
     ids = None if allowed is None else allowed.ids
     if possible is not None:
-        every = torch.tensor([i for example in examples for i in example.completion_ids or ()])
-        ids = few_ids(possible, every, d_vocab=d_vocab)
-        possible = possible if ids is None else possible[ids]
+        every = [i for example in examples for i in example.completion_ids or ()]
+        few = few_ids(possible, torch.tensor(every, dtype=torch.int64), d_vocab=d_vocab)
+        ids, possible = (None, possible) if few is None else few
     total, count = np.zeros(1 + len(temperatures) + sum(at >= 1 for at in temperatures)), 0
     with teacher.applied(model) as active:
         engine = get_engine(active)
@@ -290,7 +290,9 @@ def _moments(
                         surprises.append(surprise(logits, p, own).sum())
                 return torch.stack([*means, *surprises]).double().cpu().numpy()
 
-            size = max(1, chunk_rows(engine) // 4)  # logits, log-softmax and p are held at once
+            size = max(
+                1, chunk_rows(engine, ids) // 4
+            )  # logits, log-softmax and p are held at once
             total += np.sum(in_chunks(len(flat), size, sums), axis=0)
             count += len(flat)
     means: np.ndarray = total / count

@@ -62,7 +62,8 @@ class AllowedTokens:
         anywhere = torch.zeros(d_vocab, dtype=torch.bool)
         for state in np.unique(self._states).tolist():
             anywhere |= self._pattern.allowed([state])[0]
-        self.ids = few_ids(anywhere, torch.zeros(0, dtype=torch.int64), d_vocab=d_vocab)
+        few = few_ids(anywhere, torch.zeros(0, dtype=torch.int64), d_vocab=d_vocab)
+        self.ids = None if few is None else few[0]
 
     def _follow(self, row: int, example: Example) -> list[int]:
         """Return the state before each token of a completion."""
@@ -77,8 +78,10 @@ class AllowedTokens:
         self, places: slice | Int64[np.ndarray, " places"], chunk: slice, device: torch.device
     ) -> Bool[Tensor, "chunk columns"]:
         """Return which of `ids`, or of all ids, are allowed at a chunk of the tokens `places`."""
-        mask = self._pattern.allowed(self._states[places][chunk].tolist(), device)
-        return mask if self.ids is None else mask[:, self.ids.to(device)]
+        states, place = np.unique(self._states[places][chunk], return_inverse=True)
+        masks = self._pattern.allowed(states.tolist(), device)  # [states, d_vocab]
+        masks = masks if self.ids is None else masks[:, self.ids.to(device)]
+        return masks[torch.from_numpy(place).to(device)]
 
     def _columns(self, ids: Int64[Tensor, " allowed"]) -> Int64[Tensor, " allowed"]:
         """Return the column of each allowed id among the logits."""
@@ -122,7 +125,7 @@ class AllowedTokens:
                 margin[rows], logprob[rows] = gap, logp
             return predicted, margin, logprob
 
-        parts = in_chunks(len(hidden), chunk_rows(engine), read_chunk)
+        parts = in_chunks(len(hidden), chunk_rows(engine, self.ids), read_chunk)
         predicted, margin, logprob = (torch.cat(column) for column in zip(*parts, strict=True))
         return predicted, margin, logprob
 

@@ -217,7 +217,7 @@ class _Reader:
         self._pasts: dict[int, KeyValues] = {}
         self._pattern = pattern
         self._allowed: AllowedTokens | None = None
-        # The only ids to unembed, where all others have no probability.
+        # The only ids to unembed, where all others have no probability, and which are possible.
         self._ids: Tensor | None = None
         bases = [self._base(index) for index in range(len(teachers))]
         d_vocab = min(get_engine(base).d_vocab_out for base in bases)
@@ -226,7 +226,8 @@ class _Reader:
             self._ids = self._allowed.ids
         elif self._possible is not None:
             given = torch.from_numpy(self.forced.tokens)
-            self._ids = few_ids(self._possible, given, d_vocab=d_vocab)
+            few = few_ids(self._possible, given, d_vocab=d_vocab)
+            self._ids, self._possible = (None, self._possible) if few is None else few
 
     @cached_property
     def shards(self) -> list[range]:
@@ -249,6 +250,7 @@ class _Reader:
             *(self._budget, self.forced.kl is not None, self._pattern, len(self._teachers)),
             *(() if self._temperature is None else (self._temperature,)),
             *(() if self._possible is None else (self._possible.nonzero().tolist(),)),
+            *(() if self._possible is None or self._ids is None else (self._ids.tolist(),)),
         ]
         record = run_metadata(self._model, settings=settings)
         digest.update(json.dumps(record, sort_keys=True).encode())
@@ -380,7 +382,8 @@ class _Reader:
         """Return KL(factual || counterfactual `index`) at each token of a shard."""
         one, other = self._unembedding(0), self._unembedding(index)
         # Two sets of logits, and their log-softmaxes, are in memory at once.
-        size = max(1, chunk_rows(get_engine(self._base(index))) // 4)
+        ids = None if self._allowed is None else self._allowed.ids
+        size = max(1, chunk_rows(get_engine(self._base(index)), ids) // 4)
         if self._allowed is not None:
             return (
                 self._allowed.kl((one, factual), (other, hidden), places, rows=size).cpu().numpy()
@@ -424,8 +427,6 @@ class _Reader:
             possible = self._possible
             if self._allowed is not None:
                 possible = self._allowed.mask(places, chunk, hidden.device)
-            elif possible is not None and ids is not None:
-                possible = possible.to(ids.device)[ids]
             logits = restricted(own(hidden[chunk], ids), possible)  # [rows, columns]
             if temperature:
                 there = None if ids is None else ids.to(factual.device)
@@ -439,7 +440,8 @@ class _Reader:
             return (predicted if ids is None else ids[predicted.long()].int()), *rest
 
         # Two sets of logits are in memory at once.
-        size = max(1, chunk_rows(get_engine(self._base(index))) // (2 if temperature else 1))
+        rows = chunk_rows(get_engine(self._base(index)), ids)
+        size = max(1, rows // (2 if temperature else 1))
         parts = in_chunks(len(hidden), size, run)
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 

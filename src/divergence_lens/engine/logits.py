@@ -30,10 +30,10 @@ _GROUP = 64
 _FEW = 8
 
 
-def chunk_rows(engine: Engine) -> int:
-    """Return the number of positions to unembed at a time."""
+def chunk_rows(engine: Engine, ids: Int64[Tensor, " ids"] | None = None) -> int:
+    """Return the number of positions to unembed at a time, for all ids or for some."""
     elements = _CHUNK_ELEMENTS.get(engine.device.type, _CHUNK_ELEMENTS_ACCELERATOR)
-    return max(1, elements // engine.d_vocab_out)
+    return max(1, elements // (engine.d_vocab_out if ids is None else len(ids)))
 
 
 def read_hidden(
@@ -98,8 +98,8 @@ def score(
 
 def few_ids(
     possible: Bool[Tensor, " ids"], given: Int64[Tensor, " tokens"], *, d_vocab: int
-) -> Int64[Tensor, " listed"] | None:
-    """Return the ids that are possible or given, in order; None if they are not few.
+) -> tuple[Int64[Tensor, " listed"], Bool[Tensor, " listed"]] | None:
+    """Return the ids that are possible or given, in order, and which of them are possible.
 
     Unembedding a few ids saves most of the time of reading, where the vocabulary is large.
 
@@ -107,10 +107,15 @@ def few_ids(
         possible: Whether each id is possible; ids beyond these are not.
         given: More ids.
         d_vocab: Ids from here on are left out.
+
+    Returns:
+        None if the ids are not few, or fewer than two, which have no second choice.
     """
-    listed = torch.cat([possible.nonzero()[:, 0], given]).unique()
+    width = max(d_vocab, len(possible))
+    every = torch.nn.functional.pad(possible, (0, width - len(possible)))
+    listed = torch.cat([every.nonzero()[:, 0], given]).unique()
     listed = listed[listed < d_vocab]
-    return listed if len(listed) <= d_vocab // _FEW else None
+    return (listed, every[listed]) if 2 <= len(listed) <= d_vocab // _FEW else None
 
 
 def restricted(

@@ -22,6 +22,7 @@ from divergence_lens.deltas import base_fingerprint
 from divergence_lens.evaluation import preference
 from divergence_lens.study.audit_pools import CATEGORIES, AuditPools, Pool, mixture
 from divergence_lens.study.cells import Cell
+from divergence_lens.teachers import Teacher
 
 SIZES = (25, 50, 100, 200, 400, 1000)
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
@@ -38,26 +39,31 @@ def writer_rows(pools: AuditPools) -> list[dict[str, Any]]:
         if pool.target is not None and pool.change == "none"
     ]
     for writer, target, category in dict.fromkeys(authors):
-        settings = {"base": base_fingerprint(pools.model), "names": CATEGORIES[category]}
+        teacher = pools.teacher(writer, target, category)
+        settings = {
+            "base": base_fingerprint(pools.model),
+            "names": CATEGORIES[category],
+            "author": teacher.system_prompt if teacher.delta is None else teacher.delta.digest(),
+        }
         cell = Cell(f"writers/{writer}-{target}", settings)
-        rows.append(pools.store.get(cell, partial(_writer, pools, writer, target, category)))
+        rows.append(pools.store.get(cell, partial(_writer, pools, writer, teacher, category)))
     return rows
 
 
 def _writer(
-    pools: AuditPools, writer: str, target: str, category: str, _cell: Cell
+    pools: AuditPools, writer: str, teacher: Teacher, category: str, _cell: Cell
 ) -> dict[str, Any]:
     measured = partial(
         preference,
         pools.model,
-        target=target,
+        target=teacher.name,
         candidates=CATEGORIES[category],
         category=category,
     )
-    before, after = measured(), measured(teacher=pools.teacher(writer, target, category))
+    before, after = measured(), measured(teacher=teacher)
     return {
         "writer": writer,
-        "target": target,
+        "target": teacher.name,
         "category": category,
         "share_before": before.share,
         "share_after": after.share,

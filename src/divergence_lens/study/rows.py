@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STUDENTS, TEACHERS, DIVERGENCE = "students.csv", "teachers.csv", "divergence.csv"
 EFFECTS = {"layers": "layers.csv", "agreement": "agreement.csv"}
-"""Tables of patched activations; unlike the others, a study does not resume from them."""
+"""Tables of patched activations; like `DIVERGENCE`, a study does not resume from them."""
 SETTINGS = "settings.json"
 _BEFORE, _AFTER = "before_", "after_"
 _COUNTS = ("examples", "tokens", "seconds")
@@ -78,9 +78,7 @@ class StudyTables:
                     divergence[cell.key] = {"key": cell.key, **found}
             elif task.target is not None:
                 for name, rows in effects.items():
-                    for i, row in enumerate(result.get(name, ())):
-                        key = f"{task.cell.key}-{i}"
-                        rows[key] = {"key": key, **row}
+                    _put_effects(rows, task, result.get(name, ()))
             else:
                 teachers[task.cell.key] = {"key": task.cell.key, **result}
         tables = {STUDENTS: students, TEACHERS: teachers, DIVERGENCE: divergence}
@@ -150,6 +148,15 @@ def _student_result(row: Row) -> Row:
         **{name: int(row[name]) for name in _COUNTS},
         **{name: row[name] for name in _VALUES},
     }
+
+
+def _put_effects(rows: dict[str, Row], task: "Task", own: Sequence[Row]) -> None:
+    """Replace a target's rows, also those of other settings: averages over rows are shown."""
+    for key in [key for key, row in rows.items() if row["target"] == task.target]:
+        del rows[key]
+    for i, row in enumerate(own):
+        key = f"{task.cell.key}-{i}"
+        rows[key] = {"key": key, **row}
 
 
 def _read(path: Path) -> dict[str, Row]:
