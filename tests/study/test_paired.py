@@ -347,9 +347,9 @@ def test_core_and_further_conditions():
 
 
 def test_a_layer_is_chosen_by_its_number_before_the_model_is_loaded():
-    config = StudyConfig.for_pairs(conditions=("layer29", "all"))
+    config = StudyConfig.for_pairs(conditions=("layer29", "all", "unbiased_layer15"))
     names = [condition.name for condition in config.conditions_of("finetuned", 30)]
-    assert names == ["all", "layer29"]
+    assert names == ["all", "layer29", "unbiased_layer15"]
     with pytest.raises(ValueError, match="no condition 'layer29'; did you mean"):
         config.conditions_of("finetuned", 12)
 

@@ -158,8 +158,11 @@ def paired_conditions(n_layers: int, *, every_layer: bool = False) -> dict[str, 
         n_layers: Layers of the model.
         every_layer: Include a condition for each layer, not only for `trained_alone`.
     """
-    layers = tuple(range(n_layers)) if every_layer else trained_alone(n_layers)
-    return {condition.name: condition for condition in (*_core(layers), *_further(n_layers))}
+    layers = few = tuple(range(n_layers))
+    if not every_layer:
+        layers = trained_alone(n_layers)
+        few = tuple(dict.fromkeys(layers[place] for place in (0, 2, -1)))
+    return {condition.name: condition for condition in (*_core(layers), *_further(few))}
 
 
 def _core(layers: Sequence[int]) -> list[Condition]:
@@ -208,13 +211,12 @@ def _core(layers: Sequence[int]) -> list[Condition]:
     ]
 
 
-def _further(n_layers: int) -> list[Condition]:
+def _further(layers: Sequence[int]) -> list[Condition]:
     top = partial(extreme_digits, share=SHARE, top=True)
     unbiased_top: dict[str, Any] = {
         "data": partial(lists_from, name="unbiased"),
         "mask": partial(extreme_digits, share=SHARE, top=True, source="unbiased"),
     }
-    alone = trained_alone(n_layers)
     data: list[tuple[str, str, dict[str, Any]]] = [
         (
             "first_only",
@@ -322,6 +324,6 @@ def _further(n_layers: int) -> list[Condition]:
                 label="unbiased_layer",
                 **unbiased_top,
             )
-            for layer in dict.fromkeys(alone[place] for place in (0, 2, -1))
+            for layer in layers
         ),
     ]
