@@ -158,7 +158,7 @@ _RULES = (
 _FIGURE = (
     "*How much more a student prefers its own teacher's target than its twin does. Bars are means "
     "over targets with 95 % intervals, dots are targets. In the bars on the right, a single layer "
-    "was trained, on the digits of the first bar.*"
+    "was trained: on the digits of the first bar or, where the base wrote, of the second.*"
 )
 _ESTIMAND = (
     "Each number is a *dissociation* in nats: the margin of the target in students of its own "

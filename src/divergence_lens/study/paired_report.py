@@ -59,7 +59,9 @@ def core_dissociations(tables: Tables) -> dict[str, dict[str, list[float]]]:
         Short name -> target -> one number per seed, in nats.
     """
     shown = {words: dissociation(tables, name) for name, words in _CORE.items()}
-    shown |= {f"layer {i}": dissociation(tables, "layer", i) for i in single_layers(tables)}
+    for label, words in (("layer", "layer {}"), (UNBIASED, "base's layer {}")):
+        for layer in single_layers(tables, label):
+            shown[words.format(layer)] = dissociation(tables, label, layer)
     return {name: by_target for name, by_target in shown.items() if by_target}
 
 
@@ -78,8 +80,6 @@ def paired_figure(tables: Tables, *, others: bool = False) -> go.Figure | None:
             for name in names
             if name not in (*_CORE, "layer", UNBIASED)
         }
-        for i in single_layers(tables, UNBIASED):
-            shown[f"base's, layer {i}"] = dissociation(tables, UNBIASED, i)
     if not any(shown.values()):
         return None
     title = "Further conditions against their twins" if others else "Students against their twins"
